@@ -1,0 +1,43 @@
+# Two commands for everybody: `make demo` and `make test`. Each makes its own environment where there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CORE := prefect_segmind/errors.py,prefect_segmind/fingerprint.py,prefect_segmind/price.py,prefect_segmind/record.py,prefect_segmind/request.py,prefect_segmind/resolution.py,prefect_segmind/retry.py
+
+.PHONY: demo test test-quick check clean
+demo: $(VENV)/.ready
+	$(BIN)/prefect-segmind demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100
+	$(BIN)/python -m coverage report --fail-under=92 --skip-covered
+
+# Everything but what starts a worker, builds a wheel or runs a whole command.
+test-quick: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); a minute or two the first time."
+	$(PIP) --editable '.[sandbox]'
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); a few minutes the first time."
+	$(PIP) --editable '.[sandbox,dev]'
+	@touch $@ $(VENV)/.ready
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -1,0 +1,103 @@
+"""The flow of one picture, end to end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from prefect_segmind import configuration
+from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.credentials import load_credentials
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.report import publish_before_after
+from prefect_segmind.request import MagicPromptOption, StyleType, name_from_image
+from prefect_segmind.resolution import AUTO, DEFAULT_RESOLUTION, Resolution
+from prefect_segmind.tasks import archive_image, generate_image, upload_image, validate_job
+
+# Texts with a list of values: the form shows a drop-down, and a value that is nearly right still reaches the job's own
+# check, which names the nearest right one.
+ResolutionChoice = Annotated[str, Field(json_schema_extra={"enum": [AUTO, *(each.value for each in Resolution)]})]
+StyleChoice = Annotated[str, Field(json_schema_extra={"enum": [each.value for each in StyleType]})]
+MagicPromptChoice = Annotated[str, Field(json_schema_extra={"enum": [each.value for each in MagicPromptOption]})]
+
+
+def _flow_run_name() -> str:
+    values = flow_run.parameters
+    return f"image-to-image {values.get('name') or name_from_image(str(values.get('image')))}"
+
+
+@flow(name="image-to-image", flow_run_name=_flow_run_name)
+def image_to_image(
+    image: str,
+    prompt: str,
+    name: str | None = None,
+    image_weight: int = 50,
+    style_type: StyleChoice = "GENERAL",
+    resolution: ResolutionChoice = DEFAULT_RESOLUTION,
+    seed: int | Literal["random"] | None = None,
+    magic_prompt_option: MagicPromptChoice = "AUTO",
+    negative_prompt: str | None = None,
+    allow_extreme_ratio: bool = False,
+    archive: str | None = None,
+    upload_to: str | None = None,
+    credentials_block: str | None = None,
+    on_unknown: OnUnknown = "repay",
+) -> ArchivedImage:
+    """Makes one picture of an image and a prompt, pays for it once, and archives it.
+
+    The same job run again finds the picture in the archive and pays nothing.
+
+    Args:
+        image: The source image: a path on the worker, s3://bucket/key, or an http(s):// address. JPEG, PNG and WebP go
+            up as they are; most other formats are converted.
+        prompt: What the picture should show.
+        name: Where the picture goes in the archive, hero/summer for example; the image's name if left out.
+        image_weight: 1 to 100; higher keeps more of the source image.
+        style_type: The style of the picture.
+        resolution: Size of the picture in pixels; AUTO chooses the one that crops the source image least.
+        seed: 100 to 999999; random draws a fresh one, so that each run pays for another picture. Left out, it is
+            derived from the job, so that the same job is the same picture.
+        magic_prompt_option: Whether the model may rewrite the prompt; OFF is reproducible.
+        negative_prompt: What the picture should not show; the model may ignore it.
+        allow_extreme_ratio: Whether an image wider or taller than 3 to 1 is taken.
+        archive: Where pictures go: s3://bucket/prefix or a folder; the worker's setting if left out.
+        upload_to: Where source images go for the provider to read them: s3://bucket/prefix; the worker's setting if
+            left out.
+        credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
+        on_unknown: Whether to pay again (repay) or not (fail) where an earlier request may have been billed.
+
+    Returns:
+        Where the picture lies, what it cost and how it came about.
+
+    Raises:
+        SegmindError: In one of its classes; the message says what was wrong and what to do.
+    """
+    load_credentials(credentials_block)  # what is not configured is said before anything is done
+    configuration.open_archive(archive)
+    job = validate_job(
+        {
+            "name": name,
+            "image": image,
+            "prompt": prompt,
+            "image_weight": image_weight,
+            "style_type": style_type,
+            "resolution": resolution,
+            "seed": seed,
+            "magic_prompt_option": magic_prompt_option,
+            "negative_prompt": negative_prompt,
+            "allow_extreme_ratio": allow_extreme_ratio,
+        },
+        credentials_block,
+    )
+    uploaded = upload_image(job, upload_to, credentials_block)
+    generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown)
+    archived = archive_image(generated)
+    publish_before_after(job, archived, generated)
+    return archived
+
+
+if __name__ == "__main__":
+    image_to_image.serve(name="on-demand")

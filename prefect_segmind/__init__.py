@@ -1,0 +1,73 @@
+"""Prefect tasks and flows for Segmind's Ideogram 2a image-to-image API. A picture is paid for once.
+
+The names below are loaded when they are first used, so that importing the package is quick and a command can set
+Prefect up before Prefect is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefect_segmind.archiving import ArchivedImage
+    from prefect_segmind.client import SegmindClient
+    from prefect_segmind.credentials import SegmindCredentials
+    from prefect_segmind.errors import SegmindError
+    from prefect_segmind.flows.image_to_image import image_to_image
+    from prefect_segmind.generation import GeneratedImage
+    from prefect_segmind.request import ImageToImageRequest, Job, parse_job
+    from prefect_segmind.resolution import Resolution
+    from prefect_segmind.settings import SegmindSettings
+    from prefect_segmind.tasks import archive_image, generate_image, upload_image, validate_job
+    from prefect_segmind.upload import UploadedImage
+    from prefect_segmind.validation import ValidatedJob
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArchivedImage",
+    "GeneratedImage",
+    "ImageToImageRequest",
+    "Job",
+    "Resolution",
+    "SegmindClient",
+    "SegmindCredentials",
+    "SegmindError",
+    "SegmindSettings",
+    "UploadedImage",
+    "ValidatedJob",
+    "__version__",
+    "archive_image",
+    "generate_image",
+    "image_to_image",
+    "parse_job",
+    "upload_image",
+    "validate_job",
+]
+
+_HOMES = {
+    "archiving": ("ArchivedImage",),
+    "client": ("SegmindClient",),
+    "credentials": ("SegmindCredentials",),
+    "errors": ("SegmindError",),
+    "flows": ("image_to_image",),
+    "generation": ("GeneratedImage",),
+    "request": ("ImageToImageRequest", "Job", "parse_job"),
+    "resolution": ("Resolution",),
+    "settings": ("SegmindSettings",),
+    "tasks": ("archive_image", "generate_image", "upload_image", "validate_job"),
+    "upload": ("UploadedImage",),
+    "validation": ("ValidatedJob",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,122 @@
+"""What `prefect-segmind check` looks at: everything a run needs, tried for real, without paying anything."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import httpx
+from packaging.requirements import Requirement
+from prefect import __version__ as prefect_version
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
+
+from prefect_segmind import configuration
+from prefect_segmind.credentials import load_credentials
+from prefect_segmind.errors import ConfigurationError, OutboxError, StoreError
+from prefect_segmind.price import usd
+from prefect_segmind.settings import load_settings
+
+Check = tuple[str, Callable[[], str]]
+
+
+def all_checks(block: str | None, archive: str | None, upload_to: str | None) -> Iterator[Check]:
+    """Titles and checks; a check says what it found, or raises an error that says what to do.
+
+    Args:
+        block: Name of a `SegmindCredentials` block; the settings if None.
+        archive: `s3://bucket/prefix` or a folder; the settings if None.
+        upload_to: `s3://bucket/prefix`; the settings if None.
+    """
+    yield "key and credits", lambda: _credits(block)
+    yield "upload place", lambda: _upload_place(upload_to)
+    yield "archive", lambda: _archive(archive)
+    yield "outbox", _outbox
+    yield "versions", _versions
+    yield "Prefect server", _server
+
+
+def _credits(block: str | None) -> str:
+    price = load_settings().price_usd
+    with load_credentials(block).get_client() as client:
+        left = client.credits()
+    pictures = f"about {int(left / price)} pictures" if price else "pictures cost nothing"
+    return f"the key is good; {usd(left)} USD of credits, {pictures}"
+
+
+def _upload_place(place: str | None) -> str:
+    uploads = configuration.open_uploads(place)
+    if uploads.place is None:
+        raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
+    store = configuration.open_archive(uploads.place).store
+    said = secrets.token_bytes(16)
+    store.put(".segmind-check", said, "application/octet-stream")
+    answer = httpx.get(uploads.address(store.uri(".segmind-check")), timeout=10)
+    if answer.content != said:
+        raise StoreError(
+            f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
+            "endpoint and the bucket's policy for GET"
+        )
+    return f"{uploads.place} can be written, and a signed address can be read"
+
+
+def _archive(place: str | None) -> str:
+    store = configuration.open_archive(place).store
+    store.put(".segmind/check", secrets.token_bytes(16), "application/octet-stream")
+    if store.conditional:
+        return f"{store.url} can be written, and honours conditional writes"
+    return f"{store.url} can be written, but ignores conditional writes: do not run the same job twice at a time"
+
+
+def _outbox() -> str:
+    outbox = configuration.open_outbox()
+    outbox.check()
+    if _in_container() and not _on_volume(outbox.folder):
+        raise OutboxError(
+            f"{outbox.folder} lies in the container and is lost with it; mount a volume there, so that a paid picture "
+            "survives"
+        )
+    return f"{outbox.folder} can take pictures"
+
+
+def _in_container() -> bool:
+    return (
+        Path("/.dockerenv").exists() or Path("/run/.containerenv").exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    )
+
+
+def _on_volume(folder: Path) -> bool:
+    """Whether a folder, or one above it, is mounted from outside the container."""
+    return any(os.path.ismount(each) for each in (folder, *folder.parents) if each != each.parent)
+
+
+def _versions() -> str:
+    said = []
+    for text in requires("prefect-segmind") or []:
+        need = Requirement(text)
+        if need.name not in ("prefect", "fastapi", "sqlalchemy") or need.marker is not None:
+            continue
+        have = version(need.name)
+        if have not in need.specifier:
+            raise ConfigurationError(
+                f"{need.name} {have} is installed, and Prefect's server does not work with it: "
+                f'pip install "{need.name}{need.specifier}"'
+            )
+        said.append(f"{need.name} {have}")
+    return ", ".join(said)
+
+
+def _server() -> str:
+    where = PREFECT_API_URL.value()
+    with get_client(sync_client=True) as client:
+        if failed := client.api_healthcheck():
+            raise ConfigurationError(f"{where} does not answer ({failed}); start it, or check PREFECT_API_URL")
+        server = str(client.api_version())
+    if server.split(".")[:2] != prefect_version.split(".")[:2]:
+        raise ConfigurationError(
+            f"the server is Prefect {server}, this is {prefect_version}; use the same minor version"
+        )
+    return f"{where or 'a temporary one, started for each command'} answers, Prefect {server}"

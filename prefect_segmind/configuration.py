@@ -1,0 +1,107 @@
+"""Turns settings and credentials into the parts that the stages work with."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from prefect.blocks.core import Block
+
+from prefect_segmind.archive import Archive
+from prefect_segmind.client import on_loopback
+from prefect_segmind.credentials import load_base_url
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.outbox import Outbox
+from prefect_segmind.settings import load_settings
+from prefect_segmind.source import SourceReader
+from prefect_segmind.store import open_store
+from prefect_segmind.upload import Uploads
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+def s3_client() -> S3Client:
+    """The S3 client: of the block that the settings name, or of boto3's own chain. Made once for each environment.
+
+    Raises:
+        ConfigurationError: The block cannot be loaded or makes no S3 client.
+        StoreCredentialsError: The AWS profile does not exist.
+    """
+    return _s3_client(load_settings().s3_block, _aws_environment())
+
+
+def open_archive(url: str | None) -> Archive:
+    """The archive at a place, or at the one that the settings name.
+
+    Args:
+        url: `s3://bucket/prefix` or a folder.
+
+    Raises:
+        ConfigurationError: None is named.
+    """
+    settings = load_settings()
+    place = url or settings.archive
+    if not place:
+        raise ConfigurationError(
+            "archive: no place for the pictures is named; name s3://bucket/prefix or a folder with --archive, the "
+            "flow's archive or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
+        )
+    return _archive(place, settings.s3_block, _aws_environment())
+
+
+def open_uploads(place: str | None) -> Uploads:
+    """The place for source images that is named here or in the settings."""
+    settings = load_settings()
+    return Uploads(
+        s3=s3_client,
+        place=place or settings.upload_to,
+        presigned_seconds=settings.presigned_seconds,
+        public_base_url=settings.public_base_url,
+    )
+
+
+def open_outbox() -> Outbox:
+    """The outbox that the settings name."""
+    settings = load_settings()
+    return Outbox(settings.outbox_folder, settings.outbox_min_free_bytes)
+
+
+def source_reader(credentials_block: str | None = None) -> SourceReader:
+    """Reads source images; those on this machine's own servers only where the API is there too.
+
+    Args:
+        credentials_block: The block that names the API's address, if one does.
+    """
+    return SourceReader(
+        s3=s3_client,
+        allow_private=load_settings().allow_private_sources,
+        allow_loopback=on_loopback(load_base_url(credentials_block)),
+    )
+
+
+def _aws_environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+
+
+@lru_cache(maxsize=8)
+def _s3_client(block: str | None, _environment: tuple[tuple[str, str], ...]) -> S3Client:
+    if block is None:
+        from prefect_segmind import s3
+
+        return s3.s3_client()
+    try:
+        loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
+        client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]
+    except (ValueError, AttributeError, ImportError) as error:
+        raise ConfigurationError(
+            f"PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK: {block!r} is no block with get_s3_client(), such as "
+            f"aws-credentials/prod ({type(error).__name__}: {error})"
+        ) from None
+    return client
+
+
+@lru_cache(maxsize=32)
+def _archive(place: str, block: str | None, _environment: tuple[tuple[str, str], ...]) -> Archive:
+    return Archive(open_store(place, s3_client() if place.startswith("s3://") else None))

@@ -1,0 +1,94 @@
+"""The key to the API: a Prefect block, or environment variables where there is none."""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar, cast
+
+from prefect.blocks.abstract import CredentialsBlock
+from pydantic import Field, SecretStr
+
+from prefect_segmind.client import DEFAULT_BASE_URL, SegmindClient
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.settings import load_settings
+
+
+class SegmindCredentials(CredentialsBlock):
+    """The key to Segmind's API.
+
+    Attributes:
+        api_key: The key; Prefect stores it encrypted and never shows it.
+        base_url: Address of the API.
+
+    Example:
+        Save it once, and name it in a flow:
+        ```python
+        from prefect_segmind import SegmindCredentials
+
+        SegmindCredentials(api_key="SG_…").save("marketing")
+        ```
+    """
+
+    _block_type_name: ClassVar[str | None] = "Segmind Credentials"
+    _block_type_slug: ClassVar[str | None] = "segmind-credentials"
+    _description: ClassVar[str | None] = "The key to Segmind's image-to-image API."
+
+    api_key: SecretStr = Field(description="The key to Segmind's API.")
+    base_url: str = Field(default=DEFAULT_BASE_URL, description="Address of the API.")
+
+    def get_client(self) -> SegmindClient:
+        """A client with this key and the time-outs of the settings; close it after use.
+
+        Raises:
+            ConfigurationError: The key or the address is unusable.
+        """
+        settings = load_settings()
+        return SegmindClient(
+            self.api_key.get_secret_value(),
+            self.base_url,
+            connect_timeout=settings.connect_timeout_seconds,
+            read_timeout=settings.read_timeout_seconds,
+            list_price_usd=settings.price_usd,
+        )
+
+
+def load_credentials(block: str | None = None) -> SegmindCredentials:
+    """The credentials to use: the named block, the one that the settings name, or the environment.
+
+    Args:
+        block: Name of a saved `SegmindCredentials` block.
+
+    Raises:
+        ConfigurationError: There are none; the message says what to set.
+    """
+    name = block or load_settings().credentials_block
+    if name:
+        try:
+            return cast(SegmindCredentials, SegmindCredentials.load(name, _sync=True))  # type: ignore[call-arg]
+        except ValueError as error:
+            raise ConfigurationError(
+                f"credentials_block: no SegmindCredentials block named {name!r} can be loaded ({error}); save one with "
+                f'SegmindCredentials(api_key=…).save("{name}")'
+            ) from None
+    key = os.environ.get("SEGMIND_API_KEY", "").strip()
+    if not key:
+        raise ConfigurationError(
+            "api_key: there is none; set SEGMIND_API_KEY, or name a SegmindCredentials block (--block, the flow's "
+            "credentials_block, or PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK)"
+        )
+    return SegmindCredentials(api_key=SecretStr(key), base_url=_base_url())
+
+
+def load_base_url(block: str | None = None) -> str:
+    """Address of the API, which is known without a key too.
+
+    Args:
+        block: Name of a saved `SegmindCredentials` block.
+    """
+    if block or load_settings().credentials_block:
+        return load_credentials(block).base_url
+    return _base_url()
+
+
+def _base_url() -> str:
+    return os.environ.get("SEGMIND_BASE_URL", "").strip() or DEFAULT_BASE_URL

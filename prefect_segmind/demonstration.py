@@ -1,0 +1,110 @@
+"""The `demo` and `sandbox` commands: the plugin at work against stand-ins on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import threading
+from datetime import datetime
+from pathlib import Path
+
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from rich.console import Console
+
+from prefect_segmind.flows import image_to_image
+from prefect_segmind.price import LIST_PRICE_USD, usd
+from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
+
+PROMPT = "a ceramic mug on a picnic blanket, late summer light, soft shadows"
+
+
+def demonstrate(folder: Path, console: Console) -> None:
+    """Makes a picture of a drawn photo against a sandbox that first answers 429 and 502, then asks for it once more.
+
+    Args:
+        folder: Each demo makes a folder of its own in it.
+        console: Where people read.
+    """
+    home = (folder / datetime.now().strftime("%Y%m%d-%H%M%S")).resolve()
+    home.mkdir(parents=True)
+    photo = home / "mug.jpg"
+    photo.write_bytes(sample_photo())
+    with Sandbox(home, latency=2.0) as sandbox:
+        os.environ.update(sandbox.environment())
+        os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(home / "outbox")
+        sandbox.play(Answer(status=429, reset_in=3), Answer(status=502))
+        console.rule("A local photo becomes a picture; the API refuses twice before it answers")
+        console.print(
+            f"Before anything is paid: 1 picture, {usd(LIST_PRICE_USD)} USD at the list price. This sandbox takes no money."
+        )
+        state = image_to_image(
+            image=str(photo), prompt=PROMPT, style_type="ANIME", image_weight=60, resolution="AUTO", return_state=True
+        )
+        first = state.result()
+        console.rule("The same job again")
+        second = image_to_image(image=str(photo), prompt=PROMPT, style_type="ANIME", image_weight=60, resolution="AUTO")
+        billed, spent = sandbox.ledger.billed, sandbox.ledger.billed_usd
+    console.rule("What came of it")
+    after = home / "s3" / first.image.removeprefix("s3://")
+    for title, text in {
+        "before": photo,
+        "after": after,
+        "sidecar": after.with_suffix(".json"),
+        "first run": f"{first.status} after {first.attempts} requests, paid {usd(first.cost_usd)} USD",
+        "second run": f"{second.status}, paid {usd(second.cost_usd)} USD",
+        "ledger": f"the sandbox billed {billed} picture{'s' * (billed != 1)}, {usd(spent)} USD",
+    }.items():
+        console.print(f"[bold]{title:>10}[/]  ", end="")
+        console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"[bold]{'in the UI':>10}[/]  ", end="")
+    console.print(_how_to_open(str(state.state_details.flow_run_id)), markup=False, highlight=False, soft_wrap=True)
+
+
+def serve_sandbox(
+    folder: Path,
+    port: int,
+    s3_port: int,
+    latency: float,
+    credits: str,
+    requests_per_minute: int | None,
+    console: Console,
+) -> None:
+    """Serves the sandbox until Ctrl-C or SIGTERM, and prints the exports that point the plugin at it.
+
+    Args:
+        folder: What the S3 server serves.
+        port: Of the API.
+        s3_port: Of the S3 server.
+        latency: Seconds that a picture takes.
+        credits: USD on the account.
+        requests_per_minute: A rate limit, if there is to be one.
+        console: Where people read.
+    """
+    with Sandbox(
+        folder.resolve(),
+        port=port,
+        s3_port=s3_port,
+        latency=latency,
+        credits=credits,
+        requests_per_minute=requests_per_minute,
+    ) as sandbox:
+        for name, value in sandbox.environment().items():
+            console.print(f"export {name}={shlex.quote(value)}", markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            ledger = sandbox.ledger
+            console.print(f"\n{ledger.billed} pictures billed, {usd(ledger.billed_usd)} USD that nobody pays.")
+
+
+def _how_to_open(flow_run_id: str) -> str:
+    api = PREFECT_API_URL.value()
+    if api:
+        ui = PREFECT_UI_URL.value() or api.removesuffix("/api")
+        return f"{ui}/runs/flow-run/{flow_run_id}"
+    prefect = Path(sys.executable).with_name("prefect")
+    if prefect.is_relative_to(Path.cwd()):
+        prefect = prefect.relative_to(Path.cwd())
+    return f"{prefect} server start, then http://127.0.0.1:4200/runs/flow-run/{flow_run_id} (tab Artifacts)"

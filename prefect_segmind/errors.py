@@ -1,0 +1,269 @@
+"""Every error this package raises, and the one table from an HTTP status to its class.
+
+An error says which field or setting was wrong and what to do. It never holds a key or a signed URL: every message is
+redacted when the error is made. The meanings of the statuses are the provider's.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefect_segmind.retry import Decision
+
+_KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
+_QUERY = re.compile(r"(https?://[^\s?#\"'<>]+)\?[^\s\"'<>]*")
+_USERINFO = re.compile(r"(https?://)[^\s/@\"'<>]+@")
+
+
+def redact(text: str, *secrets: str) -> str:
+    """A text without API keys, without the query of any URL (a signature lives there) and without the given secrets.
+
+    Example:
+        >>> redact("GET https://b.example/k?X-Amz-Signature=ab with SG_0123456789abcdef")
+        'GET https://b.example/k?… with SG_…'
+    """
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "…")
+    return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", _KEY.sub("SG_…", text)))
+
+
+class SegmindError(Exception):
+    """The base of all errors of this package.
+
+    Attributes:
+        status: The HTTP status of the answer, if there was one.
+        retry_after: Seconds that the server asks to wait.
+        possibly_billed: Whether the outcome is unknown and the request may have been paid for.
+        request_id: The provider's `x-request-id`.
+        fingerprint: The job's, where it is known.
+        requests_sent: How many requests this run has sent for the job, the failed one included.
+        cost_usd: What this run has paid for the job for certain.
+        possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
+        decision: What is to follow a failed request: wait or stop.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after: float | None = None,
+        possibly_billed: bool = False,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(redact(message))
+        self.status = status
+        self.retry_after = retry_after
+        self.possibly_billed = possibly_billed
+        self.request_id = request_id
+        self.fingerprint: str | None = None
+        self.requests_sent = 0
+        self.cost_usd = Decimal("0.00")
+        self.possibly_billed_usd = Decimal("0.00")
+        self.decision: Decision | None = None
+
+
+class InputError(SegmindError):
+    """What was asked for cannot be done as it stands; nothing was uploaded or paid."""
+
+
+class InvalidJobError(InputError):
+    """Fields of a job are wrong; the message has a line for each of them."""
+
+
+class SourceImageError(InputError):
+    """The source image is missing, unreadable, or of a kind that is refused."""
+
+
+class ConfigurationError(InputError):
+    """A setting, a block or an environment variable is missing or wrong."""
+
+
+class StoreError(SegmindError):
+    """A place in S3 or on disk could not be read or written."""
+
+
+class BucketNotFoundError(StoreError):
+    """The bucket does not exist, or not at this endpoint."""
+
+
+class StoreAccessError(StoreError):
+    """The credentials are valid, but not for this."""
+
+
+class StoreCredentialsError(StoreError):
+    """There are no S3 credentials, or they are wrong or expired."""
+
+
+class StoreUnreachableError(StoreError):
+    """The S3 endpoint does not answer."""
+
+
+class PreconditionFailedError(StoreError):
+    """A conditional write lost: somebody else has written the object since it was read."""
+
+
+class OutboxError(StoreError):
+    """The outbox, the folder for paid pictures, cannot take one more."""
+
+
+class ArchiveError(StoreError):
+    """A paid picture could not be archived; it is safe in the outbox."""
+
+
+class OutcomeUnknownError(SegmindError):
+    """An earlier request for this job may have been paid, and `on_unknown="fail"` forbids another."""
+
+
+class ApiError(SegmindError):
+    """The API refused a request, failed, or could not be reached."""
+
+
+class AccountError(ApiError):
+    """The account cannot use the API: every further request would fail the same way."""
+
+
+class BadRequestError(ApiError):
+    """400: the request is malformed, or `image_file` cannot be fetched."""
+
+
+class InvalidKeyError(AccountError):
+    """401: the key is missing or wrong."""
+
+
+class PermissionDeniedError(AccountError):
+    """403: the key may not use this model."""
+
+
+class EndpointNotFoundError(AccountError):
+    """404: no such model or endpoint."""
+
+
+class MethodNotAllowedError(ApiError):
+    """405: the address does not take a POST, mostly a wrong base URL."""
+
+
+class NotAcceptableError(ApiError):
+    """406 for a reason that the message does not tell apart."""
+
+
+class InsufficientCreditsError(NotAcceptableError):
+    """406: no credits left, or the team's spend limit is reached."""
+
+
+class ParameterRejectedError(NotAcceptableError):
+    """406: the value of a parameter was rejected."""
+
+
+class ContentTypeRejectedError(NotAcceptableError):
+    """406: the Content-Type was rejected."""
+
+
+class ModelRetiredError(AccountError):
+    """410: the model is no longer served."""
+
+
+class UnprocessableError(ApiError):
+    """422: the safety check or the inference refused the request."""
+
+
+class RateLimitError(ApiError):
+    """429: too many requests."""
+
+
+class InternalServerError(ApiError):
+    """500: the provider failed; mostly a parameter that it cannot work with."""
+
+
+class BadGatewayError(ApiError):
+    """502: temporarily unavailable; the picture may have been made and billed."""
+
+
+class GatewayTimeoutError(ApiError):
+    """504: timed out on the way; the picture may have been made and billed."""
+
+
+class UnexpectedStatusError(ApiError):
+    """A status that the contract does not name."""
+
+
+class ApiUnreachableError(ApiError):
+    """The connection failed before the request was sent."""
+
+
+class AnswerCutError(ApiError):
+    """The answer did not arrive whole: read time-out, lost connection, half a body. It may be billed."""
+
+
+class NotAnImageError(ApiError):
+    """A 200 without a picture in it: HTML, nothing, or bytes that do not decode. It may be billed."""
+
+
+class UnsafeImageError(NotAnImageError):
+    """A 200 that says `is_image_safe: false` and holds no picture. It may be billed."""
+
+
+class ResultLinkError(NotAnImageError):
+    """A 200 with a link to the picture that could not be followed. It may be billed."""
+
+
+STATUS_ERRORS: dict[int, type[ApiError]] = {
+    400: BadRequestError,
+    401: InvalidKeyError,
+    403: PermissionDeniedError,
+    404: EndpointNotFoundError,
+    405: MethodNotAllowedError,
+    406: NotAcceptableError,
+    410: ModelRetiredError,
+    422: UnprocessableError,
+    429: RateLimitError,
+    500: InternalServerError,
+    502: BadGatewayError,
+    504: GatewayTimeoutError,
+}
+
+ADVICE: dict[type[ApiError], str] = {
+    BadRequestError: "check the parameters, and that the provider can fetch the uploaded image",
+    InvalidKeyError: "set SEGMIND_API_KEY, or the api_key of the SegmindCredentials block, to a valid key",
+    PermissionDeniedError: "ask the account's owner to allow this model for the key",
+    EndpointNotFoundError: "check SEGMIND_BASE_URL and the model's page at the provider",
+    MethodNotAllowedError: "check SEGMIND_BASE_URL",
+    NotAcceptableError: "read the provider's words and change what they name",
+    InsufficientCreditsError: "add credits to the account or raise its spend limit, then run again",
+    ParameterRejectedError: "change the parameter that the message names",
+    ContentTypeRejectedError: "check what stands between here and the API: it changed the Content-Type header",
+    ModelRetiredError: "the provider has retired the model; look for its successor",
+    UnprocessableError: "change the prompt or the image",
+    RateLimitError: "run fewer at once, or ask the provider for a higher limit",
+    InternalServerError: "check the parameters; if they are right, run again later",
+    BadGatewayError: "run again later; the provider's usage page tells whether it was billed",
+    GatewayTimeoutError: "run again later; the provider's usage page tells whether it was billed",
+    UnexpectedStatusError: "check SEGMIND_BASE_URL and any proxy on the way",
+}
+"""What a user can do about each status, in the words of an error message."""
+
+
+def status_error(status: int, text: str) -> type[ApiError]:
+    """The class for an HTTP status; a 406 is told apart by the provider's words.
+
+    Args:
+        status: Any status but 200.
+        text: The error text of the answer.
+
+    Example:
+        >>> status_error(406, "Insufficient credits: balance 0.01, need 0.05").__name__
+        'InsufficientCreditsError'
+    """
+    if status != 406:
+        return STATUS_ERRORS.get(status, UnexpectedStatusError)
+    words = text.lower()
+    if re.search(r"credit|balance|spend|quota|billing|top.?up", words):
+        return InsufficientCreditsError
+    if re.search(r"content.?type|media type", words):
+        return ContentTypeRejectedError
+    if re.search(r"param|value|field|invalid|allowed|must be|range|expected", words):
+        return ParameterRejectedError
+    return NotAcceptableError

@@ -1,0 +1,51 @@
+"""Which picture a job is: two jobs with the same fingerprint ask for the same picture, so it is paid for once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+ENDPOINT = "ideogram-2a-img-2-img"
+"""The model's name at the provider; also the last part of its address."""
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no spaces: the same value gives the same bytes.
+
+    Example:
+        >>> canonical_json({"b": 1, "a": "é"}).decode()
+        '{"a":"é","b":1}'
+    """
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def fingerprint(source: str, parameters: Mapping[str, object]) -> str:
+    """SHA-256, in hex, of everything that changes the picture.
+
+    Args:
+        source: SHA-256 of the source image's content, or of its URL where it cannot be read.
+        parameters: Every parameter of the request but `image_file`, the seed included. Not the attempt, the host, the
+            key or the job's name: they do not change the picture.
+
+    Example:
+        >>> fingerprint("0" * 64, {"prompt": "a red mug", "seed": 100})[:8]
+        'c4edeff8'
+    """
+    what = {"endpoint": ENDPOINT, "source": source, "parameters": _plain(parameters)}
+    return hashlib.sha256(canonical_json(what)).hexdigest()
+
+
+def derived_seed(source: str, parameters: Mapping[str, object]) -> int:
+    """The seed, 100 to 999999, of a job that names none: the same job always gets the same one.
+
+    Args:
+        source: As for `fingerprint`.
+        parameters: As for `fingerprint`, without the seed.
+    """
+    digest = hashlib.sha256(canonical_json({"source": source, "parameters": _plain(parameters)})).digest()
+    return 100 + int.from_bytes(digest, "big") % 999_900
+
+
+def _plain(parameters: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in parameters.items() if value is not None}

@@ -1,0 +1,264 @@
+"""The third stage, the one that pays: one request for a picture that nobody has paid for yet."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.archive import Archive, RecordRead
+from prefect_segmind.client import SegmindClient
+from prefect_segmind.errors import (
+    OutcomeUnknownError,
+    PreconditionFailedError,
+    SegmindError,
+    StoreError,
+)
+from prefect_segmind.lease import Claim, claim, held_claim, held_elsewhere, this_process
+from prefect_segmind.outbox import Outbox, OutboxEntry
+from prefect_segmind.record import (
+    LEASE_SECONDS,
+    Attempt,
+    OnUnknown,
+    PaidPicture,
+    Record,
+    Verdict,
+    possibly_billed_count,
+    sent_by,
+    verdict,
+)
+from prefect_segmind.retry import RetryPolicy, decide
+from prefect_segmind.upload import UploadedImage
+from prefect_segmind.validation import ValidatedJob
+
+WAIT_SECONDS = 1.0
+"""Seconds between looks at a record that another run holds."""
+REQUEST_SECONDS = 3600.0
+"""How long a claim is kept for one request at most."""
+ARCHIVE_SECONDS = 600.0
+"""How long a claim on a picture in the outbox is kept for the archive stage to finish."""
+
+
+class GeneratedImage(BaseModel):
+    """A picture that is paid for, by this run or an earlier one.
+
+    Attributes:
+        job: What was asked for.
+        source_uri: Where the source image lies.
+        archive: The archive that has its record.
+        run: The run that got it.
+        status: `generated` by this run; `recovered` from the outbox, `reused` from the archive: paid for before.
+        path: The picture in the outbox; None when reused.
+        picture: Its facts.
+        attempts: Every request that was ever sent for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: ValidatedJob
+    source_uri: str
+    archive: str
+    run: str
+    status: Literal["generated", "recovered", "reused"]
+    path: Path | None
+    picture: PaidPicture
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.job.name
+
+    @property
+    def cost_usd(self) -> Decimal:
+        """What this run paid for it."""
+        return self.picture.cost_usd if self.status == "generated" else Decimal("0.00")
+
+    @property
+    def requests_sent(self) -> int:
+        """How many requests this run has sent for it."""
+        return len(sent_by(self.run, self.attempts))
+
+    @property
+    def possibly_billed_usd(self) -> Decimal:
+        """What requests of unknown outcome may have cost, as far as this run has to report them."""
+        return self.job.price_usd * possibly_billed_count(self.run, self.attempts)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Pays for pictures, each of them once.
+
+    Attributes:
+        archive: Has the records.
+        outbox: Takes the pictures.
+        client: Sends the requests.
+        address: Turns the URI of an uploaded image into an address that the provider can GET, for one request.
+        on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+        policy: How patient the run is.
+        say: Takes a line for the log.
+    """
+
+    archive: Archive
+    outbox: Outbox
+    client: SegmindClient
+    address: Callable[[str], str]
+    on_unknown: OnUnknown = "repay"
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    say: Callable[[str], None] = print
+
+    def generate(self, job: ValidatedJob, uploaded: UploadedImage, run: str) -> GeneratedImage:
+        """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
+
+        Call it again with the same `run` to retry: what happened before stands in the record. A picture that another
+        run is paying for at this moment is waited for.
+
+        Args:
+            job: What is asked for.
+            uploaded: Where its source image lies.
+            run: Identifies the run across its retries.
+
+        Raises:
+            ApiError: The request failed; its `decision` says whether and when to try again.
+            OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
+            OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`.
+            StoreError: The record could not be read or written; nothing was paid.
+        """
+        told = False
+        while True:
+            found = self.archive.read(job.fingerprint)
+            elsewhere = held_elsewhere(self.archive, found, run)
+            kept = self.outbox.find(
+                job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=not elsewhere
+            )
+            what = verdict(
+                found.record if found else None,
+                run=run,
+                in_outbox=kept is not None,
+                held_elsewhere=elsewhere,
+                on_unknown=self.on_unknown,
+            )
+            if what is Verdict.PAY:
+                if paid := self._pay(job, uploaded, run, found):
+                    return paid
+            elif what is Verdict.REUSE and found and found.record.picture:
+                self.say(f"reused: {job.name} is archived already; nothing to pay")
+                picture, attempts = found.record.picture, found.record.attempts
+                return self._result(job, uploaded, run, "reused", None, picture, attempts)
+            elif what is Verdict.RECOVER and kept:
+                self.say(f"recovered: {job.name} was paid for and lies in the outbox; nothing to pay")
+                path, entry = kept
+                attempts = found.record.attempts if found else entry.attempts
+                return self._result(job, uploaded, run, "recovered", path, entry.paid, attempts)
+            elif what is Verdict.WAIT:
+                if not told:
+                    self.say(f"waiting: another run is paying for {job.name} at this moment")
+                    told = True
+                time.sleep(WAIT_SECONDS)
+            else:
+                refused = OutcomeUnknownError(
+                    f"{job.name}: an earlier request may have been billed though no picture came of it, and "
+                    'on_unknown is "fail" (look at the provider\'s usage page; on_unknown="repay" pays once more)'
+                )
+                refused.fingerprint = job.fingerprint
+                raise refused
+
+    def _pay(
+        self, job: ValidatedJob, uploaded: UploadedImage, run: str, found: RecordRead | None
+    ) -> GeneratedImage | None:
+        """Sends one request; None where another run was faster to claim the picture.
+
+        All that can fail on this machine is done before the claim: disk space, the signed address.
+        """
+        with self.outbox.receive(job.fingerprint, run) as part:
+            request = job.request(self.address(uploaded.uri))
+            held = self._claim(job, found, run)
+            if held is None:
+                return None
+            held.hold(REQUEST_SECONDS)
+            try:
+                paid = self.client.generate(request, part)
+                record = held.record.answered(status=200, reason=None, wait_seconds=None, possibly_billed=False)
+                path = self.outbox.keep(job.fingerprint, part, OutboxEntry(paid=paid, attempts=record.attempts))
+            except SegmindError as error:
+                self._failed(job, run, held, error)
+                raise
+            except BaseException:
+                held.release()  # the request in the record has no outcome, and the next run will say so
+                raise
+        held.hold(ARCHIVE_SECONDS)
+        for notice in paid.notices:
+            self.say(notice)
+        return self._result(job, uploaded, run, "generated", path, paid, record.attempts)
+
+    def _claim(self, job: ValidatedJob, found: RecordRead | None, run: str) -> Claim | None:
+        held = held_claim(self.archive, job.fingerprint)
+        if held is None or held.run != run:
+            return claim(self.archive, found, job.fingerprint, run)
+        try:
+            held.write(lambda record: record.claimed_by(this_process(run), datetime.now(timezone.utc)))
+        except PreconditionFailedError:
+            held.release()
+            return None
+        return held
+
+    def _failed(self, job: ValidatedJob, run: str, held: Claim, error: SegmindError) -> None:
+        """Decides what follows a failed request, and notes it in the record and on the error."""
+        mine = sent_by(run, held.record.attempts)
+        decision = decide(
+            error,
+            attempts=len(mine),
+            unknown=sum(1 for each in mine if each.possibly_billed) + error.possibly_billed,
+            elapsed=(datetime.now(timezone.utc) - mine[0].sent_at).total_seconds(),
+            jitter=random.random(),
+            policy=self.policy,
+        )
+
+        def outcome(record: Record) -> Record:
+            return record.answered(
+                status=error.status,
+                reason=f"{type(error).__name__}: {error}",
+                wait_seconds=decision.wait_seconds,
+                possibly_billed=error.possibly_billed,
+            )
+
+        error.decision = decision
+        error.fingerprint = job.fingerprint
+        error.requests_sent = len(mine)
+        error.possibly_billed_usd = job.price_usd * possibly_billed_count(run, outcome(held.record).attempts)
+        try:
+            held.write(outcome)
+        except StoreError as broken:
+            self.say(f"the outcome of this request could not be noted in the archive: {broken}")
+        if decision.wait_seconds is None:
+            held.release()
+        else:
+            held.hold(decision.wait_seconds + LEASE_SECONDS)
+
+    def _result(
+        self,
+        job: ValidatedJob,
+        uploaded: UploadedImage,
+        run: str,
+        status: Literal["generated", "recovered", "reused"],
+        path: Path | None,
+        picture: PaidPicture,
+        attempts: tuple[Attempt, ...],
+    ) -> GeneratedImage:
+        return GeneratedImage(
+            job=job,
+            source_uri=uploaded.uri,
+            archive=self.archive.url,
+            run=run,
+            status=status,
+            path=path,
+            picture=picture,
+            attempts=attempts,
+        )

@@ -1,0 +1,191 @@
+"""The outbox: a folder on this machine where a paid picture lies from the moment its answer has been read until the
+archive holds it.
+
+A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
+`{fingerprint}.{run}.part`. Space for an answer is taken before the request is sent, so that a full disk costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from decimal import Decimal
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prefect_segmind.errors import OutboxError
+from prefect_segmind.image import BrokenPicture, read_picture
+from prefect_segmind.record import Attempt, PaidPicture
+
+RESERVED_BYTES = 8 << 20
+"""Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
+
+_EXTENSIONS = ("png", "jpg", "webp")
+
+
+class OutboxEntry(BaseModel):
+    """What is known of a picture in the outbox."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    paid: PaidPicture
+    attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """The folder of paid pictures.
+
+    Attributes:
+        folder: Made when it is first needed. In a container it must be a volume.
+        min_free_bytes: Free space without which nothing is paid for.
+    """
+
+    folder: Path
+    min_free_bytes: int = 100_000_000
+
+    def check(self) -> None:
+        """Makes the folder and makes sure that it can take a picture.
+
+        Raises:
+            OutboxError: It cannot be made or written, or has too little free space. Nothing was paid.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from error
+        if free < self.min_free_bytes:
+            raise self._unusable(f"{free / 1e6:.0f} MB are free, {self.min_free_bytes / 1e6:.0f} MB are needed")
+        if not os.access(self.folder, os.W_OK):
+            raise self._unusable("it cannot be written")
+
+    @contextmanager
+    def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
+        """Yields the file for an answer that is about to be asked for, its space taken.
+
+        It is removed if no picture comes of it; where the disk fails under a picture, what is there stays.
+
+        Raises:
+            OutboxError: The space cannot be taken. Nothing was paid.
+        """
+        self.check()
+        part = self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
+        try:
+            with part.open("wb") as file:
+                if sys.platform == "linux":
+                    os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise self._unusable(error.strerror or str(error)) from error
+        try:
+            yield part
+        except OutboxError:
+            raise
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        part.unlink(missing_ok=True)
+
+    def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
+        """Makes a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
+
+        Returns:
+            The picture's path.
+
+        Raises:
+            OutboxError: The disk failed under a picture that was paid for.
+        """
+        path = self.folder / f"{fingerprint}.{entry.paid.extension}"
+        try:
+            _sync(part)
+            part.replace(path)
+            _sync(self.folder)
+        except OSError as error:
+            raise OutboxError(
+                f"outbox: {part} holds a picture that was paid for and could not be made durable: {error.strerror}",
+                status=200,
+                possibly_billed=True,
+            ) from error
+        with suppress(OSError):  # the picture is safe, and found without its facts too
+            facts = part.with_suffix(".facts")
+            facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
+            _sync(facts)
+            facts.replace(path.with_suffix(".json"))
+        return path
+
+    def find(
+        self, fingerprint: str, *, seed: int, list_price_usd: Decimal, unfinished: bool
+    ) -> tuple[Path, OutboxEntry] | None:
+        """The paid picture of a job and what is known of it.
+
+        After a crash between reading an answer and noting its facts the picture may lie there without them; it is
+        found all the same.
+
+        Args:
+            fingerprint: Of the job.
+            seed: The job's; for a picture whose facts were not noted.
+            list_price_usd: What such a picture is taken to have cost.
+            unfinished: Whether to take what a dead run had received whole but not yet renamed.
+        """
+        paths = [self.folder / f"{fingerprint}.{each}" for each in _EXTENSIONS]
+        for path in (*paths, *(self._received(fingerprint) if unfinished else ())):
+            try:
+                picture = read_picture(path)
+            except (BrokenPicture, OSError):
+                continue
+            with suppress(OSError, ValidationError):
+                facts = (self.folder / f"{fingerprint}.json").read_text(encoding="utf-8")
+                known = OutboxEntry.model_validate_json(facts)
+                if known.paid.sha256 == picture.sha256:
+                    return path, known
+            paid = PaidPicture(
+                **picture.model_dump(),
+                seed=seed,
+                cost_usd=list_price_usd,
+                cost_source="list price",
+                paid_at=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc),
+                notices=("recovered after a crash: its cost and request id are not known",),
+            )
+            entry = OutboxEntry(paid=paid)
+            return (path if path in paths else self.keep(fingerprint, path, entry)), entry
+        return None
+
+    def remove(self, fingerprint: str) -> None:
+        """Empties the outbox of a picture that the archive holds."""
+        for path in self.folder.glob(f"{fingerprint}.*"):
+            path.unlink(missing_ok=True)
+
+    def _received(self, fingerprint: str) -> list[Path]:
+        """Answers that may have arrived whole when their run died: cut to their length, no longer as reserved."""
+        parts = self.folder.glob(f"{fingerprint}.*.part")
+        return [each for each in parts if each.stat().st_size not in (0, RESERVED_BYTES)]
+
+    def _unusable(self, why: str) -> OutboxError:
+        return OutboxError(
+            f"outbox: {self.folder} cannot take a picture: {why}; nothing was paid (free space there, or set "
+            "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
+        )
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's entries, are on disk. Windows cannot sync a folder and need not."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    try:
+        handle = os.open(path, flags)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,36 @@
+"""What a picture costs, in USD."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+LIST_PRICE_USD = Decimal("0.05")
+"""Price of one generation, from the provider's page for this endpoint; an answer's `x-cost` overrules it."""
+
+
+def read_cost(text: str | None) -> Decimal | None:
+    """The cost in USD that an answer's `x-cost` header names; None where it names no sensible one.
+
+    Example:
+        >>> read_cost("0.0500")
+        Decimal('0.0500')
+        >>> read_cost("NaN") is None
+        True
+    """
+    try:
+        cost = Decimal(text.strip()) if text else None
+    except InvalidOperation:
+        return None
+    return cost if cost is not None and cost.is_finite() and cost >= 0 else None
+
+
+def usd(amount: Decimal) -> str:
+    """An amount as text with at least two decimals and no more than it needs.
+
+    Example:
+        >>> usd(Decimal("0.1")), usd(Decimal("0.0525")), usd(Decimal("0"))
+        ('0.10', '0.0525', '0.00')
+    """
+    text = f"{amount.normalize():f}"
+    _, _, decimals = text.partition(".")
+    return text if len(decimals) >= 2 else f"{amount:.2f}"

@@ -1,0 +1,216 @@
+"""The record of a picture: whether it is paid for, who may pay for it, and what every request for it came to.
+
+A record is one small JSON object in the archive, `.segmind/{fingerprint}.json`. It is created before the first request
+and never deleted, so that it alone answers "is this picture paid for?".
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from enum import Enum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+OnUnknown = Literal["repay", "fail"]
+"""What to do where an earlier request may have been paid but its picture was never seen."""
+
+LEASE_SECONDS = 60.0
+"""How long a claim holds since the record was last written, by the store's own clock."""
+
+
+class Attempt(BaseModel):
+    """One request for the picture.
+
+    Attributes:
+        run: The run that sent it.
+        sent_at: When it was about to be sent, UTC.
+        status: HTTP status of the answer, if there was one.
+        reason: What went wrong, in a few words; None for the one that brought the picture.
+        wait_seconds: Seconds waited before the next one; None if none followed.
+        possibly_billed: Whether it may have been paid though no picture came of it; None while no outcome is known.
+        reported_by: The run whose report counts it as possibly billed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run: str
+    sent_at: datetime
+    status: int | None = None
+    reason: str | None = None
+    wait_seconds: float | None = None
+    possibly_billed: bool | None = None
+    reported_by: str | None = None
+
+
+class Holder(BaseModel):
+    """The run that may pay for the picture, and the process it lives in."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run: str
+    host: str
+    pid: int
+    started: str
+
+
+class PaidPicture(BaseModel):
+    """The facts of a picture that was paid for.
+
+    Attributes:
+        cost_source: `x-cost` where the answer named its cost, `list price` where it did not.
+        seed: The seed it was made with.
+        paid_at: When its answer had been read, UTC.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    sha256: str
+    format: str
+    content_type: str
+    extension: str
+    width: int
+    height: int
+    size_bytes: int
+    seed: int
+    cost_usd: Decimal
+    cost_source: Literal["x-cost", "list price"]
+    request_id: str | None = None
+    paid_at: datetime
+    notices: tuple[str, ...] = ()
+
+
+class Record(BaseModel):
+    """What the archive remembers of one picture.
+
+    Attributes:
+        state: `claimed` by a run that pays or has tried to; `done` once the picture is archived.
+        holder: Who may pay now; None once that run has given up.
+        attempts: Every request ever sent for it, oldest first.
+        picture: The facts of the picture, when done.
+        image: Key of the picture in the archive, when done.
+        sidecar: Key of its sidecar, when done.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: Literal[1] = 1
+    fingerprint: str
+    state: Literal["claimed", "done"] = "claimed"
+    holder: Holder | None = None
+    attempts: tuple[Attempt, ...] = ()
+    picture: PaidPicture | None = None
+    image: str | None = None
+    sidecar: str | None = None
+
+    @model_validator(mode="after")
+    def _done_names_its_picture(self) -> Record:
+        if self.state == "done" and not (self.picture and self.image and self.sidecar):
+            raise ValueError("a record that is done names its picture")
+        return self
+
+    def outcome_unknown(self, run: str) -> bool:
+        """Whether a request of another run may have been paid for a picture that never arrived."""
+        return any(each.run != run and each.possibly_billed is not False for each in self.attempts)
+
+    def claimed_by(self, holder: Holder, now: datetime) -> Record:
+        """The record as the holder writes it just before its next request.
+
+        A request of a dead run that has no outcome is given one here: possibly billed, and reported by this run.
+        """
+        closed = tuple(
+            each.model_copy(
+                update={
+                    "possibly_billed": True,
+                    "reason": "the run ended before it had the answer",
+                    "reported_by": holder.run,
+                }
+            )
+            if each.possibly_billed is None
+            else each
+            for each in self.attempts
+        )
+        return self.model_copy(update={"holder": holder, "attempts": (*closed, Attempt(run=holder.run, sent_at=now))})
+
+    def answered(
+        self, *, status: int | None, reason: str | None, wait_seconds: float | None, possibly_billed: bool
+    ) -> Record:
+        """The record with the outcome of the last request; a run that is not going to wait lets go of its claim."""
+        last = self.attempts[-1].model_copy(
+            update={
+                "status": status,
+                "reason": reason,
+                "wait_seconds": wait_seconds,
+                "possibly_billed": possibly_billed,
+                "reported_by": self.attempts[-1].run if possibly_billed else None,
+            }
+        )
+        holder = None if reason is not None and wait_seconds is None else self.holder
+        return self.model_copy(update={"attempts": (*self.attempts[:-1], last), "holder": holder})
+
+    def archived(self, picture: PaidPicture, image: str, sidecar: str) -> Record:
+        """The record once the picture is in the archive. A request without an outcome was the one that brought it."""
+        attempts = tuple(
+            each.model_copy(update={"status": 200, "possibly_billed": False}) if each.possibly_billed is None else each
+            for each in self.attempts
+        )
+        return self.model_copy(
+            update={
+                "state": "done",
+                "holder": None,
+                "attempts": attempts,
+                "picture": picture,
+                "image": image,
+                "sidecar": sidecar,
+            }
+        )
+
+
+def sent_by(run: str, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+    """The requests that a run has sent."""
+    return tuple(each for each in attempts if each.run == run)
+
+
+def possibly_billed_count(run: str, attempts: tuple[Attempt, ...]) -> int:
+    """How many requests a run must report as possibly billed: its own, and those of dead runs that it found."""
+    return sum(1 for each in attempts if each.possibly_billed and each.reported_by == run)
+
+
+class Verdict(str, Enum):
+    """What is to be done for a job."""
+
+    REUSE = "reuse"
+    RECOVER = "recover"
+    WAIT = "wait"
+    REFUSE = "refuse"
+    PAY = "pay"
+
+
+def verdict(
+    record: Record | None, *, run: str, in_outbox: bool, held_elsewhere: bool, on_unknown: OnUnknown
+) -> Verdict:
+    """Decides whether a job is to be paid for. Pure: the caller has read the record and the outbox.
+
+    Args:
+        record: The job's record, None if there is none. A record that cannot be read is an error, never None.
+        run: The run that asks.
+        in_outbox: Whether the paid picture is on this machine's disk.
+        held_elsewhere: Whether another run that lives holds the claim.
+        on_unknown: The policy for a request that may have been paid.
+
+    Example:
+        >>> verdict(None, run="a", in_outbox=False, held_elsewhere=False, on_unknown="repay").value
+        'pay'
+    """
+    if record is not None and record.state == "done":
+        return Verdict.REUSE
+    if in_outbox:
+        return Verdict.RECOVER
+    if record is None:
+        return Verdict.PAY
+    if held_elsewhere:
+        return Verdict.WAIT
+    if on_unknown == "fail" and record.outcome_unknown(run):
+        return Verdict.REFUSE
+    return Verdict.PAY

@@ -1,0 +1,294 @@
+"""The parameters of a picture: what a person asks for (`Job`) and what goes over the wire (`ImageToImageRequest`).
+
+Names, types, ranges and defaults are the provider's, from its page for Ideogram 2a image to image. Every mistake in a
+job is reported at once, each with the field, the value, what is allowed and the nearest right value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import PurePath, PurePosixPath
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from prefect_segmind.errors import InvalidJobError, redact
+from prefect_segmind.resolution import AUTO, DEFAULT_RESOLUTION, Resolution, resolution_size, similar_resolution
+
+
+class MagicPromptOption(str, Enum):
+    """Whether the model may rewrite the prompt. A rewritten prompt is not returned; `OFF` is reproducible."""
+
+    AUTO = "AUTO"
+    ON = "ON"
+    OFF = "OFF"
+
+
+class StyleType(str, Enum):
+    """The style of the picture."""
+
+    GENERAL = "GENERAL"
+    REALISTIC = "REALISTIC"
+    DESIGN = "DESIGN"
+    RENDER_3D = "RENDER_3D"
+    ANIME = "ANIME"
+
+
+ALLOWED = {
+    "name": 'a path of segments without `..`, leading dots or slashes, control characters or any of \\ : * ? " < > |',
+    "image": "a local path, s3://bucket/key, or an http(s):// address without credentials or a signature in it",
+    "image_file": "a URI that the provider can GET",
+    "prompt": "a text that is not blank",
+    "image_weight": "an integer from 1 to 100",
+    "magic_prompt_option": "one of " + ", ".join(MagicPromptOption),
+    "negative_prompt": "a text, or nothing",
+    "resolution": f"{AUTO} or one of the 78 values from RESOLUTION_512_1536 to RESOLUTION_1536_640",
+    "seed": "an integer from 100 to 999999, `random`, or nothing for one derived from the job",
+    "style_type": "one of " + ", ".join(StyleType),
+    "allow_extreme_ratio": "true or false",
+}
+"""What each field takes, in the words of an error message."""
+
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_SIGNATURES = {"x-amz-signature", "x-goog-signature", "signature", "sig", "x-amz-security-token", "key-pair-id"}
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("blank")
+    return text
+
+
+def _blank_is_none(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _safe_name(name: str) -> str:
+    segments = name.split("/")
+    if _UNSAFE.search(name) or len(name) > 200 or any(not s.strip() or s[0] == "." or s[-1] in ". " for s in segments):
+        raise ValueError("unsafe")
+    return name
+
+
+def _image_location(image: object) -> object:
+    text = str(image) if isinstance(image, PurePath) else image
+    if not isinstance(text, str) or "://" not in text:
+        return text
+    parts = urlsplit(text)
+    if parts.scheme not in ("s3", "http", "https") or not parts.netloc or not parts.path.strip("/"):
+        raise ValueError("not a kind of address that is read")
+    if parts.username or parts.password or any(k.lower() in _SIGNATURES for k, _ in parse_qsl(parts.query)):
+        raise ValueError("holds a secret, which the run's parameters would keep; give the s3:// address instead")
+    return text
+
+
+def _listed_resolution(value: str, info: ValidationInfo) -> str:
+    unlisted = bool(info.context and info.context.get("allow_unlisted_resolution"))
+    if value in Resolution.__members__ or (unlisted and resolution_size(value)):
+        return value
+    raise ValueError("not listed")
+
+
+def _job_resolution(value: str, info: ValidationInfo) -> str:
+    return value if value == AUTO else _listed_resolution(value, info)
+
+
+Prompt = Annotated[str, AfterValidator(_not_blank)]
+ImageWeight = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=100)]
+NegativePrompt = Annotated[str | None, BeforeValidator(_blank_is_none)]
+Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=100, le=999_999)]
+
+
+class ImageToImageRequest(BaseModel):
+    """The body of one call, field for field as the provider documents it.
+
+    Attributes:
+        image_file: A URI that the provider can GET.
+        prompt: What the picture should show.
+        image_weight: 1 to 100; higher keeps more of the source image.
+        magic_prompt_option: Whether the model may rewrite the prompt.
+        negative_prompt: What the picture should not show.
+        resolution: One of the 78 listed sizes.
+        seed: 100 to 999999.
+        style_type: The style.
+
+    Example:
+        >>> ImageToImageRequest(image_file="https://example.com/mug.jpg", prompt="a red mug").body()["image_weight"]
+        50
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_file: Prompt
+    prompt: Prompt
+    image_weight: ImageWeight = 50
+    magic_prompt_option: MagicPromptOption = MagicPromptOption.AUTO
+    negative_prompt: NegativePrompt = None
+    resolution: Annotated[str, AfterValidator(_listed_resolution)] = DEFAULT_RESOLUTION
+    seed: Seed | None = None
+    style_type: StyleType = StyleType.GENERAL
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object to send; what is None is left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Job(BaseModel):
+    """What a person asks for. `parse_job` makes one and explains every mistake.
+
+    Attributes:
+        name: Where the picture goes in the archive, `hero/summer` for example; the image's stem if left out.
+        image: A local path, `s3://bucket/key`, or an `http(s)://` address.
+        prompt: What the picture should show.
+        image_weight: 1 to 100; higher keeps more of the source image.
+        magic_prompt_option: Whether the model may rewrite the prompt.
+        negative_prompt: What the picture should not show. The provider may ignore it for this model.
+        resolution: One of the 78 listed sizes, or `AUTO` for the one nearest to the image's ratio.
+        seed: 100 to 999999, `random`, or None for one derived from the job.
+        style_type: The style.
+        allow_extreme_ratio: Whether an image beyond 1:3 to 3:1 is taken.
+
+    Example:
+        >>> Job(image="photos/mug.jpg", prompt="a red mug").name
+        'mug'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(_safe_name)] = ""
+    image: Annotated[Prompt, BeforeValidator(_image_location)]
+    prompt: Prompt
+    image_weight: ImageWeight = 50
+    magic_prompt_option: MagicPromptOption = MagicPromptOption.AUTO
+    negative_prompt: NegativePrompt = None
+    resolution: Annotated[str, AfterValidator(_job_resolution)] = DEFAULT_RESOLUTION
+    seed: Seed | Literal["random"] | None = None
+    style_type: StyleType = StyleType.GENERAL
+    allow_extreme_ratio: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_image(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        image = values.get("image")
+        if values.get("name") in (None, "") and isinstance(image, str | PurePath):
+            return {**values, "name": name_from_image(str(image))}
+        return values
+
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter of the API that the job names, as JSON values: all but the image and the job's own."""
+        return self.model_dump(mode="json", exclude={"name", "image", "allow_extreme_ratio"}, exclude_none=True)
+
+
+def name_from_image(image: str) -> str:
+    """The name of a job that has none: the image's stem made safe.
+
+    Example:
+        >>> name_from_image("s3://bucket/inbox/Summer%20mug?.jpg")
+        'Summer mug'
+        >>> name_from_image("C:\\\\photos\\\\.hidden.png")
+        'hidden'
+    """
+    path = unquote(urlsplit(image).path) if "://" in image else image
+    stem = PurePosixPath(path.replace("\\", "/")).stem
+    return _UNSAFE.sub("-", stem).strip(". -")[:120].rstrip(". ") or "image"
+
+
+def parse_job(values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False) -> Job:
+    """Makes a job of plain values, or says everything that is wrong with them.
+
+    Args:
+        values: The fields of `Job`.
+        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+
+    Raises:
+        InvalidJobError: A line for each wrong field, with its value, what is allowed and the nearest right value.
+
+    Example:
+        >>> parse_job({"image": "mug.jpg", "prompt": "a red mug", "style_type": "realistic"})
+        Traceback (most recent call last):
+        prefect_segmind.errors.InvalidJobError: The job has 1 mistake; nothing was uploaded or paid.
+          style_type: 'realistic' is not allowed; allowed is one of GENERAL, REALISTIC, ... Did you mean REALISTIC?
+    """
+    try:
+        return Job.model_validate(values, context={"allow_unlisted_resolution": allow_unlisted_resolution})
+    except ValidationError as error:
+        lines = explain(error, Job)
+        many = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        text = f"The job has {many}; nothing was uploaded or paid."
+        raise InvalidJobError("\n  ".join([text, *lines])) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line for each wrong field: the field, the value, what is allowed, and the nearest right value if one is near.
+
+    Args:
+        error: What pydantic found.
+        model: The model whose fields were checked.
+    """
+    lines: dict[str, str] = {}
+    for each in error.errors():
+        field = str(each["loc"][0]) if each["loc"] else "job"
+        if each["type"] == "missing":
+            line = f"{field}: missing; needed is {ALLOWED[field]}"
+        elif each["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, list(model.model_fields), n=1)
+            line = f"{field}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
+        else:
+            value = each["input"]
+            shown = repr(value.value if isinstance(value, Enum) else value)
+            shown = shown if len(shown) <= 80 else shown[:79] + "…"
+            line = f"{field}: {shown} is not allowed; allowed is {ALLOWED.get(field, 'an object of named fields')}."
+            if "secret" in each["msg"]:
+                line = f"{field}: {redact(shown)} {each['msg'].removeprefix('Value error, ')}"
+            near_value = nearest_value(field, value)
+            line += f" Did you mean {near_value}?" if near_value else ""
+        lines.setdefault(field, line)
+    return list(lines.values())
+
+
+def nearest_value(field: str, value: object) -> str | None:
+    """The allowed value nearest to a wrong one, None where none is near.
+
+    Example:
+        >>> nearest_value("resolution", "RESOLUTION_800_1280"), nearest_value("image_weight", 150)
+        ('RESOLUTION_768_1280', '100')
+    """
+    if value is None:
+        return None
+    text = str(value).strip().upper()
+    ranges = {"image_weight": (1, 100), "seed": (100, 999_999)}
+    if field in ranges:
+        if isinstance(value, bool) or not re.fullmatch(r"[-+]?\d{1,18}(\.\d{1,9})?", text):
+            return "random" if field == "seed" and difflib.get_close_matches(text, ["RANDOM"]) else None
+        low, high = ranges[field]
+        return str(min(max(round(float(text)), low), high))
+    if field == "resolution" and (similar := similar_resolution(text)):
+        return similar.value
+    choices: dict[str, list[str]] = {
+        "magic_prompt_option": [each.value for each in MagicPromptOption],
+        "style_type": [each.value for each in StyleType],
+        "resolution": [AUTO],
+    }
+    text = re.sub(r"[\s-]+", "_", text)
+    return next(iter(difflib.get_close_matches(text, choices.get(field, []), n=1, cutoff=0.6)), None)

@@ -1,0 +1,191 @@
+"""Reading the API's answers: headers, error texts, and the forms in which a 200 may hold a picture.
+
+The provider's page leaves the form of a 200 open (raw bytes, or JSON with a URL or base64), so all that its
+documentation and its own SDK show are read. Pure: the bytes come from `client`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from prefect_segmind.errors import ADVICE, ApiError, NotAnImageError, UnsafeImageError, redact, status_error
+
+TEXT_LIMIT = 300
+"""Characters of a provider's error text that a message shows."""
+
+
+def header(headers: Mapping[str, str], name: str) -> str | None:
+    """A header's value, taken out of the JSON list that the provider sometimes wraps it in.
+
+    Example:
+        >>> header({"x-cost": '["0.05"]'}, "x-cost")
+        '0.05'
+    """
+    value = headers.get(name)
+    if value is None:
+        return None
+    value = value.strip()
+    if value.startswith("["):
+        try:
+            values = json.loads(value)
+        except ValueError:
+            return value
+        value = str(values[-1]).strip() if values else ""
+    return value or None
+
+
+def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
+    """Seconds that a server asks to wait, by `x-rate-limit-reset-at-utc` and `Retry-After`, the longer of the two.
+
+    Times are compared with the server's own `Date` where it sends one, so that a wrong clock here does no harm.
+
+    Args:
+        headers: Of the answer, with names in any case.
+        now: The time here, aware; used where the answer has no `Date`.
+    """
+    date = _time(headers.get("date") or "")
+    clock = date or now
+    waits: list[float] = []
+    if reset := _time(header(headers, "x-rate-limit-reset-at-utc") or ""):
+        waits.append((reset - clock).total_seconds())
+    after = header(headers, "retry-after") or ""
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", after):
+        waits.append(float(after))
+    elif until := _time(after):
+        waits.append((until - clock).total_seconds())
+    return max(0.0, *waits) if waits else None
+
+
+def _time(text: str) -> datetime | None:
+    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; UTC where it names no zone."""
+    try:
+        if re.fullmatch(r"\d{10,13}(\.\d+)?", text):
+            seconds = float(text)
+            return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, timezone.utc)
+        if re.match(r"\d{4}-", text):
+            iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.replace("Z", "+00:00"))
+            time = datetime.fromisoformat(iso.replace(" UTC", "+00:00"))
+        else:
+            time = parsedate_to_datetime(text)
+        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def error_text(body: bytes) -> str:
+    """What an error answer says, from JSON (`error`, `detail`, `message`), HTML or plain text, cut to a sane length.
+
+    Example:
+        >>> error_text(b'{"error": "Invalid API key"}'), error_text(b"<html><h1>502 Bad Gateway</h1></html>")
+        ('Invalid API key', '502 Bad Gateway')
+    """
+    text = body.decode("utf-8", "replace")
+    try:
+        parsed: Any = json.loads(text)
+        while isinstance(parsed, dict) and (found := next((parsed[k] for k in _ERROR_KEYS if parsed.get(k)), None)):
+            parsed = found
+        text = parsed if isinstance(parsed, str) else json.dumps(parsed, ensure_ascii=False)
+    except ValueError:
+        text = re.sub(r"(?is)<(script|style|title)\b.*?</\1>|<[^>]*>", " ", text)
+    text = " ".join(text.split())
+    return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
+
+
+_ERROR_KEYS = ("error", "detail", "message")
+
+
+def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: datetime, secret: str) -> ApiError:
+    """The error for an answer that is no 200.
+
+    Args:
+        status: The HTTP status.
+        headers: Of the answer.
+        body: Of the answer, or its beginning.
+        now: The time here, aware.
+        secret: The API key, which the text must not hold.
+    """
+    text = redact(error_text(body), secret)
+    kind = status_error(status, text)
+    message = f"the API answered {status}" + (f": {text}" if text else "")
+    return kind(
+        f"{message} ({ADVICE.get(kind, 'see the provider’s documentation')})",
+        status=status,
+        retry_after=wait_asked(headers, now),
+        possibly_billed=status in (502, 504),
+        request_id=header(headers, "x-request-id"),
+    )
+
+
+@dataclass(frozen=True)
+class Link:
+    """A 200 that holds the address of the picture, not the picture."""
+
+    url: str
+
+
+def picture_or_link(body: bytes) -> bytes | Link | None:
+    """Looks into a 200 that may be JSON.
+
+    Args:
+        body: The whole body.
+
+    Returns:
+        The picture's bytes where it holds base64, a link where it holds a URL, None where it is no JSON at all.
+
+    Raises:
+        UnsafeImageError: It says `is_image_safe: false` and holds no picture.
+        NotAnImageError: It is JSON without a picture in it.
+    """
+    if body[:1] not in b'{["' or not body:
+        return None
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        return None
+    value, unsafe = _find_picture(parsed)
+    if value is None and unsafe:
+        raise UnsafeImageError(
+            "the API answered 200 and says the picture is not safe, without a picture (change the prompt or the image)",
+            status=200,
+            possibly_billed=True,
+        )
+    if value is None:
+        raise NotAnImageError(
+            f"the API answered 200 with JSON that holds no picture: {error_text(body)}",
+            status=200,
+            possibly_billed=True,
+        )
+    if value.startswith(("http://", "https://")):
+        return Link(value)
+    try:
+        return base64.b64decode("".join(re.sub(r"^data:[^,]*,", "", value).split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise NotAnImageError(
+            "the API answered 200 with JSON whose picture is neither a URL nor base64", status=200, possibly_billed=True
+        ) from None
+
+
+def _find_picture(parsed: object) -> tuple[str | None, bool]:
+    """The first picture in any of the known shapes, and whether the answer calls it unsafe."""
+    if isinstance(parsed, str):
+        return parsed or None, False
+    if isinstance(parsed, list):
+        found = [_find_picture(each) for each in parsed]
+        return next((value for value, _ in found if value), None), any(unsafe for _, unsafe in found)
+    if not isinstance(parsed, dict):
+        return None, False
+    unsafe = parsed.get("is_image_safe") is False
+    for name in ("image", "output", "url", "image_url", "images", "data"):
+        value, inner = _find_picture(parsed.get(name))
+        unsafe = unsafe or inner
+        if value:
+            return value, unsafe
+    return None, unsafe

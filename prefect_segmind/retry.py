@@ -1,0 +1,98 @@
+"""The one decision about a failed request: wait and try again, or stop.
+
+It is pure, so that a table can test it; Prefect does the waiting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect_segmind.errors import (
+    AnswerCutError,
+    ApiUnreachableError,
+    BadGatewayError,
+    GatewayTimeoutError,
+    RateLimitError,
+    SegmindError,
+)
+
+RETRIED = (RateLimitError, BadGatewayError, GatewayTimeoutError, ApiUnreachableError, AnswerCutError)
+"""The errors that pass by themselves. All others would fail again, or would pay again."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How patient a run is.
+
+    Attributes:
+        retries: Requests after the first one, at most.
+        base_seconds: The first wait; it doubles with each attempt.
+        longest_wait_seconds: A server that asks for more is not waited for.
+        longest_run_seconds: No retry begins later than this after the first request.
+    """
+
+    retries: int = 5
+    base_seconds: float = 1.0
+    longest_wait_seconds: float = 120.0
+    longest_run_seconds: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a failed request.
+
+    Attributes:
+        wait_seconds: Seconds to wait before the next request; None to stop.
+        reason: Why, in a few words for the log.
+    """
+
+    wait_seconds: float | None
+    reason: str
+
+    @property
+    def retry(self) -> bool:
+        """Whether there is to be another request."""
+        return self.wait_seconds is not None
+
+
+def decide(
+    error: SegmindError,
+    *,
+    attempts: int,
+    unknown: int,
+    elapsed: float,
+    jitter: float = 0.0,
+    policy: RetryPolicy | None = None,
+) -> Decision:
+    """Decides what follows a failed request.
+
+    A wait is never less than what the server asks for. After a request that may have been billed there is at most one
+    more that may be billed too, so that a picture is paid for twice at the very worst.
+
+    Args:
+        error: What the last request ended with.
+        attempts: Requests this run has sent for the job, the failed one included.
+        unknown: How many of them may have been billed, the failed one included.
+        elapsed: Seconds since the first of them was sent.
+        jitter: A number from 0 to 1; it lengthens the wait by up to a quarter of the backoff, never shortens it.
+        policy: How patient to be; the defaults if None.
+
+    Example:
+        >>> decide(RateLimitError("…", status=429, retry_after=3.0), attempts=1, unknown=0, elapsed=0.1).wait_seconds
+        3.0
+    """
+    policy = policy or RetryPolicy()
+    if not isinstance(error, RETRIED):
+        return Decision(None, "this does not pass by itself")
+    if attempts > policy.retries:
+        return Decision(None, f"all {policy.retries} retries are spent")
+    if unknown > 1:
+        return Decision(None, f"{unknown} requests may have been billed; another might pay once more")
+    asked = error.retry_after or 0.0
+    if asked > policy.longest_wait_seconds:
+        return Decision(None, f"the server asks to wait {asked:.0f} s, more than {policy.longest_wait_seconds:.0f} s")
+    backoff = policy.base_seconds * 2 ** (attempts - 1)
+    wait = max(backoff, asked) + backoff * jitter / 4
+    if elapsed + wait > policy.longest_run_seconds:
+        return Decision(None, f"{policy.longest_run_seconds:.0f} s have passed since the first request")
+    return Decision(wait, "the server says when" if asked > backoff else "exponential backoff")

@@ -1,0 +1,422 @@
+"""S3 through boto3: the store in a bucket, single objects, presigned addresses, and every failure in plain words.
+
+Importing this costs about a second of boto3, so it is imported where an `s3://` address turns up.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore import exceptions as aws
+from botocore.config import Config
+
+from prefect_segmind.errors import (
+    BucketNotFoundError,
+    ConfigurationError,
+    PreconditionFailedError,
+    SegmindError,
+    StoreAccessError,
+    StoreCredentialsError,
+    StoreError,
+    StoreUnreachableError,
+)
+from prefect_segmind.store import StoredObject, require
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, PutObjectRequestTypeDef
+
+PROBE_KEY = ".segmind/conditional-writes"
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b")
+_OURS = {"GetObject", "PutObject", "HeadObject", "ListObjectsV2"}
+_LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+_creating = threading.Lock()
+
+# Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_BAD_CREDENTIALS = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "NotSignedUp",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_BAD_REGION = {
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "IncorrectEndpoint",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+}
+_NO_CREDENTIALS = (
+    aws.CredentialRetrievalError,
+    aws.MetadataRetrievalError,
+    aws.MissingDependencyException,
+    aws.NoCredentialsError,
+    aws.PartialCredentialsError,
+    aws.ProfileNotFound,
+    aws.RefreshWithMFAUnsupportedError,
+    aws.SSOError,
+    aws.TokenRetrievalError,
+    aws.UnknownCredentialError,
+    getattr(aws, "LoginError", aws.SSOError),  # `aws login`, younger than the oldest boto3 that we take
+    OSError,  # a credential_process that cannot be started
+    ValueError,  # a credential_process that prints something else than JSON
+)
+_BAD_SETTINGS = (
+    aws.ConfigNotFound,
+    aws.ConfigParseError,
+    aws.InvalidConfigError,
+    aws.NoRegionError,
+    aws.ParamValidationError,
+    aws.ValidationError,
+)
+_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
+_RENEW = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or log in again"
+
+
+def s3_client() -> S3Client:
+    """A client as the AWS configuration has it: profile, role, region, `AWS_ENDPOINT_URL_S3`. Threads may share it.
+
+    It signs with SigV4, gives up a connection after 10 s and an answer after 60 s, and repeats a request up to three
+    times. Custom endpoints get path-style addresses, as botocore chooses by itself. At AWS the bucket goes into the
+    regional host name, unless the AWS configuration says otherwise: by default a presigned address names the global
+    host, which redirects for young buckets in other regions, and a redirected signature is refused
+    (https://github.com/boto/boto3/issues/3015).
+
+    Raises:
+        StoreCredentialsError: The profile is unknown, or its credentials cannot be had.
+        ConfigurationError: The endpoint or the AWS configuration is malformed.
+    """
+    settings = Config(
+        signature_version="s3v4",
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "max_attempts": 3},
+        max_pool_connections=64,
+    )
+    with _creating, _explained("make an S3 client"):
+        session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
+        client = session.client("s3", config=settings)
+        at_aws = re.search(r"\.amazonaws\.com(\.cn)?$", client.meta.endpoint_url)
+        if at_aws and not getattr(client.meta.config, "s3", None):
+            client = session.client("s3", config=settings.merge(Config(s3={"addressing_style": "virtual"})))
+        return client
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """The bucket and the key of an address; the key is empty where only the bucket is named.
+
+    Raises:
+        ConfigurationError: It is not of the form `s3://bucket/key`.
+
+    Example:
+        >>> split_uri("s3://pictures/summer/hat 1.png")
+        ('pictures', 'summer/hat 1.png')
+    """
+    found = re.fullmatch(r"(?is)s3://([a-z0-9][a-z0-9._-]{1,254})(?:/(.*))?", uri)
+    if not found:
+        raise ConfigurationError(f"{uri!r} is no S3 address: write s3://bucket/key, with the key as it is, not encoded")
+    return found[1], found[2] or ""
+
+
+def read(uri: str, client: S3Client, limit: int) -> bytes:
+    """The content of any object of at most `limit` bytes.
+
+    Raises:
+        ConfigurationError: The address is malformed or names no object.
+        StoreError: There is no such object, it is larger, or it cannot be read.
+    """
+    bucket, key = _object(uri)
+    with _explained(f"read {uri}", client):
+        answer = _get(client, bucket, key)
+        if answer is None:
+            raise StoreError(f"{uri} does not exist: check the key", status=404)
+        with answer["Body"] as body:
+            data = body.read(limit + 1) if answer["ContentLength"] <= limit else b""
+    if max(answer["ContentLength"], len(data)) > limit:
+        raise StoreError(f"{uri} has {answer['ContentLength']} bytes, more than the {limit} that are read")
+    return data
+
+
+def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
+    """A https address by which anybody can GET the object until it dies, or the credentials that signed it.
+
+    It is a bearer secret: never logged, stored or shown. It is a signature only; nothing is asked of the server.
+
+    Args:
+        uri: `s3://bucket/key`.
+        client: One that signs with SigV4, as that of `s3_client()` does.
+        seconds: How long it lives, up to 604800 (seven days, the most that SigV4 allows,
+            https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html).
+
+    Raises:
+        ConfigurationError: The address is malformed, or the client signs with the old SigV2.
+        StoreCredentialsError: There are no credentials to sign with.
+    """
+    bucket, key = _object(uri)
+    with _explained(f"sign an address for {uri}", client):
+        url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
+    if "X-Amz-Signature=" not in url:
+        raise ConfigurationError("the S3 client signs with SigV2: make it with Config(signature_version='s3v4')")
+    return url
+
+
+def credentials_expire_in(client: S3Client) -> float | None:
+    """Seconds until the credentials that would sign now die, refreshed first if due; None where none is known.
+
+    Raises:
+        StoreCredentialsError: They are due to be refreshed and cannot be.
+    """
+    # botocore shows a client's credentials and their expiry nowhere in public; a test pins that these are there.
+    credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
+    if credentials is None:
+        return None
+    with _explained("refresh the S3 credentials", client):
+        credentials.get_frozen_credentials()
+    expiry = getattr(credentials, "_expiry_time", None)
+    return (expiry - datetime.now(timezone.utc)).total_seconds() if isinstance(expiry, datetime) else None
+
+
+class S3Store:
+    """A store in a bucket.
+
+    Args:
+        bucket: It must exist.
+        prefix: What all keys begin with; slashes around it do not count.
+        client: As of `s3_client()`; threads may share it.
+    """
+
+    def __init__(self, bucket: str, prefix: str, client: S3Client) -> None:
+        self._bucket = bucket
+        self._root = f"{prefix.strip('/')}/".lstrip("/")
+        self._client = client
+        self._probing = threading.Lock()
+        self._conditional: bool | None = None
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix`."""
+        return f"s3://{self._bucket}/{self._root}".rstrip("/")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the server honours `If-None-Match: *`; asked once, by writing `.segmind/conditional-writes`.
+
+        Some servers take the header and ignore it, hence two writes: the second one must be refused.
+        """
+        with self._probing:
+            if self._conditional is None:
+                self._conditional = self._probe()
+            return self._conditional
+
+    def uri(self, key: str) -> str:
+        """`s3://bucket/prefix/key`."""
+        return f"{self.url}/{key}"
+
+    def get(self, key: str) -> StoredObject | None:
+        """The object; None only where S3 says `NoSuchKey`. Without s3:ListBucket it says 403 instead: an error.
+
+        Raises:
+            StoreError: Its subclass says what to do.
+        """
+        with _explained(f"read {self.uri(key)}", self._client):
+            answer = _get(self._client, self._bucket, self._root + key)
+            if answer is None:
+                return None
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
+            age = max(0.0, (now - answer["LastModified"]).total_seconds())
+            return StoredObject(answer["Body"].read(), answer["ETag"], age)
+
+    def put(
+        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        """Write an object, with its SHA-256 for the server to check; see `Store.put`.
+
+        Where the server ignores conditions they are checked beforehand, which another writer can slip past. The
+        checksum is left out under `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`, for servers that refuse it.
+
+        Raises:
+            PreconditionFailedError: The condition does not hold, or another write was under way.
+            StoreError: Its subclass says what to do.
+        """
+        if not if_absent and if_match is None:
+            return self._put(key, data, content_type)
+        if not self.conditional:
+            require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
+            return self._put(key, data, content_type)
+        try:
+            return self._put(key, data, content_type, if_absent=if_absent, if_match=if_match)
+        except PreconditionFailedError:
+            # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
+            found = self.get(key)
+            if found is not None and found.data == data:
+                return found.etag
+            raise
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether the object is there with this content, by HEAD: every sign that the server gives must agree.
+
+        The signs are the size, the SHA-256 and the ETag; this one is the MD5 of the content only if it looks like one
+        and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
+
+        Raises:
+            StoreError: Its subclass says what to do.
+        """
+        with _explained(f"read {self.uri(key)}", self._client):
+            try:
+                head = self._client.head_object(Bucket=self._bucket, Key=self._root + key, ChecksumMode="ENABLED")
+            except aws.ClientError:
+                head = None
+        if head is None:  # a refused HEAD has no text: 404 may be the key or the bucket, 403 the key pair or the rights
+            found = self.get(key)
+            return found is not None and found.data == data
+        checksum, etag = head.get("ChecksumSHA256"), _MD5.fullmatch(head["ETag"])
+        plain = not head.get("ServerSideEncryption", "").startswith("aws:kms")
+        return (
+            head["ContentLength"] == len(data)
+            and (not checksum or "-" in checksum or checksum == _sha256(data))  # with a dash: of the parts of an upload
+            and (not etag or not plain or etag[1] == hashlib.md5(data, usedforsecurity=False).hexdigest())
+        )
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys that start with these characters, a thousand at a time; "folder" markers are left out.
+
+        Raises:
+            StoreError: Its subclass says what to do.
+        """
+        with _explained(f"list {self.uri(prefix)}", self._client):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
+                for entry in page.get("Contents", ()):
+                    if not entry.get("Key", "/").endswith("/"):
+                        yield entry.get("Key", "")[len(self._root) :]
+
+    def presign(self, key: str, seconds: int) -> str:
+        """A https address to GET the object for a time; see `presign_uri`."""
+        return presign_uri(self.uri(key), self._client, seconds)
+
+    def credentials_expire_in(self) -> float | None:
+        """Seconds until the signing credentials die; None where none is known."""
+        return credentials_expire_in(self._client)
+
+    def _put(
+        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        request: PutObjectRequestTypeDef = {
+            "Bucket": self._bucket,
+            "Key": self._root + key,
+            "Body": data,
+            "ContentType": content_type,
+        }
+        if getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required":
+            # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
+            request["ChecksumAlgorithm"], request["ChecksumSHA256"] = "SHA256", _sha256(data)
+        if if_absent:
+            request["IfNoneMatch"] = "*"
+        if if_match is not None:
+            request["IfMatch"] = if_match
+        with _explained(f"write {self.uri(key)}", self._client):
+            return self._client.put_object(**request)["ETag"]
+
+    def _probe(self) -> bool:
+        for _ in range(2):
+            try:
+                self._put(PROBE_KEY, b"asked whether If-None-Match is honoured\n", "text/plain", if_absent=True)
+            except PreconditionFailedError:
+                return True
+            except StoreError as error:
+                if type(error) is StoreError and error.status in (400, 501):  # the server does not know the header
+                    return False
+                raise
+        return False
+
+
+def _object(uri: str) -> tuple[str, str]:
+    bucket, key = split_uri(uri)
+    if not key:
+        raise ConfigurationError(f"{uri!r} names a bucket, not an object: write s3://bucket/key")
+    return bucket, key
+
+
+def _sha256(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def _get(client: S3Client, bucket: str, key: str) -> GetObjectOutputTypeDef | None:
+    try:
+        return client.get_object(Bucket=bucket, Key=key)
+    except aws.ClientError as error:
+        if _code(error) == "NoSuchKey":
+            return None
+        raise
+
+
+def _code(error: aws.ClientError) -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
+@contextmanager
+def _explained(doing: str, client: S3Client | None = None) -> Iterator[None]:
+    """Turn whatever botocore raises into our errors, with the place and what to do, and no key in the text."""
+    try:
+        yield
+    except (aws.BotoCoreError, aws.ClientError, OSError, RuntimeError, ValueError) as error:
+        where = f"cannot {doing}" + (f" at {client.meta.endpoint_url}" if client else "")
+        kind, words, status = _refusal(error) if isinstance(error, aws.ClientError) else _failure(error)
+        raise kind(_KEY_ID.sub("…", f"{where}: {words}"), status=status) from error
+
+
+def _refusal(error: aws.ClientError) -> tuple[type[SegmindError], str, int | None]:
+    """The class, the words and the status for an answer of the server."""
+    code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    said = f"{code}: {error.response.get('Error', {}).get('Message', '')}".strip(": ")
+    kind: type[SegmindError] = StoreError
+    words = f"the server answered {status} {said}; check AWS_ENDPOINT_URL_S3 and the address"
+    if error.operation_name not in _OURS:  # STS or SSO, on the way to credentials
+        kind, words = StoreCredentialsError, f"{error.operation_name} was refused ({said}); {_RENEW}"
+    elif code in _BAD_CREDENTIALS:  # some servers put the key into the message
+        kind, words = StoreCredentialsError, f"the S3 credentials are wrong or have expired ({code}); {_RENEW}"
+    elif code == "RequestTimeTooSkewed":
+        kind, words = StoreCredentialsError, f"the signature is dated wrongly ({code}); set this machine's clock"
+    elif code == "NoSuchBucket":
+        kind, words = BucketNotFoundError, "the bucket does not exist there; create it, or check AWS_ENDPOINT_URL_S3"
+    elif code in _BAD_REGION or status in (301, 307):
+        kind, words = BucketNotFoundError, f"the region is wrong; set AWS_DEFAULT_REGION to the bucket's ({said})"
+    elif status == 412 or code in _LOST or (code == "NoSuchKey" and error.operation_name == "PutObject"):
+        kind, words = PreconditionFailedError, f"somebody else has written or removed it meanwhile ({code})"
+    elif status == 403:
+        rights = "s3:GetObject, s3:PutObject and s3:ListBucket (without it, S3 says 403 for what is not there)"
+        kind, words = StoreAccessError, f"access denied ({said}); allow {rights}"
+    elif status is not None and status >= 500:
+        words = f"the server failed ({status} {said}); run again later"
+    return kind, words, status
+
+
+def _failure(error: Exception) -> tuple[type[SegmindError], str, None]:
+    """The class and the words for a failure without an answer; botocore's own text only where it holds no secret."""
+    name = type(error).__name__
+    kind: type[SegmindError] = StoreError
+    words = f"botocore failed ({name}: {error})"
+    if isinstance(error, _UNREACHABLE):
+        kind, words = StoreUnreachableError, f"no answer ({name}); check the network, AWS_ENDPOINT_URL_S3 and any proxy"
+    elif isinstance(error, _BAD_SETTINGS) or str(error).startswith("Invalid endpoint"):
+        kind, words = ConfigurationError, f"the address or the AWS configuration is malformed ({error})"
+    elif isinstance(error, _NO_CREDENTIALS) or type(error) is RuntimeError:  # botocore's for "refreshed, still expired"
+        told = f": {error}" if isinstance(error, (aws.ProfileNotFound, aws.PartialCredentialsError)) else ""
+        kind, words = StoreCredentialsError, f"there are no usable S3 credentials ({name}{told}); {_RENEW}"
+    elif isinstance(error, (aws.ChecksumError, aws.FlexibleChecksumError)):
+        words = "the content does not fit its checksum; it was damaged in the store or on the way, run again"
+    return kind, words, None

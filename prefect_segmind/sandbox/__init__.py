@@ -1,0 +1,161 @@
+"""A stand-in for the provider and for S3 on this machine: real HTTP, real S3, real pictures, no money."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import sys
+import threading
+import time
+from decimal import Decimal
+from pathlib import Path
+from types import TracebackType
+
+import uvicorn
+
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.sandbox.ledger import Entry, Ledger
+from prefect_segmind.sandbox.picture import make_picture, sample_photo
+from prefect_segmind.sandbox.s3 import REGION, S3Server
+from prefect_segmind.sandbox.script import Answer, Script
+from prefect_segmind.sandbox.server import PRICE, SandboxApi, create_app
+
+__all__ = [
+    "PRICE",
+    "Answer",
+    "Entry",
+    "Ledger",
+    "S3Server",
+    "Sandbox",
+    "SandboxApi",
+    "Script",
+    "create_app",
+    "make_picture",
+    "sample_photo",
+]
+
+BUCKET = "segmind"
+
+_START_SECONDS = 20.0
+_STOP_SECONDS = 10.0
+
+
+class Sandbox:
+    """The API and an S3 server on loopback, from `with` to its end.
+
+    Args:
+        folder: The S3 server's objects are plain files in `folder/s3`.
+        port: Of the API, on 127.0.0.1; 0 for a free one.
+        s3_port: Of the S3 server, likewise.
+        latency: Seconds that a picture takes at least.
+        credits: The account's balance at the start, in USD.
+        requests_per_minute: More are answered with 429; None for no limit.
+        s3: Whether to run the S3 server, which needs the extra `sandbox`.
+
+    Attributes:
+        api_key: `SG_` and 16 hex digits, drawn for each sandbox.
+        base_url: For example `http://127.0.0.1:40123/v1`; known from the start on.
+        s3: The S3 server, or None.
+
+    Example:
+        with Sandbox(Path("sandbox")) as sandbox:
+            sandbox.play(Answer(status=429, reset_in=2))
+            os.environ.update(sandbox.environment())
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        s3_port: int = 0,
+        latency: float = 1.0,
+        credits: Decimal | str = "10.00",
+        requests_per_minute: int | None = None,
+        s3: bool = True,
+    ) -> None:
+        self.api_key = "SG_" + secrets.token_hex(8)
+        self.base_url = ""
+        self.s3 = S3Server(folder / "s3", port=s3_port, buckets=[BUCKET]) if s3 else None
+        self._port = port
+        self._api = SandboxApi(self.api_key, latency=latency, credits=credits, requests_per_minute=requests_per_minute)
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was asked and billed."""
+        return self._api.ledger
+
+    @property
+    def script(self) -> Script:
+        """The answers to be given."""
+        return self._api.script
+
+    def play(self, *answers: Answer, prompt: str | None = None) -> None:
+        """Queues answers for the next requests, or for the next whose prompt contains a text."""
+        self.script.play(*answers, prompt=prompt)
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables with which this plugin and boto3 use the sandbox."""
+        found = {"SEGMIND_BASE_URL": self.base_url, "SEGMIND_API_KEY": self.api_key}
+        if self.s3 is not None:
+            found |= {
+                "AWS_ENDPOINT_URL_S3": self.s3.endpoint_url,
+                "AWS_ACCESS_KEY_ID": self.s3.access_key,
+                "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
+                "AWS_DEFAULT_REGION": REGION,
+                "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO": f"s3://{BUCKET}/uploads",
+                "PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE": f"s3://{BUCKET}/archive",
+            }
+        return found
+
+    def __enter__(self) -> Sandbox:
+        """Starts both servers.
+
+        Raises:
+            ConfigurationError: A port is taken, or rclone is not installed.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._api.close)
+            if self.s3 is not None:
+                stack.enter_context(self.s3)
+            self._serve(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _serve(self, stack: contextlib.ExitStack) -> None:
+        """Runs the API in a thread, on a socket that is bound here, so that the port is known before it starts."""
+        listener = socket.socket()
+        if sys.platform != "win32":  # there it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", self._port))
+        except OSError as error:
+            listener.close()
+            raise ConfigurationError(f"the sandbox cannot listen on port {self._port}: {error.strerror}") from None
+        # Scripted cuts are errors to uvicorn; `critical` and no log configuration keep them off the terminal.
+        config = uvicorn.Config(
+            self._api.app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
+            access_log=False, timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), name="sandbox-api", daemon=True)
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join(_STOP_SECONDS)
+
+        stack.callback(stop)
+        thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise ConfigurationError("the sandbox's API did not start")
+            time.sleep(0.01)
+        self.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

@@ -1,0 +1,295 @@
+"""The API as the provider documents it, on loopback: it checks every field, bills, counts, and fails when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import secrets
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from prefect_segmind.resolution import DEFAULT_RESOLUTION, Resolution
+from prefect_segmind.sandbox import answers
+from prefect_segmind.sandbox.fetch import FetchError, fetch
+from prefect_segmind.sandbox.ledger import Entry, Ledger
+from prefect_segmind.sandbox.picture import make_picture
+from prefect_segmind.sandbox.script import Answer, Script
+
+PRICE = Decimal("0.05")
+"""USD for a picture: the provider's list price."""
+
+MODEL = "ideogram-2a-img-2-img"
+
+_KEPT_RESULTS = 256  # pictures behind links; the provider's links expire too
+
+
+class RequestBody(BaseModel):
+    """The fields of a request, their types and ranges as documented; no others are allowed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    image_file: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+    image_weight: int = Field(default=50, ge=1, le=100)
+    magic_prompt_option: Literal["AUTO", "ON", "OFF"] = "AUTO"
+    negative_prompt: str = ""
+    resolution: Resolution = Resolution(DEFAULT_RESOLUTION)
+    seed: int = Field(default_factory=lambda: random.randint(100, 999_999), ge=100, le=999_999)
+    style_type: Literal["GENERAL", "REALISTIC", "DESIGN", "RENDER_3D", "ANIME"] = "GENERAL"
+
+
+class ScriptOrder(BaseModel):
+    """The body of `POST /sandbox/script`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    answers: list[Answer]
+    prompt: str | None = None
+
+
+class Refusal(Exception):
+    """The request is answered with an error and is not billed."""
+
+    def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.response = answers.error(status, text, headers)
+
+
+class SandboxApi:
+    """The state behind the endpoints.
+
+    Args:
+        api_key: The only key that is let in.
+        latency: Seconds that a picture takes at least.
+        credits: The balance at the start and after a reset, in USD.
+        requests_per_minute: More are answered with 429; None for no limit.
+
+    Attributes:
+        ledger: What was asked and billed.
+        script: The answers to be given.
+        app: The ASGI application.
+    """
+
+    def __init__(
+        self,
+        api_key: str,
+        *,
+        latency: float = 1.0,
+        credits: Decimal | str = "10.00",
+        requests_per_minute: int | None = None,
+    ) -> None:
+        self.ledger = Ledger()
+        self.script = Script()
+        self._key = api_key
+        self._latency = latency
+        self._credits = Decimal(credits)
+        self._per_minute = requests_per_minute
+        # What follows is touched by the event loop alone and needs no lock.
+        self._reserved = Decimal("0.00")
+        self._accepted: deque[float] = deque()
+        self._results: OrderedDict[str, bytes] = OrderedDict()
+        self._workers = ThreadPoolExecutor(8, thread_name_prefix="sandbox-picture")
+        self.app = create_app(self)
+
+    @property
+    def balance(self) -> Decimal:
+        """The credits left, in USD."""
+        return self._credits - self.ledger.billed_usd
+
+    def close(self) -> None:
+        """Drops the pictures that nobody waits for any more."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+    def reset(self) -> None:
+        """As after the start: nothing asked, nothing billed, nothing scripted."""
+        self.ledger.clear()
+        self.script.clear()
+        self._accepted.clear()
+        self._results.clear()
+
+    async def generate(self, request: Request) -> Response:
+        """Answers one request for a picture, and records it."""
+        received, started = datetime.now(timezone.utc), time.monotonic()
+        request_id = secrets.token_hex(16)
+        content = await request.body()
+        prompt = _prompt_of(content)
+        image_sha256: str | None = None
+        seed: int | None = None
+        answer = Answer()
+
+        def record(status: int, billed: bool) -> None:
+            cost = PRICE if billed else Decimal("0.00")
+            entry = Entry(received, request_id, prompt, image_sha256, seed, status, billed, cost)
+            self.ledger.record(entry)
+
+        try:
+            self._check_key(request)
+            scripted = self.script.next_for(prompt or "")
+            answer = scripted or answer
+            if answer.without_picture:
+                record(answer.status, answer.is_billed)
+                await asyncio.sleep(answer.delay)
+                return self._finish(answers.without_picture(answer), answer, request_id, started)
+            if scripted is None:
+                self._check_rate()
+            body = _parsed(request, content)
+            seed = body.seed
+            self._reserve()
+            try:
+                made = asyncio.get_running_loop().run_in_executor(self._workers, _make, body)
+                # The model's time passes while the picture is drawn, so that drawing does not add to it.
+                (image_sha256, picture), _ = await asyncio.gather(made, asyncio.sleep(self._latency))
+                record(answer.status, answer.is_billed)
+            finally:
+                self._reserved -= PRICE
+        except Refusal as refusal:
+            record(refusal.response.status_code, False)
+            return self._finish(refusal.response, answer, request_id, started)
+        self._results[request_id] = picture
+        while len(self._results) > _KEPT_RESULTS:
+            self._results.popitem(last=False)
+        await asyncio.sleep(answer.delay)
+        response = answers.with_picture(answer, picture, f"{request.base_url}v1/results/{request_id}.jpg")
+        response.headers["x-seed-value"] = str(seed)
+        return self._finish(response, answer, request_id, started)
+
+    def user_credits(self, request: Request) -> Response:
+        """The balance. Free, so it is also the check of a key."""
+        try:
+            self._check_key(request)
+        except Refusal as refusal:
+            return refusal.response
+        return JSONResponse({"credits": float(self.balance), "free-credits": 0.0})
+
+    def result(self, request: Request, request_id: str) -> Response:
+        """A picture behind a link; refuses a key, which has no business there."""
+        if "x-api-key" in request.headers:
+            return answers.error(400, "an API key was sent to the host of a result link")
+        picture = self._results.get(request_id)
+        return Response(picture, media_type="image/jpeg") if picture else answers.error(404, "no such result")
+
+    def _check_key(self, request: Request) -> None:
+        if not secrets.compare_digest(request.headers.get("x-api-key", "").encode(), self._key.encode()):
+            raise Refusal(401, "Missing or invalid API key: send it in the x-api-key header")
+
+    def _check_rate(self) -> None:
+        if self._per_minute is None:
+            return
+        now = time.monotonic()
+        while self._accepted and self._accepted[0] <= now - 60:
+            self._accepted.popleft()
+        if len(self._accepted) >= self._per_minute:
+            free_again = datetime.now(timezone.utc) + timedelta(seconds=self._accepted[0] + 60 - now)
+            raise Refusal(429, f"Rate limit of {self._per_minute} a minute exceeded", answers.reset_header(free_again))
+        self._accepted.append(now)
+
+    def _reserve(self) -> None:
+        """Holds the price of a picture while it is made, so that concurrent requests cannot overdraw the account."""
+        free = self.balance - self._reserved
+        if free < PRICE:
+            raise Refusal(406, f"Insufficient credits: balance {free}, need {PRICE}")
+        self._reserved += PRICE
+
+    def _finish(self, response: Response, answer: Answer, request_id: str, started: float) -> Response:
+        response.headers["x-request-id"] = request_id
+        response.headers["x-remaining-credits"] = str(self.balance)
+        if response.status_code == 200 and answer.is_billed:
+            response.headers["x-cost"] = str(PRICE)
+            response.headers["x-generation-time"] = f"{time.monotonic() - started:.3f}"
+        response.headers.update(answer.headers)
+        return response
+
+
+def create_app(api: SandboxApi) -> FastAPI:
+    """The ASGI application over a sandbox's state: the two endpoints of the API, result links, and the controls."""
+    # No documentation pages: their scripts would be fetched from another host.
+    app = FastAPI(openapi_url=None)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:  # the provider's edge answers this one, in HTML
+            return HTMLResponse(answers.HTML.format(title="405 Not Allowed"), 405)
+        return answers.error(error.status_code, f"Model or endpoint not found: {request.url.path}")
+
+    @app.post(f"/v1/{MODEL}")
+    async def generate(request: Request) -> Response:
+        return await api.generate(request)
+
+    @app.get("/v1/get-user-credits")
+    async def user_credits(request: Request) -> Response:
+        return api.user_credits(request)
+
+    @app.get("/v1/results/{request_id}.jpg")
+    async def result(request: Request, request_id: str) -> Response:
+        return api.result(request, request_id)
+
+    @app.post("/sandbox/script")
+    async def script(order: ScriptOrder) -> dict[str, int]:
+        api.script.play(*order.answers, prompt=order.prompt)
+        return {"queued": len(order.answers)}
+
+    @app.get("/sandbox/ledger")
+    async def ledger() -> dict[str, Any]:
+        return api.ledger.as_dict()
+
+    @app.post("/sandbox/reset")
+    async def reset() -> dict[str, str]:
+        api.reset()
+        return {"status": "reset"}
+
+    return app
+
+
+def _prompt_of(content: bytes) -> str | None:
+    """The prompt of a body that may be anything."""
+    try:
+        return _Prompt.model_validate_json(content).prompt
+    except ValidationError:
+        return None
+
+
+class _Prompt(BaseModel):
+    prompt: str
+
+
+def _parsed(request: Request, content: bytes) -> RequestBody:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Refusal(406, f"Invalid Content-Type {media_type!r}: expected application/json")
+    try:
+        return RequestBody.model_validate_json(content)
+    except ValidationError as error:
+        flaws = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in error.errors()]
+        raise Refusal(400, "; ".join(flaws)) from None
+
+
+def _make(body: RequestBody) -> tuple[str, bytes]:
+    """Fetches the source and draws the picture; runs in a worker thread."""
+    try:
+        source = fetch(body.image_file)
+        picture = make_picture(
+            source,
+            prompt=body.prompt,
+            image_weight=body.image_weight,
+            style_type=body.style_type,
+            seed=body.seed,
+            resolution=body.resolution.value,
+            negative_prompt=body.negative_prompt or None,
+            magic_prompt_option=body.magic_prompt_option,
+        )
+    except FetchError as error:
+        raise Refusal(400, f"image_file {error}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises here
+        raise Refusal(400, f"image_file is no image that can be read: {type(error).__name__}") from None
+    return hashlib.sha256(source).hexdigest(), picture

@@ -1,0 +1,78 @@
+"""The plugin's settings, read as Prefect reads its own: environment, `.env`, `prefect.toml`, `pyproject.toml`.
+
+The variable of a setting is `PREFECT_INTEGRATIONS_SEGMIND_` and its name in capitals. The S3 connection has no settings
+here: boto3 reads its own (`AWS_PROFILE`, `AWS_ENDPOINT_URL_S3`, …).
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import ClassVar
+
+from prefect.settings import PREFECT_HOME
+from prefect.settings.base import PrefectBaseSettings, build_settings_config
+from pydantic import Field, ValidationError
+from pydantic_settings import SettingsConfigDict
+
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.price import LIST_PRICE_USD
+
+
+class SegmindSettings(PrefectBaseSettings):
+    """What a flow's parameter left out falls back to, and what is the same for all runs.
+
+    Attributes:
+        archive: `s3://bucket/prefix` or a folder for the pictures.
+        upload_to: `s3://bucket/prefix` for source images.
+        public_base_url: Address under which `upload_to` can be read without a signature.
+        presigned_seconds: How long a signed address of a source image lives.
+        outbox: Folder for paid pictures until they are archived; `{PREFECT_HOME}/segmind/outbox` if left out.
+        outbox_min_free_bytes: Free space in the outbox without which nothing is paid for.
+        credentials_block: Name of the `SegmindCredentials` block to use where a flow names none.
+        s3_block: `block-type/name` of a block with `get_s3_client()` to use instead of boto3's own chain.
+        connect_timeout_seconds: To connect to the API.
+        read_timeout_seconds: To wait for the next bytes of an answer.
+        longest_wait_seconds: A rate limit that asks for a longer wait stops the job.
+        price_usd: What a picture is expected to cost.
+        allow_private_sources: Whether images at private and link-local addresses are read.
+        allow_unlisted_resolution: Whether resolutions beyond the 78 are sent.
+    """
+
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "segmind"))
+
+    archive: str | None = None
+    upload_to: str | None = None
+    public_base_url: str | None = None
+    presigned_seconds: int = Field(default=3600, ge=60, le=604_800)
+    outbox: Path | None = None
+    outbox_min_free_bytes: int = Field(default=100_000_000, ge=0)
+    credentials_block: str | None = None
+    s3_block: str | None = None
+    connect_timeout_seconds: float = Field(default=10.0, gt=0)
+    read_timeout_seconds: float = Field(default=180.0, gt=0)
+    longest_wait_seconds: float = Field(default=120.0, ge=0)
+    price_usd: Decimal = Field(default=LIST_PRICE_USD, ge=0)
+    allow_private_sources: bool = False
+    allow_unlisted_resolution: bool = False
+
+    @property
+    def outbox_folder(self) -> Path:
+        """The outbox's folder."""
+        return (self.outbox or Path(PREFECT_HOME.value()) / "segmind" / "outbox").expanduser()
+
+
+def load_settings() -> SegmindSettings:
+    """The settings as they are now.
+
+    Raises:
+        ConfigurationError: Some are wrong; the message names each with its variable.
+    """
+    try:
+        return SegmindSettings()
+    except ValidationError as error:
+        lines = [
+            f"PREFECT_INTEGRATIONS_SEGMIND_{str(each['loc'][0]).upper()}: {each['input']!r}: {each['msg']}"
+            for each in error.errors()
+        ]
+        raise ConfigurationError("\n  ".join(["Settings are wrong; nothing was uploaded or paid.", *lines])) from None

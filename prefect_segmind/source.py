@@ -1,0 +1,90 @@
+"""Reading a source image from where it lies: a local file, an `s3://` object, or an `http(s)://` address."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect_segmind.download import Destination, DownloadError, download_bytes
+from prefect_segmind.errors import SourceImageError, redact
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+REMOTE_LIMIT = 25_000_000
+"""Bytes of an `s3://` or `http(s)://` source that are read."""
+LOCAL_LIMIT = 250_000_000
+"""Bytes of a local file that are read; more is no photo."""
+
+
+class UnreadableSource(Exception):
+    """An http source that does not answer us; the provider may still be able to GET it."""
+
+
+@dataclass(frozen=True)
+class SourceReader:
+    """Reads source images.
+
+    Attributes:
+        s3: Makes the S3 client, when one is needed.
+        allow_private: Whether private and link-local addresses may be read.
+        allow_loopback: Whether this machine itself may be read, as with the sandbox.
+    """
+
+    s3: Callable[[], S3Client]
+    allow_private: bool = False
+    allow_loopback: bool = False
+
+    def read(self, image: str) -> bytes:
+        """The whole content of a source.
+
+        Args:
+            image: A local path, `s3://bucket/key` or an `http(s)://` address.
+
+        Raises:
+            SourceImageError: It is missing, a folder, unreadable, too large, or at an address that is refused.
+            UnreadableSource: An http source that does not answer as it should.
+            StoreError: S3 refuses or does not answer.
+        """
+        if image.startswith("s3://"):
+            from prefect_segmind import s3
+
+            return s3.read(image, self.s3(), limit=REMOTE_LIMIT)
+        if image.startswith(("http://", "https://")):
+            return self._read_http(image)
+        return _read_file(image)
+
+    def _read_http(self, url: str) -> bytes:
+        destination = Destination(allow_private=self.allow_private, allow_loopback=self.allow_loopback)
+        try:
+            return download_bytes(url, limit=REMOTE_LIMIT, destination=destination)
+        except DownloadError as error:
+            if error.refused:
+                raise SourceImageError(
+                    f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant)"
+                ) from None
+            raise UnreadableSource(redact(str(error))) from None
+
+
+def _read_file(image: str) -> bytes:
+    path = Path(image).expanduser()
+    try:
+        if path.is_dir():
+            raise SourceImageError(f"image: {image} is a folder; name one image in it")
+        if not path.exists():
+            names = os.listdir(path.parent) if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.resolve()}"
+            raise SourceImageError(f"image: {image} does not exist ({hint})")
+        if not path.is_file():
+            raise SourceImageError(f"image: {image} is no ordinary file")
+        if path.stat().st_size > LOCAL_LIMIT:
+            raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise SourceImageError(f"image: {image} cannot be read: {why}") from None

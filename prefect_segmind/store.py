@@ -1,0 +1,300 @@
+"""A store: a place for objects by key, in an S3 bucket or in a local folder, with conditional writes.
+
+The archive's promises stand on two of its properties: an object is there whole or not at all, and of several writers
+who all say `if_absent` one wins. "Cannot read" is always an error and never looks like "not there".
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+from uuid import uuid4
+
+from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreAccessError, StoreError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+LOCK_KEY = ".segmind/.lock"
+_DRAFT = ".part-"
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a store gave it.
+
+    Attributes:
+        data: The content.
+        etag: What `put(if_match=…)` takes to replace exactly this content.
+        age: Seconds since it was last written, by the store's own clock; never negative. S3 counts whole seconds.
+    """
+
+    data: bytes
+    etag: str
+    age: float
+
+
+class Store(Protocol):
+    """Objects by key, such as `summer/hat.png`. Any method may raise a `StoreError` naming the place and a remedy."""
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix`, or the absolute path of the folder."""
+        ...
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the conditions of `put` are honoured; where they are not, they are checked first as best effort."""
+        ...
+
+    def uri(self, key: str) -> str:
+        """`s3://bucket/prefix/key`, or the path of the file."""
+        ...
+
+    def get(self, key: str) -> StoredObject | None:
+        """The object, or None if there is none; a store that cannot tell raises."""
+        ...
+
+    def put(
+        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        """Write an object, whole or not at all, and return its new etag.
+
+        Args:
+            key: Where to.
+            data: The content. Where it matters who won, no two writers may write the same bytes.
+            content_type: Such as `image/png`; a folder does not keep it.
+            if_absent: Only if there is no such object.
+            if_match: Only if the object still has this etag; not together with `if_absent`.
+
+        Raises:
+            PreconditionFailedError: The condition does not hold; nothing was written.
+        """
+        ...
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether the object is there with this content, as far as the store can tell without sending it."""
+        ...
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys that start with these characters, in no promised order, read page by page while iterated."""
+        ...
+
+
+def open_store(url: str, client: S3Client | None = None) -> Store:
+    """The store at an address.
+
+    Args:
+        url: `s3://bucket[/prefix]`, a folder (`~` is the home), or `file:///folder`.
+        client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.s3.s3_client()`.
+
+    Raises:
+        ConfigurationError: The address is of no such kind, or the S3 client cannot be made.
+
+    Example:
+        >>> open_store("~/pictures").conditional
+        True
+    """
+    if url.lower().startswith("s3:"):
+        from prefect_segmind.s3 import S3Store, s3_client, split_uri  # boto3 takes a second to import
+
+        bucket, prefix = split_uri(url)
+        return S3Store(bucket, prefix, client or s3_client())
+    allowed = "use s3://bucket/prefix, a folder, or file:///folder"
+    if re.match(r"(?i)file://(localhost)?/", url):
+        url = url2pathname(urlsplit(url).path)
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) or not url.strip():
+        raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
+    try:
+        return LocalStore(Path(url).expanduser())
+    except RuntimeError as error:  # pathlib's word for a home that nobody has
+        raise ConfigurationError(f"{url!r} is no place for a store ({error}): {allowed}") from error
+
+
+class LocalStore:
+    """A store in a folder, which is made when first written to; a relative one is taken from the folder of now.
+
+    What `put` has written survives a power cut. It holds an exclusive lock on `.segmind/.lock` for the moment of the
+    rename, so conditions hold between threads and processes; on a network folder as far as its server supports `flock`.
+    Symbolic links inside the folder are the owner's business and are followed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+
+    @property
+    def url(self) -> str:
+        """The absolute path of the folder."""
+        return str(self.folder)
+
+    @property
+    def conditional(self) -> bool:
+        """Always True: the lock sees to it."""
+        return True
+
+    def uri(self, key: str) -> str:
+        """The path of the file; a StoreError for a key that leaves the folder or is not in its plain form."""
+        return str(self._path(key))
+
+    def get(self, key: str) -> StoredObject | None:
+        """The file's content, with its SHA-256 as etag; None if there is no such file."""
+        path = self._path(key)
+        with _explained("read", path):
+            try:
+                with path.open("rb") as file:
+                    written = os.fstat(file.fileno()).st_mtime  # of this very content, whatever is renamed meanwhile
+                    data = file.read()
+            except FileNotFoundError:
+                return None
+        return StoredObject(data, hashlib.sha256(data).hexdigest(), max(0.0, time.time() - written))
+
+    def put(
+        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        """Write a file atomically; see `Store.put`."""
+        path = self._path(key)
+        draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
+        with _explained("write", path):
+            above_new = [folder.parent for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with draft.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self._locked():
+                    if if_absent or if_match is not None:
+                        require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
+                    _replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+            for folder in (path.parent, *above_new):
+                _sync(folder)
+        return hashlib.sha256(data).hexdigest()
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether the file is there with this content."""
+        found = self.get(key)
+        return found is not None and found.etag == hashlib.sha256(data).hexdigest()
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The files whose keys start with these characters; the lock and unfinished files are none."""
+        root = self._path(start) if (start := prefix.rpartition("/")[0]) else self.folder
+        for folder, _, names in os.walk(root, onerror=_unless_gone):
+            for name in names:
+                key = Path(folder, name).relative_to(self.folder).as_posix()
+                if key.startswith(prefix) and not _is_ours(key):
+                    yield key
+
+    def _path(self, key: str) -> Path:
+        path = PurePath(key)
+        plain = path.as_posix() == key and key != "."  # one key, one file: no `a//b`, no `./a`, no backslash on Windows
+        stream = sys.platform == "win32" and ":" in key
+        if not plain or path.anchor or ".." in path.parts or "\0" in key or stream or _is_ours(key):
+            raise StoreError(f"{key!r} is no key for the folder {self.folder}: use a plain relative path with '/'")
+        return self.folder / path
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.folder / LOCK_KEY
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            _lock(file.fileno())
+            try:
+                yield
+            finally:
+                _unlock(file.fileno())  # closing alone would not do in a process that has forked meanwhile
+
+
+def require(found: StoredObject | None, uri: str, *, if_absent: bool, if_match: str | None) -> None:
+    """Raise PreconditionFailedError unless the conditions hold for what was found at an address."""
+    if if_absent and found is not None:
+        raise PreconditionFailedError(f"{uri} is there already; somebody else has written it")
+    if if_match is not None and (found is None or found.etag != if_match):
+        raise PreconditionFailedError(f"{uri} is no longer what was read; somebody else has changed it")
+
+
+def _is_ours(key: str) -> bool:
+    return key == LOCK_KEY or key.rpartition("/")[2].startswith(_DRAFT)
+
+
+def _unless_gone(error: OSError) -> None:
+    """What os.walk does with a folder it cannot list: by itself it would silently show less than there is."""
+    if not isinstance(error, FileNotFoundError):
+        with _explained("list", Path(error.filename)):
+            raise error
+
+
+@contextmanager
+def _explained(doing: str, path: Path) -> Iterator[None]:
+    """Turn the system's errors into ours, with the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = f"cannot {doing} {path}"
+        if error.errno in _FULL:
+            raise StoreError(f"{where}: the disk is full, or a quota is; free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StoreAccessError(f"{where}: permission denied; check the owner and mode of the folder") from error
+        raise StoreError(f"{where}: {error.strerror or error}; check the folder and its disk") from error
+
+
+if sys.platform == "win32":  # pragma: no cover
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        while True:
+            try:
+                return msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+            except OSError as error:  # it gives up after ten seconds
+                if error.errno != errno.EDEADLK:
+                    raise
+
+    def _unlock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+    def _replace(source: Path, target: Path) -> None:
+        for pause in (0.01, 0.05, 0.2, 1.0):  # Windows refuses while anybody has the target open, be it for reading
+            with suppress(PermissionError):
+                source.replace(target)
+                return
+            time.sleep(pause)
+        source.replace(target)
+
+    def _sync(folder: Path) -> None:
+        """Windows has no such thing for folders."""
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _replace(source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def _sync(folder: Path) -> None:
+        """Make the names in a folder durable; a rename alone may not survive a power cut."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network and container mounts do not have it for folders
+                raise
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,120 @@
+"""The first stage: a job is checked against its source image, and all that is open is settled. Nothing is paid."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from decimal import Decimal
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.errors import SourceImageError
+from prefect_segmind.fingerprint import derived_seed, fingerprint
+from prefect_segmind.image import SourceImage, inspect
+from prefect_segmind.price import LIST_PRICE_USD
+from prefect_segmind.request import ImageToImageRequest, Job
+from prefect_segmind.resolution import AUTO, crop_loss, nearest_resolution
+from prefect_segmind.source import SourceReader, UnreadableSource
+
+CROP_WARNING = 0.10
+"""The share of a source's area that may be cropped away without a warning."""
+
+
+class ValidatedJob(BaseModel):
+    """A job that can be paid for.
+
+    Attributes:
+        job: What was asked for.
+        source: What was found in the source image; None where it could not be read.
+        source_sha256: Of its content, or of its URL where it could not be read.
+        parameters: Every parameter of the request but `image_file`, seed and resolution settled.
+        fingerprint: Which picture this is.
+        price_usd: What it will cost.
+        warnings: What the person should know before paying.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: Job
+    source: SourceImage | None
+    source_sha256: str
+    parameters: dict[str, Any]
+    fingerprint: str
+    price_usd: Decimal
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.job.name
+
+    @property
+    def seed(self) -> int:
+        """The seed that is sent, 100 to 999999."""
+        return int(self.parameters["seed"])
+
+    def request(self, image_file: str, *, allow_unlisted_resolution: bool = True) -> ImageToImageRequest:
+        """The request to send, once the source has an address that the provider can GET."""
+        return ImageToImageRequest.model_validate(
+            {"image_file": image_file, **self.parameters},
+            context={"allow_unlisted_resolution": allow_unlisted_resolution},
+        )
+
+
+def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
+    """Inspects a job's source image and settles its seed, resolution, fingerprint and price.
+
+    Args:
+        job: What was asked for.
+        reader: Reads the source.
+        price_usd: What a picture costs.
+
+    Raises:
+        SourceImageError: The source cannot be used; the message says why and what to do.
+        StoreError: The source lies in S3 and cannot be read.
+    """
+    warnings: list[str] = []
+    source: SourceImage | None = None
+    try:
+        data = reader.read(job.image)
+        source = inspect(data, job.image, allow_extreme_ratio=job.allow_extreme_ratio)
+        source_sha256 = source.sha256
+        warnings += [f"the image is {change}" for change in source.changes]
+    except UnreadableSource as error:
+        warnings.append(f"the image could not be read from here ({error}); it goes to the provider unchecked")
+        source_sha256 = hashlib.sha256(job.image.encode()).hexdigest()
+    parameters = job.parameters()
+    parameters["resolution"] = _settled_resolution(job, source, warnings)
+    if job.negative_prompt:
+        warnings.append("negative_prompt may be ignored: Ideogram documents it for other versions than 2a")
+    if job.seed is None:
+        parameters["seed"] = derived_seed(source_sha256, parameters)
+    elif job.seed == "random":
+        parameters["seed"] = 100 + secrets.randbelow(999_900)
+    return ValidatedJob(
+        job=job,
+        source=source,
+        source_sha256=source_sha256,
+        parameters=parameters,
+        fingerprint=fingerprint(source_sha256, parameters),
+        price_usd=price_usd,
+        warnings=tuple(warnings),
+    )
+
+
+def _settled_resolution(job: Job, source: SourceImage | None, warnings: list[str]) -> str:
+    if source is None:
+        if job.resolution == AUTO:
+            raise SourceImageError("resolution: AUTO needs an image that can be read from here; name one of the 78")
+        return job.resolution
+    nearest = nearest_resolution(source.width, source.height).value
+    if job.resolution == AUTO:
+        return nearest
+    lost = crop_loss(source.width, source.height, job.resolution)
+    if lost > CROP_WARNING:
+        warnings.append(
+            f"{job.resolution} crops {lost:.0%} of the {source.width}×{source.height} image away; "
+            f"{nearest} would crop {crop_loss(source.width, source.height, nearest):.0%} (resolution: AUTO chooses it)"
+        )
+    return job.resolution

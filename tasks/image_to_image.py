@@ -1,0 +1,209 @@
+"""The four tasks of one picture: validate, upload, generate, archive.
+
+They pass small records to each other, never pixels. Each logs what the person who watches should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from prefect import task
+from prefect.context import TaskRunContext
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run, task_run
+
+from prefect_segmind import configuration
+from prefect_segmind.archiving import ArchivedImage, Archiving
+from prefect_segmind.credentials import load_credentials
+from prefect_segmind.errors import SegmindError
+from prefect_segmind.generation import GeneratedImage, Generation
+from prefect_segmind.price import usd
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.request import Job, name_from_image, parse_job
+from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.settings import load_settings
+from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
+from prefect_segmind.upload import UploadedImage
+from prefect_segmind.validation import ValidatedJob, validate
+
+_told: set[str] = set()
+"""Archives of which this process has said that they ignore conditional writes."""
+
+
+def _run_name() -> str:
+    """`validate hero/summer`: the task and the job it works on."""
+    first = next(iter(task_run.parameters.values()), None)
+    if isinstance(first, Mapping):
+        name = first.get("name") or name_from_image(str(first.get("image")))
+    else:
+        name = getattr(first, "name", "")
+    return f"{str(task_run.task_name).partition('_')[0]} {name}"
+
+
+@task(task_run_name=_run_name)
+def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = None) -> ValidatedJob:
+    """Checks a job and its source image, and settles seed, resolution, fingerprint and price. Nothing is paid.
+
+    Args:
+        job: A `Job`, or its fields as a mapping.
+        credentials_block: Name of the block that names the API's address; a source on this machine is read only where
+            the API is on it too.
+
+    Raises:
+        InvalidJobError: Fields are wrong; the message has a line for each.
+        SourceImageError: The source image cannot be used.
+        StoreError: The source lies in S3 and cannot be read.
+    """
+    log, settings = get_run_logger(), load_settings()
+    if not isinstance(job, Job):
+        job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
+    validated = validate(job, configuration.source_reader(credentials_block), price_usd=settings.price_usd)
+    for warning in validated.warnings:
+        log.warning(warning)
+    found = validated.source
+    size = f"{found.width}×{found.height} {found.format}, {found.size_bytes / 1e6:.2f} MB" if found else "not read"
+    log.info(
+        "%s: %s (%s) to %s, seed %s; %s USD if it is not paid for already",
+        *(job.name, job.image, size, validated.parameters["resolution"], validated.seed, usd(validated.price_usd)),
+    )
+    return validated
+
+
+@task(task_run_name=_run_name)
+def upload_image(
+    job: ValidatedJob, upload_to: str | None = None, credentials_block: str | None = None
+) -> UploadedImage:
+    """Uploads a job's source image to S3 under its content's hash, unless the same content is there.
+
+    Args:
+        job: The validated job.
+        upload_to: `s3://bucket/prefix`; the setting if left out.
+        credentials_block: As for `validate_job`.
+
+    Raises:
+        ConfigurationError: No place to upload to is set.
+        SourceImageError: The source has changed since it was validated.
+        StoreError: S3 refuses or does not answer.
+    """
+    log = get_run_logger()
+    reader = configuration.source_reader(credentials_block)
+    uploaded = configuration.open_uploads(upload_to).upload(job, reader)
+    for warning in uploaded.warnings:
+        log.warning(warning)
+    log.info("%s %s", "uploaded to" if uploaded.uploaded else "nothing to upload, it is at", uploaded.uri)
+    return uploaded
+
+
+@task(
+    task_run_name=_run_name,
+    retries=RetryPolicy().retries,
+    retry_delay_seconds=ServerPacedDelays(),
+    retry_condition_fn=retry_if_decided,
+    persist_result=False,
+)
+def generate_image(
+    job: ValidatedJob,
+    uploaded: UploadedImage,
+    archive: str | None = None,
+    upload_to: str | None = None,
+    credentials_block: str | None = None,
+    on_unknown: OnUnknown = "repay",
+) -> GeneratedImage:
+    """Gets a job's picture, by one request to the API unless it is paid for already.
+
+    A failed request is a WARNING and an event `prefect-segmind.attempt.failed`; Prefect waits as long as the server
+    asks and runs the task again, where the retry decision says so.
+
+    Args:
+        job: The validated job.
+        uploaded: Its source image.
+        archive: `s3://bucket/prefix` or a folder, which has the records of what is paid; the setting if left out.
+        upload_to: As for `upload_image`; it matters where uploads have a public address.
+        credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
+        on_unknown: Whether to pay again (`repay`) or not (`fail`) where an earlier request may have been billed.
+
+    Raises:
+        ApiError: The request failed, in one of its classes.
+        OutboxError: The disk is full.
+        OutcomeUnknownError: An earlier request may have been billed, and `on_unknown` is `fail`.
+        StoreError: The record of the picture cannot be read or written; nothing was paid.
+    """
+    log, settings = get_run_logger(), load_settings()
+    context = TaskRunContext.get()
+    policy = RetryPolicy(longest_wait_seconds=settings.longest_wait_seconds)
+    if context:
+        policy = replace(policy, retries=context.task.retries)
+    opened = configuration.open_archive(archive)
+    if not opened.store.conditional and opened.url not in _told:
+        _told.add(opened.url)
+        log.info("%s ignores conditional writes: do not run the same job on two machines at a time", opened.url)
+    with load_credentials(credentials_block).get_client() as client:
+        generation = Generation(
+            archive=opened,
+            outbox=configuration.open_outbox(),
+            client=client,
+            address=configuration.open_uploads(upload_to).address,
+            on_unknown=on_unknown,
+            policy=policy,
+            say=log.info,
+        )
+        try:
+            generated = generation.generate(job, uploaded, str(context.task_run.id) if context else uuid4().hex)
+        except SegmindError as error:
+            if error.decision:
+                _report_failed_attempt(job, error)
+            raise
+    if generated.status == "generated":
+        log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
+    return generated
+
+
+@task(task_run_name=_run_name)
+def archive_image(generated: GeneratedImage) -> ArchivedImage:
+    """Archives a paid picture, its sidecar and its record, and empties the outbox of it.
+
+    Args:
+        generated: The picture.
+
+    Raises:
+        ArchiveError: The archive cannot be written. The picture is safe; the same job run again archives it unpaid.
+    """
+    archiving = Archiving(configuration.open_archive(generated.archive), configuration.open_outbox())
+    archived = archiving.archive_picture(generated, flow_run.id)
+    get_run_logger().info("archived: %s (%s)", archived.image, archived.status)
+    return archived
+
+
+def _report_failed_attempt(job: ValidatedJob, error: SegmindError) -> None:
+    """Makes a failed request visible: a WARNING in the run's log, and an event."""
+    assert error.decision is not None
+    wait = error.decision.wait_seconds
+    follows = f"next request in {wait:.1f} s" if wait is not None else "no other request"
+    get_run_logger().warning(
+        "request %s of %s failed%s: %s; %s: %s",
+        error.requests_sent,
+        job.name,
+        " and may have been billed" if error.possibly_billed else "",
+        error,
+        follows,
+        error.decision.reason,
+    )
+    emit_event(
+        event="prefect-segmind.attempt.failed",
+        resource={"prefect.resource.id": f"prefect-segmind.job.{job.fingerprint}", "prefect.resource.name": job.name},
+        payload={
+            "name": job.name,
+            "fingerprint": job.fingerprint,
+            "attempt": error.requests_sent,
+            "status": error.status,
+            "error": str(error),
+            "reason": error.decision.reason,
+            "wait_seconds": wait,
+            "possibly_billed": error.possibly_billed,
+            "request_id": error.request_id,
+        },
+    )

@@ -1,0 +1,38 @@
+"""How Prefect waits as long as the server asks: its task retries, paced by the decision on the failed request.
+
+Prefect reads a task's delays from a list and has none for a single exception. So the condition function, which sees the
+exception, leaves the wait in a context variable, and the list hands it out.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, SupportsIndex
+
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from prefect_segmind.errors import SegmindError
+from prefect_segmind.retry import RetryPolicy
+
+_wait: ContextVar[float] = ContextVar("segmind_wait", default=0.0)
+
+
+class ServerPacedDelays(list[float]):
+    """Delays for `retry_delay_seconds`: whatever index is asked for, the wait that was decided on last, in seconds."""
+
+    def __init__(self) -> None:
+        policy = RetryPolicy()
+        super().__init__(policy.base_seconds * 2**each for each in range(policy.retries))
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        """The wait that was decided on; the plain backoff where none was."""
+        return _wait.get() or super().__getitem__(index)
+
+
+def retry_if_decided(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed request is to be sent again, for `retry_condition_fn`. Prefect takes plain functions only."""
+    error = state.result(raise_on_failure=False)
+    decision = error.decision if isinstance(error, SegmindError) else None
+    _wait.set(decision.wait_seconds or 0.0 if decision else 0.0)
+    return decision is not None and decision.retry

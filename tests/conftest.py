@@ -1,0 +1,77 @@
+"""What the tests stand on: real servers on loopback, started here and stopped here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+
+from prefect_segmind import configuration
+from prefect_segmind.sandbox import Sandbox, sample_photo
+
+FOREIGN = ("AWS_", "SEGMIND_", "PREFECT_INTEGRATIONS_SEGMIND_")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No key, profile or setting of the person who runs the tests reaches them."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(FOREIGN)}
+    for name in kept:
+        del os.environ[name]
+    nothing = str(tmp_path_factory.mktemp("aws") / "none")
+    os.environ.update(AWS_CONFIG_FILE=nothing, AWS_SHARED_CREDENTIALS_FILE=nothing, AWS_EC2_METADATA_DISABLED="true")
+    yield
+    os.environ.update(kept)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(_clean_environment: None) -> Iterator[None]:
+    """A real Prefect server with a database of its own, for the whole session."""
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def _sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    with Sandbox(tmp_path_factory.mktemp("sandbox"), latency=0.05, credits="1000.00") as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="session")
+def photo_bytes() -> bytes:
+    return sample_photo((600, 400))
+
+
+@pytest.fixture
+def photo(tmp_path: Path, photo_bytes: bytes) -> Path:
+    path = tmp_path / "mug.jpg"
+    path.write_bytes(photo_bytes)
+    return path
+
+
+@pytest.fixture
+def sandbox(_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """The API and an S3 server, with an archive, an outbox, a ledger and a script of this test's own."""
+    _sandbox.ledger.clear()
+    _sandbox.script.clear()
+    for name, value in _sandbox.environment().items():
+        monkeypatch.setenv(name, value)
+    place = f"s3://segmind/{tmp_path.parent.name}-{tmp_path.name}"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", f"{place}/archive")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", f"{place}/uploads")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "outbox"))
+    yield _sandbox
+    configuration._archive.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog() -> Iterator[None]:
+    """Prefect's loggers do not propagate; here they do, so that tests can read them."""
+    logger = logging.getLogger("prefect")
+    before, logger.propagate = logger.propagate, True
+    yield
+    logger.propagate = before

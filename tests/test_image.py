@@ -1,0 +1,567 @@
+"""Promises of `prefect_segmind.image`: every source is either refused with a named error or made fit for the API."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
+
+from prefect_segmind import image as room
+from prefect_segmind.errors import SourceImageError
+from prefect_segmind.image import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    BrokenPicture,
+    inspect,
+    prepare,
+    read_picture,
+    thumbnail,
+)
+
+
+def saved(picture: Image.Image, format: str, **options: Any) -> bytes:
+    file = BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    return Image.frombytes(mode, size, random.Random(7).randbytes(size[0] * size[1] * len(mode)))
+
+
+def gradient(size: tuple[int, int] = (90, 60), mode: str = "RGB") -> Image.Image:
+    return Image.linear_gradient("L").resize(size).convert(mode)
+
+
+def exif(orientation: int, *, gps: bool = False) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    if gps:
+        tags[0x010E] = "GPSMARKER"
+        tags.get_ifd(0x8825)[1] = "N"
+    return tags
+
+
+def opened(data: bytes) -> Image.Image:
+    picture = Image.open(BytesIO(data))
+    picture.load()
+    return picture
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(rows, 1))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + body + chunk(b"IEND", b"")
+
+
+def files() -> dict[str, bytes]:
+    """One small file of each kind that is read."""
+    kinds = {
+        "jpeg": saved(gradient(), "JPEG"),
+        "turned": saved(gradient(), "JPEG", exif=exif(6)),
+        "progressive": saved(gradient(), "JPEG", progressive=True),
+        "cmyk": saved(gradient(mode="CMYK"), "JPEG"),
+        "mpo": saved(gradient(), "MPO", save_all=True, append_images=[gradient()]),
+        "png": saved(gradient(mode="RGBA"), "PNG"),
+        "palette": saved(gradient().quantize(9), "PNG"),
+        "bilevel": saved(gradient(mode="1"), "PNG"),
+        "deep": png(2, 2, 16, 2, b"\0" + bytes(range(12)) + b"\0" + bytes(range(12))),
+        "webp": saved(gradient(), "WEBP"),
+        "lossless": saved(gradient(mode="RGBA"), "WEBP", lossless=True),
+        "gif": saved(gradient().quantize(9), "GIF"),
+        "tiff": saved(gradient(), "TIFF"),
+        "deflated": saved(gradient(mode="RGBA"), "TIFF", compression="tiff_deflate"),
+        "float": saved(gradient(mode="F"), "TIFF"),
+        "bmp": saved(gradient(), "BMP"),
+        "jp2": saved(gradient(), "JPEG2000"),
+    }
+    if "AVIF" in Image.SAVE:
+        kinds["avif"] = saved(gradient(), "AVIF")
+    return kinds
+
+
+FILES = files()
+
+
+def refusal(data: bytes, **options: bool) -> str:
+    with pytest.raises(SourceImageError) as caught:
+        inspect(data, "ad.jpg", **options)
+    text = str(caught.value)
+    assert text.startswith("image: ad.jpg ")
+    return text
+
+
+class TestInspect:
+    @pytest.mark.parametrize("kind", ["jpeg", "progressive", "png", "palette", "bilevel", "webp", "lossless"])
+    def test_what_the_api_takes_goes_up_untouched(self, kind: str) -> None:
+        source = inspect(FILES[kind], kind)
+        assert (source.width, source.height, source.changes) == (90, 60, ())
+        assert source.size_bytes == len(FILES[kind])
+        prepared = prepare(FILES[kind], source)
+        assert prepared.data is FILES[kind]
+        assert prepared.sha256 == source.sha256
+        assert {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[source.format] == prepared.extension
+        assert prepared.content_type == f"image/{source.format.lower()}"
+
+    @pytest.mark.parametrize(
+        ("kind", "change"),
+        [
+            ("turned", "rotated by its EXIF orientation"),
+            ("cmyk", "converted from CMYK to RGB"),
+            ("mpo", "reduced to the first of its pictures (MPO)"),
+            ("deep", "reduced to 8 bits a channel"),
+            ("gif", "converted from GIF"),
+            ("tiff", "converted from TIFF"),
+            ("bmp", "converted from BMP"),
+            ("jp2", "converted from JPEG2000"),
+        ],
+    )
+    def test_what_must_change_is_told(self, kind: str, change: str) -> None:
+        assert inspect(FILES[kind], kind).changes == (change,)
+
+    def test_a_phones_mpo_is_not_animated(self) -> None:
+        assert inspect(FILES["mpo"], "phone.jpg").format == "MPO"
+
+    def test_sides_are_measured_after_the_rotation(self) -> None:
+        source = inspect(FILES["turned"], "a")
+        assert (source.width, source.height) == (60, 90)
+
+    def test_the_scaled_size_is_told(self) -> None:
+        wide = png(8000, 6000, 1, 0, (b"\0" + bytes(1000)) * 6000)
+        assert inspect(wide, "a").changes == ("scaled from 8000×6000 to 5773×4330 pixels",)
+
+    def test_more_than_ten_megabytes_is_told(self) -> None:
+        assert inspect(FILES["jpeg"] + bytes(MAX_BYTES), "a").changes == ("made smaller than 10 MB (it has 10.0)",)
+
+    def test_empty(self) -> None:
+        assert "is empty" in refusal(b"")
+
+    def test_no_image(self) -> None:
+        assert "is not an image" in refusal(b"<html>no</html>")
+
+    @pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+    def test_heic_is_named(self, brand: bytes) -> None:
+        assert "is HEIC, which is not read here; convert it to JPEG" in refusal(
+            struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(99)
+        )
+
+    @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "tiff"])
+    def test_truncated(self, kind: str) -> None:
+        assert "cut short (truncated); copy or export it again" in refusal(FILES[kind][:-40])
+
+    def test_a_png_without_its_end_is_truncated(self) -> None:
+        assert "truncated" in refusal(FILES["png"][:-12])
+
+    def test_damaged_is_not_called_truncated(self) -> None:
+        damaged = saved(noise((40, 40)), "PNG").replace(b"IDAT", b"IDAX")
+        assert "is damaged" in refusal(damaged)
+
+    @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+    def test_animated_or_several_pages(self, format: str) -> None:
+        frames = [gradient(), gradient().rotate(90), noise((90, 60))]
+        data = saved(frames[0], format, save_all=True, append_images=frames[1:])
+        assert f"animated or has several pages ({format})" in refusal(data)
+
+    def test_a_bomb_is_refused_before_it_is_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+        assert "20000×20000 pixels" in refusal(png(20000, 20000, 8, 2, b""))
+
+    def test_a_webp_bomb_is_refused(self) -> None:
+        canvas = struct.pack("<I", 15999)[:3] * 2
+        chunks = b"VP8X" + struct.pack("<I", 10) + bytes(4) + canvas + FILES["webp"][12:]
+        assert refusal(b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks)
+
+    def test_no_pixels(self) -> None:
+        assert refusal(png(0, 5, 8, 2, b""))
+        assert "0×60 pixels" in refusal(FILES["jp2"].replace(struct.pack(">II", 60, 90), struct.pack(">II", 60, 0)))
+
+    @pytest.mark.parametrize("format", ["PNG", "TIFF"])
+    @pytest.mark.filterwarnings("error")
+    def test_no_warning_between_pillows_two_limits(self, format: str) -> None:
+        side = 9_500  # 90 megapixels: Pillow warns above 89
+        if format == "PNG":
+            data = png(side, side, 1, 0, (b"\0" + bytes(-(-side // 8))) * side)
+        else:
+            data = saved(Image.new("L", (side, side)), "TIFF")
+        source = inspect(data, "a")
+        assert "scaled from 9500×9500 to 5000×5000 pixels" in source.changes
+        assert opened(prepare(data, source).data).size == (5000, 5000)
+
+    @pytest.mark.parametrize("size", [(300, 100), (100, 300)])
+    def test_exactly_three_to_one_is_fine(self, size: tuple[int, int]) -> None:
+        assert inspect(saved(Image.new("L", size), "PNG"), "a").changes == ()
+
+    @pytest.mark.parametrize("size", [(301, 100), (100, 301)])
+    def test_beyond_three_to_one_is_refused_unless_allowed(self, size: tuple[int, int]) -> None:
+        data = saved(Image.new("L", size), "PNG")
+        assert "allow_extreme_ratio" in refusal(data)
+        assert inspect(data, "a", allow_extreme_ratio=True).width == size[0]
+
+    def test_lab_is_refused(self) -> None:
+        assert "LAB" in refusal(saved(Image.new("LAB", (30, 30)), "TIFF"))
+
+    @pytest.mark.parametrize("found", [0, 9, 77])
+    def test_an_orientation_that_does_not_exist_is_none(self, found: int) -> None:
+        assert inspect(saved(gradient(), "JPEG", exif=exif(found)), "a").changes == ()
+
+    def test_broken_exif_does_not_break_the_picture(self) -> None:
+        data = saved(gradient(), "JPEG", exif=b"Exif\0\0garbage instead of tags")
+        assert inspect(data, "a").changes == ()
+
+    def test_the_label_is_redacted(self) -> None:
+        with pytest.raises(SourceImageError) as caught:
+            inspect(b"", "https://b.example/a.jpg?X-Amz-Signature=secret")
+        assert "secret" not in str(caught.value)
+
+    def test_records_survive_a_round_trip_and_are_frozen(self) -> None:
+        source = inspect(FILES["turned"], "a")
+        assert type(source).model_validate_json(source.model_dump_json()) == source
+        with pytest.raises(ValueError, match="frozen"):
+            source.width = 1  # type: ignore[misc]
+
+    @pytest.mark.filterwarnings("error")
+    def test_sixty_four_threads_and_no_global_state(self) -> None:
+        before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, list(warnings.filters))
+
+        def one(kind: str) -> bytes:
+            return prepare(FILES[kind], inspect(FILES[kind], kind)).data
+
+        kinds = sorted(FILES) * 12
+        with ThreadPoolExecutor(64) as pool:
+            results = list(pool.map(one, kinds))
+        assert {(kind, data) for kind, data in zip(kinds, results, strict=True)} == {
+            (kind, one(kind)) for kind in FILES
+        }
+        assert before == (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, list(warnings.filters))
+
+
+class TestPrepare:
+    @pytest.mark.parametrize("kind", sorted(FILES))
+    def test_the_result_needs_no_more_changes_and_is_the_same_each_time(self, kind: str) -> None:
+        source = inspect(FILES[kind], kind)
+        prepared = prepare(FILES[kind], source)
+        again = inspect(prepared.data, kind)
+        assert again.changes == ()
+        assert (again.width, again.height, again.sha256) == (source.width, source.height, prepared.sha256)
+        assert prepared == prepare(FILES[kind], source)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_every_orientation_becomes_upright(self, orientation: int) -> None:
+        corner = Image.new("RGB", (64, 32), "white")
+        corner.paste("red", (0, 0, 16, 8))
+        turns: dict[int, Callable[[Image.Image], Image.Image]] = {
+            1: lambda each: each,
+            2: lambda each: each.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+            3: lambda each: each.transpose(Image.Transpose.ROTATE_180),
+            4: lambda each: each.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+            5: lambda each: each.transpose(Image.Transpose.TRANSPOSE),
+            6: lambda each: each.transpose(Image.Transpose.ROTATE_90),
+            7: lambda each: each.transpose(Image.Transpose.TRANSVERSE),
+            8: lambda each: each.transpose(Image.Transpose.ROTATE_270),
+        }
+        data = saved(turns[orientation](corner), "PNG", exif=exif(orientation))
+        upright = opened(prepare(data, inspect(data, "a")).data).convert("RGB")
+        assert upright.size == (64, 32)
+        red = upright.getpixel((4, 3))
+        assert isinstance(red, tuple)
+        assert red[0] > 200
+        assert red[1] < 60
+
+    def test_no_metadata_goes_along(self) -> None:
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        for mode, format in [("RGB", "JPEG"), ("RGBA", "PNG"), ("RGBA", "WEBP")]:
+            options = {"comment": b"COMMENTMARKER"} if format == "JPEG" else {}
+            picture = gradient(mode=mode)
+            if mode == "RGBA":
+                picture.putalpha(100)
+            data = saved(picture, format, exif=exif(6, gps=True), icc_profile=profile, **options)
+            copy = opened(prepare(data, inspect(data, "a")).data)
+            assert not copy.getexif()
+            assert set(copy.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+            assert b"MARKER" in data
+            assert b"MARKER" not in prepare(data, inspect(data, "a")).data
+
+    def test_opaque_becomes_jpeg_and_transparent_png(self) -> None:
+        opaque = saved(gradient(mode="RGBA"), "TIFF")
+        assert prepare(opaque, inspect(opaque, "a")).extension == "jpg"
+        holed = gradient(mode="RGBA")
+        holed.putpixel((0, 0), (1, 2, 3, 0))
+        data = saved(holed, "TIFF")
+        prepared = prepare(data, inspect(data, "a"))
+        assert prepared.extension == "png"
+        assert opened(prepared.data).getpixel((0, 0)) == (1, 2, 3, 0)
+
+    def test_a_transparent_gif_keeps_its_transparency(self) -> None:
+        palette = gradient().quantize(9)
+        data = saved(palette, "GIF", transparency=palette.getpixel((0, 0)))
+        copy = opened(prepare(data, inspect(data, "a")).data)
+        assert copy.mode == "RGBA"
+        assert copy.getchannel("A").getextrema() == (0, 255)
+
+    def test_the_jpeg_is_not_subsampled(self) -> None:
+        copy = Image.open(BytesIO(prepare(FILES["bmp"], inspect(FILES["bmp"], "a")).data))
+        assert [each[1:3] for each in copy.layer] == [(1, 1)] * 3  # type: ignore[attr-defined]
+
+    def test_sixteen_bit_greys_are_scaled_and_not_clipped(self) -> None:
+        rows = b"".join(b"\0" + b"".join(struct.pack(">H", x * 257) for x in range(256)) for _ in range(128))
+        data = png(256, 128, 16, 0, rows)
+        copy = opened(prepare(data, inspect(data, "a")).data).convert("L")
+        row = [copy.getpixel((x, 64)) for x in range(256)]
+        assert all(isinstance(value, int) and abs(value - x) <= 2 for x, value in enumerate(row))
+
+    def test_a_sixteen_bit_key_colour_does_not_make_other_pixels_transparent(self) -> None:
+        key = chunk(b"tRNS", struct.pack(">HHH", 0x1234, 0x1234, 0x1234))
+        data = png(2, 2, 16, 2, (b"\0" + b"\x34\x00" * 6) * 2, key)
+        assert opened(prepare(data, inspect(data, "a")).data).mode == "RGB"
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ((0.0, 0.5, 1.0), (0, 128, 255)),
+            ((0.0, 100.0, 255.0), (0, 100, 255)),
+            ((0.0, 25700.0, 65535.0), (0, 100, 255)),
+            ((-10.0, 0.0, 10.0), (0, 128, 255)),
+            ((70000.0, 70000.0, 70000.0), (0, 0, 0)),
+            ((0.0, 1.0, float("inf")), (0, 0, None)),
+        ],
+    )
+    def test_floats_are_scaled_by_their_range(
+        self, values: tuple[float, ...], expected: tuple[int | None, ...]
+    ) -> None:
+        strip = Image.new("F", (24, 8))
+        for index, value in enumerate(values):
+            strip.paste(value, (8 * index, 0, 8 * index + 8, 8))
+        data = saved(strip, "TIFF")
+        source = inspect(data, "a")
+        assert source.changes == ("converted from TIFF", "reduced to 8 bits a channel")
+        copy = opened(prepare(data, source).data).convert("L")
+        for index, value in enumerate(expected):
+            found = copy.getpixel((8 * index + 4, 4))
+            assert isinstance(found, int)
+            assert value is None or abs(found - value) <= 1
+
+    def test_wide_integers_are_scaled(self) -> None:
+        strip = Image.new("I", (16, 8), 0)
+        strip.paste(65535, (8, 0, 16, 8))
+        data = saved(strip, "TIFF")
+        copy = opened(prepare(data, inspect(data, "a")).data).convert("L")
+        assert copy.getextrema()[1] == 255
+
+    def test_an_embedded_profile_is_applied(self) -> None:
+        swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        red, blue = swapped.index(b"rXYZ"), swapped.index(b"bXYZ")
+        swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
+        data = saved(Image.new("RGB", (30, 20), (255, 0, 0)), "TIFF", icc_profile=bytes(swapped))
+        pixel = opened(prepare(data, inspect(data, "a")).data).getpixel((9, 9))
+        assert isinstance(pixel, tuple)
+        assert pixel[2] > 200
+        assert pixel[0] < 60
+
+    @pytest.mark.parametrize("profile", [b"junk", b"x" * 16 + b"RGB " + b"x" * 99, b"x" * 16 + b"CMYK" + b"x" * 99])
+    def test_a_broken_or_foreign_profile_is_ignored(self, profile: bytes) -> None:
+        data = saved(Image.new("RGB", (30, 20), (255, 0, 0)), "TIFF", icc_profile=profile)
+        pixel = opened(prepare(data, inspect(data, "a")).data).getpixel((9, 9))
+        assert isinstance(pixel, tuple)
+        assert pixel[0] > 250
+
+    def test_a_profile_of_rgb_serves_a_grey_picture(self) -> None:
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        data = saved(Image.new("L", (30, 20), 90), "TIFF", icc_profile=profile)
+        pixel = opened(prepare(data, inspect(data, "a")).data).getpixel((9, 9))
+        assert isinstance(pixel, tuple)
+        assert all(abs(each - 90) <= 2 for each in pixel)
+
+    def test_a_file_of_more_than_ten_megabytes_is_made_to_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(room, "MAX_BYTES", 40_000)  # the same code at a hundredth of the time
+        for mode, extension in [("RGB", "jpg"), ("RGBA", "webp")]:
+            data = saved(noise((300, 150), mode), "PNG")
+            source = inspect(data, "a")
+            prepared = prepare(data, source)
+            assert len(prepared.data) <= 40_000
+            assert prepared.extension == extension
+            assert inspect(prepared.data, "a").changes == ()
+
+    def test_ten_megabytes_for_real(self) -> None:
+        data = saved(noise((2600, 1700)), "PNG", compress_level=0)
+        prepared = prepare(data, inspect(data, "a"))
+        assert len(prepared.data) <= MAX_BYTES
+        assert inspect(prepared.data, "a").changes == ()
+
+    @pytest.mark.parametrize("opaque", [True, False])
+    def test_sides_that_jpeg_and_webp_cannot_hold_become_png(
+        self, opaque: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(room, "MAX_BYTES", 60_000)
+        mode = "RGB" if opaque else "RGBA"
+        data = saved(noise((70_000, 1), mode), "TIFF")
+        prepared = prepare(data, inspect(data, "a", allow_extreme_ratio=True))
+        assert len(prepared.data) <= 60_000
+        assert inspect(prepared.data, "a", allow_extreme_ratio=True).changes == ()
+
+    def test_other_bytes_than_those_inspected_are_a_named_error(self) -> None:
+        with pytest.raises(BrokenPicture):
+            prepare(b"other", inspect(FILES["bmp"], "a"))
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        width=st.integers(1, 60),
+        height=st.integers(1, 60),
+        mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"]),
+        format=st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"]),
+        orientation=st.integers(0, 9),
+    )
+    def test_every_picture_that_can_be_saved_comes_out_clean(
+        self, width: int, height: int, mode: str, format: str, orientation: int
+    ) -> None:
+        try:
+            tags = {} if format in ("BMP", "GIF") else {"exif": exif(orientation)}
+            data = saved(Image.new(mode, (width, height)), format, **tags)
+        except (OSError, ValueError, KeyError):
+            return  # Pillow does not write this mode in this format
+        source = inspect(data, "a", allow_extreme_ratio=True)
+        again = inspect(prepare(data, source).data, "a", allow_extreme_ratio=True)
+        assert again.changes == ()
+        assert (again.width, again.height) == (source.width, source.height)
+
+    @given(st.integers(1, 400_000), st.integers(1, 400_000))
+    def test_a_fitted_size_fits_and_keeps_within_the_ratios(self, width: int, height: int) -> None:
+        fitted = room._fitted((width, height), MAX_PIXELS)
+        assert 0 < fitted[0] * fitted[1] <= MAX_PIXELS
+        assert (fitted == (width, height)) == (width * height <= MAX_PIXELS)
+        if max(width, height) <= 3 * min(width, height):
+            assert max(fitted) <= 3 * min(fitted)
+        assert (fitted[0] >= fitted[1]) == (width >= height) or fitted[0] == fitted[1]
+
+
+class TestReadPicture:
+    @pytest.mark.parametrize(
+        ("kind", "content_type", "extension"),
+        [
+            ("jpeg", "image/jpeg", "jpg"),
+            ("png", "image/png", "png"),
+            ("webp", "image/webp", "webp"),
+            ("gif", "image/gif", "gif"),
+            ("tiff", "image/tiff", "tiff"),
+            ("mpo", "image/jpeg", "jpg"),
+            ("jp2", "image/jp2", "jp2"),
+        ],
+    )
+    def test_the_type_comes_from_the_bytes(self, kind: str, content_type: str, extension: str, tmp_path: Path) -> None:
+        path = tmp_path / "answer.part"
+        path.write_bytes(FILES[kind])
+        picture = read_picture(path)
+        assert (picture.content_type, picture.extension) == (content_type, extension)
+        assert (picture.width, picture.height, picture.size_bytes) == (90, 60, len(FILES[kind]))
+        assert len(picture.sha256) == 64
+
+    @pytest.mark.parametrize(
+        ("data", "truncated"),
+        [
+            (FILES["jpeg"][: len(FILES["jpeg"]) // 2], True),
+            (FILES["png"][:40], True),
+            (FILES["png"][:-4], True),
+            (FILES["webp"][:60], True),
+            (FILES["png"].replace(b"IDAT", b"IDAX"), False),
+            (b"", False),
+            (b"<html>", False),
+            (b'{"error": "no"}', False),
+            (png(20000, 20000, 8, 2, b""), False),
+        ],
+    )
+    def test_cut_short_and_no_picture_are_told_apart(self, data: bytes, truncated: bool, tmp_path: Path) -> None:
+        path = tmp_path / "answer.part"
+        path.write_bytes(data)
+        with pytest.raises(BrokenPicture) as caught:
+            read_picture(path)
+        assert caught.value.truncated is truncated
+
+    def test_a_missing_file_is_an_os_error(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            read_picture(tmp_path / "none")
+
+    def test_the_error_travels_between_processes(self) -> None:
+        copy = pickle.loads(pickle.dumps(BrokenPicture("is cut", "again", truncated=True)))
+        assert (str(copy), copy.remedy, copy.truncated) == ("is cut", "again", True)
+
+
+class TestForeignBytes:
+    """No bytes whatever make anything but the named errors."""
+
+    @staticmethod
+    def survive(data: bytes, path: Path) -> None:
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with suppress(SourceImageError):
+                prepare(data, inspect(data, "a", allow_extreme_ratio=True))
+            with suppress(BrokenPicture):
+                read_picture(path)
+            with suppress(BrokenPicture):
+                thumbnail(data)
+
+    @settings(max_examples=150, deadline=None)
+    @given(kind=st.sampled_from(sorted(FILES)), share=st.floats(0, 1))
+    def test_cut_anywhere(self, kind: str, share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+        data = FILES[kind]
+        self.survive(data[: int(len(data) * share)], tmp_path_factory.getbasetemp() / "cut")
+
+    @settings(max_examples=150, deadline=None)
+    @given(kind=st.sampled_from(sorted(FILES)), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255))))
+    def test_damaged_anywhere(
+        self, kind: str, flips: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        data = bytearray(FILES[kind])
+        for share, value in flips:
+            data[int(share * (len(data) - 1))] = value
+        self.survive(bytes(data), tmp_path_factory.getbasetemp() / "damaged")
+
+    @settings(max_examples=100, deadline=None)
+    @given(start=st.sampled_from([b"", *(each[:16] for each in FILES.values())]), rest=st.binary(max_size=200))
+    def test_anything(self, start: bytes, rest: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.survive(start + rest, tmp_path_factory.getbasetemp() / "any")
+
+
+class TestThumbnail:
+    def test_small_jpeg_at_most_so_wide(self) -> None:
+        small = opened(thumbnail(saved(noise((1600, 800)), "JPEG"), 380))
+        assert (small.format, small.size) == ("JPEG", (380, 190))
+
+    def test_upright_and_measured_so(self) -> None:
+        assert opened(thumbnail(saved(noise((1600, 800)), "JPEG", exif=exif(6)), 200)).size == (200, 400)
+
+    def test_never_larger_than_the_picture(self) -> None:
+        assert opened(thumbnail(FILES["png"])).size == (90, 60)
+
+    def test_transparency_on_white(self) -> None:
+        small = opened(thumbnail(saved(Image.new("RGBA", (30, 30), (0, 0, 0, 0)), "PNG")))
+        assert small.getpixel((9, 9)) == (255, 255, 255)
+
+    def test_broken(self) -> None:
+        with pytest.raises(BrokenPicture):
+            thumbnail(b"nothing")
+
+
+def test_tiff_pages_of_one_are_read_with_their_orientation() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[274] = 6
+    data = saved(gradient(), "TIFF", tiffinfo=tags)
+    source = inspect(data, "scan.tif")
+    assert (source.width, source.height) == (60, 90)
+    assert opened(prepare(data, source).data).size == (60, 90)

@@ -1,0 +1,398 @@
+"""A picture is paid for once: across re-runs, names, crashes, broken archives and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from prefect_segmind import configuration, lease
+from prefect_segmind.archive import Archive, RecordRead, record_key
+from prefect_segmind.errors import (
+    AnswerCutError,
+    ArchiveError,
+    BadGatewayError,
+    OutboxError,
+    OutcomeUnknownError,
+    RateLimitError,
+    StoreError,
+)
+from prefect_segmind.outbox import RESERVED_BYTES
+from prefect_segmind.sandbox import Answer, Sandbox
+from tests.walk import archive_picture, generate, up_to_upload, walk
+
+
+def recorded(fingerprint: str) -> RecordRead:
+    found = configuration.open_archive(None).read(fingerprint)
+    assert found is not None
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_the_same_job_again_is_reused_and_costs_nothing(sandbox: Sandbox, photo: Path) -> None:
+    first, second = walk(photo), walk(photo)
+    assert (first.status, first.cost_usd, first.attempts) == ("generated", Decimal("0.05"), 1)
+    assert (second.status, second.cost_usd, second.attempts) == ("reused", Decimal("0.00"), 0)
+    assert second.image == first.image
+    assert sandbox.ledger.billed == 1
+
+
+def test_the_same_picture_under_another_name_is_copied_there_and_costs_nothing(sandbox: Sandbox, photo: Path) -> None:
+    first, second = walk(photo, name="spring/hero"), walk(photo, name="summer/hero")
+    assert (second.status, second.cost_usd, second.sha256) == ("reused", Decimal("0.00"), first.sha256)
+    assert second.image != first.image
+    store = configuration.open_archive(None).store
+    copy = json.loads(store.get(f"summer/hero/{first.fingerprint[:16]}.json").data)  # type: ignore[union-attr]
+    assert (copy["cost_usd"], copy["copied_from"]) == ("0.00", first.image)
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_seed_another_prompt_or_another_image_is_another_picture(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jpg"
+    other.write_bytes(photo.read_bytes() + b"\0")
+    prints = {walk(photo).fingerprint, walk(photo, seed=100).fingerprint, walk(photo, prompt="a hat").fingerprint}
+    prints.add(walk(other).fingerprint)
+    assert len(prints) == sandbox.ledger.billed == 4
+
+
+def test_random_seeds_make_another_picture_each_time(sandbox: Sandbox, photo: Path) -> None:
+    assert walk(photo, seed="random").fingerprint != walk(photo, seed="random").fingerprint
+
+
+def test_archive_down_after_the_answer_then_up_again_pays_once(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    assert generated.path.is_file()
+    with monkeypatch.context() as down:
+        down.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+        with pytest.raises(ArchiveError, match="safe in the outbox") as error:
+            archive_picture(generated)
+    assert str(generated.path) in str(error.value)
+    assert error.value.cost_usd == Decimal("0.05")
+    again = walk(photo)
+    assert (again.status, again.cost_usd, again.attempts) == ("recovered", Decimal("0.00"), 0)
+    assert (again.possibly_billed_usd, sandbox.ledger.billed) == (Decimal(0), 1)
+    assert not generated.path.exists(), "the outbox is emptied once the archive has the picture"
+    assert walk(photo).status == "reused"
+
+
+def test_a_picture_without_its_facts_is_recovered_all_the_same(sandbox: Sandbox, photo: Path) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    generated.path.with_suffix(".json").unlink()
+    lease.held_claim(configuration.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    again = walk(photo)
+    assert (again.status, again.sha256, sandbox.ledger.billed) == ("recovered", generated.picture.sha256, 1)
+
+
+def test_an_answer_that_had_arrived_whole_when_the_run_died_is_recovered(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    arrived = generated.path.with_name(f"{generated.job.fingerprint}.0123456789abcdef.part")
+    generated.path.with_suffix(".json").unlink()
+    generated.path.rename(arrived)
+    lease.held_claim(configuration.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    again = walk(photo)
+    assert (again.status, again.sha256, sandbox.ledger.billed) == ("recovered", generated.picture.sha256, 1)
+
+
+def test_an_answer_that_had_arrived_in_part_is_not_taken_for_a_picture(sandbox: Sandbox, photo: Path) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    data = generated.path.read_bytes()
+    generated.path.with_suffix(".json").unlink()
+    generated.path.unlink()
+    outbox = generated.path.parent
+    (outbox / f"{generated.job.fingerprint}.aaaaaaaaaaaaaaaa.part").write_bytes(data[: len(data) // 2])
+    reserved = data[: len(data) // 2] + bytes(RESERVED_BYTES - len(data) // 2)
+    (outbox / f"{generated.job.fingerprint}.bbbbbbbbbbbbbbbb.part").write_bytes(reserved)
+    lease.held_claim(configuration.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    assert walk(photo).status == "generated"
+    assert list(outbox.iterdir()) == []
+
+
+KILLED = """
+import sys
+from tests.walk import walk
+walk(sys.argv[1])
+"""
+
+
+def killed_while_waiting(sandbox: Sandbox, photo: Path) -> None:
+    """A run in another process, killed after the API has billed its request and before it had the answer."""
+    sandbox.play(Answer(delay=60))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[1])
+    try:
+        wait_for(lambda: sandbox.ledger.billed == 1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_run_killed_while_it_waited_is_repaid_at_once_and_counted(sandbox: Sandbox, photo: Path) -> None:
+    killed_while_waiting(sandbox, photo)
+    began = time.monotonic()
+    again = walk(photo)
+    assert time.monotonic() - began < lease.RENEW_SECONDS, "a dead process of this host is not waited for"
+    assert (again.status, again.cost_usd) == ("generated", Decimal("0.05"))
+    assert again.possibly_billed_usd == Decimal("0.05")
+    assert sandbox.ledger.billed_usd == again.cost_usd + again.possibly_billed_usd
+    log = recorded(again.fingerprint).record.attempts
+    assert [(each.possibly_billed, each.status) for each in log] == [(True, None), (False, 200)]
+    assert walk(photo).possibly_billed_usd == 0, "what one run has reported, the next does not report again"
+
+
+def test_a_run_killed_while_it_waited_is_not_repaid_where_the_policy_says_fail(sandbox: Sandbox, photo: Path) -> None:
+    killed_while_waiting(sandbox, photo)
+    with pytest.raises(OutcomeUnknownError, match="on_unknown"):
+        walk(photo, on_unknown="fail")
+    assert sandbox.ledger.billed == 1
+
+
+def test_two_runs_in_one_process_pay_once(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(delay=1.0))
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(walk(photo))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sandbox.ledger.billed == 1
+    assert sorted(each.status for each in results)[0] == "generated"
+    assert sum(each.cost_usd for each in results) == Decimal("0.05")
+
+
+@pytest.fixture
+def conditional_store() -> Iterator[str]:
+    """An S3 server that honours conditional writes, and an archive on it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def test_two_processes_on_a_store_with_conditional_writes_pay_once(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, conditional_store: str
+) -> None:
+    boto3.client("s3", endpoint_url=conditional_store, region_name="us-east-1").create_bucket(Bucket="both")
+    environment = {
+        **os.environ,
+        "AWS_ENDPOINT_URL_S3": conditional_store,
+        "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO": "s3://both/uploads",
+        "PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE": "s3://both/archive",
+    }
+    sandbox.play(Answer(delay=1.0))
+    code = "import sys; from tests.walk import walk; print(walk(sys.argv[1]).status)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(photo)],
+            cwd=Path(__file__).parents[1],
+            # each has an outbox of its own, as two machines have
+            env={**environment, "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX": str(tmp_path / f"outbox-{each}")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for each in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert sorted(said) == ["generated", "reused"]
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_failed_request_is_retried_under_the_same_claim_and_logged(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(status=429, reset_in=0.1), Answer(status=502))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(RateLimitError) as limited:
+        generate(job, uploaded, run="one")
+    assert limited.value.decision
+    assert limited.value.decision.retry
+    with pytest.raises(BadGatewayError) as gateway:
+        generate(job, uploaded, run="one")
+    assert (gateway.value.requests_sent, gateway.value.possibly_billed_usd) == (2, Decimal("0.05"))
+    archived = archive_picture(generate(job, uploaded, run="one"))
+    assert (archived.attempts, archived.cost_usd, archived.possibly_billed_usd) == (3, Decimal("0.05"), Decimal("0.05"))
+    log = recorded(job.fingerprint).record.attempts
+    assert [(each.status, each.possibly_billed) for each in log] == [(429, False), (502, True), (200, False)]
+    assert all(each.wait_seconds for each in log[:2])
+    assert log[2].wait_seconds is None
+
+
+def test_a_second_answer_of_unknown_outcome_ends_the_run(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(kind="half_body"), Answer(kind="half_body"), Answer())
+    job, uploaded = up_to_upload(photo)
+    for retry in (True, False):
+        with pytest.raises(AnswerCutError) as cut:
+            generate(job, uploaded, run="one")
+        assert cut.value.decision
+        assert cut.value.decision.retry is retry
+    assert cut.value.possibly_billed_usd == Decimal("0.10")
+    assert sandbox.ledger.billed == 2
+    assert list((Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"])).iterdir()) == []
+
+
+def test_a_run_that_gave_up_lets_go_of_its_claim(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(status=500))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(Exception, match="500"):
+        generate(job, uploaded)
+    assert recorded(job.fingerprint).record.holder is None
+    assert generate(job, uploaded).status == "generated"
+
+
+def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_the_next_counts_it(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.client.SegmindClient.generate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(job, uploaded)
+    again = walk(photo)
+    assert (again.status, again.possibly_billed_usd) == ("generated", Decimal("0.05"))
+
+
+def test_a_record_that_cannot_be_read_is_never_taken_for_not_there(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo)
+    archive = configuration.open_archive(None)
+    archive.store.put(record_key(job.fingerprint), b'{"state": "done"', "application/json")
+    with pytest.raises(StoreError, match="no record that this version can read"):
+        generate(job, uploaded)
+    assert sandbox.ledger.requests == ()
+
+
+def test_an_archive_that_is_down_before_the_request_costs_nothing(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    with pytest.raises(StoreError):
+        generate(job, uploaded)
+    assert sandbox.ledger.requests == ()
+
+
+def test_a_full_disk_is_found_before_paying(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX_MIN_FREE_BYTES", str(10**18))
+    with pytest.raises(OutboxError, match="nothing was paid"):
+        walk(photo)
+    assert sandbox.ledger.requests == ()
+
+
+def test_a_picture_that_is_gone_from_the_archive_is_not_paid_for_again_behind_your_back(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    first = walk(photo)
+    bucket, _, key = first.image.removeprefix("s3://").partition("/")
+    configuration.s3_client().delete_object(Bucket=bucket, Key=key)
+    with pytest.raises(ArchiveError, match="is gone from the archive, though it was paid for"):
+        walk(photo)
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_different_picture_under_the_same_key_is_never_overwritten(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo)
+    store = configuration.open_archive(None).store
+    key = f"{job.name}/{job.fingerprint[:16]}.jpg"
+    store.put(key, b"somebody's own", "image/jpeg")
+    archived = archive_picture(generate(job, uploaded))
+    assert store.get(key).data == b"somebody's own"  # type: ignore[union-attr]
+    assert archived.image != store.uri(key)
+    assert archived.sha256[:16] in archived.image
+
+
+def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(delay=1.5))
+    job, uploaded = up_to_upload(photo)
+    first = threading.Thread(target=lambda: archive_picture(generate(job, uploaded)))
+    first.start()
+    wait_for(lambda: len(sandbox.ledger.requests) == 1)
+    said: list[str] = []
+    second = generate(job, uploaded, said=said)
+    first.join()
+    assert second.status in ("reused", "recovered")
+    assert said[0].startswith("waiting: another run is paying")
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, uploaded = up_to_upload(photo)
+    archive = configuration.open_archive(None)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(lease, "host_id", lambda: "another host")
+        claimed = lease.claim(archive, None, job.fingerprint, "their run")
+    assert claimed is not None
+    claimed.release()
+    assert lease.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
+    monkeypatch.setattr(lease, "LEASE_SECONDS", -1.0)
+    assert not lease.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
+    assert generate(job, uploaded).possibly_billed_usd == Decimal("0.05")
+
+
+def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = up_to_upload(photo)
+    archive = configuration.open_archive(None)
+    claimed = lease.claim(archive, None, job.fingerprint, "a run")
+    assert claimed is not None
+    before = archive.read(job.fingerprint)
+    time.sleep(1.1)
+    claimed.renew()
+    after = archive.read(job.fingerprint)
+    assert before is not None
+    assert after is not None
+    assert after.age <= 1
+    assert after.record == before.record
+    claimed.hold(-1)
+    claimed.renew()
+    assert lease.held_claim(archive, job.fingerprint) is None
+
+
+def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
+    job, uploaded = up_to_upload(photo)
+    archive = configuration.open_archive(str(tmp_path / "archive"))
+    sandbox.play(Answer(status=429))
+    with pytest.raises(RateLimitError):
+        generate(job, uploaded, run="slow", archive=archive.url)
+    found = archive.read(job.fingerprint)
+    assert found is not None
+    taken = lease.claim(archive, found, job.fingerprint, "fast")
+    assert taken is not None
+    held = lease.held_claim(archive, job.fingerprint)
+    assert held is taken
+    taken.release()
+    assert generate(job, uploaded, run="slow", archive=archive.url).status == "generated"
+
+
+def test_only_one_of_two_claims_on_one_version_of_a_record_wins(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
+    archive: Archive = configuration.open_archive(str(tmp_path / "archive"))
+    job, _ = up_to_upload(photo)
+    assert lease.claim(archive, None, job.fingerprint, "one") is not None
+    assert lease.claim(archive, None, job.fingerprint, "two") is None
