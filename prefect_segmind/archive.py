@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from pydantic import ValidationError
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.record import PaidPicture, Record
 from prefect_segmind.store import Store
+
+_WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
+"""Seconds before another look at a record that cannot be read: some servers write in place, and show half of it."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,19 @@ class Archive:
             StoreError: The record cannot be read, which is never taken for "not there".
         """
         key = record_key(fingerprint)
-        found = self.store.get(key)
-        if found is None:
-            return None
-        try:
-            return RecordRead(Record.model_validate_json(found.data), found.etag, found.age)
-        except ValidationError:
-            raise StoreError(
-                f"{self.store.uri(key)} is no record that this version can read; it says whether a picture is paid, so "
-                "nothing is paid until it is restored (or removed, if the picture may be paid once more)"
-            ) from None
+        for wait in (*_WAITS_FOR_A_WRITER, None):
+            found = self.store.get(key)
+            if found is None:
+                return None
+            try:
+                return RecordRead(Record.model_validate_json(found.data), found.etag, found.age)
+            except ValidationError:
+                if wait is not None:
+                    time.sleep(wait)
+        raise StoreError(
+            f"{self.store.uri(key)} is no record that this version can read; it says whether a picture is paid, so "
+            "nothing is paid until it is restored (or removed, if the picture may be paid once more)"
+        )
 
     def write(self, record: Record, etag: str | None) -> str:
         """Writes a record over the version that was read, or as the first one.

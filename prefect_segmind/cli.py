@@ -117,27 +117,25 @@ def generate(
     output = output or Output()
     name = name or name_from_image(image)
 
-    def work() -> ArchivedImage:
-        return image_to_image(
-            image=image,
-            prompt=prompt,
-            name=name,
-            image_weight=image_weight,
-            style_type=style_type,
-            resolution=resolution,
-            seed=int(seed) if seed is not None and seed.lstrip("-").isdigit() else seed,  # type: ignore[arg-type]
-            magic_prompt_option=magic_prompt_option,
-            negative_prompt=negative_prompt,
-            allow_extreme_ratio=allow_extreme_ratio,
-            archive=archive,
-            upload_to=upload_to,
-            credentials_block=block,
-            on_unknown=on_unknown,
-        )
-
+    parameters: dict[str, Any] = {
+        "image": image,
+        "prompt": prompt,
+        "name": name,
+        "image_weight": image_weight,
+        "style_type": style_type,
+        "resolution": resolution,
+        "seed": int(seed) if seed is not None and seed.lstrip("-").isdigit() else seed,
+        "magic_prompt_option": magic_prompt_option,
+        "negative_prompt": negative_prompt,
+        "allow_extreme_ratio": allow_extreme_ratio,
+        "archive": archive,
+        "upload_to": upload_to,
+        "credentials_block": block,
+        "on_unknown": on_unknown,
+    }
     quiet_console(output.verbose)
     try:
-        archived = work()
+        archived = image_to_image(**parameters)
     except (Exception, KeyboardInterrupt) as error:
         if output.json:
             print(json.dumps(_failure(name, error)))

@@ -207,7 +207,7 @@ class SegmindClient:
             raise
 
     def _follow(self, answer: httpx.Response, link: Link, part: Path) -> None:
-        """Downloads a linked picture at once, without the key; the picture is paid, so a failed download is repeated."""
+        """Downloads a linked picture at once, without the key; it is paid for, so a failed download is repeated."""
         for attempt in range(1, _LINK_ATTEMPTS + 1):
             try:
                 with part.open("wb") as file:

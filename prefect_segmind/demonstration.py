@@ -36,7 +36,7 @@ def demonstrate(folder: Path, console: Console) -> None:
         sandbox.play(Answer(status=429, reset_in=3), Answer(status=502))
         console.rule("A local photo becomes a picture; the API refuses twice before it answers")
         console.print(
-            f"Before anything is paid: 1 picture, {usd(LIST_PRICE_USD)} USD at the list price. This sandbox takes no money."
+            f"The price: 1 picture, {usd(LIST_PRICE_USD)} USD at the list price (this sandbox takes no real money)."
         )
         state = image_to_image(
             image=str(photo), prompt=PROMPT, style_type="ANIME", image_weight=60, resolution="AUTO", return_state=True

@@ -142,7 +142,9 @@ def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, dea
             except httpx.TimeoutException:
                 raise DownloadError(f"{_name(url)} took too long", retryable=True) from None
             except httpx.TransportError as error:
-                raise DownloadError(f"{_name(url)}: the answer was cut: {error}", retryable=True) from None
+                raise DownloadError(
+                    f"{_name(url)}: the answer was cut or is no HTTP: {error}", retryable=True
+                ) from None
             except httpx.DecodingError as error:
                 raise DownloadError(f"{_name(url)} cannot be decompressed: {error}") from None
     retryable = "CERTIFICATE_VERIFY_FAILED" not in failure
@@ -164,7 +166,7 @@ def _get(
     answer = client.send(request, stream=True)
     try:
         if answer.has_redirect_location:
-            return _target(url, answer.headers["Location"])
+            return _parsed(answer.headers["Location"], url)
         if answer.status_code != 200:
             status = answer.status_code
             raise DownloadError(
@@ -203,22 +205,12 @@ def _permitted(url: httpx.URL, destination: Destination) -> list[str]:
     return permitted
 
 
-def _parsed(url: str) -> httpx.URL:
+def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
+    """A URL that may be tried, or the one that a redirect from `base` leads to."""
     try:
-        parsed = httpx.URL(url)
+        url = base.join(location) if base else httpx.URL(location)
     except httpx.InvalidURL:
         raise DownloadError("the address is no URL", refused=True) from None
-    return _checked(parsed)
-
-
-def _target(url: httpx.URL, location: str) -> httpx.URL:
-    try:
-        return _checked(url.join(location))
-    except httpx.InvalidURL:
-        raise DownloadError(f"{_name(url)} redirects to what is no URL", refused=True) from None
-
-
-def _checked(url: httpx.URL) -> httpx.URL:
     if url.scheme not in ("http", "https") or not url.host:
         raise DownloadError(f"{_name(url)} is not an http(s) address", refused=True)
     if url.userinfo:

@@ -140,6 +140,7 @@ class Outbox:
         for path in (*paths, *(self._received(fingerprint) if unfinished else ())):
             try:
                 picture = read_picture(path)
+                written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
             except (BrokenPicture, OSError):
                 continue
             with suppress(OSError, ValidationError):
@@ -152,7 +153,7 @@ class Outbox:
                 seed=seed,
                 cost_usd=list_price_usd,
                 cost_source="list price",
-                paid_at=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc),
+                paid_at=written,
                 notices=("recovered after a crash: its cost and request id are not known",),
             )
             entry = OutboxEntry(paid=paid)
@@ -167,7 +168,7 @@ class Outbox:
     def _received(self, fingerprint: str) -> list[Path]:
         """Answers that may have arrived whole when their run died: cut to their length, no longer as reserved."""
         parts = self.folder.glob(f"{fingerprint}.*.part")
-        return [each for each in parts if each.stat().st_size not in (0, RESERVED_BYTES)]
+        return [each for each in parts if each.is_file() and each.stat().st_size not in (0, RESERVED_BYTES)]
 
     def _unusable(self, why: str) -> OutboxError:
         return OutboxError(

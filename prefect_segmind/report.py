@@ -16,7 +16,7 @@ from prefect_segmind import configuration
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.errors import redact
 from prefect_segmind.generation import GeneratedImage
-from prefect_segmind.image import thumbnail
+from prefect_segmind.normalisation import thumbnail
 from prefect_segmind.price import usd
 from prefect_segmind.validation import ValidatedJob
 

@@ -201,12 +201,12 @@ class Job(BaseModel):
 
 
 def name_from_image(image: str) -> str:
-    """The name of a job that has none: the image's stem made safe.
+    r"""The name of a job that has none: the image's stem made safe.
 
     Example:
         >>> name_from_image("s3://bucket/inbox/Summer%20mug?.jpg")
         'Summer mug'
-        >>> name_from_image("C:\\\\photos\\\\.hidden.png")
+        >>> name_from_image("C:\\photos\\.hidden.png")
         'hidden'
     """
     path = unquote(urlsplit(image).path) if "://" in image else image

@@ -10,7 +10,6 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,11 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from prefect_segmind.errors import (
-    BucketNotFoundError,
     ConfigurationError,
     PreconditionFailedError,
-    SegmindError,
-    StoreAccessError,
-    StoreCredentialsError,
     StoreError,
-    StoreUnreachableError,
 )
+from prefect_segmind.s3_errors import error_code, explained
 from prefect_segmind.store import StoredObject, require
 
 if TYPE_CHECKING:
@@ -37,53 +32,7 @@ if TYPE_CHECKING:
 
 PROBE_KEY = ".segmind/conditional-writes"
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
-_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b")
-_OURS = {"GetObject", "PutObject", "HeadObject", "ListObjectsV2"}
-_LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
 _creating = threading.Lock()
-
-# Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-_BAD_CREDENTIALS = {
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidSecurity",
-    "InvalidToken",
-    "NotSignedUp",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-}
-_BAD_REGION = {
-    "AuthorizationHeaderMalformed",
-    "IllegalLocationConstraintException",
-    "IncorrectEndpoint",
-    "PermanentRedirect",
-    "TemporaryRedirect",
-}
-_NO_CREDENTIALS = (
-    aws.CredentialRetrievalError,
-    aws.MetadataRetrievalError,
-    aws.MissingDependencyException,
-    aws.NoCredentialsError,
-    aws.PartialCredentialsError,
-    aws.ProfileNotFound,
-    aws.RefreshWithMFAUnsupportedError,
-    aws.SSOError,
-    aws.TokenRetrievalError,
-    aws.UnknownCredentialError,
-    getattr(aws, "LoginError", aws.SSOError),  # `aws login`, younger than the oldest boto3 that we take
-    OSError,  # a credential_process that cannot be started
-    ValueError,  # a credential_process that prints something else than JSON
-)
-_BAD_SETTINGS = (
-    aws.ConfigNotFound,
-    aws.ConfigParseError,
-    aws.InvalidConfigError,
-    aws.NoRegionError,
-    aws.ParamValidationError,
-    aws.ValidationError,
-)
-_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
-_RENEW = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or log in again"
 
 
 def s3_client() -> S3Client:
@@ -105,8 +54,11 @@ def s3_client() -> S3Client:
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 3},
         max_pool_connections=64,
+        # What is read is checked by its own hash. botocore's check breaks on a 5xx that carries a checksum header
+        # (AttributeError: 'StreamingChecksumBody' object has no attribute 'strip'), as S3-compatible servers send it.
+        response_checksum_validation="when_required",
     )
-    with _creating, _explained("make an S3 client"):
+    with _creating, explained("make an S3 client"):
         session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
         client = session.client("s3", config=settings)
         at_aws = re.search(r"\.amazonaws\.com(\.cn)?$", client.meta.endpoint_url)
@@ -139,7 +91,7 @@ def read(uri: str, client: S3Client, limit: int) -> bytes:
         StoreError: There is no such object, it is larger, or it cannot be read.
     """
     bucket, key = _object(uri)
-    with _explained(f"read {uri}", client):
+    with explained(f"read {uri}", client):
         answer = _get(client, bucket, key)
         if answer is None:
             raise StoreError(f"{uri} does not exist: check the key", status=404)
@@ -166,7 +118,7 @@ def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
         StoreCredentialsError: There are no credentials to sign with.
     """
     bucket, key = _object(uri)
-    with _explained(f"sign an address for {uri}", client):
+    with explained(f"sign an address for {uri}", client):
         url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
     if "X-Amz-Signature=" not in url:
         raise ConfigurationError("the S3 client signs with SigV2: make it with Config(signature_version='s3v4')")
@@ -183,7 +135,7 @@ def credentials_expire_in(client: S3Client) -> float | None:
     credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
     if credentials is None:
         return None
-    with _explained("refresh the S3 credentials", client):
+    with explained("refresh the S3 credentials", client):
         credentials.get_frozen_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
     return (expiry - datetime.now(timezone.utc)).total_seconds() if isinstance(expiry, datetime) else None
@@ -231,7 +183,7 @@ class S3Store:
         Raises:
             StoreError: Its subclass says what to do.
         """
-        with _explained(f"read {self.uri(key)}", self._client):
+        with explained(f"read {self.uri(key)}", self._client):
             answer = _get(self._client, self._bucket, self._root + key)
             if answer is None:
                 return None
@@ -275,7 +227,7 @@ class S3Store:
         Raises:
             StoreError: Its subclass says what to do.
         """
-        with _explained(f"read {self.uri(key)}", self._client):
+        with explained(f"read {self.uri(key)}", self._client):
             try:
                 head = self._client.head_object(Bucket=self._bucket, Key=self._root + key, ChecksumMode="ENABLED")
             except aws.ClientError:
@@ -297,7 +249,7 @@ class S3Store:
         Raises:
             StoreError: Its subclass says what to do.
         """
-        with _explained(f"list {self.uri(prefix)}", self._client):
+        with explained(f"list {self.uri(prefix)}", self._client):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
                 for entry in page.get("Contents", ()):
@@ -328,7 +280,7 @@ class S3Store:
             request["IfNoneMatch"] = "*"
         if if_match is not None:
             request["IfMatch"] = if_match
-        with _explained(f"write {self.uri(key)}", self._client):
+        with explained(f"write {self.uri(key)}", self._client):
             return self._client.put_object(**request)["ETag"]
 
     def _probe(self) -> bool:
@@ -359,64 +311,6 @@ def _get(client: S3Client, bucket: str, key: str) -> GetObjectOutputTypeDef | No
     try:
         return client.get_object(Bucket=bucket, Key=key)
     except aws.ClientError as error:
-        if _code(error) == "NoSuchKey":
+        if error_code(error) == "NoSuchKey":
             return None
         raise
-
-
-def _code(error: aws.ClientError) -> str:
-    return error.response.get("Error", {}).get("Code", "")
-
-
-@contextmanager
-def _explained(doing: str, client: S3Client | None = None) -> Iterator[None]:
-    """Turn whatever botocore raises into our errors, with the place and what to do, and no key in the text."""
-    try:
-        yield
-    except (aws.BotoCoreError, aws.ClientError, OSError, RuntimeError, ValueError) as error:
-        where = f"cannot {doing}" + (f" at {client.meta.endpoint_url}" if client else "")
-        kind, words, status = _refusal(error) if isinstance(error, aws.ClientError) else _failure(error)
-        raise kind(_KEY_ID.sub("…", f"{where}: {words}"), status=status) from error
-
-
-def _refusal(error: aws.ClientError) -> tuple[type[SegmindError], str, int | None]:
-    """The class, the words and the status for an answer of the server."""
-    code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    said = f"{code}: {error.response.get('Error', {}).get('Message', '')}".strip(": ")
-    kind: type[SegmindError] = StoreError
-    words = f"the server answered {status} {said}; check AWS_ENDPOINT_URL_S3 and the address"
-    if error.operation_name not in _OURS:  # STS or SSO, on the way to credentials
-        kind, words = StoreCredentialsError, f"{error.operation_name} was refused ({said}); {_RENEW}"
-    elif code in _BAD_CREDENTIALS:  # some servers put the key into the message
-        kind, words = StoreCredentialsError, f"the S3 credentials are wrong or have expired ({code}); {_RENEW}"
-    elif code == "RequestTimeTooSkewed":
-        kind, words = StoreCredentialsError, f"the signature is dated wrongly ({code}); set this machine's clock"
-    elif code == "NoSuchBucket":
-        kind, words = BucketNotFoundError, "the bucket does not exist there; create it, or check AWS_ENDPOINT_URL_S3"
-    elif code in _BAD_REGION or status in (301, 307):
-        kind, words = BucketNotFoundError, f"the region is wrong; set AWS_DEFAULT_REGION to the bucket's ({said})"
-    elif status == 412 or code in _LOST or (code == "NoSuchKey" and error.operation_name == "PutObject"):
-        kind, words = PreconditionFailedError, f"somebody else has written or removed it meanwhile ({code})"
-    elif status == 403:
-        rights = "s3:GetObject, s3:PutObject and s3:ListBucket (without it, S3 says 403 for what is not there)"
-        kind, words = StoreAccessError, f"access denied ({said}); allow {rights}"
-    elif status is not None and status >= 500:
-        words = f"the server failed ({status} {said}); run again later"
-    return kind, words, status
-
-
-def _failure(error: Exception) -> tuple[type[SegmindError], str, None]:
-    """The class and the words for a failure without an answer; botocore's own text only where it holds no secret."""
-    name = type(error).__name__
-    kind: type[SegmindError] = StoreError
-    words = f"botocore failed ({name}: {error})"
-    if isinstance(error, _UNREACHABLE):
-        kind, words = StoreUnreachableError, f"no answer ({name}); check the network, AWS_ENDPOINT_URL_S3 and any proxy"
-    elif isinstance(error, _BAD_SETTINGS) or str(error).startswith("Invalid endpoint"):
-        kind, words = ConfigurationError, f"the address or the AWS configuration is malformed ({error})"
-    elif isinstance(error, _NO_CREDENTIALS) or type(error) is RuntimeError:  # botocore's for "refreshed, still expired"
-        told = f": {error}" if isinstance(error, (aws.ProfileNotFound, aws.PartialCredentialsError)) else ""
-        kind, words = StoreCredentialsError, f"there are no usable S3 credentials ({name}{told}); {_RENEW}"
-    elif isinstance(error, (aws.ChecksumError, aws.FlexibleChecksumError)):
-        words = "the content does not fit its checksum; it was damaged in the store or on the way, run again"
-    return kind, words, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ def _read_file(image: str) -> bytes:
         if path.is_dir():
             raise SourceImageError(f"image: {image} is a folder; name one image in it")
         if not path.exists():
-            names = os.listdir(path.parent) if path.parent.is_dir() else []
+            names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.resolve()}"
             raise SourceImageError(f"image: {image} does not exist ({hint})")

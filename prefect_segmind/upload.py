@@ -11,7 +11,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.errors import ConfigurationError, SourceImageError
-from prefect_segmind.image import prepare
+from prefect_segmind.normalisation import prepare
 from prefect_segmind.source import SourceReader
 from prefect_segmind.validation import ValidatedJob
 

@@ -1,4 +1,4 @@
-"""Promises of `prefect_segmind.image`: every source is either refused with a named error or made fit for the API."""
+"""Promises of `image` and `normalisation`: a source is either refused with a named error or made fit for the API."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
-from prefect_segmind import image as room
+from prefect_segmind import image, normalisation
 from prefect_segmind.errors import SourceImageError
 from prefect_segmind.image import (
     MAX_BYTES,
     MAX_PIXELS,
     BrokenPicture,
+    fitted_size,
     inspect,
-    prepare,
     read_picture,
-    thumbnail,
 )
+from prefect_segmind.normalisation import prepare, thumbnail
 
 
 def saved(picture: Image.Image, format: str, **options: Any) -> bytes:
@@ -164,7 +164,9 @@ class TestInspect:
 
     @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "tiff"])
     def test_truncated(self, kind: str) -> None:
-        assert "cut short (truncated); copy or export it again" in refusal(FILES[kind][:-40])
+        text = refusal(FILES[kind][:-40])
+        assert "is cut short (truncated" in text
+        assert text.endswith("; copy or export it again")
 
     def test_a_png_without_its_end_is_truncated(self) -> None:
         assert "truncated" in refusal(FILES["png"][:-12])
@@ -181,7 +183,7 @@ class TestInspect:
 
     def test_a_bomb_is_refused_before_it_is_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
-        assert "20000×20000 pixels" in refusal(png(20000, 20000, 8, 2, b""))
+        assert "has more than 178,956,970 pixels (20000×20000); scale it" in refusal(png(20000, 20000, 8, 2, b""))
 
     def test_a_webp_bomb_is_refused(self) -> None:
         canvas = struct.pack("<I", 15999)[:3] * 2
@@ -190,7 +192,6 @@ class TestInspect:
 
     def test_no_pixels(self) -> None:
         assert refusal(png(0, 5, 8, 2, b""))
-        assert "0×60 pixels" in refusal(FILES["jp2"].replace(struct.pack(">II", 60, 90), struct.pack(">II", 60, 0)))
 
     @pytest.mark.parametrize("format", ["PNG", "TIFF"])
     @pytest.mark.filterwarnings("error")
@@ -352,10 +353,10 @@ class TestPrepare:
         source = inspect(data, "a")
         assert source.changes == ("converted from TIFF", "reduced to 8 bits a channel")
         copy = opened(prepare(data, source).data).convert("L")
-        for index, value in enumerate(expected):
+        for index, wanted in enumerate(expected):
             found = copy.getpixel((8 * index + 4, 4))
             assert isinstance(found, int)
-            assert value is None or abs(found - value) <= 1
+            assert wanted is None or abs(found - wanted) <= 1
 
     def test_wide_integers_are_scaled(self) -> None:
         strip = Image.new("I", (16, 8), 0)
@@ -389,7 +390,8 @@ class TestPrepare:
         assert all(abs(each - 90) <= 2 for each in pixel)
 
     def test_a_file_of_more_than_ten_megabytes_is_made_to_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(room, "MAX_BYTES", 40_000)  # the same code at a hundredth of the time
+        for room in (image, normalisation):
+            monkeypatch.setattr(room, "MAX_BYTES", 40_000)  # the same code at a hundredth of the time
         for mode, extension in [("RGB", "jpg"), ("RGBA", "webp")]:
             data = saved(noise((300, 150), mode), "PNG")
             source = inspect(data, "a")
@@ -408,7 +410,8 @@ class TestPrepare:
     def test_sides_that_jpeg_and_webp_cannot_hold_become_png(
         self, opaque: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(room, "MAX_BYTES", 60_000)
+        for room in (image, normalisation):
+            monkeypatch.setattr(room, "MAX_BYTES", 60_000)
         mode = "RGB" if opaque else "RGBA"
         data = saved(noise((70_000, 1), mode), "TIFF")
         prepared = prepare(data, inspect(data, "a", allow_extreme_ratio=True))
@@ -433,8 +436,9 @@ class TestPrepare:
         try:
             tags = {} if format in ("BMP", "GIF") else {"exif": exif(orientation)}
             data = saved(Image.new(mode, (width, height)), format, **tags)
+            opened(data)
         except (OSError, ValueError, KeyError):
-            return  # Pillow does not write this mode in this format
+            return  # Pillow does not write this mode in this format, or does not read what it wrote (BMP, 11.0)
         source = inspect(data, "a", allow_extreme_ratio=True)
         again = inspect(prepare(data, source).data, "a", allow_extreme_ratio=True)
         assert again.changes == ()
@@ -442,7 +446,7 @@ class TestPrepare:
 
     @given(st.integers(1, 400_000), st.integers(1, 400_000))
     def test_a_fitted_size_fits_and_keeps_within_the_ratios(self, width: int, height: int) -> None:
-        fitted = room._fitted((width, height), MAX_PIXELS)
+        fitted = fitted_size((width, height), MAX_PIXELS)
         assert 0 < fitted[0] * fitted[1] <= MAX_PIXELS
         assert (fitted == (width, height)) == (width * height <= MAX_PIXELS)
         if max(width, height) <= 3 * min(width, height):
@@ -545,6 +549,9 @@ class TestThumbnail:
 
     def test_upright_and_measured_so(self) -> None:
         assert opened(thumbnail(saved(noise((1600, 800)), "JPEG", exif=exif(6)), 200)).size == (200, 400)
+
+    def test_a_tower_stays_small_too(self) -> None:
+        assert opened(thumbnail(saved(Image.new("L", (2, 70_000)), "PNG"), 100)).size == (1, 300)
 
     def test_never_larger_than_the_picture(self) -> None:
         assert opened(thumbnail(FILES["png"])).size == (90, 60)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
 
@@ -29,12 +30,13 @@ from prefect_segmind.errors import (
     StoreError,
 )
 from prefect_segmind.outbox import RESERVED_BYTES
+from prefect_segmind.record import Holder
 from prefect_segmind.sandbox import Answer, Sandbox
 from tests.walk import archive_picture, generate, up_to_upload, walk
 
 
-def recorded(fingerprint: str) -> RecordRead:
-    found = configuration.open_archive(None).read(fingerprint)
+def recorded(fingerprint: str, archive: str | None = None) -> RecordRead:
+    found = configuration.open_archive(archive).read(fingerprint)
     assert found is not None
     return found
 
@@ -383,12 +385,11 @@ def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox
         generate(job, uploaded, run="slow", archive=archive.url)
     found = archive.read(job.fingerprint)
     assert found is not None
-    taken = lease.claim(archive, found, job.fingerprint, "fast")
-    assert taken is not None
-    held = lease.held_claim(archive, job.fingerprint)
-    assert held is taken
-    taken.release()
+    theirs = found.record.claimed_by(Holder(run="fast", host="another", pid=1, started=""), datetime.now(timezone.utc))
+    gave_up = theirs.answered(status=500, reason="it failed", wait_seconds=None, possibly_billed=False)
+    archive.write(gave_up, found.etag)
     assert generate(job, uploaded, run="slow", archive=archive.url).status == "generated"
+    assert [each.run for each in recorded(job.fingerprint, archive.url).record.attempts] == ["slow", "fast", "slow"]
 
 
 def test_only_one_of_two_claims_on_one_version_of_a_record_wins(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:

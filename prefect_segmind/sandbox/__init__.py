@@ -56,6 +56,7 @@ class Sandbox:
     Attributes:
         api_key: `SG_` and 16 hex digits, drawn for each sandbox.
         base_url: For example `http://127.0.0.1:40123/v1`; known from the start on.
+        folder: As given.
         s3: The S3 server, or None.
 
     Example:
@@ -77,6 +78,7 @@ class Sandbox:
     ) -> None:
         self.api_key = "SG_" + secrets.token_hex(8)
         self.base_url = ""
+        self.folder = folder
         self.s3 = S3Server(folder / "s3", port=s3_port, buckets=[BUCKET]) if s3 else None
         self._port = port
         self._api = SandboxApi(self.api_key, latency=latency, credits=credits, requests_per_minute=requests_per_minute)

@@ -1,0 +1,130 @@
+"""Every failure of S3 in plain words: which of our errors it is, what was wrong and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from botocore import exceptions as aws
+
+from prefect_segmind.errors import (
+    BucketNotFoundError,
+    ConfigurationError,
+    PreconditionFailedError,
+    SegmindError,
+    StoreAccessError,
+    StoreCredentialsError,
+    StoreError,
+    StoreUnreachableError,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b")
+_OURS = {"GetObject", "PutObject", "HeadObject", "ListObjectsV2"}
+_LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+
+# Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_BAD_CREDENTIALS = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "NotSignedUp",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_BAD_REGION = {
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "IncorrectEndpoint",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+}
+_NO_CREDENTIALS = (
+    aws.CredentialRetrievalError,
+    aws.MetadataRetrievalError,
+    aws.MissingDependencyException,
+    aws.NoCredentialsError,
+    aws.PartialCredentialsError,
+    aws.ProfileNotFound,
+    aws.RefreshWithMFAUnsupportedError,
+    aws.SSOError,
+    aws.TokenRetrievalError,
+    aws.UnknownCredentialError,
+    getattr(aws, "LoginError", aws.SSOError),  # `aws login`, younger than the oldest boto3 that we take
+    OSError,  # a credential_process that cannot be started
+    ValueError,  # a credential_process that prints something else than JSON
+)
+_BAD_SETTINGS = (
+    aws.ConfigNotFound,
+    aws.ConfigParseError,
+    aws.InvalidConfigError,
+    aws.NoRegionError,
+    aws.ParamValidationError,
+    aws.ValidationError,
+)
+_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
+_RENEW = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or log in again"
+
+
+def error_code(error: aws.ClientError) -> str:
+    """The S3 error code of a refused call, such as `NoSuchKey`."""
+    return error.response.get("Error", {}).get("Code", "")
+
+
+@contextmanager
+def explained(doing: str, client: S3Client | None = None) -> Iterator[None]:
+    """Turn whatever botocore raises into our errors, with the place and what to do, and no key in the text."""
+    try:
+        yield
+    except (aws.BotoCoreError, aws.ClientError, OSError, RuntimeError, ValueError) as error:
+        where = f"cannot {doing}" + (f" at {client.meta.endpoint_url}" if client else "")
+        kind, words, status = _refusal(error) if isinstance(error, aws.ClientError) else _failure(error)
+        raise kind(_KEY_ID.sub("…", f"{where}: {words}"), status=status) from None  # botocore's own text may hold a key
+
+
+def _refusal(error: aws.ClientError) -> tuple[type[SegmindError], str, int | None]:
+    """The class, the words and the status for an answer of the server."""
+    code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    said = f"{code}: {error.response.get('Error', {}).get('Message', '')}".strip(": ")
+    kind: type[SegmindError] = StoreError
+    words = f"the server answered {status} {said}; check AWS_ENDPOINT_URL_S3 and the address"
+    if error.operation_name not in _OURS:  # STS or SSO, on the way to credentials
+        kind, words = StoreCredentialsError, f"{error.operation_name} was refused ({said}); {_RENEW}"
+    elif code in _BAD_CREDENTIALS:  # some servers put the key into the message
+        kind, words = StoreCredentialsError, f"the S3 credentials are wrong or have expired ({code}); {_RENEW}"
+    elif code == "RequestTimeTooSkewed":
+        kind, words = StoreCredentialsError, f"the signature is dated wrongly ({code}); set this machine's clock"
+    elif code == "NoSuchBucket":
+        kind, words = BucketNotFoundError, "the bucket does not exist there; create it, or check AWS_ENDPOINT_URL_S3"
+    elif code in _BAD_REGION or status in (301, 307):
+        kind, words = BucketNotFoundError, f"the region is wrong; set AWS_DEFAULT_REGION to the bucket's ({said})"
+    elif status == 412 or code in _LOST or (code == "NoSuchKey" and error.operation_name == "PutObject"):
+        kind, words = PreconditionFailedError, f"somebody else has written or removed it meanwhile ({code})"
+    elif status == 403:
+        rights = "s3:GetObject, s3:PutObject and s3:ListBucket (without it, S3 says 403 for what is not there)"
+        kind, words = StoreAccessError, f"access denied ({said}); allow {rights}"
+    elif status is not None and status >= 500:
+        words = f"the server failed ({status} {said}); run again later"
+    return kind, words, status
+
+
+def _failure(error: Exception) -> tuple[type[SegmindError], str, None]:
+    """The class and the words for a failure without an answer; botocore's own text only where it holds no secret."""
+    name = type(error).__name__
+    kind: type[SegmindError] = StoreError
+    words = f"botocore failed ({name}: {error})"
+    if isinstance(error, _UNREACHABLE):
+        kind, words = StoreUnreachableError, f"no answer ({name}); check the network, AWS_ENDPOINT_URL_S3 and any proxy"
+    elif isinstance(error, _BAD_SETTINGS) or str(error).startswith("Invalid endpoint"):
+        kind, words = ConfigurationError, f"the address or the AWS configuration is malformed ({error})"
+    elif isinstance(error, _NO_CREDENTIALS) or type(error) is RuntimeError:  # botocore's for "refreshed, still expired"
+        told = f": {error}" if isinstance(error, (aws.ProfileNotFound, aws.PartialCredentialsError)) else ""
+        kind, words = StoreCredentialsError, f"there are no usable S3 credentials ({name}{told}); {_RENEW}"
+    elif isinstance(error, (aws.ChecksumError, aws.FlexibleChecksumError)):
+        words = "the content does not fit its checksum; it was damaged in the store or on the way, run again"
+    return kind, words, None
