@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from prefect_segmind.archive import Archive
 from prefect_segmind.errors import ArchiveError, PreconditionFailedError, StoreError
 from prefect_segmind.generation import GeneratedImage
-from prefect_segmind.lease import held_claim
+from prefect_segmind.lease import Claim, held_claim
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.provenance import sidecar
 from prefect_segmind.record import Record
@@ -82,7 +82,7 @@ class Archiving:
         try:
             if generated.path is None or not generated.path.exists():
                 return self._reuse(generated, flow_run_id)
-            return self._archive(generated, generated.path, flow_run_id)
+            return self._archive(generated, generated.path, flow_run_id, held)
         except StoreError as error:
             safe = (
                 f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again when the "
@@ -100,7 +100,9 @@ class Archiving:
             if held is not None and held.run == generated.run:
                 held.release()
 
-    def _archive(self, generated: GeneratedImage, path: Path, flow_run_id: str | None) -> ArchivedImage:
+    def _archive(
+        self, generated: GeneratedImage, path: Path, flow_run_id: str | None, held: Claim | None
+    ) -> ArchivedImage:
         fingerprint, picture = generated.job.fingerprint, generated.picture
         try:
             data = path.read_bytes()
@@ -112,6 +114,8 @@ class Archiving:
         before = Record(fingerprint=fingerprint, attempts=generated.attempts)
         beside = sidecar(generated, before.archived(picture, image, image), flow_run_id, None)
         beside_key = self.archive.put_sidecar(image, beside)
+        if held is not None and held.run == generated.run:
+            held.release()  # where a store ignores conditions, a renewal could overwrite the record that says done
         while True:
             found = self.archive.read(fingerprint)
             if found is not None and found.record.state == "done":

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import httpx
 from packaging.requirements import Requirement
@@ -16,11 +17,24 @@ from prefect.settings import PREFECT_API_URL
 
 from prefect_segmind import configuration
 from prefect_segmind.credentials import load_credentials
-from prefect_segmind.errors import ConfigurationError, OutboxError, StoreError
+from prefect_segmind.errors import ConfigurationError, StoreError
 from prefect_segmind.price import usd
 from prefect_segmind.settings import load_settings
 
-Check = tuple[str, Callable[[], str]]
+
+class Found(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        text: What it found, or what to do.
+        mark: `ok`, `mind` for what works but may surprise, `bad` for what does not work.
+    """
+
+    text: str
+    mark: Literal["ok", "mind", "bad"] = "ok"
+
+
+Check = tuple[str, Callable[[], Found]]
 
 
 def all_checks(block: str | None, archive: str | None, upload_to: str | None) -> Iterator[Check]:
@@ -39,15 +53,15 @@ def all_checks(block: str | None, archive: str | None, upload_to: str | None) ->
     yield "Prefect server", _server
 
 
-def _credits(block: str | None) -> str:
+def _credits(block: str | None) -> Found:
     price = load_settings().price_usd
     with load_credentials(block).get_client() as client:
         left = client.credits()
     pictures = f"about {int(left / price)} pictures" if price else "pictures cost nothing"
-    return f"the key is good; {usd(left)} USD of credits, {pictures}"
+    return Found(f"the key is good; {usd(left)} USD of credits, {pictures}")
 
 
-def _upload_place(place: str | None) -> str:
+def _upload_place(place: str | None) -> Found:
     uploads = configuration.open_uploads(place)
     if uploads.place is None:
         raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
@@ -60,26 +74,30 @@ def _upload_place(place: str | None) -> str:
             f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
             "endpoint and the bucket's policy for GET"
         )
-    return f"{uploads.place} can be written, and a signed address can be read"
+    return Found(f"{uploads.place} can be written, and a signed address can be read")
 
 
-def _archive(place: str | None) -> str:
+def _archive(place: str | None) -> Found:
     store = configuration.open_archive(place).store
     store.put(".segmind/check", secrets.token_bytes(16), "application/octet-stream")
     if store.conditional:
-        return f"{store.url} can be written, and honours conditional writes"
-    return f"{store.url} can be written, but ignores conditional writes: do not run the same job twice at a time"
+        return Found(f"{store.url} can be written, and honours conditional writes")
+    return Found(
+        f"{store.url} can be written, but ignores conditional writes: do not run the same job on two machines at once",
+        "mind",
+    )
 
 
-def _outbox() -> str:
+def _outbox() -> Found:
     outbox = configuration.open_outbox()
     outbox.check()
     if _in_container() and not _on_volume(outbox.folder):
-        raise OutboxError(
-            f"{outbox.folder} lies in the container and is lost with it; mount a volume there, so that a paid picture "
-            "survives"
+        return Found(
+            f"{outbox.folder} can take pictures, but lies in this container and is lost with it: mount a volume there, "
+            "so that a paid picture survives",
+            "mind",
         )
-    return f"{outbox.folder} can take pictures"
+    return Found(f"{outbox.folder} can take pictures")
 
 
 def _in_container() -> bool:
@@ -93,7 +111,7 @@ def _on_volume(folder: Path) -> bool:
     return any(os.path.ismount(each) for each in (folder, *folder.parents) if each != each.parent)
 
 
-def _versions() -> str:
+def _versions() -> Found:
     said = []
     for text in requires("prefect-segmind") or []:
         need = Requirement(text)
@@ -106,10 +124,10 @@ def _versions() -> str:
                 f'pip install "{need.name}{need.specifier}"'
             )
         said.append(f"{need.name} {have}")
-    return ", ".join(said)
+    return Found(", ".join(said))
 
 
-def _server() -> str:
+def _server() -> Found:
     where = PREFECT_API_URL.value()
     with get_client(sync_client=True) as client:
         if failed := client.api_healthcheck():
@@ -119,4 +137,4 @@ def _server() -> str:
         raise ConfigurationError(
             f"the server is Prefect {server}, this is {prefect_version}; use the same minor version"
         )
-    return f"{where or 'a temporary one, started for each command'} answers, Prefect {server}"
+    return Found(f"{where or 'a temporary one, started for each command,'} answers, Prefect {server}")

@@ -6,26 +6,25 @@ Exit codes: 0 done; 1 it failed; 2 bad input, nothing paid; 3 the account refuse
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from prefect.logging.configuration import setup_logging
 from rich.console import Console
-from rich.table import Table
 
 from prefect_segmind import __version__
 from prefect_segmind.archiving import ArchivedImage
-from prefect_segmind.checks import all_checks
+from prefect_segmind.checks import Found, all_checks
+from prefect_segmind.console import print_facts
 from prefect_segmind.errors import AccountError, InputError, InsufficientCreditsError, SegmindError, redact
 from prefect_segmind.flows import image_to_image
 from prefect_segmind.price import usd
 from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import name_from_image
+from prefect_segmind.request import name_from_image, parse_job
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
+from prefect_segmind.settings import load_settings
 
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 
@@ -67,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         text = str(error)
         if "--json" in arguments:
             print(json.dumps(_failure("", InputError(text))))
-        _people.print(text, style="red", markup=False, highlight=False)
+        _people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         _people.print("prefect-segmind --help tells what there is.")
         return BAD_INPUT
     except Exception as error:
@@ -117,7 +116,7 @@ def generate(
     output = output or Output()
     name = name or name_from_image(image)
 
-    parameters: dict[str, Any] = {
+    job: dict[str, Any] = {
         "image": image,
         "prompt": prompt,
         "name": name,
@@ -128,14 +127,13 @@ def generate(
         "magic_prompt_option": magic_prompt_option,
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
-        "archive": archive,
-        "upload_to": upload_to,
-        "credentials_block": block,
-        "on_unknown": on_unknown,
     }
-    quiet_console(output.verbose)
     try:
-        archived = image_to_image(**parameters)
+        # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
+        parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
+        archived = image_to_image(
+            **job, archive=archive, upload_to=upload_to, credentials_block=block, on_unknown=on_unknown
+        )
     except (Exception, KeyboardInterrupt) as error:
         if output.json:
             print(json.dumps(_failure(name, error)))
@@ -143,7 +141,7 @@ def generate(
     if output.json:
         print(json.dumps(success(archived)))
     else:
-        Console().print(outcome_table(archived))
+        print_facts(Console(), outcome(archived))
     return DONE
 
 
@@ -157,7 +155,6 @@ def demo(*, folder: Path = Path("segmind-demo"), verbose: bool = False) -> int:
     """
     from prefect_segmind.demonstration import demonstrate
 
-    quiet_console(verbose)
     demonstrate(folder, Console())
     return DONE
 
@@ -197,19 +194,18 @@ def check(*, block: str | None = None, archive: str | None = None, upload_to: st
         archive: s3://bucket/prefix or a folder.
         upload_to: s3://bucket/prefix.
     """
-    quiet_console(verbose=False, level=logging.WARNING)
     console = Console()
     codes = []
     for title, look in all_checks(block, archive, upload_to):
         try:
             found, code = look(), DONE
         except SegmindError as error:
-            found, code = str(error), exit_code(error)
+            found, code = Found(str(error), "bad"), exit_code(error)
         except Exception as error:
-            found, code = redact(f"{type(error).__name__}: {error}"), FAILED
-        mark = "[green]ok[/]  " if code == DONE else "[red]bad[/] "
-        console.print(f"{mark} [bold]{title}[/]: ", end="")
-        console.print(found, markup=False, highlight=False, soft_wrap=True)
+            found, code = Found(redact(f"{type(error).__name__}: {error}"), "bad"), FAILED
+        colour = {"ok": "green", "mind": "yellow", "bad": "red"}[found.mark]
+        console.print(f"[{colour}]{found.mark:<4}[/] [bold]{title}[/]: ", end="")
+        console.print(found.text, markup=False, highlight=False, soft_wrap=True)
         codes.append(code)
     return max(codes, key=(DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY).index)
 
@@ -248,20 +244,18 @@ def _failure(name: str, error: BaseException) -> dict[str, Any]:
     }
 
 
-def outcome_table(archived: ArchivedImage) -> Table:
+def outcome(archived: ArchivedImage) -> dict[str, str]:
     """What people see of a picture in the terminal."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for title, text in {
+    facts = {
         archived.status: archived.name,
         "picture": archived.image,
         "sidecar": archived.sidecar,
         "size, seed": f"{archived.width}×{archived.height}, {archived.seed}",
         "paid": f"{usd(archived.cost_usd)} USD in {archived.attempts} request{'s' * (archived.attempts != 1)}",
-    }.items():
-        table.add_row(f"[bold]{title}[/]", text)
+    }
     if archived.possibly_billed_usd:
-        table.add_row("[bold]possibly paid[/]", f"{usd(archived.possibly_billed_usd)} USD more")
-    return table
+        facts["possibly paid"] = f"{usd(archived.possibly_billed_usd)} USD more"
+    return facts
 
 
 def _explain(error: BaseException, verbose: bool) -> int:
@@ -272,7 +266,7 @@ def _explain(error: BaseException, verbose: bool) -> int:
         text = "Interrupted. The same command again finds what was paid."
     else:
         text = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
-    _people.print(text, style="red", markup=False, highlight=False)
+    _people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, SegmindError) and error.decision:
         _people.print(f"No other request: {error.decision.reason}.", markup=False, highlight=False)
     paid, possibly = (error.cost_usd, error.possibly_billed_usd) if isinstance(error, SegmindError) else (0, 0)
@@ -281,15 +275,3 @@ def _explain(error: BaseException, verbose: bool) -> int:
     elif isinstance(error, SegmindError):
         _people.print("Nothing was paid.")
     return exit_code(error)
-
-
-def quiet_console(verbose: bool, level: int = logging.INFO) -> None:
-    """Keeps Prefect's tracebacks and its repeated errors off the console; what failed is said once at the end."""
-    setup_logging()
-    if verbose:
-        return
-    keep: Callable[[logging.LogRecord], bool] = lambda record: level <= record.levelno < logging.ERROR  # noqa: E731
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.addFilter(keep)

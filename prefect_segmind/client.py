@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -28,7 +29,7 @@ from prefect_segmind.image import BrokenPicture, Picture, read_picture
 from prefect_segmind.price import LIST_PRICE_USD, read_cost
 from prefect_segmind.record import PaidPicture
 from prefect_segmind.request import ImageToImageRequest
-from prefect_segmind.response import Link, answer_error, error_text, header, picture_or_link
+from prefect_segmind.response import SPACE, Link, answer_error, error_text, header, picture_or_link
 
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
@@ -68,10 +69,13 @@ class SegmindClient:
             raise ConfigurationError("api_key: empty, or it holds characters that no key has; copy it once more")
         self._key = key
         self.base_url = base_url.strip().rstrip("/")
-        self.on_loopback = on_loopback(self.base_url)
-        parts = urlsplit(self.base_url)
-        if not parts.hostname or parts.scheme not in ("http", "https"):
+        try:
+            parts = httpx.URL(self.base_url)
+        except httpx.InvalidURL as error:
+            raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is no address: {error}") from None
+        if not parts.host or parts.scheme not in ("http", "https"):
             raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is no http(s) address")
+        self.on_loopback = on_loopback(self.base_url)
         if parts.scheme == "http" and not self.on_loopback:
             raise ConfigurationError("SEGMIND_BASE_URL: only https, so that the key is not sent in the clear")
         self._list_price = list_price_usd
@@ -80,6 +84,7 @@ class SegmindClient:
             headers={"x-api-key": key},
             timeout=httpx.Timeout(read_timeout, connect=connect_timeout),
             limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=not self.on_loopback,  # a proxy of the environment would get what is meant for this machine
             follow_redirects=False,
         )
 
@@ -121,20 +126,21 @@ class SegmindClient:
                             raise _not_an_image(answer, f"more than {ANSWER_LIMIT:,} bytes")
                         file.write(chunk)
                     file.truncate()
+                picture = self._picture(answer, part)
             except OSError as error:
                 raise _unwritable(part, error) from error
-            picture = self._picture(answer, part)
         cost = read_cost(header(answer.headers, "x-cost"))
         seed = header(answer.headers, "x-seed-value") or ""
+        told = int(seed) if re.fullmatch(r"[0-9]{1,18}", seed) else None
         notices = []
-        if seed.isdigit() and request.seed is not None and int(seed) != request.seed:
+        if told is not None and request.seed is not None and told != request.seed:
             notices.append(f"the provider reports seed {seed} where {request.seed} was asked for")
         said = (answer.headers.get("content-type") or "").split(";")[0].strip().lower()
         if said.startswith("image/") and said != picture.content_type:
             notices.append(f"the provider called the picture {said}; it is {picture.content_type}")
         return PaidPicture(
             **picture.model_dump(),
-            seed=int(seed) if seed.isdigit() else request.seed or 0,
+            seed=request.seed or 0 if told is None else told,
             cost_usd=self._list_price if cost is None else cost,
             cost_source="list price" if cost is None else "x-cost",
             request_id=header(answer.headers, "x-request-id"),
@@ -153,9 +159,12 @@ class SegmindClient:
             answer.read()
             try:
                 found: Any = answer.json()
-                return Decimal(str(found["credits"])) + Decimal(str(found.get("free-credits") or 0))
+                credits = Decimal(str(found["credits"])) + Decimal(str(found.get("free-credits") or 0))
+                if not credits.is_finite():
+                    raise ValueError("no number")
+                return credits
             except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
-                text = error_text(answer.content)
+                text = error_text(answer.content, self._key)
                 raise ApiUnreachableError(f"the API did not tell the credits, it said: {text}", status=200) from None
 
     def _raise_unless_200(self, answer: httpx.Response) -> None:
@@ -174,14 +183,11 @@ class SegmindClient:
     def _picture(self, answer: httpx.Response, part: Path) -> Picture:
         """The picture in a finished file, after replacing JSON by what it holds or links to."""
         with part.open("rb") as file:
-            start = file.read(1)
-        if start in (b"{", b"[", b'"'):
+            start = file.read(64).lstrip(SPACE)
+        if start[:1] in (b"{", b"[", b'"'):
             found = self._with_request_id(answer, part.read_bytes())
             if isinstance(found, bytes):
-                try:
-                    part.write_bytes(found)
-                except OSError as error:
-                    raise _unwritable(part, error) from error
+                part.write_bytes(found)
             elif isinstance(found, Link):
                 self._follow(answer, found, part)
         try:
@@ -196,12 +202,12 @@ class SegmindClient:
                     request_id=header(answer.headers, "x-request-id"),
                 ) from None
             with part.open("rb") as file:
-                text = error_text(file.read(2000)) if start else ""
+                text = error_text(file.read(2000), self._key)
             raise _not_an_image(answer, f"{text!r}" if text.isprintable() and text else "nothing in it") from None
 
     def _with_request_id(self, answer: httpx.Response, body: bytes) -> bytes | Link | None:
         try:
-            return picture_or_link(body)
+            return picture_or_link(body, self._key)
         except SegmindError as error:
             error.request_id = header(answer.headers, "x-request-id")
             raise
@@ -221,8 +227,6 @@ class SegmindClient:
                         possibly_billed=True,
                         request_id=header(answer.headers, "x-request-id"),
                     ) from None
-            except OSError as error:
-                raise _unwritable(part, error) from error
 
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
@@ -254,8 +258,8 @@ def on_loopback(url: str) -> bool:
         >>> on_loopback("http://127.0.0.1:8787/v1"), on_loopback("https://api.segmind.com/v1")
         (True, False)
     """
-    host = urlsplit(url).hostname or ""
     try:
+        host = urlsplit(url).hostname or ""
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
@@ -271,8 +275,9 @@ def _not_an_image(answer: httpx.Response, found: str) -> NotAnImageError:
 
 
 def _unwritable(part: Path, error: OSError) -> OutboxError:
+    why = error.strerror or error
     return OutboxError(
-        f"outbox: {part.parent} could not take a picture that was answered: {error.strerror} (free space there)",
+        f"outbox: {part.parent} could not take a picture that was answered: {why} (free space there)",
         status=200,
         possibly_billed=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import threading
 from datetime import datetime
@@ -12,6 +13,7 @@ from pathlib import Path
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from rich.console import Console
 
+from prefect_segmind.console import print_facts
 from prefect_segmind.flows import image_to_image
 from prefect_segmind.price import LIST_PRICE_USD, usd
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
@@ -47,18 +49,17 @@ def demonstrate(folder: Path, console: Console) -> None:
         billed, spent = sandbox.ledger.billed, sandbox.ledger.billed_usd
     console.rule("What came of it")
     after = home / "s3" / first.image.removeprefix("s3://")
-    for title, text in {
-        "before": photo,
-        "after": after,
-        "sidecar": after.with_suffix(".json"),
-        "first run": f"{first.status} after {first.attempts} requests, paid {usd(first.cost_usd)} USD",
+    facts = {
+        "before": str(photo),
+        "after": str(after),
+        "sidecar": str(after.with_suffix(".json")),
+        "first run": f"{first.status} after {first.attempts} requests, paid {usd(first.cost_usd)} USD"
+        f" (the 502 may have cost {usd(first.possibly_billed_usd)} USD more)",
         "second run": f"{second.status}, paid {usd(second.cost_usd)} USD",
         "ledger": f"the sandbox billed {billed} picture{'s' * (billed != 1)}, {usd(spent)} USD",
-    }.items():
-        console.print(f"[bold]{title:>10}[/]  ", end="")
-        console.print(str(text), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"[bold]{'in the UI':>10}[/]  ", end="")
-    console.print(_how_to_open(str(state.state_details.flow_run_id)), markup=False, highlight=False, soft_wrap=True)
+        "in the UI": _how_to_open(str(state.state_details.flow_run_id)),
+    }
+    print_facts(console, facts)
 
 
 def serve_sandbox(
@@ -92,6 +93,7 @@ def serve_sandbox(
         for name, value in sandbox.environment().items():
             console.print(f"export {name}={shlex.quote(value)}", markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from prefect_segmind.retry import Decision
 
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
-_QUERY = re.compile(r"(https?://[^\s?#\"'<>]+)\?[^\s\"'<>]*")
-_USERINFO = re.compile(r"(https?://)[^\s/@\"'<>]+@")
+# Of any scheme, its slashes escaped as in JSON or not. A quote ends an address unless the address goes on behind it.
+# A question mark in `s3://` belongs to the key.
+_QUERY = re.compile(r"""(?<!s3)(:(?:\\?/){2}(?:[^\s?"'<>]|'(?=\w))+)\?(?:[^\s"'<>]|'(?=[\w&=%]))*""")
+_USERINFO = re.compile(r"""(:(?:\\?/){2})[^\s/"<>]*@""")
+# Wherever they stand: an address with a space in it is not seen as one.
+_SIGNATURE = re.compile(r"""(?i)((?:signature|security-token|x-\w+-credential|\bsig)=)[^\s&"'<>]+""")
 
 
 def redact(text: str, *secrets: str) -> str:
-    """A text without API keys, without the query of any URL (a signature lives there) and without the given secrets.
+    """A text without API keys, the given secrets, and what is secret in a URL: its query and its password.
 
     Example:
         >>> redact("GET https://b.example/k?X-Amz-Signature=ab with SG_0123456789abcdef")
@@ -27,7 +31,8 @@ def redact(text: str, *secrets: str) -> str:
     """
     for secret in filter(None, secrets):
         text = text.replace(secret, "…")
-    return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", _KEY.sub("SG_…", text)))
+    text = _SIGNATURE.sub(r"\1…", _KEY.sub("SG_…", text))
+    return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", text))
 
 
 class SegmindError(Exception):

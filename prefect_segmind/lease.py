@@ -39,6 +39,7 @@ class Claim:
         self.run = run
         self._etag = etag
         self._until = time.monotonic() + LEASE_SECONDS
+        self._released = False
         self._lock = threading.Lock()
 
     def write(self, change: Callable[[Record], Record]) -> Record:
@@ -59,7 +60,9 @@ class Claim:
         self._until = time.monotonic() + seconds
 
     def release(self) -> None:
-        """Stops keeping the claim alive."""
+        """Stops keeping the claim alive: when this returns, no renewal is under way, and none follows."""
+        with self._lock:
+            self._released = True
         with _lock:
             if _claims.get((self.archive.url, self.record.fingerprint)) is self:
                 del _claims[self.archive.url, self.record.fingerprint]
@@ -70,7 +73,9 @@ class Claim:
             self.release()
             return
         try:
-            self.write(lambda record: record)
+            with self._lock:
+                if not self._released:
+                    self._etag = self.archive.write(self.record, self._etag)
         except PreconditionFailedError:
             self.release()
         except StoreError:

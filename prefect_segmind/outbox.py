@@ -27,7 +27,7 @@ from prefect_segmind.record import Attempt, PaidPicture
 RESERVED_BYTES = 8 << 20
 """Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
-_EXTENSIONS = ("png", "jpg", "webp")
+_NO_PICTURES = (".json", ".facts", ".part")
 
 
 class OutboxEntry(BaseModel):
@@ -136,7 +136,7 @@ class Outbox:
             list_price_usd: What such a picture is taken to have cost.
             unfinished: Whether to take what a dead run had received whole but not yet renamed.
         """
-        paths = [self.folder / f"{fingerprint}.{each}" for each in _EXTENSIONS]
+        paths = [each for each in self.folder.glob(f"{fingerprint}.*") if each.suffix not in _NO_PICTURES]
         for path in (*paths, *(self._received(fingerprint) if unfinished else ())):
             try:
                 picture = read_picture(path)

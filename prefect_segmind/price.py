@@ -21,7 +21,7 @@ def read_cost(text: str | None) -> Decimal | None:
         cost = Decimal(text.strip()) if text else None
     except InvalidOperation:
         return None
-    return cost if cost is not None and cost.is_finite() and cost >= 0 else None
+    return cost if cost is not None and cost.is_finite() and not cost.is_signed() and cost < 1000 else None
 
 
 def usd(amount: Decimal) -> str:

@@ -20,6 +20,9 @@ from prefect_segmind.normalisation import thumbnail
 from prefect_segmind.price import usd
 from prefect_segmind.validation import ValidatedJob
 
+THUMBNAIL_WIDTH = 320
+"""Pixels; two of them fit beside each other in Prefect's UI on a screen of 1300."""
+
 
 def before_after(
     job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, before: bytes | None, after: bytes
@@ -96,7 +99,7 @@ def _key_in(archive: str, uri: str) -> str:
 
 
 def _data_uri(image: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(thumbnail(image)).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(thumbnail(image, THUMBNAIL_WIDTH)).decode()
 
 
 def _cell(text: str) -> str:

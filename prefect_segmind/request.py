@@ -48,7 +48,8 @@ class StyleType(str, Enum):
 
 
 ALLOWED = {
-    "name": 'a path of segments without `..`, leading dots or slashes, control characters or any of \\ : * ? " < > |',
+    "name": 'a path of at most 200 bytes whose segments hold no control characters and none of \\ : * ? " < > |, '
+    "begin with no dot and end with neither dot nor space",
     "image": "a local path, s3://bucket/key, or an http(s):// address without credentials or a signature in it",
     "image_file": "a URI that the provider can GET",
     "prompt": "a text that is not blank",
@@ -62,7 +63,8 @@ ALLOWED = {
 }
 """What each field takes, in the words of an error message."""
 
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_NAME_BYTES = 200  # a folder's name takes 255 at most
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
 _SIGNATURES = {"x-amz-signature", "x-goog-signature", "signature", "sig", "x-amz-security-token", "key-pair-id"}
 
 
@@ -84,21 +86,25 @@ def _blank_is_none(value: object) -> object:
 
 def _safe_name(name: str) -> str:
     segments = name.split("/")
-    if _UNSAFE.search(name) or len(name) > 200 or any(not s.strip() or s[0] == "." or s[-1] in ". " for s in segments):
+    if _UNSAFE.search(name) or any(not s.strip() or s[0] == "." or s[-1] in ". " for s in segments):
         raise ValueError("unsafe")
+    if len(name.encode()) > _NAME_BYTES:
+        raise ValueError("too long")
     return name
 
 
 def _image_location(image: object) -> object:
     text = str(image) if isinstance(image, PurePath) else image
-    if not isinstance(text, str) or "://" not in text:
+    if not isinstance(text, str):
+        raise ValueError("not a text")
+    if "://" not in text:
         return text
     parts = urlsplit(text)
     if parts.scheme not in ("s3", "http", "https") or not parts.netloc or not parts.path.strip("/"):
         raise ValueError("not a kind of address that is read")
     if parts.username or parts.password or any(k.lower() in _SIGNATURES for k, _ in parse_qsl(parts.query)):
         raise ValueError("holds a secret, which the run's parameters would keep; give the s3:// address instead")
-    return text
+    return parts.scheme + text[len(parts.scheme) :]
 
 
 def _listed_resolution(value: str, info: ValidationInfo) -> str:
@@ -136,7 +142,7 @@ class ImageToImageRequest(BaseModel):
         50
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     image_file: Prompt
     prompt: Prompt
@@ -172,7 +178,7 @@ class Job(BaseModel):
         'mug'
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: Annotated[str, AfterValidator(_safe_name)] = ""
     image: Annotated[Prompt, BeforeValidator(_image_location)]
@@ -190,10 +196,11 @@ class Job(BaseModel):
     def _name_from_image(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        if values.get("name") not in (None, ""):
+            return dict(values)
         image = values.get("image")
-        if values.get("name") in (None, "") and isinstance(image, str | PurePath):
-            return {**values, "name": name_from_image(str(image))}
-        return values
+        rest = {field: value for field, value in values.items() if field != "name"}
+        return {**rest, "name": name_from_image(str(image))} if isinstance(image, str | PurePath) else rest
 
     def parameters(self) -> dict[str, Any]:
         """Every parameter of the API that the job names, as JSON values: all but the image and the job's own."""
@@ -209,9 +216,12 @@ def name_from_image(image: str) -> str:
         >>> name_from_image("C:\\photos\\.hidden.png")
         'hidden'
     """
-    path = unquote(urlsplit(image).path) if "://" in image else image
-    stem = PurePosixPath(path.replace("\\", "/")).stem
-    return _UNSAFE.sub("-", stem).strip(". -")[:120].rstrip(". ") or "image"
+    try:
+        path = unquote(urlsplit(image).path) if "://" in image else image
+    except ValueError:  # no address at all, which the check of `image` says
+        path = ""
+    stem = _UNSAFE.sub("-", PurePosixPath(path.replace("\\", "/")).stem).strip(". -")
+    return stem.encode(errors="ignore")[:120].decode(errors="ignore").strip(". -") or "image"
 
 
 def parse_job(values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False) -> Job:
@@ -252,15 +262,15 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         if each["type"] == "missing":
             line = f"{field}: missing; needed is {ALLOWED[field]}"
         elif each["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, list(model.model_fields), n=1)
+            near = difflib.get_close_matches(field.lower(), list(model.model_fields), n=1)
             line = f"{field}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
         else:
             value = each["input"]
-            shown = repr(value.value if isinstance(value, Enum) else value)
+            shown = redact(repr(value.value if isinstance(value, Enum) else value))
             shown = shown if len(shown) <= 80 else shown[:79] + "…"
             line = f"{field}: {shown} is not allowed; allowed is {ALLOWED.get(field, 'an object of named fields')}."
             if "secret" in each["msg"]:
-                line = f"{field}: {redact(shown)} {each['msg'].removeprefix('Value error, ')}"
+                line = f"{field}: {shown} {each['msg'].removeprefix('Value error, ')}"
             near_value = nearest_value(field, value)
             line += f" Did you mean {near_value}?" if near_value else ""
         lines.setdefault(field, line)

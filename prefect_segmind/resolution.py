@@ -117,7 +117,7 @@ def resolution_size(resolution: str) -> tuple[int, int]:
         >>> resolution_size("RESOLUTION_1280_800")
         (1280, 800)
     """
-    match = re.fullmatch(r"RESOLUTION_([1-9]\d{1,4})_([1-9]\d{1,4})", resolution)
+    match = re.fullmatch(r"RESOLUTION_([1-9][0-9]{1,4})_([1-9][0-9]{1,4})", resolution)
     if match is None:
         raise ValueError(f"{resolution!r} is not of the form RESOLUTION_<width>_<height>")
     return int(match[1]), int(match[2])

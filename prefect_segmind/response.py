@@ -18,6 +18,8 @@ from typing import Any
 
 from prefect_segmind.errors import ADVICE, ApiError, NotAnImageError, UnsafeImageError, redact, status_error
 
+SPACE = b"\xef\xbb\xbf \t\r\n"
+"""What may stand before JSON: a byte order mark and white space."""
 TEXT_LIMIT = 300
 """Characters of a provider's error text that a message shows."""
 
@@ -29,16 +31,13 @@ def header(headers: Mapping[str, str], name: str) -> str | None:
         >>> header({"x-cost": '["0.05"]'}, "x-cost")
         '0.05'
     """
-    value = headers.get(name)
-    if value is None:
-        return None
-    value = value.strip()
+    value = next((text.strip() for key, text in headers.items() if key.lower() == name), "")
     if value.startswith("["):
         try:
             values = json.loads(value)
         except ValueError:
             return value
-        value = str(values[-1]).strip() if values else ""
+        value = str(values[-1]).strip() if values and values[-1] is not None else ""
     return value or None
 
 
@@ -51,8 +50,7 @@ def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
         headers: Of the answer, with names in any case.
         now: The time here, aware; used where the answer has no `Date`.
     """
-    date = _time(headers.get("date") or "")
-    clock = date or now
+    clock = _time(header(headers, "date") or "") or now
     waits: list[float] = []
     if reset := _time(header(headers, "x-rate-limit-reset-at-utc") or ""):
         waits.append((reset - clock).total_seconds())
@@ -71,7 +69,7 @@ def _time(text: str) -> datetime | None:
             seconds = float(text)
             return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, timezone.utc)
         if re.match(r"\d{4}-", text):
-            iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.replace("Z", "+00:00"))
+            iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.upper().replace("Z", "+00:00"))
             time = datetime.fromisoformat(iso.replace(" UTC", "+00:00"))
         else:
             time = parsedate_to_datetime(text)
@@ -80,8 +78,12 @@ def _time(text: str) -> datetime | None:
         return None
 
 
-def error_text(body: bytes) -> str:
+def error_text(body: bytes, secret: str = "") -> str:
     """What an error answer says, from JSON (`error`, `detail`, `message`), HTML or plain text, cut to a sane length.
+
+    Args:
+        body: Of the answer, or its beginning.
+        secret: The API key; taken out before the text is cut, which could leave half of it.
 
     Example:
         >>> error_text(b'{"error": "Invalid API key"}'), error_text(b"<html><h1>502 Bad Gateway</h1></html>")
@@ -90,16 +92,21 @@ def error_text(body: bytes) -> str:
     text = body.decode("utf-8", "replace")
     try:
         parsed: Any = json.loads(text)
-        while isinstance(parsed, dict) and (found := next((parsed[k] for k in _ERROR_KEYS if parsed.get(k)), None)):
+        while isinstance(parsed, dict) and (found := next(filter(_tells, map(parsed.get, _ERROR_KEYS)), None)):
             parsed = found
         text = parsed if isinstance(parsed, str) else json.dumps(parsed, ensure_ascii=False)
-    except ValueError:
-        text = re.sub(r"(?is)<(script|style|title)\b.*?</\1>|<[^>]*>", " ", text)
-    text = " ".join(text.split())
+    except (ValueError, RecursionError):
+        text = re.sub(r"(?is)<(script|style|title)\b.*?</\1>|<[a-z/!?][^>]*>", " ", text)
+    text = redact(" ".join(text.split()), secret)
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
 
 
 _ERROR_KEYS = ("error", "detail", "message")
+
+
+def _tells(found: object) -> bool:
+    """Whether a value is an error's words, or holds them: in `{"error": true, "message": "…"}` the second one does."""
+    return bool(found) and isinstance(found, str | dict | list)
 
 
 def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: datetime, secret: str) -> ApiError:
@@ -112,11 +119,11 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
         now: The time here, aware.
         secret: The API key, which the text must not hold.
     """
-    text = redact(error_text(body), secret)
+    text = error_text(body, secret)
     kind = status_error(status, text)
     message = f"the API answered {status}" + (f": {text}" if text else "")
     return kind(
-        f"{message} ({ADVICE.get(kind, 'see the provider’s documentation')})",
+        f"{message} ({ADVICE[kind]})",
         status=status,
         retry_after=wait_asked(headers, now),
         possibly_billed=status in (502, 504),
@@ -131,11 +138,12 @@ class Link:
     url: str
 
 
-def picture_or_link(body: bytes) -> bytes | Link | None:
+def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
     """Looks into a 200 that may be JSON.
 
     Args:
         body: The whole body.
+        secret: The API key, which no message must hold.
 
     Returns:
         The picture's bytes where it holds base64, a link where it holds a URL, None where it is no JSON at all.
@@ -144,13 +152,12 @@ def picture_or_link(body: bytes) -> bytes | Link | None:
         UnsafeImageError: It says `is_image_safe: false` and holds no picture.
         NotAnImageError: It is JSON without a picture in it.
     """
-    if body[:1] not in b'{["' or not body:
+    if body.lstrip(SPACE)[:1] not in (b"{", b"[", b'"'):
         return None
     try:
-        parsed = json.loads(body)
-    except ValueError:
+        value, unsafe = _find_picture(json.loads(body))
+    except (ValueError, RecursionError):
         return None
-    value, unsafe = _find_picture(parsed)
     if value is None and unsafe:
         raise UnsafeImageError(
             "the API answered 200 and says the picture is not safe, without a picture (change the prompt or the image)",
@@ -159,14 +166,15 @@ def picture_or_link(body: bytes) -> bytes | Link | None:
         )
     if value is None:
         raise NotAnImageError(
-            f"the API answered 200 with JSON that holds no picture: {error_text(body)}",
+            f"the API answered 200 with JSON that holds no picture: {error_text(body, secret)}",
             status=200,
             possibly_billed=True,
         )
-    if value.startswith(("http://", "https://")):
+    if re.match(r"(?i)https?://", value):
         return Link(value)
+    coded = "".join(re.sub(r"^data:[^,]*,", "", value).split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode("".join(re.sub(r"^data:[^,]*,", "", value).split()), validate=True)
+        return base64.b64decode(coded + "=" * (-len(coded) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise NotAnImageError(
             "the API answered 200 with JSON whose picture is neither a URL nor base64", status=200, possibly_billed=True
@@ -176,7 +184,7 @@ def picture_or_link(body: bytes) -> bytes | Link | None:
 def _find_picture(parsed: object) -> tuple[str | None, bool]:
     """The first picture in any of the known shapes, and whether the answer calls it unsafe."""
     if isinstance(parsed, str):
-        return parsed or None, False
+        return parsed.strip() or None, False
     if isinstance(parsed, list):
         found = [_find_picture(each) for each in parsed]
         return next((value for value, _ in found if value), None), any(unsafe for _, unsafe in found)

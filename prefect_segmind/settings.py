@@ -1,18 +1,19 @@
 """The plugin's settings, read as Prefect reads its own: environment, `.env`, `prefect.toml`, `pyproject.toml`.
 
-The variable of a setting is `PREFECT_INTEGRATIONS_SEGMIND_` and its name in capitals. The S3 connection has no settings
-here: boto3 reads its own (`AWS_PROFILE`, `AWS_ENDPOINT_URL_S3`, …).
+The variable of a setting is `PREFECT_INTEGRATIONS_SEGMIND_` and its name in capitals; an empty one is as good as none.
+The S3 connection has no settings here: boto3 reads its own (`AWS_PROFILE`, `AWS_ENDPOINT_URL_S3`, …).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from prefect.settings import PREFECT_HOME
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from prefect_segmind.errors import ConfigurationError
@@ -55,6 +56,13 @@ class SegmindSettings(PrefectBaseSettings):
     price_usd: Decimal = Field(default=LIST_PRICE_USD, ge=0)
     allow_private_sources: bool = False
     allow_unlisted_resolution: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_set(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {name: value for name, value in values.items() if value != ""}
 
     @property
     def outbox_folder(self) -> Path:

@@ -70,8 +70,8 @@ class SourceReader:
 
 
 def _read_file(image: str) -> bytes:
-    path = Path(image).expanduser()
     try:
+        path = Path(image).expanduser()
         if path.is_dir():
             raise SourceImageError(f"image: {image} is a folder; name one image in it")
         if not path.exists():
@@ -84,6 +84,6 @@ def _read_file(image: str) -> bytes:
         if path.stat().st_size > LOCAL_LIMIT:
             raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
         return path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: pathlib's word for a home that nobody has
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SourceImageError(f"image: {image} cannot be read: {why}") from None

@@ -1,0 +1,326 @@
+"""The command line, as people and scripts see it: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from prefect_segmind import __version__, cli, configuration
+from prefect_segmind.sandbox import Answer, Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+KEYS = {
+    *("status", "name", "image", "sidecar", "fingerprint", "sha256", "width", "height", "seed"),
+    *("cost_usd", "possibly_billed_usd", "attempts"),
+}
+
+
+def generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Runs `generate … --json`; standard output must be one JSON object and nothing else."""
+    capsys.readouterr()
+    code = cli.run(["generate", *arguments, "--json"])
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found.keys() == (KEYS if code == 0 else KEYS | {"error"})
+    return code, found, told.err
+
+
+def test_json_tells_a_generated_picture_and_then_a_reused_one(
+    sandbox: Sandbox, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, first, _ = generate(capsys, str(photo), "a red mug")
+    assert (code, first["status"], first["name"], first["attempts"]) == (0, "generated", "mug", 1)
+    assert (first["cost_usd"], first["possibly_billed_usd"]) == ("0.05", "0.00")
+    assert (first["width"], first["height"]) == (1024, 1024)
+    assert first["image"].startswith("s3://")
+    assert first["sidecar"].endswith(".json")
+    code, second, _ = generate(capsys, str(photo), "a red mug")
+    assert (code, second["status"], second["cost_usd"], second["attempts"]) == (0, "reused", "0.00", 0)
+    assert second["sha256"] == first["sha256"]
+
+
+def test_every_parameter_of_the_api_has_an_option(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "--name": "spring/hero",
+        "--image-weight": "70",
+        "--style-type": "DESIGN",
+        "--resolution": "RESOLUTION_640_1024",
+        "--seed": "4711",
+        "--magic-prompt-option": "OFF",
+        "--negative-prompt": "text",
+        "--archive": str(tmp_path / "archive"),
+        "--upload-to": os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"] + "/here",
+        "--on-unknown": "fail",
+    }
+    code, found, _ = generate(capsys, str(photo), "a hat", *(part for each in options.items() for part in each))
+    assert (code, found["seed"], found["width"], found["name"]) == (0, 4711, 640, "spring/hero")
+    sidecar = json.loads(Path(found["sidecar"]).read_text())
+    assert sidecar["request"].pop("image_file").startswith(options["--upload-to"] + "/")
+    assert sidecar["request"] == {
+        "prompt": "a hat",
+        "image_weight": 70,
+        "style_type": "DESIGN",
+        "resolution": "RESOLUTION_640_1024",
+        "seed": 4711,
+        "magic_prompt_option": "OFF",
+        "negative_prompt": "text",
+    }
+
+
+def test_a_local_image_without_a_place_to_upload_to_is_bad_input_and_says_what_to_set(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
+    code, found, told = generate(capsys, str(photo), "a red mug")
+    assert (code, found["status"], found["cost_usd"]) == (cli.BAD_INPUT, "failed", "0.00")
+    for name in ("--upload-to", "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"):
+        assert name in found["error"]
+    assert "Nothing was paid." in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no-such.jpg", "a mug"], "no-such.jpg does not exist"),
+        (["PHOTO", "a mug", "--style-type", "realistic"], "Did you mean REALISTIC?"),
+        (["PHOTO", "a mug", "--resolution", "RESOLUTION_800_1280"], "Did you mean RESOLUTION_768_1280?"),
+        (["PHOTO", "a mug", "--seed", "5"], "Did you mean 100?"),
+        (["PHOTO", "a mug", "--seed", "soon"], "seed: 'soon' is not allowed"),
+        (["PHOTO", "a mug", "--image-weight", "heavy"], "heavy"),
+        (["PHOTO"], "PROMPT"),
+        (["PHOTO", "a mug", "--no-such-option", "1"], "no-such-option"),
+        (["PHOTO", "a mug", "--on-unknown", "hope"], "hope"),
+        (["PHOTO", "a mug", "--name", "../escape"], "name: '../escape' is not allowed"),
+        (["PHOTO", "a mug", "--archive", "ftp://somewhere"], "ftp://somewhere"),
+        (["PHOTO", "a mug", "--block", "nobody"], "nobody"),
+        (["https://x.example/a.jpg?X-Amz-Signature=abc", "a mug"], "holds a secret"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_reaches_nobody(
+    sandbox: Sandbox, photo: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found, _ = generate(capsys, *(str(photo) if each == "PHOTO" else each for each in arguments))
+    assert (code, found["status"]) == (cli.BAD_INPUT, "failed")
+    assert said in found["error"]
+    assert sandbox.ledger.requests == ()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        *[(Answer(status=each), cli.FAILED) for each in (400, 405, 422, 500)],
+        *[(Answer(status=each), cli.ACCOUNT_REFUSED) for each in (401, 403, 404, 410)],
+        (Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'), cli.NO_MONEY),
+        (Answer(status=406, body='{"error": "Invalid value for parameter style_type"}'), cli.FAILED),
+        (Answer(status=406, body='{"error": "Content-Type must be application/json"}'), cli.FAILED),
+        (Answer(kind="html"), cli.FAILED),
+    ],
+    ids=lambda each: str(each.status) if isinstance(each, Answer) else str(each),
+)
+def test_exit_codes_tell_the_account_from_the_money_from_the_rest(
+    sandbox: Sandbox, photo: Path, answer: Answer, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sandbox.play(answer)
+    got, found, _ = generate(capsys, str(photo), "a red mug")
+    assert (got, found["attempts"], found["cost_usd"]) == (code, 1, "0.00")
+    assert found["possibly_billed_usd"] == ("0.05" if answer.kind == "html" else "0.00")
+    assert found["fingerprint"]
+
+
+def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_the_picture_is(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "archive"
+    (archive / "mug").mkdir(parents=True)
+    put = configuration.open_archive(str(archive)).store.__class__.put
+
+    def full(self: Any, key: str, *arguments: Any, **options: Any) -> str:
+        if not key.startswith(".segmind"):
+            from prefect_segmind.errors import StoreError
+
+            raise StoreError("the disk of the archive is full")
+        return put(self, key, *arguments, **options)
+
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.store.LocalStore.put", full)
+        code, found, told = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
+    assert (code, found["cost_usd"], found["attempts"]) == (cli.FAILED, "0.05", 1)
+    assert str(tmp_path / "outbox") in found["error"]
+    assert "Paid: 0.05 USD" in told
+    code, found, _ = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
+    assert (code, found["status"], found["cost_usd"]) == (0, "recovered", "0.00")
+    assert sandbox.ledger.billed == 1
+
+
+def test_people_get_a_few_lines_and_no_traceback_unless_they_ask(
+    sandbox: Sandbox, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["generate", str(photo), "a red mug"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"generated +mug\n", out)
+    assert "0.05 USD in 1 request\n" in out
+    sandbox.play(Answer(status=502), Answer(status=502))
+    assert cli.run(["generate", str(photo), "another mug", "--verbose"]) == cli.FAILED
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "possibly billed: 0.10 USD" in err
+
+
+def test_an_interrupted_command_says_that_the_next_one_finds_what_was_paid(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "image_to_image", interrupted)
+    code, found, told = generate(capsys, str(photo), "a red mug")
+    assert (code, found["error"]) == (130, "KeyboardInterrupt")
+    assert "The same command again" in told
+
+
+def test_check_says_ok_for_all_that_works(sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check"]) == 0
+    out = capsys.readouterr().out
+    for title in ("key and credits", "upload place", "versions", "Prefect server"):
+        assert re.search(rf"^ok +{title}: ", out, re.M), out
+    assert re.search(r"^mind archive: .* ignores conditional writes", out, re.M)
+    assert sandbox.ledger.billed == 0
+
+
+def test_check_says_for_each_thing_that_does_not_work_what_to_do(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SEGMIND_API_KEY", "SG_0000000000000000")
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", "s3://no-such-bucket/x")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "file"))
+    assert cli.run(["check"]) == cli.ACCOUNT_REFUSED
+    out = capsys.readouterr().out
+    for title, remedy in {
+        "key and credits": "set SEGMIND_API_KEY",
+        "upload place": "set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO",
+        "archive": "create it",
+        "outbox": "set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX",
+    }.items():
+        assert re.search(rf"^bad +{title}: .*{remedy}", out, re.M), out
+
+
+def test_check_finds_an_upload_place_whose_signed_addresses_cannot_be_read(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PUBLIC_BASE_URL", sandbox.base_url)
+    assert cli.run(["check"]) == cli.FAILED
+    assert re.search(r"^bad +upload place: .* answers 404", capsys.readouterr().out, re.M)
+
+
+def test_check_tells_versions_that_break_prefect(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prefect_segmind.checks.version", lambda name: {"sqlalchemy": "2.1.0"}.get(name, "0"))
+    assert cli.run(["check"]) == cli.BAD_INPUT
+    assert re.search(r"^bad +versions: .*pip install", capsys.readouterr().out, re.M)
+
+
+def test_check_minds_an_outbox_that_dies_with_its_container(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prefect_segmind.checks._in_container", lambda: True)
+    monkeypatch.setattr("os.path.ismount", lambda path: False)
+    cli.run(["check"])
+    assert re.search(r"^mind outbox: .* mount a volume there", capsys.readouterr().out, re.M)
+
+
+def test_help_and_version_cost_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+    assert cli.run(["generate", "--help"]) == 0
+    out = capsys.readouterr().out
+    for option in ("--image-weight", "--name", "--archive", "--upload-to", "--block", "--json", "--on-unknown"):
+        assert option in out
+
+
+def command(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the installed command in a process of its own, with a Prefect that knows no server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("prefect-segmind")), *arguments],
+        env={**kept, "PREFECT_HOME": str(home / "prefect"), **environment},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_generate_works_with_no_server_configured_and_its_standard_output_is_only_json(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    done = command("generate", str(photo), "a red mug", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "generated"
+    sandbox.play(Answer(status=500))
+    failed = command("generate", str(photo), "a hat", "--json", home=tmp_path)
+    assert failed.returncode == cli.FAILED
+    assert json.loads(failed.stdout)["status"] == "failed"
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.count("the API answered 500") <= 3, "said once as it happens, and once at the end"
+
+
+@pytest.mark.slow
+def test_the_demo_shows_two_failures_a_picture_and_that_it_is_paid_once(tmp_path: Path) -> None:
+    done = command("demo", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the API answered 429" in done.stderr
+    assert "the API answered 502" in done.stderr
+    facts = dict(
+        re.findall(r"^ *(before|after|sidecar|first run|second run|ledger|in the UI)  (.*)$", done.stdout, re.M)
+    )
+    assert Path(facts["before"]).is_file()
+    assert Path(facts["after"]).is_file()
+    assert json.loads(Path(facts["sidecar"]).read_text())["cost_usd"] == "0.05"
+    assert facts["first run"].startswith("generated after 3 requests, paid 0.05 USD")
+    assert facts["second run"] == "reused, paid 0.00 USD"
+    assert facts["ledger"] == "the sandbox billed 1 picture, 0.05 USD"
+    assert re.search(r"http://127.0.0.1:4200/runs/flow-run/[0-9a-f-]{36}", facts["in the UI"])
+
+
+@pytest.mark.slow
+def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("prefect-segmind")), "sandbox", "--port", "0", "--s3-port", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        exports = dict(re.findall(r"export (\w+)=(\S+)", "".join(process.stdout.readline() for _ in range(8))))
+        done = command("generate", str(photo), "a red mug", "--json", home=tmp_path, **exports)
+        assert json.loads(done.stdout)["status"] == "generated"
+        ledger = httpx.get(exports["SEGMIND_BASE_URL"].removesuffix("/v1") + "/sandbox/ledger").json()
+        assert ledger["billed"] == 1
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    for _ in range(100):
+        try:
+            httpx.get(exports["AWS_ENDPOINT_URL_S3"], timeout=1)
+        except httpx.TransportError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the S3 server outlives the sandbox")

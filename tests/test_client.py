@@ -1,0 +1,514 @@
+"""Promises of `prefect_segmind.client`, kept over real HTTP on loopback: what comes of whatever the API answers."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from prefect_segmind import client as room
+from prefect_segmind import configuration, errors
+from prefect_segmind.client import SegmindClient, on_loopback
+from prefect_segmind.credentials import load_credentials
+from prefect_segmind.record import PaidPicture
+from prefect_segmind.request import ImageToImageRequest
+from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.sandbox.script import Kind
+from tests.walk import up_to_upload
+from tests.wire import Wire, http, http_json
+
+KEY = "SG_0123456789abcdef"
+ODD_KEY = "a-key-of-another-form-0123456789"
+REQUEST = ImageToImageRequest(image_file="https://example.com/mug.jpg", prompt="a red mug", seed=4711)
+
+
+def encoded(format: str, side: int = 40) -> bytes:
+    """A picture that does not compress, so that half of it is half a picture."""
+    file = BytesIO()
+    Image.frombytes("RGB", (side, side), random.Random(7).randbytes(3 * side * side)).save(file, format)
+    return file.getvalue()
+
+
+PNG, JPEG = encoded("PNG"), encoded("JPEG")
+TEXT = base64.b64encode(PNG).decode()
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    return tmp_path / "picture.part"
+
+
+def ask(url: str, part: Path, *, key: str = KEY, **options: Any) -> PaidPicture:
+    with SegmindClient(key, f"{url}/v1", **options) as client:
+        return client.generate(REQUEST, part)
+
+
+def failure(part: Path, *answers: bytes, key: str = KEY, **options: Any) -> errors.ApiError:
+    """What a request ends with on a server that answers so; the key is in no message."""
+    with Wire(*answers) as server, pytest.raises(errors.ApiError) as caught:
+        ask(server.url, part, key=key, **options)
+    assert key not in str(caught.value)
+    return caught.value
+
+
+class TestTheRequest:
+    def test_it_is_what_the_provider_documents(self, part: Path) -> None:
+        with Wire(http(PNG)) as server:
+            ask(server.url, part)
+        head, _, body = server.requests[0].partition("\r\n\r\n")
+        assert head.startswith("POST /v1/ideogram-2a-img-2-img HTTP/1.1\r\n")
+        assert f"x-api-key: {KEY}" in head
+        assert "content-type: application/json" in head.lower()
+        assert json.loads(body) == REQUEST.body()
+
+    def test_slashes_and_spaces_around_the_address_do_no_harm(self, part: Path) -> None:
+        with Wire(http(PNG)) as server, SegmindClient(f" {KEY}\n", f" {server.url}/v1// ") as client:
+            client.generate(REQUEST, part)
+        assert server.requests[0].startswith("POST /v1/ideogram-2a-img-2-img ")
+        assert f"x-api-key: {KEY}\r\n" in server.requests[0]
+
+    def test_what_is_meant_for_this_machine_goes_through_no_proxy(
+        self, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        with Wire(http(PNG)) as server:
+            assert ask(server.url, part).width == 40
+
+    @pytest.mark.parametrize("key", ["", "  ", "SG_01\n23", "SG_ 0123", "SG_ключ", "SG_\x7f"])
+    def test_a_key_that_is_none_is_refused(self, key: str) -> None:
+        with pytest.raises(errors.ConfigurationError, match="api_key") as caught:
+            SegmindClient(key)
+        assert key not in str(caught.value) or not key.strip()
+
+    @pytest.mark.parametrize(
+        "url",
+        ["", "api.segmind.com/v1", "ftp://127.0.0.1/v1", "https:///v1", "http://127.0.0.1:port/v1", "http://[::1"],
+    )
+    def test_an_address_that_is_none_is_refused_before_anything_is_sent(self, url: str) -> None:
+        with pytest.raises(errors.ConfigurationError, match="SEGMIND_BASE_URL"):
+            SegmindClient(KEY, url)
+
+    @pytest.mark.parametrize("url", ["http://api.segmind.com/v1", "http://10.0.0.8/v1", "http://127.0.0.1.example/v1"])
+    def test_the_key_is_never_sent_in_the_clear_beyond_this_machine(self, url: str) -> None:
+        with pytest.raises(errors.ConfigurationError, match="only https"):
+            SegmindClient(KEY, url)
+
+    def test_only_this_machine_is_on_loopback(self) -> None:
+        assert all(map(on_loopback, ("http://localhost:1", "http://127.9.9.9", "https://[::1]/v1")))
+        assert not any(map(on_loopback, ("https://localhost.example", "https://10.0.0.8", "http://[::1", "", "https:")))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("status", "kind", "possibly_billed"),
+        [
+            (400, errors.BadRequestError, False),
+            (401, errors.InvalidKeyError, False),
+            (403, errors.PermissionDeniedError, False),
+            (404, errors.EndpointNotFoundError, False),
+            (405, errors.MethodNotAllowedError, False),
+            (410, errors.ModelRetiredError, False),
+            (422, errors.UnprocessableError, False),
+            (429, errors.RateLimitError, False),
+            (500, errors.InternalServerError, False),
+            (502, errors.BadGatewayError, True),
+            (503, errors.UnexpectedStatusError, False),
+            (504, errors.GatewayTimeoutError, True),
+        ],
+    )
+    def test_every_status_has_its_class_and_the_providers_words(
+        self, status: int, kind: type[errors.ApiError], possibly_billed: bool, part: Path
+    ) -> None:
+        error = failure(part, http_json({"error": "Quite so"}, f"{status} X", x_request_id="r-1"))
+        assert type(error) is kind
+        assert (error.status, error.request_id, error.possibly_billed) == (status, "r-1", possibly_billed)
+        assert f"the API answered {status}: Quite so (" in str(error)
+        assert not part.exists()
+
+    @pytest.mark.parametrize(
+        ("words", "kind"),
+        [
+            ("Insufficient credits: balance 0.01, need 0.05", errors.InsufficientCreditsError),
+            ("Team spend limit reached", errors.InsufficientCreditsError),
+            ("image_weight must be between 1 and 100", errors.ParameterRejectedError),
+            ("Unsupported Content-Type", errors.ContentTypeRejectedError),
+            ("No.", errors.NotAcceptableError),
+        ],
+    )
+    def test_a_406_is_told_apart_by_its_words(self, words: str, kind: type[errors.ApiError], part: Path) -> None:
+        assert type(failure(part, http_json({"message": words}, "406 Not Acceptable"))) is kind
+
+    @pytest.mark.parametrize(
+        "body", [b'{"detail": "so it is"}', b"<html><title>x</title><h1>so it</h1> is</html>", b"so  it\nis"]
+    )
+    def test_the_words_are_found_in_json_html_and_plain_text(self, body: bytes, part: Path) -> None:
+        assert "the API answered 405: so it is (" in str(failure(part, http(body, "405 No")))
+
+    def test_long_words_are_cut(self, part: Path) -> None:
+        assert len(str(failure(part, http(b"x" * 200_000, "500 No")))) < 500
+
+    def test_half_an_error_is_an_error_all_the_same(self, part: Path) -> None:
+        error = failure(part, http(b'{"error": "no', "401 No", length=999))
+        assert type(error) is errors.InvalidKeyError
+
+    @pytest.mark.parametrize("key", [KEY, ODD_KEY])
+    @pytest.mark.parametrize("status", ["401 No", "200 OK"])
+    @pytest.mark.parametrize("before", ["the key ", "x" * 290 + " "])
+    def test_a_server_that_repeats_the_key_does_not_bring_it_into_a_message(
+        self, key: str, status: str, before: str, part: Path
+    ) -> None:
+        for text in (json.dumps({"error": f"{before}{key} is wrong"}), f"<p>{before}{key}</p>"):
+            error = failure(part, http(text.encode(), status), key=key)
+            assert key[:10] not in str(error), "nor half of it, where a long text is cut"
+
+    def test_the_wait_that_a_server_asks_for_is_told(self, part: Path) -> None:
+        until = datetime.now(timezone.utc) + timedelta(seconds=30)
+        for headers in ({"Retry_After": "30"}, {"x_rate_limit_reset_at_utc": json.dumps([until.isoformat()])}):
+            asked = failure(part, http(b"", "429 Slow Down", **headers)).retry_after
+            assert asked == pytest.approx(30, abs=3)
+        assert failure(part, http(b"", "429 Slow Down")).retry_after is None
+
+    def test_a_redirect_is_not_followed_with_the_key(self, part: Path) -> None:
+        with Wire(http(PNG)) as other:
+            for status in ("302 Found", "307 Temporary Redirect", "308 Permanent Redirect"):
+                assert failure(part, http(b"", status, Location=f"{other.url}/v1")).status == int(status[:3])
+        assert not other.requests
+
+
+class TestPictures:
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            http(PNG, Content_Type="image/png"),
+            http(PNG, Content_Type="application/octet-stream"),
+            http(PNG),
+            http(gzip.compress(PNG), Content_Encoding="gzip"),
+            http_json({"image": TEXT}),
+            http_json({"image": f"data:image/png;base64,{TEXT}"}),
+            http_json({"output": [TEXT]}),
+            http_json({"images": [{"url": f"data:image/png;base64,{TEXT}"}]}),
+            http_json({"data": [{"url": None, "is_image_safe": False}, {"url": TEXT, "is_image_safe": True}]}),
+            http_json(TEXT),
+            http(b"\xef\xbb\xbf\r\n " + json.dumps({"image": TEXT}).encode(), Content_Type="application/json"),
+            http(json.dumps([{"url": TEXT}]).encode(), Content_Type="image/png"),
+        ],
+    )
+    def test_every_form_of_a_200_ends_as_the_same_picture_on_disk(self, answer: bytes, part: Path) -> None:
+        with Wire(answer) as server:
+            picture = ask(server.url, part)
+        assert part.read_bytes() == PNG
+        assert (picture.content_type, picture.extension, picture.width, picture.height) == ("image/png", "png", 40, 40)
+        assert picture.size_bytes == len(PNG)
+
+    def test_every_form_that_the_sandbox_knows_ends_as_the_same_picture(self, sandbox: Sandbox, photo: Path) -> None:
+        kinds: list[Kind] = ["image", "json_base64", "json_data_uri", "json_url", "json_images_url", "json_data_url"]
+        sandbox.play(*(Answer(kind=kind) for kind in kinds))
+        job, uploaded = up_to_upload(photo, resolution="RESOLUTION_640_1024")
+        found = set()
+        with load_credentials().get_client() as client:
+            for kind in kinds:
+                request = job.request(configuration.open_uploads(None).address(uploaded.uri))
+                picture = client.generate(request, photo.with_name(kind))
+                found.add((picture.sha256, picture.seed, picture.cost_usd, picture.cost_source, picture.notices))
+        assert found == {(picture.sha256, job.seed, Decimal("0.05"), "x-cost", ())}
+        assert sandbox.ledger.billed == len(kinds)
+
+    def test_what_the_file_held_before_is_gone(self, part: Path) -> None:
+        part.write_bytes(bytes(100_000))
+        with Wire(http(PNG)) as server:
+            ask(server.url, part)
+        assert part.read_bytes() == PNG
+
+    def test_a_lying_content_type_is_corrected_and_told(self, part: Path) -> None:
+        with Wire(http(JPEG, Content_Type="image/png; charset=binary")) as server:
+            picture = ask(server.url, part)
+        assert (picture.content_type, picture.extension) == ("image/jpeg", "jpg")
+        assert picture.notices == ("the provider called the picture image/png; it is image/jpeg",)
+
+    @pytest.mark.parametrize(
+        ("header", "cost", "source"),
+        [
+            ("0.04", "0.04", "x-cost"),
+            ('["0.0625"]', "0.0625", "x-cost"),
+            ("[0.07]", "0.07", "x-cost"),
+            ("0", "0", "x-cost"),
+            ("gratis", "0.09", "list price"),
+            ("-1", "0.09", "list price"),
+            ("NaN", "0.09", "list price"),
+            ("[]", "0.09", "list price"),
+            ("", "0.09", "list price"),
+        ],
+    )
+    def test_the_cost_is_the_answers_where_it_names_a_sensible_one(
+        self, header: str, cost: str, source: str, part: Path
+    ) -> None:
+        with Wire(http(PNG, x_cost=header, x_request_id='["r-7"]')) as server:
+            picture = ask(server.url, part, list_price_usd=Decimal("0.09"))
+        assert (picture.cost_usd, picture.cost_source, picture.request_id) == (Decimal(cost), source, "r-7")
+
+    @pytest.mark.parametrize(
+        ("header", "seed", "noticed"),
+        [
+            ("4711", 4711, False),
+            ('["5000"]', 5000, True),
+            ("²", 4711, False),
+            ("9" * 5000, 4711, False),
+            ("", 4711, False),
+        ],
+    )
+    def test_another_seed_than_the_one_asked_for_is_told(
+        self, header: str, seed: int, noticed: bool, part: Path
+    ) -> None:
+        with Wire(http(PNG, x_seed_value=header)) as server:
+            picture = ask(server.url, part)
+        assert picture.seed == seed
+        expected = ("the provider reports seed 5000 where 4711 was asked for",) if noticed else ()
+        assert picture.notices == expected
+
+
+class TestAnswersWithoutAPicture:
+    @pytest.mark.parametrize(
+        ("answer", "kind", "words"),
+        [
+            (http(b"<html><h1>Welcome</h1></html>", Content_Type="text/html"), errors.NotAnImageError, "Welcome"),
+            (http(), errors.NotAnImageError, "nothing in it"),
+            (http(b"no picture", Content_Type="image/png"), errors.NotAnImageError, "no picture"),
+            (http(b"\x00\x01\x02"), errors.NotAnImageError, "nothing in it"),
+            (http(b'{"image": '), errors.NotAnImageError, "image"),
+            (http_json({"status": "queued"}), errors.NotAnImageError, "queued"),
+            (http_json({"image": "not base64!"}), errors.NotAnImageError, "neither a URL nor base64"),
+            (http_json({"image": "bm8gcGljdHVyZQ=="}), errors.NotAnImageError, "no picture"),
+            (http(b"no gzip", Content_Encoding="gzip"), errors.NotAnImageError, "decompressed"),
+            (
+                http_json({"data": [{"url": None, "is_image_safe": False}]}),
+                errors.UnsafeImageError,
+                "says the picture is not safe",
+            ),
+        ],
+    )
+    def test_they_have_a_class_and_count_as_possibly_billed(
+        self, answer: bytes, kind: type[errors.ApiError], words: str, part: Path
+    ) -> None:
+        error = failure(part, answer)
+        assert type(error) is kind
+        assert (error.status, error.possibly_billed) == (200, True)
+        assert words in str(error)
+
+    def test_their_request_id_is_told_for_a_talk_with_the_provider(self, part: Path) -> None:
+        for body in (b"<html>", b'{"data": []}', PNG[: len(PNG) // 2]):
+            assert failure(part, http(body, x_request_id="r-9")).request_id == "r-9"
+
+    def test_a_picture_that_ends_early_in_a_whole_answer_is_cut(self, part: Path) -> None:
+        error = failure(part, http(PNG[: len(PNG) // 2]))
+        assert type(error) is errors.AnswerCutError
+        assert (error.status, error.possibly_billed) == (200, True)
+
+    def test_more_than_the_limit_is_not_read_to_its_end(self, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(room, "ANSWER_LIMIT", 30_000)
+        error = failure(part, http(PNG + bytes(5_000_000)))
+        assert type(error) is errors.NotAnImageError
+        assert "more than 30,000 bytes" in str(error)
+        assert error.possibly_billed
+        assert part.stat().st_size < 1_000_000
+
+
+class TestConnections:
+    def test_half_a_body_may_have_been_billed(self, part: Path) -> None:
+        error = failure(part, http(PNG[:2000], length=len(PNG)))
+        assert type(error) is errors.AnswerCutError
+        assert error.possibly_billed
+        assert "was cut" in str(error)
+
+    def test_a_connection_lost_without_an_answer_may_have_been_billed(self, part: Path) -> None:
+        error = failure(part, b"")
+        assert type(error) is errors.AnswerCutError
+        assert error.possibly_billed
+
+    def test_an_answer_that_is_no_http_may_have_been_billed(self, part: Path) -> None:
+        assert type(failure(part, b"SSH-2.0-OpenSSH\r\n\r\n")) is errors.AnswerCutError
+
+    @pytest.mark.parametrize("begun", [b"", http(PNG[:2000], length=len(PNG))])
+    def test_a_read_time_out_may_have_been_billed(self, begun: bytes, part: Path) -> None:
+        with Wire(begun, silent=True) as server, pytest.raises(errors.AnswerCutError, match="took too long") as caught:
+            ask(server.url, part, read_timeout=0.2)
+        assert caught.value.possibly_billed
+
+    def test_nobody_listening_costs_nothing(self, part: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+        with pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught:
+            ask(url, part)
+        assert (caught.value.possibly_billed, caught.value.status) == (False, None)
+
+    def test_a_name_that_does_not_resolve_costs_nothing(self, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(*_: object, **__: object) -> None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+        with pytest.raises(errors.ApiUnreachableError, match=r"api\.invalid cannot be reached") as caught:
+            ask("https://api.invalid", part)
+        assert not caught.value.possibly_billed
+
+    def test_a_server_without_tls_costs_nothing(self, part: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+
+            def speak_plainly() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+            thread = threading.Thread(target=speak_plainly)
+            thread.start()
+            with pytest.raises(errors.ApiUnreachableError) as caught:
+                ask(f"https://127.0.0.1:{port}", part)
+            thread.join()
+        assert not caught.value.possibly_billed
+
+
+class TestLinks:
+    @pytest.fixture
+    def server(self) -> Iterator[Wire]:
+        with Wire(b"") as server:
+            yield server
+
+    def test_a_link_is_followed_without_the_key(self, server: Wire, part: Path) -> None:
+        server.answers = [http_json({"output": f"{server.url}/a.png?sig=1"}, x_cost="0.05"), http(PNG)]
+        assert ask(server.url, part).cost_source == "x-cost"
+        assert part.read_bytes() == PNG
+        assert server.requests[1].startswith("GET /a.png?sig=1 ")
+        assert "x-api-key" in server.requests[0].lower()
+        assert "x-api-key" not in server.requests[1].lower()
+        assert KEY not in server.requests[1]
+
+    @pytest.mark.parametrize("bad", [b"", http(PNG[:2000], length=len(PNG)), http(b"", "503 Busy")])
+    def test_a_download_that_failed_is_repeated_for_the_picture_is_paid(
+        self, bad: bytes, server: Wire, part: Path
+    ) -> None:
+        server.answers = [http_json({"url": f"{server.url}/a.png"}), bad, bad, http(PNG)]
+        ask(server.url, part)
+        assert part.read_bytes() == PNG
+        assert [each.split()[0] for each in server.requests] == ["POST", "GET", "GET", "GET"]
+
+    def test_three_failures_are_enough(self, server: Wire, part: Path) -> None:
+        server.answers = [http_json({"url": f"{server.url}/a.png?sig=secret"}, x_request_id="r-3"), b""]
+        with pytest.raises(errors.ResultLinkError, match="could not be followed") as caught:
+            ask(server.url, part)
+        assert len(server.requests) == 4
+        assert (caught.value.status, caught.value.possibly_billed, caught.value.request_id) == (200, True, "r-3")
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "link", ["http://10.0.0.8/a.png", "https://169.254.169.254/latest", "http://127.0.0.1:9/a.png", "http://[::1]/"]
+    )
+    def test_a_link_to_another_private_place_is_refused(self, link: str, server: Wire, part: Path) -> None:
+        server.answers = [http_json({"image_url": link})]
+        with pytest.raises(errors.ResultLinkError, match="only https and public addresses are allowed"):
+            ask(server.url, part)
+        assert len(server.requests) == 1
+
+    def test_a_link_to_something_else_is_no_picture(self, server: Wire, part: Path) -> None:
+        server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(b"<html>expired</html>")]
+        with pytest.raises(errors.NotAnImageError, match="expired") as caught:
+            ask(server.url, part)
+        assert caught.value.possibly_billed
+
+    def test_a_linked_picture_has_a_limit_too(self, server: Wire, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(room, "ANSWER_LIMIT", 1000)
+        server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(PNG)]
+        with pytest.raises(errors.ResultLinkError, match="larger than"):
+            ask(server.url, part)
+
+
+IN_A_SMALL_DISK = f"""
+import resource, signal, sys
+from pathlib import Path
+from prefect_segmind.client import SegmindClient
+from prefect_segmind.errors import OutboxError
+from prefect_segmind.request import ImageToImageRequest
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    SegmindClient({KEY!r}, sys.argv[1]).generate(ImageToImageRequest(image_file="x", prompt="x"), Path(sys.argv[2]))
+except OutboxError as error:
+    print(error.status, error.possibly_billed, error)
+"""
+
+
+class TestDisks:
+    @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
+    @pytest.mark.parametrize("form", ["bytes", "base64", "link"])
+    def test_a_disk_that_is_full_when_the_answer_comes_is_told_as_such(self, form: str, part: Path) -> None:
+        small = {"image": base64.b64encode(PNG).decode()}
+        with Wire(b"") as server:
+            link = http_json({"url": f"{server.url}/a.png"})
+            server.answers = {"bytes": [http(PNG)], "base64": [http_json(small)], "link": [link, http(PNG)]}[form]
+            command = [sys.executable, "-c", IN_A_SMALL_DISK, f"{server.url}/v1", str(part)]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert said.startswith(f"200 True outbox: {part.parent} could not take a picture that was answered")
+        assert "File too large" in said
+
+    def test_a_folder_that_is_gone_when_the_answer_comes_is_told_as_such(self, tmp_path: Path) -> None:
+        with Wire(http(PNG)) as server, pytest.raises(errors.OutboxError, match="could not take") as caught:
+            ask(server.url, tmp_path / "gone" / "picture.part")
+        assert caught.value.possibly_billed
+
+
+class TestCredits:
+    def test_free_ones_count_too(self, sandbox: Sandbox) -> None:
+        with (
+            Wire(http_json({"credits": 1.2, "free-credits": 0.05})) as server,
+            SegmindClient(KEY, server.url) as client,
+        ):
+            assert client.credits() == Decimal("1.25")
+        assert server.requests[0].startswith("GET /get-user-credits ")
+        with load_credentials().get_client() as client:
+            assert client.credits() == Decimal(1000)
+
+    def test_a_wrong_key_is_told(self, sandbox: Sandbox) -> None:
+        with SegmindClient(KEY, sandbox.base_url) as client, pytest.raises(errors.InvalidKeyError, match="API key"):
+            client.credits()
+
+    @pytest.mark.parametrize(
+        "body",
+        [b"<html>hello</html>", b"", b"[]", b'"x"', b"null", b'{"credits": "many"}', b'{"credits": NaN}', b"\xff"],
+    )
+    def test_an_answer_that_tells_nothing_is_an_error(self, body: bytes) -> None:
+        with (
+            Wire(http(body)) as server,
+            SegmindClient(KEY, server.url) as client,
+            pytest.raises(errors.ApiUnreachableError, match="did not tell the credits") as caught,
+        ):
+            client.credits()
+        assert not caught.value.possibly_billed
+
+    @pytest.mark.parametrize(
+        ("answer", "kind"),
+        [
+            (b"", errors.AnswerCutError),
+            (http(b'{"credits"', length=99), errors.AnswerCutError),
+            (http(b"no gzip", Content_Encoding="gzip"), errors.NotAnImageError),
+            (http_json({"error": "busy"}, "503 Busy"), errors.UnexpectedStatusError),
+        ],
+    )
+    def test_whatever_goes_wrong_is_never_billed(self, answer: bytes, kind: type[errors.ApiError]) -> None:
+        with Wire(answer) as server, SegmindClient(KEY, server.url) as client, pytest.raises(kind) as caught:
+            client.credits()
+        assert not caught.value.possibly_billed
+        assert "billed" not in str(caught.value)

@@ -1,0 +1,268 @@
+"""Every failure has one class, says what to do, survives pickling, and holds no secret."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import inspect
+import pickle
+import string
+from decimal import Decimal
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from prefect_segmind import errors
+from prefect_segmind.errors import (
+    ADVICE,
+    STATUS_ERRORS,
+    AccountError,
+    ApiError,
+    ContentTypeRejectedError,
+    InputError,
+    InsufficientCreditsError,
+    NotAcceptableError,
+    NotAnImageError,
+    ParameterRejectedError,
+    SegmindError,
+    StoreError,
+    UnexpectedStatusError,
+    redact,
+    status_error,
+)
+from prefect_segmind.retry import Decision
+
+CLASSES = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SegmindError)]
+CORE = ["errors", "fingerprint", "price", "record", "request", "resolution", "retry", "response"]
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_examples_in_the_docstrings_are_true(module):
+    found = doctest.testmod(
+        importlib.import_module(f"prefect_segmind.{module}"),
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
+    assert found.failed == 0
+    assert found.attempted > 0 or module == "record"
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def full_error(kind: type[SegmindError]) -> SegmindError:
+    error = kind("it failed", status=502, retry_after=3.5, possibly_billed=True, request_id="req-1")
+    error.fingerprint = "ab" * 32
+    error.requests_sent = 4
+    error.cost_usd = Decimal("0.05")
+    error.possibly_billed_usd = Decimal("0.10")
+    error.decision = Decision(2.0, "exponential backoff")
+    return error
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize(
+    "carry",
+    [
+        pytest.param(lambda error: pickle.loads(pickle.dumps(error)), id="pickle"),
+        pytest.param(copy.copy, id="copy"),
+        pytest.param(copy.deepcopy, id="deepcopy"),
+    ],
+)
+def test_an_error_keeps_all_it_knows_on_its_way_between_processes(kind, carry):
+    error = full_error(kind)
+    carried = carry(error)
+    assert type(carried) is kind
+    assert str(carried) == "it failed"
+    assert vars(carried) == vars(error)
+    assert len(vars(carried)) == 9
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_error_that_knows_nothing_more_says_so(kind):
+    error = kind("it failed")
+    assert (error.status, error.retry_after, error.request_id, error.fingerprint, error.decision) == (None,) * 5
+    assert error.possibly_billed is False
+    assert error.requests_sent == 0
+    assert (error.cost_usd, error.possibly_billed_usd) == (Decimal("0.00"), Decimal("0.00"))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_error_explains_itself_in_a_docstring(kind):
+    assert kind.__doc__
+    assert kind.__doc__ != kind.__mro__[1].__doc__
+
+
+def test_errors_are_told_apart_by_what_a_caller_would_do():
+    below = {base: {each.__name__ for each in CLASSES if issubclass(each, base)} for base in (AccountError, InputError)}
+    assert below[AccountError] == {
+        "AccountError",
+        "InvalidKeyError",
+        "PermissionDeniedError",
+        "EndpointNotFoundError",
+        "ModelRetiredError",
+    }
+    assert below[InputError] == {"InputError", "InvalidJobError", "SourceImageError", "ConfigurationError"}
+    assert not [each for each in CLASSES if issubclass(each, ApiError) and issubclass(each, StoreError)]
+    assert issubclass(errors.UnsafeImageError, NotAnImageError)
+    assert issubclass(errors.ResultLinkError, NotAnImageError)
+
+
+# --- statuses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "name"),
+    [
+        (400, "BadRequestError"),
+        (401, "InvalidKeyError"),
+        (403, "PermissionDeniedError"),
+        (404, "EndpointNotFoundError"),
+        (405, "MethodNotAllowedError"),
+        (406, "NotAcceptableError"),
+        (410, "ModelRetiredError"),
+        (422, "UnprocessableError"),
+        (429, "RateLimitError"),
+        (500, "InternalServerError"),
+        (502, "BadGatewayError"),
+        (504, "GatewayTimeoutError"),
+        (201, "UnexpectedStatusError"),
+        (302, "UnexpectedStatusError"),
+        (402, "UnexpectedStatusError"),
+        (418, "UnexpectedStatusError"),
+        (503, "UnexpectedStatusError"),
+        (524, "UnexpectedStatusError"),
+    ],
+)
+def test_a_status_has_one_class(status, name):
+    assert status_error(status, "").__name__ == name
+
+
+def test_every_class_that_a_status_can_lead_to_tells_what_to_do():
+    assert set(ADVICE) == {
+        *STATUS_ERRORS.values(),
+        UnexpectedStatusError,
+        InsufficientCreditsError,
+        ParameterRejectedError,
+        ContentTypeRejectedError,
+    }
+    assert all(ADVICE.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("Insufficient credits", InsufficientCreditsError),
+        ("Insufficient credits. Balance: 0.012, required: 0.05", InsufficientCreditsError),
+        ("You don't have enough credits to make this request", InsufficientCreditsError),
+        ("INSUFFICIENT_CREDITS", InsufficientCreditsError),
+        ("Your team's spend limit has been reached", InsufficientCreditsError),
+        ("Monthly quota exceeded", InsufficientCreditsError),
+        ("Please top up your account", InsufficientCreditsError),
+        ("Please top-up your account", InsufficientCreditsError),
+        ("Invalid Content-Type, expected application/json", ContentTypeRejectedError),
+        ("content type must be application/json", ContentTypeRejectedError),
+        ("Unsupported media type", ContentTypeRejectedError),
+        ("Invalid value for parameter style_type", ParameterRejectedError),
+        ("image_weight must be between 1 and 100", ParameterRejectedError),
+        ("seed is out of range", ParameterRejectedError),
+        ("RESOLUTION_800_1280 is not allowed", ParameterRejectedError),
+        ('[{"loc": ["body", "style_type"], "msg": "field required"}]', ParameterRejectedError),
+        ("Not Acceptable", NotAcceptableError),
+        ("", NotAcceptableError),
+    ],
+)
+def test_the_meanings_of_406_are_told_apart_by_the_providers_words(words, kind):
+    assert status_error(406, words) is kind
+    assert status_error(406, words.upper()) is kind
+
+
+def test_words_matter_for_406_only():
+    assert status_error(400, "Insufficient credits").__name__ == "BadRequestError"
+
+
+# --- no secret in a message -------------------------------------------------------------------------------------------
+
+HEX = st.text("0123456789abcdefABCDEF", min_size=16, max_size=16)
+ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+LEGAL = string.ascii_letters + string.digits + "-._~%!$&()*+,;=:@/"
+HOST = st.text(string.ascii_lowercase + string.digits + ".-", min_size=1, max_size=20)
+PATH = st.text(LEGAL + "'#", max_size=20)
+SIGN = st.text(string.ascii_letters + string.digits + "%-_.~", min_size=8, max_size=40)
+QUERY_NAME = st.sampled_from(["X-Amz-Signature", "sig", "token", "Expires", "a'b", "x[]", "p?q"])
+ENDS = st.sampled_from(["", "\n", " ", "'", '"', ">", "' ", '", ', "')", "\\n", ")", "<br>", "'}"])
+MARK = "MARKOFTHESECRET"
+
+
+@given(ANYTHING, HEX, ANYTHING)
+@example("", "0123456789abcdef", "")
+@example("x-api-key: ", "0123456789abcdef", "'")
+@example("SG_", "0123456789abcdef", "SG_fedcba9876543210")
+def test_no_api_key_survives_however_embedded(before, digits, after):
+    assume(digits not in before + after)
+    assert digits not in redact(f"{before}SG_{digits}{after}")
+    assert digits not in str(SegmindError(f"{before}SG_{digits}{after}"))
+
+
+@given(
+    before=st.sampled_from(["", "see ", "'", '"', "<a href='", "(", "url=", "x"]),
+    scheme=st.sampled_from(["http://", "https://", "HTTPS://", "ftp://", "https:\\/\\/"]),
+    host=HOST,
+    path=PATH,
+    name=QUERY_NAME,
+    sign=SIGN,
+    end=ENDS,
+    after=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+)
+@example("", "https://", "b.example", "/it's", "X-Amz-Signature", "abcdefgh", "", "")
+@example("'", "https://", "b.example", "/k", "a'b", "abcdefgh", "'", "")
+def test_no_query_of_a_url_survives_however_embedded(before, scheme, host, path, name, sign, end, after):
+    path = path.rstrip("'")  # a quote right before the question mark ends an address
+    redacted = redact(f"{before}{scheme}{host}{path}?{name}={MARK}{sign}{end}{after}")
+    assert MARK not in redacted
+    assert redact(redacted) == redacted
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://b.example/k?X-Amz-Signature=ab", "https://b.example/k?…"),
+        ("'https://b.example/k?X-Amz-Signature=ab', 'next'", "'https://b.example/k?…', 'next'"),
+        ("<a href=https://b.example/k?sig=ab>here</a>", "<a href=https://b.example/k?…>here</a>"),
+        ("https://b.example/#/k?token=ab", "https://b.example/#/k?…"),
+        ("https://b.example/it's?token=ab", "https://b.example/it's?…"),
+        ('{"url": "https:\\/\\/b.example\\/k?token=ab"}', '{"url": "https:\\/\\/b.example\\/k?…"}'),
+        (
+            "https://b.example/my photo.jpg?X-Amz-Signature=ab&x=1",
+            "https://b.example/my photo.jpg?X-Amz-Signature=…&x=1",
+        ),
+        ("https://b.example/my photo.jpg?a=1&sig=ab", "https://b.example/my photo.jpg?a=1&sig=…"),
+        ("https://user:word@b.example/k", "https://…@b.example/k"),
+        ("https://user:w@rd@b.example/k", "https://…@b.example/k"),
+        ("s3://AKIA0:word@bucket/k", "s3://…@bucket/k"),
+        ("a key is SG_0123456789abcdef.", "a key is SG_…."),
+    ],
+)
+def test_the_rest_of_a_text_stays_readable(text, shown):
+    assert redact(text) == shown
+    assert str(SegmindError(text)) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "is this a question? Yes: https://b.example/k",
+        "s3://bucket/inbox/why?.jpg does not exist",
+        "write to a@b.example",
+        "s3://bucket/a@b.jpg",
+        "SG_ is how keys begin",
+        "",
+    ],
+)
+def test_what_is_no_secret_is_left_alone(text):
+    assert redact(text) == text
+
+
+def test_secrets_of_another_form_are_taken_out_where_they_are_named():
+    assert redact("the key hunter2 of me", "hunter2", "") == "the key … of me"

@@ -1,0 +1,233 @@
+"""Promises of `prefect_segmind.outbox`: nothing is paid for that could not be kept, and what is paid for is found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import datetime, timezone
+from decimal import Decimal
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from prefect_segmind.errors import AnswerCutError, OutboxError
+from prefect_segmind.image import read_picture
+from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.record import Attempt, PaidPicture
+
+PRINT = "ab" * 32
+NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
+
+
+def drawn(format: str = "PNG", colour: str = "red") -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (40, 30), colour).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Outbox:
+    return Outbox(tmp_path / "deep" / "outbox", 0)
+
+
+def entry(path: Path) -> OutboxEntry:
+    facts = read_picture(path).model_dump()
+    paid = PaidPicture(**facts, seed=4711, cost_usd=Decimal("0.04"), cost_source="x-cost", request_id="r", paid_at=NOW)
+    return OutboxEntry(paid=paid, attempts=(Attempt(run="one", sent_at=NOW, status=200, possibly_billed=False),))
+
+
+def received(outbox: Outbox, data: bytes = drawn()) -> tuple[Path, OutboxEntry]:
+    """A picture that has arrived as `generation` lets it arrive."""
+    with outbox.receive(PRINT, "one") as part:
+        part.write_bytes(data)
+        known = entry(part)
+        return outbox.keep(PRINT, part, known), known
+
+
+def found(outbox: Outbox, *, unfinished: bool = True) -> tuple[Path, OutboxEntry] | None:
+    return outbox.find(PRINT, seed=100, list_price_usd=Decimal("0.05"), unfinished=unfinished)
+
+
+def names(outbox: Outbox) -> set[str]:
+    return {each.name for each in outbox.folder.iterdir()}
+
+
+class TestReceiving:
+    def test_space_for_a_picture_is_taken_before_it_is_asked_for(self, outbox: Outbox) -> None:
+        with outbox.receive(PRINT, "one") as part:
+            assert part.stat().st_size == (RESERVED_BYTES if sys.platform == "linux" else 0)
+            if sys.platform == "linux":
+                assert part.stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
+
+    def test_a_request_that_brought_no_picture_leaves_nothing_behind(self, outbox: Outbox) -> None:
+        for error in (AnswerCutError, KeyboardInterrupt):
+            with pytest.raises(error), outbox.receive(PRINT, "one") as part:
+                part.write_bytes(b"half")
+                raise error("cut")
+        assert names(outbox) == set()
+
+    def test_what_a_failing_disk_holds_of_a_paid_picture_stays(self, outbox: Outbox) -> None:
+        with pytest.raises(OutboxError), outbox.receive(PRINT, "one") as part:
+            part.write_bytes(drawn())
+            raise OutboxError("the disk failed")
+        assert part.read_bytes() == drawn()
+
+    def test_two_runs_do_not_write_into_one_file(self, outbox: Outbox) -> None:
+        with outbox.receive(PRINT, "one") as first, outbox.receive(PRINT, "../two") as second:
+            assert first != second
+            assert first.parent == second.parent == outbox.folder
+
+    def test_a_kept_picture_lies_there_with_its_facts_and_nothing_else(self, outbox: Outbox) -> None:
+        path, _ = received(outbox)
+        assert path.read_bytes() == drawn()
+        assert names(outbox) == {f"{PRINT}.png", f"{PRINT}.json"}
+
+    def test_too_little_free_space_is_told_before_anything_is_paid(self, outbox: Outbox) -> None:
+        small = Outbox(outbox.folder, 10**18)
+        with pytest.raises(OutboxError, match="1000000000000 MB are needed; nothing was paid") as caught:
+            received(small)
+        assert not caught.value.possibly_billed
+        assert "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX" in str(caught.value)
+        assert names(outbox) == set()
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
+    def test_a_disk_that_cannot_take_a_picture_costs_nothing_and_is_left_clean(self, outbox: Outbox) -> None:
+        code = f"""
+import resource, signal
+from pathlib import Path
+from prefect_segmind.errors import OutboxError
+from prefect_segmind.outbox import RESERVED_BYTES, Outbox
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (RESERVED_BYTES - 1, RESERVED_BYTES - 1))
+try:
+    with Outbox(Path({str(outbox.folder)!r}), 0).receive({PRINT!r}, "one"):
+        print("paid")
+except OutboxError as error:
+    print(error.possibly_billed, error)
+"""
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said.startswith("False outbox: ")
+        assert "File too large; nothing was paid" in said
+        assert names(outbox) == set()
+
+    def test_a_place_that_is_no_folder_is_told_before_anything_is_paid(self, tmp_path: Path) -> None:
+        file = tmp_path / "outbox"
+        file.write_text("a file")
+        for folder in (file, file / "below"):
+            assert found(Outbox(folder)) is None
+            with pytest.raises(OutboxError, match="nothing was paid"):
+                received(Outbox(folder, 0))
+        assert file.read_text() == "a file"
+
+    def test_a_folder_that_may_not_be_written_is_told_before_anything_is_paid(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("prefect_segmind.outbox.os.access", lambda *_: False)  # as for anybody but root
+        with pytest.raises(OutboxError, match="it cannot be written; nothing was paid"):
+            outbox.check()
+
+
+class TestKeeping:
+    def test_a_picture_that_cannot_be_made_durable_is_possibly_billed_and_named(self, outbox: Outbox) -> None:
+        with (
+            pytest.raises(OutboxError, match="could not be made durable") as caught,
+            outbox.receive(PRINT, "one") as part,
+        ):
+            part.write_bytes(drawn())
+            known = entry(part)
+            (outbox.folder / f"{PRINT}.png").mkdir()  # the name is taken, and by what cannot be replaced
+            outbox.keep(PRINT, part, known)
+        assert (caught.value.status, caught.value.possibly_billed) == (200, True)
+        assert str(part) in str(caught.value)
+        assert part.read_bytes() == drawn()
+
+    def test_a_picture_is_safe_though_its_facts_could_not_be_noted(self, outbox: Outbox) -> None:
+        outbox.check()
+        (outbox.folder / f"{PRINT}.json").mkdir()
+        path, _ = received(outbox)
+        assert path.read_bytes() == drawn()
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[0] == path
+
+
+class TestFinding:
+    def test_nothing_is_found_where_nothing_is(self, outbox: Outbox) -> None:
+        assert found(outbox) is None
+
+    @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+    def test_a_kept_picture_of_any_kind_is_found_with_its_facts(self, format: str, outbox: Outbox) -> None:
+        path, known = received(outbox, drawn(format))
+        assert found(outbox) == (path, known)
+
+    def test_a_picture_without_its_facts_is_found_with_what_can_be_known(self, outbox: Outbox) -> None:
+        path, _ = received(outbox)
+        path.with_suffix(".json").unlink()
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[0] == path
+        paid = kept[1].paid
+        assert (paid.seed, paid.cost_usd, paid.cost_source, paid.request_id) == (
+            100,
+            Decimal("0.05"),
+            "list price",
+            None,
+        )
+        assert "recovered after a crash" in paid.notices[0]
+        assert kept[1].attempts == ()
+
+    @pytest.mark.parametrize("facts", ["", "{}", "null", "\ud800"])
+    def test_broken_facts_do_not_hide_a_picture(self, facts: str, outbox: Outbox) -> None:
+        path, _ = received(outbox)
+        path.with_suffix(".json").write_bytes(facts.encode("utf-8", "surrogatepass"))
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[1].paid.cost_source == "list price"
+
+    def test_the_facts_of_another_picture_are_not_taken_for_this_ones(self, outbox: Outbox) -> None:
+        path, _ = received(outbox)
+        path.write_bytes(drawn(colour="blue"))
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[1].paid.sha256 == read_picture(path).sha256
+        assert kept[1].paid.cost_source == "list price"
+
+    def test_a_broken_picture_is_none(self, outbox: Outbox) -> None:
+        path, _ = received(outbox)
+        path.write_bytes(drawn()[:40])
+        assert found(outbox) is None
+
+    def test_an_answer_that_arrived_whole_is_found_unless_its_run_may_still_live(self, outbox: Outbox) -> None:
+        outbox.check()
+        part = outbox.folder / f"{PRINT}.0123456789abcdef.part"
+        part.write_bytes(drawn())
+        assert found(outbox, unfinished=False) is None
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[0] == outbox.folder / f"{PRINT}.png"
+        assert kept[0].read_bytes() == drawn()
+        assert found(outbox, unfinished=False) == kept
+
+    def test_a_file_that_only_holds_space_is_no_answer(self, outbox: Outbox) -> None:
+        outbox.check()
+        picture = drawn()
+        for name, data in {"reserved": picture + bytes(RESERVED_BYTES - len(picture)), "empty": b""}.items():
+            (outbox.folder / f"{PRINT}.{name}.part").write_bytes(data)
+        assert found(outbox) is None
+
+    def test_other_pictures_are_none_of_its_business(self, outbox: Outbox) -> None:
+        path, _ = received(outbox)
+        path.rename(path.with_name(f"{'cd' * 32}.png"))
+        assert found(outbox) is None
+
+
+def test_an_emptied_outbox_keeps_the_pictures_of_others(outbox: Outbox) -> None:
+    path, _ = received(outbox)
+    other = path.with_name(f"{'cd' * 32}.png")
+    other.write_bytes(drawn())
+    (outbox.folder / f"{PRINT}.0123456789abcdef.part").write_bytes(b"half")
+    outbox.remove(PRINT)
+    assert names(outbox) == {other.name}
+    outbox.remove(PRINT)

@@ -1,0 +1,306 @@
+"""The record alone answers "is this picture paid for?", and it forgets no request."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from prefect_segmind.record import (
+    Attempt,
+    Holder,
+    PaidPicture,
+    Record,
+    Verdict,
+    possibly_billed_count,
+    sent_by,
+    verdict,
+)
+
+NOW = datetime(2025, 3, 1, 12, 0, tzinfo=timezone.utc)
+ME = Holder(run="me", host="here", pid=1, started="now")
+PICTURE = PaidPicture(
+    sha256="cd" * 32,
+    format="PNG",
+    content_type="image/png",
+    extension="png",
+    width=1024,
+    height=1024,
+    size_bytes=1_234_567,
+    seed=4242,
+    cost_usd=Decimal("0.0500"),
+    cost_source="x-cost",
+    request_id="req-1",
+    paid_at=NOW,
+    notices=("the provider reports seed 7 where 4242 was asked for",),
+)
+
+
+def sent(run: str = "me", possibly_billed: bool | None = None, **facts: object) -> Attempt:
+    return Attempt.model_validate({"run": run, "sent_at": NOW, "possibly_billed": possibly_billed, **facts})
+
+
+def claimed(*attempts: Attempt, holder: Holder | None = None) -> Record:
+    return Record(fingerprint="ab" * 32, holder=holder, attempts=attempts)
+
+
+DONE = claimed(sent()).archived(PICTURE, "hero/x.png", "hero/x.json")
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+RECORDS = {
+    "none": None,
+    "clean": claimed(),
+    "mine open": claimed(sent("me"), holder=ME),
+    "mine billed": claimed(sent("me", True), holder=ME),
+    "other refused": claimed(sent("other", False)),
+    "other open": claimed(sent("other")),
+    "other billed": claimed(sent("other", True)),
+    "both": claimed(sent("other", True), sent("me", False)),
+    "done": DONE,
+}
+UNKNOWN = {"other open", "other billed", "both"}
+
+
+def expected(record: str, in_outbox: bool, held_elsewhere: bool, on_unknown: str) -> str:
+    """The table of the design, written once more as rules, the first that holds decides."""
+    rules = [
+        (record == "done", "reuse"),
+        (in_outbox, "recover"),
+        (record == "none", "pay"),
+        (held_elsewhere, "wait"),
+        (record in UNKNOWN and on_unknown == "fail", "refuse"),
+    ]
+    return next((what for holds, what in rules if holds), "pay")
+
+
+@pytest.mark.parametrize(
+    ("record", "in_outbox", "held_elsewhere", "on_unknown"),
+    itertools.product(RECORDS, [False, True], [False, True], ["repay", "fail"]),
+)
+def test_the_verdict_in_every_situation(record, in_outbox, held_elsewhere, on_unknown):
+    found = verdict(
+        RECORDS[record], run="me", in_outbox=in_outbox, held_elsewhere=held_elsewhere, on_unknown=on_unknown
+    )
+    assert found.value == expected(record, in_outbox, held_elsewhere, on_unknown)
+
+
+@pytest.mark.parametrize(
+    ("record", "in_outbox", "held_elsewhere", "on_unknown", "what"),
+    [
+        # record, picture in the outbox, held by a run that lives, policy
+        ("none", False, False, "repay", Verdict.PAY),
+        ("none", True, False, "repay", Verdict.RECOVER),
+        ("clean", False, False, "fail", Verdict.PAY),
+        ("other open", False, True, "fail", Verdict.WAIT),
+        ("other open", False, False, "repay", Verdict.PAY),
+        ("other open", False, False, "fail", Verdict.REFUSE),
+        ("other billed", False, False, "fail", Verdict.REFUSE),
+        ("other open", True, True, "fail", Verdict.RECOVER),
+        ("other refused", False, False, "fail", Verdict.PAY),
+        ("mine billed", False, False, "fail", Verdict.PAY),
+        ("done", True, True, "fail", Verdict.REUSE),
+    ],
+)
+def test_the_situations_that_people_ask_about(record, in_outbox, held_elsewhere, on_unknown, what):
+    found = verdict(
+        RECORDS[record], run="me", in_outbox=in_outbox, held_elsewhere=held_elsewhere, on_unknown=on_unknown
+    )
+    assert found is what
+
+
+@pytest.mark.parametrize("record", [name for name in RECORDS if name != "none"])
+def test_an_unknown_outcome_is_one_of_another_run(record):
+    found = RECORDS[record]
+    assert found is not None
+    assert found.outcome_unknown("me") is (record in UNKNOWN)
+
+
+def test_every_run_but_the_own_is_another_run():
+    record = claimed(sent("me", True))
+    assert not record.outcome_unknown("me")
+    assert record.outcome_unknown("somebody else")
+
+
+# --- its life ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_notes_the_request_before_it_is_sent():
+    record = claimed().claimed_by(ME, NOW)
+    assert record.holder == ME
+    assert record.attempts == (sent("me"),)
+    assert (record.state, record.fingerprint) == ("claimed", "ab" * 32)
+
+
+def test_a_request_that_a_dead_run_left_open_may_be_billed_and_the_finder_reports_it():
+    before = claimed(
+        sent("old", False, status=429), sent("dead"), holder=Holder(run="dead", host="x", pid=9, started="")
+    )
+    later = NOW + timedelta(hours=1)
+    record = before.claimed_by(ME, later)
+    refused, closed, mine = record.attempts
+    assert refused == before.attempts[0]
+    assert (closed.run, closed.possibly_billed, closed.reported_by) == ("dead", True, "me")
+    assert closed.reason == "the run ended before it had the answer"
+    assert (mine.run, mine.sent_at, mine.possibly_billed, mine.reported_by) == ("me", later, None, None)
+    assert before.attempts[1].possibly_billed is None  # records are values: the old one stays as it was
+
+
+def test_what_another_run_has_reported_is_not_reported_again():
+    record = claimed(sent("other", True, reported_by="other")).claimed_by(ME, NOW)
+    assert record.attempts[0].reported_by == "other"
+    assert possibly_billed_count("me", record.attempts) == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "wait_seconds", "keeps_the_claim"),
+    [
+        ("RateLimitError: 429", 3.0, True),
+        ("RateLimitError: 429", 0.0, True),
+        ("InternalServerError: 500", None, False),
+        (None, None, True),  # it brought the picture: the claim holds until that is archived
+    ],
+)
+def test_a_run_that_gives_up_lets_go_of_its_claim(reason, wait_seconds, keeps_the_claim):
+    record = claimed().claimed_by(ME, NOW)
+    answered = record.answered(status=429, reason=reason, wait_seconds=wait_seconds, possibly_billed=False)
+    assert (answered.holder == ME) is keeps_the_claim
+    assert (answered.holder is None) is not keeps_the_claim
+
+
+@pytest.mark.parametrize("possibly_billed", [False, True])
+def test_an_answer_is_noted_on_the_last_request_only(possibly_billed):
+    before = claimed(sent("other", True, reported_by="other")).claimed_by(ME, NOW)
+    record = before.answered(status=502, reason="bad", wait_seconds=1.5, possibly_billed=possibly_billed)
+    assert record.attempts[0] == before.attempts[0]
+    assert record.attempts[1] == sent(
+        "me",
+        possibly_billed,
+        status=502,
+        reason="bad",
+        wait_seconds=1.5,
+        reported_by="me" if possibly_billed else None,
+    )
+    assert len(record.attempts) == 2
+
+
+def test_the_picture_and_both_its_keys_stand_in_a_record_that_is_done():
+    before = claimed(sent("other", True, status=504, reported_by="other"), holder=ME).claimed_by(ME, NOW)
+    record = before.archived(PICTURE, "hero/x.png", "hero/x.json")
+    assert (record.state, record.holder) == ("done", None)
+    assert (record.picture, record.image, record.sidecar) == (PICTURE, "hero/x.png", "hero/x.json")
+    assert record.attempts[0] == before.attempts[0]
+    assert (record.attempts[1].status, record.attempts[1].possibly_billed) == (200, False)
+
+
+def test_a_picture_from_the_outbox_of_a_run_that_died_closes_the_request_that_brought_it():
+    record = claimed(sent("dead")).archived(PICTURE, "x.png", "x.json")
+    assert (record.attempts[0].status, record.attempts[0].possibly_billed) == (200, False)
+    assert not record.outcome_unknown("me")
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_counts_of_a_run():
+    attempts = (
+        sent("dead", True, reported_by="me"),
+        sent("other", True, reported_by="other"),
+        sent("me", True, reported_by="me"),
+        sent("me", False),
+        sent("me"),
+    )
+    assert sent_by("me", attempts) == attempts[2:]
+    assert possibly_billed_count("me", attempts) == 2
+    assert possibly_billed_count("other", attempts) == 1
+    assert possibly_billed_count("dead", attempts) == 0
+    assert sent_by("nobody", attempts) == ()
+
+
+ENDINGS = st.sampled_from(["refused", "waits", "billed", "dies"])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), ENDINGS), max_size=12))
+def test_every_possibly_billed_request_is_reported_by_exactly_one_run(story):
+    """Runs come and go and some of them die while they wait; then a last one gets the picture."""
+    record = claimed()
+    for run, ending in story:
+        record = record.claimed_by(Holder(run=run, host="h", pid=1, started=""), NOW)
+        if ending != "dies":
+            record = record.answered(
+                status=502,
+                reason=ending,
+                wait_seconds=1.0 if ending == "waits" else None,
+                possibly_billed=ending == "billed",
+            )
+    record = record.claimed_by(ME, NOW).archived(PICTURE, "x.png", "x.json")
+    lost = sum(ending in ("billed", "dies") for _, ending in story)
+    assert sum(possibly_billed_count(run, record.attempts) for run in ("a", "b", "c", "me")) == lost
+    assert [each.run for each in record.attempts] == [*(run for run, _ in story), "me"]
+    assert all(each.possibly_billed is not None for each in record.attempts)
+
+
+# --- as JSON in the archive -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record", [each for each in RECORDS.values() if each], ids=[name for name in RECORDS if name != "none"]
+)
+def test_a_record_is_read_as_it_was_written(record):
+    assert Record.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_cost_keeps_its_digits():
+    assert '"cost_usd":"0.0500"' in DONE.model_dump_json()
+
+
+@pytest.mark.parametrize("missing", ["picture", "image", "sidecar"])
+@pytest.mark.parametrize("empty", [None, "left out"])
+def test_a_record_that_is_done_without_its_picture_is_refused(missing, empty):
+    fields = DONE.model_dump(mode="json")
+    if empty is None:
+        fields[missing] = None
+    else:
+        del fields[missing]
+    with pytest.raises(ValidationError, match="a record that is done names its picture"):
+        Record.model_validate(fields)
+
+
+def test_a_field_of_a_newer_version_does_no_harm():
+    fields = DONE.claimed_by(ME, NOW).model_dump(mode="json")
+    newer = {
+        **fields,
+        "tags": ["new"],
+        "holder": {**fields["holder"], "region": "new"},
+        "attempts": [{**each, "cost": 1} for each in fields["attempts"]],
+        "picture": {**fields["picture"], "colours": 256},
+    }
+    assert Record.model_validate(newer) == Record.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 2},
+        {"state": "paid"},
+        {"fingerprint": None},
+        {"attempts": [{"run": "me"}]},
+        {"holder": {"run": "me"}},
+    ],
+)
+def test_a_record_that_is_not_understood_is_an_error_and_never_an_empty_one(change):
+    with pytest.raises(ValidationError):
+        Record.model_validate({**claimed().model_dump(mode="json"), **change})
+
+
+@pytest.mark.parametrize("value", [DONE, PICTURE, ME, sent()])
+def test_what_is_remembered_cannot_be_changed_by_accident(value):
+    name = next(iter(type(value).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(value, name, "other")

@@ -1,0 +1,137 @@
+"""Promises of `prefect_segmind.source`: a source image is read from wherever it lies, or an error says what to do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefect_segmind import configuration, source
+from prefect_segmind.errors import SourceImageError, StoreError
+from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.source import SourceReader, UnreadableSource
+from tests.wire import Wire, http
+
+
+def no_s3() -> None:
+    raise AssertionError("S3 was asked for a source that does not lie there")
+
+
+READER = SourceReader(s3=no_s3, allow_loopback=True)  # type: ignore[arg-type]
+
+
+def refusal(image: str | Path, reader: SourceReader = READER) -> str:
+    with pytest.raises(SourceImageError) as caught:
+        reader.read(str(image))
+    text = str(caught.value)
+    assert text.startswith("image: ")
+    return text
+
+
+class TestLocalFiles:
+    def test_are_read_whole(self, photo: Path, photo_bytes: bytes) -> None:
+        assert READER.read(str(photo)) == photo_bytes
+
+    def test_are_found_in_the_home(self, photo: Path, photo_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(photo.parent))
+        monkeypatch.setenv("USERPROFILE", str(photo.parent))
+        assert READER.read("~/mug.jpg") == photo_bytes
+
+    def test_a_typing_mistake_is_told_with_the_name_that_was_meant(self, photo: Path) -> None:
+        wrong = photo.with_name("mgu.jpg")
+        assert refusal(wrong) == f"image: {wrong} does not exist (did you mean mug.jpg?)"
+
+    def test_a_missing_file_with_no_near_name_tells_where_it_was_looked_for(self, photo: Path) -> None:
+        assert f"looked in {photo.parent}" in refusal(photo.with_name("zebra.tiff"))
+        assert f"looked in {photo.parent / 'none'}" in refusal(photo.parent / "none" / "mug.jpg")
+
+    def test_a_folder(self, tmp_path: Path) -> None:
+        assert "is a folder; name one image in it" in refusal(tmp_path)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="has no pipes in folders")
+    def test_a_pipe_or_a_device_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", Path("/dev/zero")):
+            assert "is no ordinary file" in refusal(path)
+
+    def test_a_huge_file_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
+        path = tmp_path / "film.mov"
+        with path.open("wb") as file:
+            file.truncate(source.LOCAL_LIMIT + 1)
+        assert "has more than 250 MB; make it smaller" in refusal(path)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs a file that even root cannot read")
+    def test_a_file_that_cannot_be_read_tells_why(self) -> None:
+        assert "cannot be read: Input/output error" in refusal("/proc/self/mem")
+
+    @pytest.mark.parametrize("image", ["x" * 5000, "a\0b.jpg", "~nobody-of-that-name/mug.jpg", "loop/mug.jpg"])
+    def test_a_path_that_is_none_is_a_named_error(
+        self, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        if image.startswith("loop"):
+            Path("loop").symlink_to("loop")
+        refusal(image)
+
+
+class TestS3:
+    def test_an_object_is_read(self, sandbox: Sandbox, photo_bytes: bytes) -> None:
+        s3 = configuration.s3_client()
+        s3.put_object(Bucket="segmind", Key="inbox/mug 1.jpg", Body=photo_bytes)
+        assert configuration.source_reader().read("s3://segmind/inbox/mug 1.jpg") == photo_bytes
+
+    def test_a_missing_object_is_named(self, sandbox: Sandbox) -> None:
+        with pytest.raises(StoreError, match=r"s3://segmind/inbox/none\.jpg does not exist: check the key"):
+            configuration.source_reader().read("s3://segmind/inbox/none.jpg")
+
+    def test_a_large_object_is_refused(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        configuration.s3_client().put_object(Bucket="segmind", Key="large.jpg", Body=bytes(2000))
+        monkeypatch.setattr(source, "REMOTE_LIMIT", 1999)
+        with pytest.raises(StoreError, match="has 2000 bytes, more than the 1999"):
+            configuration.source_reader().read("s3://segmind/large.jpg")
+
+
+class TestAddresses:
+    def test_are_read(self, photo_bytes: bytes) -> None:
+        with Wire(http(photo_bytes)) as server:
+            assert READER.read(f"{server.url}/mug.jpg") == photo_bytes
+
+    @pytest.mark.parametrize("answer", [http(b"", "404 Not Found"), http(b"x", length=9), b""])
+    def test_one_that_does_not_answer_us_may_still_answer_the_provider(self, answer: bytes) -> None:
+        with Wire(answer) as server, pytest.raises(UnreadableSource) as caught:
+            READER.read(f"{server.url}/mug.jpg?token=secret")
+        assert "secret" not in str(caught.value)
+        assert server.url in str(caught.value)
+
+    def test_nobody_listening_is_the_same(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            url = f"http://127.0.0.1:{gone.getsockname()[1]}/mug.jpg"
+        with pytest.raises(UnreadableSource, match="cannot be reached"):
+            READER.read(url)
+
+    @pytest.mark.parametrize("url", ["http://10.0.0.8/mug.jpg", "http://169.254.169.254/latest/meta-data"])
+    def test_a_private_one_is_refused_and_the_setting_that_allows_it_named(self, url: str) -> None:
+        assert "set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant" in refusal(url)
+
+    def test_a_private_one_is_read_where_the_setting_allows_it(
+        self, sandbox: Sandbox, photo_bytes: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SEGMIND_BASE_URL", "https://api.segmind.com/v1")
+        with Wire(http(photo_bytes)) as server:
+            refusal(f"{server.url}/mug.jpg", configuration.source_reader())
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES", "true")
+            assert configuration.source_reader().read(f"{server.url}/mug.jpg") == photo_bytes
+            assert len(server.requests) == 1
+
+    def test_this_machine_is_read_only_where_the_api_is_on_it_too(
+        self, sandbox: Sandbox, photo_bytes: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Wire(http(photo_bytes)) as server:
+            assert configuration.source_reader().read(f"{server.url}/mug.jpg") == photo_bytes
+            assert "10.0.0.8" in refusal("http://10.0.0.8/mug.jpg", configuration.source_reader())
+            monkeypatch.setenv("SEGMIND_BASE_URL", "https://api.segmind.com/v1")
+            assert "127.0.0.1" in refusal(f"{server.url}/mug.jpg", configuration.source_reader())
