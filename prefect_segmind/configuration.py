@@ -13,9 +13,9 @@ from prefect_segmind.client import on_loopback
 from prefect_segmind.credentials import load_base_url
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.outbox import Outbox
+from prefect_segmind.place import open_store
 from prefect_segmind.settings import load_settings
 from prefect_segmind.source import SourceReader
-from prefect_segmind.store import open_store
 from prefect_segmind.upload import Uploads
 
 if TYPE_CHECKING:

@@ -144,7 +144,7 @@ class Outbox:
             except (BrokenPicture, OSError):
                 continue
             with suppress(OSError, ValidationError):
-                facts = (self.folder / f"{fingerprint}.json").read_text(encoding="utf-8")
+                facts = (self.folder / f"{fingerprint}.json").read_bytes()
                 known = OutboxEntry.model_validate_json(facts)
                 if known.paid.sha256 == picture.sha256:
                     return path, known
@@ -161,9 +161,10 @@ class Outbox:
         return None
 
     def remove(self, fingerprint: str) -> None:
-        """Empties the outbox of a picture that the archive holds."""
+        """Empties the outbox of a picture that the archive holds; what cannot be removed does no harm."""
         for path in self.folder.glob(f"{fingerprint}.*"):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
     def _received(self, fingerprint: str) -> list[Path]:
         """Answers that may have arrived whole when their run died: cut to their length, no longer as reserved."""

@@ -74,10 +74,15 @@ def _not_bool(value: object) -> object:
     return value
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # half of a surrogate pair cannot be sent; what this raises is a ValueError
+    return text
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("blank")
-    return text
+    return _encodable(text)
 
 
 def _blank_is_none(value: object) -> object:
@@ -120,7 +125,7 @@ def _job_resolution(value: str, info: ValidationInfo) -> str:
 
 Prompt = Annotated[str, AfterValidator(_not_blank)]
 ImageWeight = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=100)]
-NegativePrompt = Annotated[str | None, BeforeValidator(_blank_is_none)]
+NegativePrompt = Annotated[Annotated[str, AfterValidator(_encodable)] | None, BeforeValidator(_blank_is_none)]
 Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=100, le=999_999)]
 
 

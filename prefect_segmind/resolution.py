@@ -155,14 +155,17 @@ def nearest_resolution(width: int, height: int) -> Resolution:
 
 
 def similar_resolution(text: str) -> Resolution | None:
-    """The listed resolution whose sides are nearest to the two numbers in a mistaken one, if it holds two numbers.
+    """The listed resolution nearest to the two numbers in a mistaken one, if it holds two numbers.
+
+    Nearest are the sides, and where none is near, the ratio.
 
     Example:
-        >>> similar_resolution("RESOLUTION_800_1280").value
-        'RESOLUTION_768_1280'
+        >>> similar_resolution("RESOLUTION_800_1280").value, similar_resolution("1920x1080").value
+        ('RESOLUTION_768_1280', 'RESOLUTION_1280_720')
     """
-    match = re.search(r"(\d{2,5})\D+(\d{2,5})", text)
+    match = re.search(r"([1-9]\d{1,4})\D+([1-9]\d{1,4})", text)
     if match is None:
         return None
     width, height = int(match[1]), int(match[2])
-    return min(Resolution, key=lambda each: abs(each.size[0] - width) + abs(each.size[1] - height))
+    distance, near = min((abs(each.size[0] - width) + abs(each.size[1] - height), each) for each in Resolution)
+    return near if distance <= 128 else nearest_resolution(width, height)

@@ -6,7 +6,6 @@ The S3 connection has no settings here: boto3 reads its own (`AWS_PROFILE`, `AWS
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,9 +58,7 @@ class SegmindSettings(PrefectBaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_not_set(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
+    def _empty_is_not_set(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value != ""}
 
     @property

@@ -84,6 +84,6 @@ def _read_file(image: str) -> bytes:
         if path.stat().st_size > LOCAL_LIMIT:
             raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: pathlib's word for a home that nobody has
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home, a circle of links
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SourceImageError(f"image: {image} cannot be read: {why}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -17,14 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 from uuid import uuid4
 
-from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreAccessError, StoreError
+from prefect_segmind.errors import PreconditionFailedError, StoreAccessError, StoreError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
@@ -91,36 +88,6 @@ class Store(Protocol):
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys that start with these characters, in no promised order, read page by page while iterated."""
         ...
-
-
-def open_store(url: str, client: S3Client | None = None) -> Store:
-    """The store at an address.
-
-    Args:
-        url: `s3://bucket[/prefix]`, a folder (`~` is the home), or `file:///folder`.
-        client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.s3.s3_client()`.
-
-    Raises:
-        ConfigurationError: The address is of no such kind, or the S3 client cannot be made.
-
-    Example:
-        >>> open_store("~/pictures").conditional
-        True
-    """
-    if url.lower().startswith("s3:"):
-        from prefect_segmind.s3 import S3Store, s3_client, split_uri  # boto3 takes a second to import
-
-        bucket, prefix = split_uri(url)
-        return S3Store(bucket, prefix, client or s3_client())
-    allowed = "use s3://bucket/prefix, a folder, or file:///folder"
-    if re.match(r"(?i)file://(localhost)?/", url):
-        url = url2pathname(urlsplit(url).path)
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) or not url.strip():
-        raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
-    try:
-        return LocalStore(Path(url).expanduser())
-    except RuntimeError as error:  # pathlib's word for a home that nobody has
-        raise ConfigurationError(f"{url!r} is no place for a store ({error}): {allowed}") from error
 
 
 class LocalStore:

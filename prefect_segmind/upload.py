@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.errors import ConfigurationError, SourceImageError
 from prefect_segmind.normalisation import prepare
+from prefect_segmind.place import open_store
 from prefect_segmind.source import SourceReader
 from prefect_segmind.validation import ValidatedJob
 
@@ -73,8 +74,6 @@ class Uploads:
             return UploadedImage(
                 uri=image, sha256=sha256, size_bytes=size, uploaded=False, warnings=self._short_lived(image)
             )
-        from prefect_segmind.store import open_store
-
         place = self._checked_place()
         data = reader.read(image)
         if hashlib.sha256(data).hexdigest() != source.sha256:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -46,6 +48,13 @@ def received(outbox: Outbox, data: bytes = drawn()) -> tuple[Path, OutboxEntry]:
         return outbox.keep(PRINT, part, known), known
 
 
+def failing(outbox: Outbox, data: bytes, error: BaseException) -> None:
+    """An answer that comes to this."""
+    with outbox.receive(PRINT, "one") as part:
+        part.write_bytes(data)
+        raise error
+
+
 def found(outbox: Outbox, *, unfinished: bool = True) -> tuple[Path, OutboxEntry] | None:
     return outbox.find(PRINT, seed=100, list_price_usd=Decimal("0.05"), unfinished=unfinished)
 
@@ -62,16 +71,15 @@ class TestReceiving:
                 assert part.stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
 
     def test_a_request_that_brought_no_picture_leaves_nothing_behind(self, outbox: Outbox) -> None:
-        for error in (AnswerCutError, KeyboardInterrupt):
-            with pytest.raises(error), outbox.receive(PRINT, "one") as part:
-                part.write_bytes(b"half")
-                raise error("cut")
+        for error in (AnswerCutError("cut"), KeyboardInterrupt()):
+            with pytest.raises(type(error)):
+                failing(outbox, b"half", error)
         assert names(outbox) == set()
 
     def test_what_a_failing_disk_holds_of_a_paid_picture_stays(self, outbox: Outbox) -> None:
-        with pytest.raises(OutboxError), outbox.receive(PRINT, "one") as part:
-            part.write_bytes(drawn())
-            raise OutboxError("the disk failed")
+        with pytest.raises(OutboxError, match="the disk failed"):
+            failing(outbox, drawn(), OutboxError("the disk failed"))
+        (part,) = outbox.folder.iterdir()
         assert part.read_bytes() == drawn()
 
     def test_two_runs_do_not_write_into_one_file(self, outbox: Outbox) -> None:
@@ -128,20 +136,43 @@ except OutboxError as error:
         with pytest.raises(OutboxError, match="it cannot be written; nothing was paid"):
             outbox.check()
 
+    def test_a_file_that_cannot_be_made_is_told_before_anything_is_paid(self, outbox: Outbox) -> None:
+        with outbox.receive(PRINT, "one") as part:
+            pass
+        part.mkdir()
+        with pytest.raises(OutboxError, match="Is a directory; nothing was paid"):
+            received(outbox)
+
 
 class TestKeeping:
     def test_a_picture_that_cannot_be_made_durable_is_possibly_billed_and_named(self, outbox: Outbox) -> None:
-        with (
-            pytest.raises(OutboxError, match="could not be made durable") as caught,
-            outbox.receive(PRINT, "one") as part,
-        ):
-            part.write_bytes(drawn())
-            known = entry(part)
-            (outbox.folder / f"{PRINT}.png").mkdir()  # the name is taken, and by what cannot be replaced
-            outbox.keep(PRINT, part, known)
+        outbox.check()
+        (outbox.folder / f"{PRINT}.png").mkdir()  # the name is taken, and by what cannot be replaced
+        with pytest.raises(OutboxError, match="could not be made durable") as caught:
+            received(outbox)
+        (part,) = outbox.folder.glob("*.part")
         assert (caught.value.status, caught.value.possibly_billed) == (200, True)
         assert str(part) in str(caught.value)
         assert part.read_bytes() == drawn()
+
+    @pytest.mark.parametrize("what", ["folder", "file"])
+    def test_a_folder_need_not_be_synced_where_the_system_cannot_but_a_file_must(
+        self, what: str, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+
+        def refuse(path: Path, flags: int) -> int:  # folders cannot be opened on Windows
+            if Path(path).is_dir() is (what == "folder"):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, flags)
+
+        outbox.check()
+        monkeypatch.setattr("prefect_segmind.outbox.os.open", refuse)
+        if what == "folder":
+            assert received(outbox)[0].read_bytes() == drawn()
+        else:
+            with pytest.raises(OutboxError, match="could not be made durable: Permission denied"):
+                received(outbox)
 
     def test_a_picture_is_safe_though_its_facts_could_not_be_noted(self, outbox: Outbox) -> None:
         outbox.check()
@@ -230,4 +261,10 @@ def test_an_emptied_outbox_keeps_the_pictures_of_others(outbox: Outbox) -> None:
     (outbox.folder / f"{PRINT}.0123456789abcdef.part").write_bytes(b"half")
     outbox.remove(PRINT)
     assert names(outbox) == {other.name}
+
+
+def test_what_cannot_be_removed_from_the_outbox_does_no_harm_to_a_picture_that_is_archived(outbox: Outbox) -> None:
+    path, _ = received(outbox)
+    (outbox.folder / f"{PRINT}.folder").mkdir()
     outbox.remove(PRINT)
+    assert not path.exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind.price import LIST_PRICE_USD, read_cost, usd
@@ -54,6 +54,7 @@ def test_what_is_no_sensible_cost_is_none(text):
     assert read_cost(text) is None
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12) | st.floats().map(str) | st.decimals().map(str))
 def test_no_text_of_a_server_breaks_the_reading_of_a_cost(text):
     cost = read_cost(text)
@@ -79,6 +80,7 @@ def test_amounts_have_two_decimals_and_no_more_than_they_need(amount, text):
     assert usd(Decimal(amount)) == text
 
 
+@settings(deadline=None)
 @given(st.decimals(0, 100_000, places=6))
 def test_an_amount_is_told_exactly(amount):
     text = usd(amount)

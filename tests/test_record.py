@@ -82,7 +82,7 @@ def expected(record: str, in_outbox: bool, held_elsewhere: bool, on_unknown: str
 
 @pytest.mark.parametrize(
     ("record", "in_outbox", "held_elsewhere", "on_unknown"),
-    itertools.product(RECORDS, [False, True], [False, True], ["repay", "fail"]),
+    list(itertools.product(RECORDS, [False, True], [False, True], ["repay", "fail"])),
 )
 def test_the_verdict_in_every_situation(record, in_outbox, held_elsewhere, on_unknown):
     found = verdict(

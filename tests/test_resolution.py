@@ -6,7 +6,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind.resolution import (
@@ -87,6 +87,7 @@ def test_what_names_no_size_is_refused_by_its_name(text):
         resolution_size(text)
 
 
+@settings(deadline=None)
 @given(st.integers(10, 99_999), st.integers(10, 99_999))
 def test_a_size_is_read_back_from_its_name(width, height):
     assert resolution_size(f"RESOLUTION_{width}_{height}") == (width, height)
@@ -99,6 +100,7 @@ def test_what_the_default_square_crops_away(ratio, lost):
     assert crop_loss(ratio[0] * 100, ratio[1] * 100, DEFAULT_RESOLUTION) == pytest.approx(lost, abs=0.005)
 
 
+@settings(deadline=None)
 @given(SIDE, SIDE, st.sampled_from(NAMES))
 def test_the_loss_is_a_share_and_mirrors(width, height, name):
     lost = crop_loss(width, height, name)
@@ -108,6 +110,7 @@ def test_the_loss_is_a_share_and_mirrors(width, height, name):
     assert (lost == 0) == (width * target_height == height * target_width)
 
 
+@settings(deadline=None)
 @given(SIDE, SIDE)
 def test_the_nearest_resolution_crops_least_and_is_the_largest_of_its_ratio(width, height):
     chosen = nearest_resolution(width, height)
@@ -117,6 +120,7 @@ def test_the_nearest_resolution_crops_least_and_is_the_largest_of_its_ratio(widt
     assert chosen.size[0] * chosen.size[1] == max(each.size[0] * each.size[1] for each in same)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.floats(1 / 3, 3))
 def test_between_1_to_3_and_3_to_1_auto_loses_less_than_six_percent(width, ratio):
     height = max(round(width / ratio), -(-width // 3))
@@ -152,17 +156,22 @@ def test_auto_for_the_ratios_of_photos(size, name):
         ("1024x1024", "RESOLUTION_1024_1024"),
         ("1280 × 720", "RESOLUTION_1280_720"),
         ("resolution-1279-801", "RESOLUTION_1280_800"),
+        ("1920x1080", "RESOLUTION_1280_720"),
+        ("512x512", "RESOLUTION_1024_1024"),
+        ("2048 2048", "RESOLUTION_1024_1024"),
+        ("16:10", "RESOLUTION_1280_800"),
     ],
 )
 def test_a_mistaken_size_finds_its_neighbour(text, name):
     assert similar_resolution(text) is Resolution(name)
 
 
-@pytest.mark.parametrize("text", ["", "square", "1024", "RESOLUTION_", "9_9", "1000000"])
+@pytest.mark.parametrize("text", ["", "square", "1024", "RESOLUTION_", "9_9", "1000000", "00x00"])
 def test_what_names_no_two_sides_has_no_neighbour(text):
     assert similar_resolution(text) is None
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(Resolution)))
 def test_a_listed_size_is_its_own_neighbour(resolution):
     assert similar_resolution(resolution.value) is resolution

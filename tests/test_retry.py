@@ -6,7 +6,7 @@ import inspect
 from datetime import datetime, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind import errors
@@ -104,6 +104,7 @@ def test_a_decision_gives_its_reason(error, situation, reason):
 
 
 @pytest.mark.parametrize("kind", RETRIED)
+@settings(deadline=None)
 @given(st.data())
 def test_a_wait_is_never_less_than_the_server_asks_nor_than_the_backoff(kind, data):
     asked, attempts, jitter = data.draw(ASKED), data.draw(ATTEMPTS), data.draw(JITTER)
@@ -113,6 +114,7 @@ def test_a_wait_is_never_less_than_the_server_asks_nor_than_the_backoff(kind, da
     assert decision.wait_seconds >= 2.0 ** (attempts - 1)
 
 
+@settings(deadline=None)
 @given(ASKED, ATTEMPTS, JITTER, JITTER)
 def test_jitter_goes_upwards_only_and_by_a_quarter_of_the_backoff_at_most(asked, attempts, one, other):
     def wait(jitter: float) -> float:
@@ -162,6 +164,7 @@ def test_no_retries_means_one_request():
 KINDS = st.sampled_from([*RETRIED, errors.InternalServerError, errors.NotAnImageError])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(KINDS, ASKED, JITTER), min_size=12, max_size=12))
 def test_whatever_fails_a_picture_is_requested_six_times_and_paid_for_twice_at_the_very_worst(failures):
     sent, unknown, elapsed, waited = 0, 0, 0.0, 0

@@ -39,8 +39,9 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from prefect_segmind.place import open_store
 from prefect_segmind.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
-from prefect_segmind.store import LocalStore, Store, open_store
+from prefect_segmind.store import LocalStore, Store
 
 KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "pictures"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -279,7 +280,7 @@ def test_of_racing_processes_exactly_one_wins_on_disk(condition: str, tmp_path: 
 
 
 def test_opening_a_store_on_disk_does_not_load_boto3() -> None:
-    script = "import sys; from prefect_segmind.store import open_store; open_store('x'); print('boto3' in sys.modules)"
+    script = "import sys; from prefect_segmind.place import open_store; open_store('x'); print('boto3' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "False"
 
 

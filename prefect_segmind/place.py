@@ -1,0 +1,45 @@
+"""Which store an address names: a bucket or a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.store import LocalStore, Store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+def open_store(url: str, client: S3Client | None = None) -> Store:
+    """The store at an address.
+
+    Args:
+        url: `s3://bucket[/prefix]`, a folder (`~` is the home), or `file:///folder`.
+        client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.s3.s3_client()`.
+
+    Raises:
+        ConfigurationError: The address is of no such kind, or the S3 client cannot be made.
+
+    Example:
+        >>> open_store("~/pictures").conditional
+        True
+    """
+    if url.lower().startswith("s3:"):
+        from prefect_segmind.s3 import S3Store, s3_client, split_uri  # boto3 takes a second to import
+
+        bucket, prefix = split_uri(url)
+        return S3Store(bucket, prefix, client or s3_client())
+    allowed = "use s3://bucket/prefix, a folder, or file:///folder"
+    if re.match(r"(?i)file://(localhost)?/", url):
+        url = url2pathname(urlsplit(url).path)
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) or not url.strip():
+        raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
+    try:
+        return LocalStore(Path(url).expanduser())
+    except RuntimeError as error:  # pathlib's word for a home that nobody has
+        raise ConfigurationError(f"{url!r} is no place for a store ({error}): {allowed}") from error

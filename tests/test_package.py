@@ -1,0 +1,221 @@
+"""The house and the package: arrows point down, and the wheel holds everything and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+
+import prefect_segmind
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "prefect_segmind"
+
+FLOORS = [
+    {"errors", "fingerprint", "price", "record", "request", "resolution", "retry"},
+    {
+        *(
+            "image",
+            "normalisation",
+            "download",
+            "response",
+            "client",
+            "store",
+            "place",
+            "s3",
+            "s3_errors",
+            "source",
+            "outbox",
+        ),
+        *("archive", "lease", "validation", "upload", "generation", "archiving", "provenance"),
+        *("settings", "credentials", "configuration"),
+    },
+    {"tasks", "report"},
+    {"flows"},
+    {"cli", "checks", "console", "demonstration", "sandbox", "__main__"},
+]
+CORE_MAY_NOT = {"prefect", "httpx", "boto3", "botocore", "PIL", "pathlib", "os", "io", "socket", "shutil"}
+WITHOUT_PREFECT = FLOORS[1] - {"settings", "credentials", "configuration"}
+
+
+def files() -> dict[str, list[Path]]:
+    rooms: dict[str, list[Path]] = {}
+    for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")):
+        rooms.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(path)
+    rooms.pop("__init__")
+    return rooms
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports when it runs; what is imported for type checkers only does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = [
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    ]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{each.name}" for each in node.names}
+    return found
+
+
+def arrows() -> dict[str, set[str]]:
+    """Each room and the rooms that it imports from."""
+    rooms = files()
+    return {
+        room: {
+            parts[1]
+            for path in paths
+            for each in imports(path)
+            if (parts := each.split("."))[0] == "prefect_segmind" and len(parts) > 1 and parts[1] in rooms
+        }
+        - {room}
+        for room, paths in rooms.items()
+    }
+
+
+def test_every_room_has_its_floor() -> None:
+    assert set(files()) == set().union(*FLOORS)
+
+
+def test_arrows_point_down() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    upward = [(room, other) for room, others in arrows().items() for other in others if floor[other] > floor[room]]
+    assert upward == []
+
+
+def test_there_are_no_import_cycles() -> None:
+    TopologicalSorter(arrows()).prepare()
+
+
+def test_the_core_knows_neither_prefect_nor_the_world() -> None:
+    rooms = files()
+    known = {room: {each.split(".")[0] for path in rooms[room] for each in imports(path)} for room in FLOORS[0]}
+    known["request"].discard("pathlib")  # pure paths only: it takes names apart and touches no file
+    assert {room: names & CORE_MAY_NOT for room, names in known.items() if names & CORE_MAY_NOT} == {}
+
+
+def test_the_edges_do_not_know_prefect() -> None:
+    rooms = files()
+    knowing = {
+        room
+        for room in WITHOUT_PREFECT
+        for path in rooms[room]
+        if any(i.split(".")[0] == "prefect" for i in imports(path))
+    }
+    assert knowing == set()
+
+
+def test_modules_are_short() -> None:
+    long = {
+        str(path): n for paths in files().values() for path in paths if (n := len(path.read_text().splitlines())) > 350
+    }
+    assert long == {}
+
+
+def test_importing_the_package_is_quick_and_loads_names_when_they_are_used() -> None:
+    code = "import sys, prefect_segmind as p; print('prefect' in sys.modules, p.Job.__name__, 'boto3' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "Job", "False"]
+
+
+def test_every_public_name_is_there() -> None:
+    for name in prefect_segmind.__all__:
+        assert getattr(prefect_segmind, name)
+    assert set(prefect_segmind.__all__) == set(dir(prefect_segmind))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = prefect_segmind.no_such_name
+
+
+def test_constraints_are_plain_pins() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(line.startswith("#") or line.count("==") == 1 for line in lines)
+    assert not any("://" in line or "@" in line for line in lines)
+
+
+def test_the_deployment_file_holds_only_keys_that_prefect_reads() -> None:
+    """Prefect drops unknown keys without a word, so a misspelt one would change what runs."""
+    known = {
+        *("name", "version", "version_type", "tags", "description", "schedule", "schedules", "concurrency_limit"),
+        *("triggers", "entrypoint", "parameters", "work_pool", "enforce_parameter_schema", "pull", "build", "push"),
+        *("paused", "sla", "flow_name", "document_md"),
+    }
+    found = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    assert found.keys() <= {"name", "prefect-version", "build", "push", "pull", "definitions", "deployments"}
+    for deployment in found["deployments"]:
+        assert deployment.keys() <= known
+        assert deployment["work_pool"].keys() <= {"name", "work_queue_name", "job_variables"}
+        assert (ROOT / deployment["entrypoint"].partition(":")[0]).is_file()
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel and an sdist, the wheel made from the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_everything_and_nothing_else(built: Path) -> None:
+    modules = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("**/*.py")} | {"prefect_segmind/py.typed"}
+    modules |= {
+        f"prefect_segmind/{each}/{path.name}" for each in ("flows", "tasks") for path in (ROOT / each).glob("*.py")
+    }
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == modules
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    for name in (
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "flows/image_to_image.py",
+        "tasks/pacing.py",
+        "tests/conftest.py",
+    ):
+        assert name in held
+    assert "deployments/prefect.yaml" in held
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_a_clean_environment_without_constraints(built: Path, tmp_path: Path) -> None:
+    home = tmp_path / "env"
+    venv.create(home, with_pip=True)
+    binaries = home / ("Scripts" if os.name == "nt" else "bin")
+    wheel = next(built.glob("*.whl"))
+    pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"{wheel}[sandbox]"], check=True, cwd=tmp_path)
+    code = """
+import importlib.util, prefect_segmind, prefect_segmind.flows, prefect_segmind.tasks
+from prefect.plugins import load_prefect_collections
+assert importlib.util.find_spec("flows") is None and importlib.util.find_spec("tasks") is None
+assert "prefect_segmind" in load_prefect_collections()
+print(prefect_segmind.__version__, prefect_segmind.image_to_image.name)
+"""
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    done = subprocess.run(
+        [str(binaries / "python"), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [prefect_segmind.__version__, "image-to-image"], done.stderr
+    demo = subprocess.run(
+        [str(binaries / "prefect-segmind"), "demo"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "the sandbox billed 1 picture, 0.05 USD" in demo.stdout, demo.stderr

@@ -1,0 +1,132 @@
+"""The README tells the truth: its example runs, its failures are what happens, its settings are the settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_segmind import cli
+from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.settings import SegmindSettings
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CLOSED = "http://127.0.0.1:9"  # the discard port, where nobody listens
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading, without its head."""
+    below = README.split(f"\n## {heading}\n", 1)[1]
+    rows = re.search(r"(?:^\|.*\n)+", below, re.M)
+    assert rows
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[0].splitlines()[2:]]
+
+
+def s3_down_after_the_answer(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect_segmind.client import SegmindClient
+
+    generate = SegmindClient.generate
+
+    def then_s3_is_down(*arguments: Any) -> Any:
+        picture = generate(*arguments)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", CLOSED)
+        return picture
+
+    monkeypatch.setattr(SegmindClient, "generate", then_s3_is_down)
+
+
+def playing(*answers: Answer) -> Callable[[Sandbox, pytest.MonkeyPatch], None]:
+    return lambda sandbox, _: sandbox.play(*answers)
+
+
+def setting(name: str, value: str) -> Callable[[Sandbox, pytest.MonkeyPatch], None]:
+    return lambda _, monkeypatch: monkeypatch.setenv(name, value)
+
+
+CAUSES: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
+    "bad key": setting("SEGMIND_API_KEY", "SG_0000000000000000"),
+    "no credits": playing(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}')),
+    "rejected parameter": playing(Answer(status=406, body='{"error": "Invalid value for parameter seed"}')),
+    "rate limit": playing(Answer(status=429, reset_in=1)),
+    "rate limit of more than two minutes": playing(Answer(status=429, retry_after="300")),
+    "gateway time-out": playing(Answer(status=504)),
+    "gateway time-out, twice": playing(Answer(status=504), Answer(status=504)),
+    "half a body": playing(Answer(kind="half_body")),
+    "HTML with 200": playing(Answer(kind="html")),
+    "image that is no image": playing(Answer(kind="not_an_image")),
+    "S3 down before the request": setting("AWS_ENDPOINT_URL_S3", CLOSED),
+    "S3 down after the answer": s3_down_after_the_answer,
+    "disk full in the outbox": setting("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX_MIN_FREE_BYTES", str(10**18)),
+}
+
+
+def test_the_table_of_failures_has_a_row_for_each_cause_and_no_other() -> None:
+    assert [row[0] for row in table("When something goes wrong")] == list(CAUSES)
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize("row", table("When something goes wrong"), ids=lambda row: row[0])
+def test_each_row_of_the_table_of_failures_is_what_happens(
+    row: list[str],
+    sandbox: Sandbox,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    what, code, seen, paid, _ = row
+    CAUSES[what](sandbox, monkeypatch)
+    capsys.readouterr()
+    assert cli.run(["generate", str(photo), "a red mug", "--json"]) == int(code)
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    everything = told.err + caplog.text + found.get("error", "")
+    for text in re.findall(r"`([^`]+)`", seen):
+        assert text in everything
+    certain, _, possible = paid.partition("possibly ")
+    assert found["cost_usd"] == (re.findall(r"[\d.]+", certain) or ["0.00"])[0]
+    assert found["possibly_billed_usd"] == (re.findall(r"[\d.]+", possible) or ["0.00"])[0]
+    assert found["attempts"] == len(sandbox.ledger.requests)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_example_with_the_four_tasks_runs(sandbox: Sandbox, photo: Path) -> None:
+    code = re.search(r"<!-- example: a test runs this -->\n```python\n(.*?)```", README, re.S)
+    assert code
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code[1], names)
+    first, second = names["two_styles"](str(photo), "a red mug")
+    assert "/mug/realistic/" in first
+    assert "/mug/anime/" in second
+    assert sandbox.ledger.billed == 2
+
+
+def test_the_settings_are_all_there_with_their_defaults() -> None:
+    told = {}
+    for names, defaults, _ in table("Settings"):
+        values = defaults.split(", ") if ", " in defaults else [defaults]
+        told.update(zip(re.findall(r"`(\w+)`", names), values, strict=True))
+    real = {name.upper(): field.default for name, field in SegmindSettings.model_fields.items()}
+    assert told.keys() == real.keys()
+    for name, default in real.items():
+        if name != "OUTBOX":
+            shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+            assert told[name].lower() == shown.lower(), name
+
+
+def test_the_exit_codes_are_the_ones_of_the_command_line() -> None:
+    told = re.findall(r"^\| (\d+) \| (.+?) \|$", README, re.M)
+    assert [int(code) for code, _ in told] == [
+        *(cli.DONE, cli.FAILED, cli.BAD_INPUT, cli.ACCOUNT_REFUSED, cli.NO_MONEY),
+        130,
+    ]
+
+
+def test_the_picture_is_there_and_small() -> None:
+    picture = Path(__file__).parents[1] / "docs" / "before-after.jpg"
+    assert picture.name in README
+    assert picture.stat().st_size < 200_000
