@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -128,12 +128,16 @@ def generate(
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
     }
+    settings: dict[str, Any] = {
+        "archive": archive,
+        "upload_to": upload_to,
+        "credentials_block": block,
+        "on_unknown": on_unknown,
+    }
     try:
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
-        archived = image_to_image(
-            **job, archive=archive, upload_to=upload_to, credentials_block=block, on_unknown=on_unknown
-        )
+        archived = cast(ArchivedImage, image_to_image(**job, **settings))
     except (Exception, KeyboardInterrupt) as error:
         if output.json:
             print(json.dumps(_failure(name, error)))

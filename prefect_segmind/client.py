@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -34,7 +35,8 @@ from prefect_segmind.response import SPACE, Link, answer_error, error_text, head
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
 """Bytes of a picture that are accepted; a JSON answer may be a third longer for its base64."""
-_LINK_ATTEMPTS = 3
+_LINK_WAITS = (0.5, 2.0, 5.0)
+"""Seconds between the attempts to download a linked picture."""
 
 
 class SegmindClient:
@@ -203,7 +205,7 @@ class SegmindClient:
                 ) from None
             with part.open("rb") as file:
                 text = error_text(file.read(2000), self._key)
-            raise _not_an_image(answer, f"{text!r}" if text.isprintable() and text else "nothing in it") from None
+            raise _not_an_image(answer, _shown(text)) from None
 
     def _with_request_id(self, answer: httpx.Response, body: bytes) -> bytes | Link | None:
         try:
@@ -214,19 +216,20 @@ class SegmindClient:
 
     def _follow(self, answer: httpx.Response, link: Link, part: Path) -> None:
         """Downloads a linked picture at once, without the key; it is paid for, so a failed download is repeated."""
-        for attempt in range(1, _LINK_ATTEMPTS + 1):
+        for wait in (*_LINK_WAITS, None):
             try:
                 with part.open("wb") as file:
                     download(link.url, file, limit=ANSWER_LIMIT, destination=Destination(same_origin=self.base_url))
                 return
             except DownloadError as error:
-                if attempt == _LINK_ATTEMPTS or not error.retryable:
+                if wait is None or not error.retryable:
                     raise ResultLinkError(
                         f"the API answered 200 with a link to the picture, which could not be followed: {error}",
                         status=200,
                         possibly_billed=True,
                         request_id=header(answer.headers, "x-request-id"),
                     ) from None
+                time.sleep(wait)
 
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
@@ -263,6 +266,13 @@ def on_loopback(url: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _shown(text: str) -> str:
+    """What a message shows of an answer that is no picture."""
+    if not text:
+        return "nothing in it"
+    return repr(text) if text.isprintable() and "\ufffd" not in text else "bytes that are no picture"
 
 
 def _not_an_image(answer: httpx.Response, found: str) -> NotAnImageError:

@@ -33,6 +33,7 @@ def demonstrate(folder: Path, console: Console) -> None:
     photo = home / "mug.jpg"
     photo.write_bytes(sample_photo())
     with Sandbox(home, latency=2.0) as sandbox:
+        os.environ.pop("AWS_PROFILE", None)
         os.environ.update(sandbox.environment())
         os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(home / "outbox")
         sandbox.play(Answer(status=429, reset_in=3), Answer(status=502))
@@ -90,6 +91,7 @@ def serve_sandbox(
         credits=credits,
         requests_per_minute=requests_per_minute,
     ) as sandbox:
+        console.print("unset AWS_PROFILE")
         for name, value in sandbox.environment().items():
             console.print(f"export {name}={shlex.quote(value)}", markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()

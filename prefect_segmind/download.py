@@ -28,15 +28,23 @@ class DownloadError(Exception):
     Attributes:
         status: The HTTP status, if that was the reason.
         refused: Whether the address is one that must not be reached.
+        too_large: Whether it holds more than the limit.
         retryable: Whether the same download may work a moment later.
     """
 
     def __init__(
-        self, message: str, *, status: int | None = None, refused: bool = False, retryable: bool = False
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        refused: bool = False,
+        too_large: bool = False,
+        retryable: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.refused = refused
+        self.too_large = too_large
         self.retryable = retryable
 
 
@@ -224,7 +232,7 @@ def _name(url: httpx.URL) -> str:
 
 
 def _too_large(url: httpx.URL, limit: int) -> DownloadError:
-    return DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB")
+    return DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB", too_large=True)
 
 
 def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:

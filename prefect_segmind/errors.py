@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from prefect_segmind.retry import Decision
 
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
-# Of any scheme, its slashes escaped as in JSON or not. A quote ends an address unless the address goes on behind it.
-# A question mark in `s3://` belongs to the key.
-_QUERY = re.compile(r"""(?<!s3)(:(?:\\?/){2}(?:[^\s?"'<>]|'(?=\w))+)\?(?:[^\s"'<>]|'(?=[\w&=%]))*""")
+# Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one where the
+# text closes behind it. A question mark in `s3://` belongs to the key.
+_QUERY = re.compile(r"""(?<!s3)(:(?:\\?/){2}[^\s?"<>]+)\?(?:[^\s"'<>]|'(?![\s,.;:)\]}>"']|$))*""")
 _USERINFO = re.compile(r"""(:(?:\\?/){2})[^\s/"<>]*@""")
 # Wherever they stand: an address with a space in it is not seen as one.
 _SIGNATURE = re.compile(r"""(?i)((?:signature|security-token|x-\w+-credential|\bsig)=)[^\s&"'<>]+""")

@@ -66,6 +66,8 @@ class SourceReader:
                 raise SourceImageError(
                     f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant)"
                 ) from None
+            if error.too_large:
+                raise SourceImageError(f"image: {error}; the provider takes 10 MB, make it smaller") from None
             raise UnreadableSource(redact(str(error))) from None
 
 

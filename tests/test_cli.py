@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import httpx
 import pytest
 
 from prefect_segmind import __version__, cli, configuration
+from prefect_segmind.credentials import load_credentials
+from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -308,7 +311,8 @@ def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp
     )
     try:
         assert process.stdout
-        exports = dict(re.findall(r"export (\w+)=(\S+)", "".join(process.stdout.readline() for _ in range(8))))
+        told = "".join(process.stdout.readline() for _ in range(13))
+        exports = {name: shlex.split(value)[0] for name, value in re.findall(r"^export (\w+)=(.+)$", told, re.M)}
         done = command("generate", str(photo), "a red mug", "--json", home=tmp_path, **exports)
         assert json.loads(done.stdout)["status"] == "generated"
         ledger = httpx.get(exports["SEGMIND_BASE_URL"].removesuffix("/v1") + "/sandbox/ledger").json()
@@ -324,3 +328,15 @@ def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp
         time.sleep(0.1)
     else:
         pytest.fail("the S3 server outlives the sandbox")
+
+
+def test_the_sandbox_is_used_even_where_a_file_names_another_account(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A demo must never pay from the account that a project's `prefect.toml` names."""
+    (tmp_path / "prefect.toml").write_text('[integrations.segmind]\ncredentials_block = "production"\n')
+    monkeypatch.chdir(tmp_path)
+    assert load_credentials().base_url == sandbox.base_url
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK")
+    with pytest.raises(ConfigurationError, match="production"):
+        load_credentials()

@@ -288,7 +288,7 @@ class TestAnswersWithoutAPicture:
             (http(b"<html><h1>Welcome</h1></html>", Content_Type="text/html"), errors.NotAnImageError, "Welcome"),
             (http(), errors.NotAnImageError, "nothing in it"),
             (http(b"no picture", Content_Type="image/png"), errors.NotAnImageError, "no picture"),
-            (http(b"\x00\x01\x02"), errors.NotAnImageError, "nothing in it"),
+            (http(b"\x00\x01\x02"), errors.NotAnImageError, "bytes that are no picture"),
             (http(b'{"image": '), errors.NotAnImageError, "image"),
             (http_json({"status": "queued"}), errors.NotAnImageError, "queued"),
             (http_json({"image": "not base64!"}), errors.NotAnImageError, "neither a URL nor base64"),
@@ -406,11 +406,12 @@ class TestLinks:
         assert part.read_bytes() == PNG
         assert [each.split()[0] for each in server.requests] == ["POST", "GET", "GET", "GET"]
 
-    def test_three_failures_are_enough(self, server: Wire, part: Path) -> None:
+    def test_four_failures_are_enough(self, server: Wire, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(room, "_LINK_WAITS", (0.0, 0.0, 0.0))
         server.answers = [http_json({"url": f"{server.url}/a.png?sig=secret"}, x_request_id="r-3"), b""]
         with pytest.raises(errors.ResultLinkError, match="could not be followed") as caught:
             ask(server.url, part)
-        assert len(server.requests) == 4
+        assert len(server.requests) == 5
         assert (caught.value.status, caught.value.possibly_billed, caught.value.request_id) == (200, True, "r-3")
         assert "secret" not in str(caught.value)
 

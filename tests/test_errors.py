@@ -218,9 +218,9 @@ def test_no_api_key_survives_however_embedded(before, digits, after):
     after=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
 )
 @example("", "https://", "b.example", "/it's", "X-Amz-Signature", "abcdefgh", "", "")
+@example("", "https://", "b.example", "'/", "token", "abcdefgh", "'", "")
 @example("'", "https://", "b.example", "/k", "a'b", "abcdefgh", "'", "")
 def test_no_query_of_a_url_survives_however_embedded(before, scheme, host, path, name, sign, end, after):
-    path = path.rstrip("'")  # a quote right before the question mark ends an address
     redacted = redact(f"{before}{scheme}{host}{path}?{name}={MARK}{sign}{end}{after}")
     assert MARK not in redacted
     assert redact(redacted) == redacted

@@ -99,14 +99,21 @@ class Sandbox:
         self.script.play(*answers, prompt=prompt)
 
     def environment(self) -> dict[str, str]:
-        """The environment variables with which this plugin and boto3 use the sandbox."""
+        """The environment variables with which this plugin and boto3 use the sandbox, and nothing but the sandbox.
+
+        The empty ones overrule settings in files, so that no other account is used, and paid, by mistake.
+        """
         found = {"SEGMIND_BASE_URL": self.base_url, "SEGMIND_API_KEY": self.api_key}
+        found["PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK"] = ""
         if self.s3 is not None:
             found |= {
                 "AWS_ENDPOINT_URL_S3": self.s3.endpoint_url,
                 "AWS_ACCESS_KEY_ID": self.s3.access_key,
                 "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
+                "AWS_SESSION_TOKEN": "",
                 "AWS_DEFAULT_REGION": REGION,
+                "PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK": "",
+                "PREFECT_INTEGRATIONS_SEGMIND_PUBLIC_BASE_URL": "",
                 "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO": f"s3://{BUCKET}/uploads",
                 "PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE": f"s3://{BUCKET}/archive",
             }
