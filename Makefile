@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Tests mostly wait for servers, so three at once suit two cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3
 CORE := prefect_segmind/errors.py,prefect_segmind/fingerprint.py,prefect_segmind/price.py,prefect_segmind/record.py,prefect_segmind/request.py,prefect_segmind/resolution.py,prefect_segmind/retry.py
 
 .PHONY: demo test test-quick check clean
@@ -10,13 +12,13 @@ demo: $(VENV)/.ready
 	$(BIN)/prefect-segmind demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(PYTEST) --cov --cov-report=
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100
 	$(BIN)/python -m coverage report --fail-under=92 --skip-covered
 
 # Everything but what starts a worker, builds a wheel or runs a whole command.
 test-quick: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -67,7 +67,8 @@ def image_to_image(
         upload_to: Where source images go for the provider to read them: s3://bucket/prefix; the worker's setting if
             left out.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
-        on_unknown: Whether to pay again (repay) or not (fail) where an earlier request may have been billed.
+        on_unknown: Whether to send another request (repay) or not (fail) after one, of this run or an earlier one, that
+            may have been billed.
 
     Returns:
         Where the picture lies, what it cost and how it came about.

@@ -110,7 +110,7 @@ def generate(
         archive: s3://bucket/prefix or a folder; PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE if left out.
         upload_to: s3://bucket/prefix; PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO if left out.
         block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
-        on_unknown: Pay again (repay) or not (fail) where an earlier request may have been billed.
+        on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
         output: How to speak.
     """
     output = output or Output()

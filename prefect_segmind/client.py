@@ -18,6 +18,7 @@ import httpx
 from prefect_segmind.download import Destination, DownloadError, download
 from prefect_segmind.errors import (
     AnswerCutError,
+    ApiError,
     ApiUnreachableError,
     ConfigurationError,
     NotAnImageError,
@@ -237,6 +238,9 @@ class SegmindClient:
         host = urlsplit(self.base_url).netloc
         try:
             yield
+        except ApiError as error:
+            error.possibly_billed &= billable
+            raise
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
             raise ApiUnreachableError(
                 f"{host} cannot be reached: {error} (check SEGMIND_BASE_URL, the network and any proxy)"

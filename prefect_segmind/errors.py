@@ -265,7 +265,8 @@ def status_error(status: int, text: str) -> type[ApiError]:
     if status != 406:
         return STATUS_ERRORS.get(status, UnexpectedStatusError)
     words = text.lower()
-    if re.search(r"credit|balance|spend|quota|billing|top.?up", words):
+    unquoted = re.sub(r"\"[^\"]*\"|`[^`]*`|(?<!\w)'[^']*'(?!\w)", " ", words)  # a prompt may speak of credit too
+    if re.search(r"credit|balance|spend|quota|billing|top.?up", unquoted):
         return InsufficientCreditsError
     if re.search(r"content.?type|media type", words):
         return ContentTypeRejectedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -101,7 +101,8 @@ class Generation:
         outbox: Takes the pictures.
         client: Sends the requests.
         address: Turns the URI of an uploaded image into an address that the provider can GET, for one request.
-        on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+        on_unknown: Whether a picture is paid for again where an earlier request, of this run or another, may have been
+            billed.
         policy: How patient the run is.
         say: Takes a line for the log.
     """
@@ -212,13 +213,14 @@ class Generation:
     def _failed(self, job: ValidatedJob, run: str, held: Claim, error: SegmindError) -> None:
         """Decides what follows a failed request, and notes it in the record and on the error."""
         mine = sent_by(run, held.record.attempts)
+        policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
         decision = decide(
             error,
             attempts=len(mine),
             unknown=sum(1 for each in mine if each.possibly_billed) + error.possibly_billed,
             elapsed=(datetime.now(timezone.utc) - mine[0].sent_at).total_seconds(),
             jitter=random.random(),
-            policy=self.policy,
+            policy=policy,
         )
 
         def outcome(record: Record) -> Record:

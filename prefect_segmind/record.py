@@ -19,6 +19,9 @@ OnUnknown = Literal["repay", "fail"]
 LEASE_SECONDS = 60.0
 """How long a claim holds since the record was last written, by the store's own clock."""
 
+_MODEL = ConfigDict(frozen=True, extra="allow")
+"""What a newer version has noted is kept when this one writes a record again."""
+
 
 class Attempt(BaseModel):
     """One request for the picture.
@@ -33,7 +36,7 @@ class Attempt(BaseModel):
         reported_by: The run whose report counts it as possibly billed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = _MODEL
 
     run: str
     sent_at: datetime
@@ -47,7 +50,7 @@ class Attempt(BaseModel):
 class Holder(BaseModel):
     """The run that may pay for the picture, and the process it lives in."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = _MODEL
 
     run: str
     host: str
@@ -64,7 +67,7 @@ class PaidPicture(BaseModel):
         paid_at: When its answer had been read, UTC.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = _MODEL
 
     sha256: str
     format: str
@@ -93,7 +96,7 @@ class Record(BaseModel):
         sidecar: Key of its sidecar, when done.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = _MODEL
 
     schema_version: Literal[1] = 1
     fingerprint: str

@@ -16,7 +16,15 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from prefect_segmind.errors import ADVICE, ApiError, NotAnImageError, UnsafeImageError, redact, status_error
+from prefect_segmind.errors import (
+    ADVICE,
+    ApiError,
+    NotAnImageError,
+    UnexpectedStatusError,
+    UnsafeImageError,
+    redact,
+    status_error,
+)
 
 SPACE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before JSON: a byte order mark and white space."""
@@ -126,7 +134,7 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
         f"{message} ({ADVICE[kind]})",
         status=status,
         retry_after=wait_asked(headers, now),
-        possibly_billed=status in (502, 504),
+        possibly_billed=status in (502, 504) or (kind is UnexpectedStatusError and not 300 <= status < 500),
         request_id=header(headers, "x-request-id"),
     )
 

@@ -27,12 +27,16 @@ class RetryPolicy:
     Attributes:
         retries: Requests after the first one, at most.
         base_seconds: The first wait; it doubles with each attempt.
+        longest_backoff_seconds: It doubles no further than to this.
+        unknown_retries: Requests after one that may have been billed, at most.
         longest_wait_seconds: A server that asks for more is not waited for.
         longest_run_seconds: No retry begins later than this after the first request.
     """
 
     retries: int = 5
     base_seconds: float = 1.0
+    longest_backoff_seconds: float = 60.0
+    unknown_retries: int = 1
     longest_wait_seconds: float = 120.0
     longest_run_seconds: float = 1800.0
 
@@ -67,7 +71,7 @@ def decide(
     """Decides what follows a failed request.
 
     A wait is never less than what the server asks for. After a request that may have been billed there is at most one
-    more that may be billed too, so that a picture is paid for twice at the very worst.
+    more that may be billed too (none with `unknown_retries=0`), so that a picture is paid for twice at the very worst.
 
     Args:
         error: What the last request ended with.
@@ -86,12 +90,14 @@ def decide(
         return Decision(None, "this does not pass by itself")
     if attempts > policy.retries:
         return Decision(None, f"all {policy.retries} retries are spent")
-    if unknown > 1:
-        return Decision(None, f"{unknown} requests may have been billed; another might pay once more")
+    if unknown > policy.unknown_retries:
+        return Decision(
+            None, f"{unknown} request{'s' * (unknown > 1)} may have been billed; another might pay once more"
+        )
     asked = error.retry_after or 0.0
     if asked > policy.longest_wait_seconds:
         return Decision(None, f"the server asks to wait {asked:.0f} s, more than {policy.longest_wait_seconds:.0f} s")
-    backoff = policy.base_seconds * 2 ** (attempts - 1)
+    backoff = min(policy.base_seconds * 2 ** (attempts - 1), policy.longest_backoff_seconds)
     wait = max(backoff, asked) + backoff * jitter / 4
     if elapsed + wait > policy.longest_run_seconds:
         return Decision(None, f"{policy.longest_run_seconds:.0f} s have passed since the first request")

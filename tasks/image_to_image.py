@@ -124,7 +124,8 @@ def generate_image(
         archive: `s3://bucket/prefix` or a folder, which has the records of what is paid; the setting if left out.
         upload_to: As for `upload_image`; it matters where uploads have a public address.
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
-        on_unknown: Whether to pay again (`repay`) or not (`fail`) where an earlier request may have been billed.
+        on_unknown: Whether to send another request (`repay`) or not (`fail`) after one, of this run or an earlier one,
+            that may have been billed.
 
     Raises:
         ApiError: The request failed, in one of its classes.

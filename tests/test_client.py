@@ -127,7 +127,7 @@ class TestRefusals:
             (429, errors.RateLimitError, False),
             (500, errors.InternalServerError, False),
             (502, errors.BadGatewayError, True),
-            (503, errors.UnexpectedStatusError, False),
+            (503, errors.UnexpectedStatusError, True),
             (504, errors.GatewayTimeoutError, True),
         ],
     )

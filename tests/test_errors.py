@@ -161,6 +161,8 @@ def test_every_class_that_a_status_can_lead_to_tells_what_to_do():
         ("Monthly quota exceeded", InsufficientCreditsError),
         ("Please top up your account", InsufficientCreditsError),
         ("Please top-up your account", InsufficientCreditsError),
+        ("Invalid prompt: 'a credit card on a balanced table'", ParameterRejectedError),
+        ('value "spend it all" of parameter prompt is not allowed', ParameterRejectedError),
         ("Invalid Content-Type, expected application/json", ContentTypeRejectedError),
         ("content type must be application/json", ContentTypeRejectedError),
         ("Unsupported media type", ContentTypeRejectedError),

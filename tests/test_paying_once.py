@@ -24,6 +24,7 @@ from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
     BadGatewayError,
+    GatewayTimeoutError,
     OutboxError,
     OutcomeUnknownError,
     RateLimitError,
@@ -254,6 +255,18 @@ def test_a_second_answer_of_unknown_outcome_ends_the_run(sandbox: Sandbox, photo
     assert cut.value.possibly_billed_usd == Decimal("0.10")
     assert sandbox.ledger.billed == 2
     assert list((Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"])).iterdir()) == []
+
+
+def test_where_the_policy_says_fail_a_run_does_not_repeat_its_own_request_of_unknown_outcome_either(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.play(Answer(status=504), Answer())
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(GatewayTimeoutError) as error:
+        generate(job, uploaded, run="one", on_unknown="fail")
+    assert error.value.decision
+    assert not error.value.decision.retry
+    assert (error.value.requests_sent, error.value.possibly_billed_usd) == (1, Decimal("0.05"))
 
 
 def test_a_run_that_gave_up_lets_go_of_its_claim(sandbox: Sandbox, photo: Path) -> None:

@@ -262,7 +262,7 @@ def test_not_even_a_body_without_end_does(body):
         (500, '{"error": "bad"}', "InternalServerError", False),
         (502, "<h1>Bad Gateway</h1>", "BadGatewayError", True),
         (504, "<h1>Gateway Time-out</h1>", "GatewayTimeoutError", True),
-        (503, "", "UnexpectedStatusError", False),
+        (503, "", "UnexpectedStatusError", True),
     ],
 )
 def test_an_answer_that_is_no_200_has_its_error(status, body, name, possibly_billed):
