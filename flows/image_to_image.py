@@ -96,7 +96,7 @@ def image_to_image(
     uploaded = upload_image(job, upload_to, credentials_block)
     generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown)
     archived = archive_image(generated)
-    publish_before_after(job, archived, generated)
+    publish_before_after(job, archived, generated, credentials_block)
     return archived
 
 

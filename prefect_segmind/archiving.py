@@ -11,10 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archive import Archive
-from prefect_segmind.errors import ArchiveError, PreconditionFailedError, StoreError
+from prefect_segmind.errors import ArchiveError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.lease import Claim, held_claim
 from prefect_segmind.outbox import Outbox
+from prefect_segmind.price import usd
 from prefect_segmind.provenance import sidecar
 from prefect_segmind.record import Record
 
@@ -83,12 +84,12 @@ class Archiving:
             if generated.path is None or not generated.path.exists():
                 return self._reuse(generated, flow_run_id)
             return self._archive(generated, generated.path, flow_run_id, held)
-        except StoreError as error:
+        except SegmindError as error:
             safe = (
-                f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again when the "
-                "archive is back, and it is archived without another payment"
-                if generated.path
-                else "nothing was paid by this run"
+                f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again on this "
+                "machine when the archive is back, and it is archived without another payment"
+                if generated.path and generated.path.exists()
+                else f"this run paid {usd(generated.cost_usd)} USD"
             )
             failed = ArchiveError(f"{generated.name} could not be archived; {safe}. The archive says: {error}")
             failed.fingerprint = generated.job.fingerprint
@@ -106,6 +107,8 @@ class Archiving:
         fingerprint, picture = generated.job.fingerprint, generated.picture
         try:
             data = path.read_bytes()
+        except FileNotFoundError:
+            return self._reuse(generated, flow_run_id)  # another run of the same job has archived it meanwhile
         except OSError as error:
             raise StoreError(f"outbox: {path} cannot be read: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != picture.sha256:

@@ -83,7 +83,7 @@ def _archive(place: str | None) -> Found:
     if store.conditional:
         return Found(f"{store.url} can be written, and honours conditional writes")
     return Found(
-        f"{store.url} can be written, but ignores conditional writes: do not run the same job on two machines at once",
+        f"{store.url} can be written, but ignores conditional writes: do not run the same job in two processes at once",
         "mind",
     )
 
@@ -137,4 +137,10 @@ def _server() -> Found:
         raise ConfigurationError(
             f"the server is Prefect {server}, this is {prefect_version}; use the same minor version"
         )
-    return Found(f"{where or 'a temporary one, started for each command,'} answers, Prefect {server}")
+    if where is None:
+        return Found(
+            f"a temporary one, Prefect {server}, is started for each command, which takes seconds and shows nothing "
+            "live: start one with `prefect server start`, and set PREFECT_API_URL=http://127.0.0.1:4200/api",
+            "mind",
+        )
+    return Found(f"{where} answers, Prefect {server}")

@@ -6,8 +6,12 @@ Exit codes: 0 done; 1 it failed; 2 bad input, nothing paid; 3 the account refuse
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -114,6 +118,8 @@ def generate(
         output: How to speak.
     """
     output = output or Output()
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     name = name or name_from_image(image)
 
     job: dict[str, Any] = {
@@ -123,7 +129,7 @@ def generate(
         "image_weight": image_weight,
         "style_type": style_type,
         "resolution": resolution,
-        "seed": int(seed) if seed is not None and seed.lstrip("-").isdigit() else seed,
+        "seed": int(seed) if seed is not None and re.fullmatch(r"-?[0-9]{1,9}", seed) else seed,
         "magic_prompt_option": magic_prompt_option,
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
@@ -235,7 +241,9 @@ def success(archived: ArchivedImage) -> dict[str, Any]:
 
 
 def _failure(name: str, error: BaseException) -> dict[str, Any]:
-    known = error if isinstance(error, SegmindError) else SegmindError(str(error) or type(error).__name__)
+    known = error if isinstance(error, SegmindError) else SegmindError(_told(error))
+    if isinstance(error, KeyboardInterrupt):
+        vars(known).update(vars(error))  # the stage that pays has noted on it what was under way
     return {
         "status": "failed",
         "name": name,
@@ -266,16 +274,23 @@ def _explain(error: BaseException, verbose: bool) -> int:
     """Says what went wrong in a few lines, with a traceback only for those who ask."""
     if verbose:
         _people.print_exception()
-    if isinstance(error, KeyboardInterrupt):
-        text = "Interrupted. The same command again finds what was paid."
-    else:
-        text = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
-    _people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    _people.print(_told(error), style="red", markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, SegmindError) and error.decision:
-        _people.print(f"No other request: {error.decision.reason}.", markup=False, highlight=False)
-    paid, possibly = (error.cost_usd, error.possibly_billed_usd) if isinstance(error, SegmindError) else (0, 0)
+        _people.print(f"Not sent again: {error.decision.reason}.", markup=False, highlight=False)
+    paid = getattr(error, "cost_usd", Decimal(0))
+    possibly = getattr(error, "possibly_billed_usd", Decimal(0))
     if paid or possibly:
-        _people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.")  # type: ignore[arg-type]
+        _people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.", highlight=False)
     elif isinstance(error, SegmindError):
-        _people.print("Nothing was paid.")
+        _people.print("This run paid nothing.")
     return exit_code(error)
+
+
+def _told(error: BaseException) -> str:
+    """An error in words for people."""
+    if isinstance(error, KeyboardInterrupt):
+        return (
+            "interrupted; the same command again recovers a picture that had arrived, and reports a request that was "
+            "under way as possibly billed"
+        )
+    return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")

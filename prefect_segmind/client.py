@@ -235,7 +235,7 @@ class SegmindClient:
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
         """Turns every failure of httpx into one of our errors; none of them shows an address with its query."""
-        host = urlsplit(self.base_url).netloc
+        host = urlsplit(self.base_url).hostname
         try:
             yield
         except ApiError as error:

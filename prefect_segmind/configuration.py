@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -62,10 +63,16 @@ def open_uploads(place: str | None) -> Uploads:
     )
 
 
-def open_outbox() -> Outbox:
-    """The outbox that the settings name."""
+def open_outbox(archive: Archive | None = None) -> Outbox:
+    """The outbox for an archive, a folder in the one that the settings name; that one itself for no archive.
+
+    Each archive has its own, so that no picture that one of them waits for is taken by another.
+    """
     settings = load_settings()
-    return Outbox(settings.outbox_folder, settings.outbox_min_free_bytes)
+    folder = settings.outbox_folder
+    if archive is not None:
+        folder /= hashlib.sha256(archive.url.encode()).hexdigest()[:16]
+    return Outbox(folder, settings.outbox_min_free_bytes)
 
 
 def source_reader(credentials_block: str | None = None) -> SourceReader:

@@ -64,12 +64,19 @@ def load_credentials(block: str | None = None) -> SegmindCredentials:
     name = block or load_settings().credentials_block
     if name:
         try:
-            return cast(SegmindCredentials, SegmindCredentials.load(name, _sync=True))  # type: ignore[call-arg]
+            loaded = cast(SegmindCredentials, SegmindCredentials.load(name, _sync=True))  # type: ignore[call-arg]
         except ValueError as error:
             raise ConfigurationError(
                 f"credentials_block: no SegmindCredentials block named {name!r} can be loaded ({error}); save one with "
                 f'SegmindCredentials(api_key=…).save("{name}")'
             ) from None
+        address = os.environ.get("SEGMIND_BASE_URL", "").strip().rstrip("/")
+        if address and address != loaded.base_url.rstrip("/"):
+            raise ConfigurationError(
+                f"SEGMIND_BASE_URL is {address}, but the block {name!r} names {loaded.base_url} and would pay there; "
+                "unset the variable, or name no block"
+            )
+        return loaded
     key = os.environ.get("SEGMIND_API_KEY", "").strip()
     if not key:
         raise ConfigurationError(

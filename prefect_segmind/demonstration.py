@@ -35,7 +35,6 @@ def demonstrate(folder: Path, console: Console) -> None:
     with Sandbox(home, latency=2.0) as sandbox:
         os.environ.pop("AWS_PROFILE", None)
         os.environ.update(sandbox.environment())
-        os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(home / "outbox")
         sandbox.play(Answer(status=429, reset_in=3), Answer(status=502))
         console.rule("A local photo becomes a picture; the API refuses twice before it answers")
         console.print(
@@ -91,7 +90,13 @@ def serve_sandbox(
         credits=credits,
         requests_per_minute=requests_per_minute,
     ) as sandbox:
-        console.print("unset AWS_PROFILE")
+        lines = (
+            "# The sandbox runs until Ctrl-C. In another terminal: paste these lines, then prefect-segmind generate …",
+            f"# Pictures are plain files in {folder.resolve() / 's3/segmind/archive'}; the key is new at each start.",
+            "unset AWS_PROFILE",
+        )
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for name, value in sandbox.environment().items():
             console.print(f"export {name}={shlex.quote(value)}", markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()

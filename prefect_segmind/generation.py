@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -105,6 +106,7 @@ class Generation:
             billed.
         policy: How patient the run is.
         say: Takes a line for the log.
+        warn: Takes a line that a person should see, for it is about money.
     """
 
     archive: Archive
@@ -114,6 +116,7 @@ class Generation:
     on_unknown: OnUnknown = "repay"
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     say: Callable[[str], None] = print
+    warn: Callable[[str], None] = print
 
     def generate(self, job: ValidatedJob, uploaded: UploadedImage, run: str) -> GeneratedImage:
         """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
@@ -147,10 +150,12 @@ class Generation:
                 on_unknown=self.on_unknown,
             )
             if what is Verdict.PAY:
+                self._warn_of_paying_again(job, found, run)
                 if paid := self._pay(job, uploaded, run, found):
                     return paid
+                time.sleep(WAIT_SECONDS)
             elif what is Verdict.REUSE and found and found.record.picture:
-                self.say(f"reused: {job.name} is archived already; nothing to pay")
+                self.say(f"reused: {job.name} is paid for and archived already; nothing to pay")
                 picture, attempts = found.record.picture, found.record.attempts
                 return self._result(job, uploaded, run, "reused", None, picture, attempts)
             elif what is Verdict.RECOVER and kept:
@@ -164,12 +169,26 @@ class Generation:
                     told = True
                 time.sleep(WAIT_SECONDS)
             else:
+                kept_at = _kept_elsewhere(found)
                 refused = OutcomeUnknownError(
-                    f"{job.name}: an earlier request may have been billed though no picture came of it, and "
+                    f"{job.name} was paid for, and its picture lies in {kept_at}: run the same job there; "
+                    'on_unknown="repay" pays once more'
+                    if kept_at
+                    else f"{job.name}: an earlier request may have been billed though no picture came of it, and "
                     'on_unknown is "fail" (look at the provider\'s usage page; on_unknown="repay" pays once more)'
                 )
                 refused.fingerprint = job.fingerprint
                 raise refused
+
+    def _warn_of_paying_again(self, job: ValidatedJob, found: RecordRead | None, run: str) -> None:
+        if kept_at := _kept_elsewhere(found):
+            self.warn(
+                f"an earlier run paid for {job.name}, and its picture lies in {kept_at}, out of reach: paying again"
+            )
+        elif found and found.record.outcome_unknown(run):
+            self.warn(
+                f"an earlier request for {job.name} may have been billed, and no picture came of it: paying again"
+            )
 
     def _pay(
         self, job: ValidatedJob, uploaded: UploadedImage, run: str, found: RecordRead | None
@@ -186,18 +205,29 @@ class Generation:
             held.hold(REQUEST_SECONDS)
             try:
                 paid = self.client.generate(request, part)
-                record = held.record.answered(status=200, reason=None, wait_seconds=None, possibly_billed=False)
-                path = self.outbox.keep(job.fingerprint, part, OutboxEntry(paid=paid, attempts=record.attempts))
+                path = self.outbox.keep(job.fingerprint, part, OutboxEntry(paid=paid, attempts=held.record.attempts))
             except SegmindError as error:
                 self._failed(job, run, held, error)
                 raise
-            except BaseException:
+            except BaseException as error:
                 held.release()  # the request in the record has no outcome, and the next run will say so
+                sent = len(sent_by(run, held.record.attempts))
+                known = SegmindError("")
+                known.fingerprint, known.requests_sent = job.fingerprint, sent
+                known.possibly_billed_usd = job.price_usd * (possibly_billed_count(run, held.record.attempts) + 1)
+                vars(error).update(vars(known))  # for whoever reports an interrupt
                 raise
+        kept_at = f"{path} on {socket.gethostname()}"
+        self._note(
+            held,
+            lambda record: record.answered(
+                status=200, reason=None, wait_seconds=None, possibly_billed=False, kept=kept_at
+            ),
+        )
         held.hold(ARCHIVE_SECONDS)
         for notice in paid.notices:
             self.say(notice)
-        return self._result(job, uploaded, run, "generated", path, paid, record.attempts)
+        return self._result(job, uploaded, run, "generated", path, paid, held.record.attempts)
 
     def _claim(self, job: ValidatedJob, found: RecordRead | None, run: str) -> Claim | None:
         held = held_claim(self.archive, job.fingerprint)
@@ -235,14 +265,19 @@ class Generation:
         error.fingerprint = job.fingerprint
         error.requests_sent = len(mine)
         error.possibly_billed_usd = job.price_usd * possibly_billed_count(run, outcome(held.record).attempts)
-        try:
-            held.write(outcome)
-        except StoreError as broken:
-            self.say(f"the outcome of this request could not be noted in the archive: {broken}")
+        self._note(held, outcome)
         if decision.wait_seconds is None:
             held.release()
         else:
             held.hold(decision.wait_seconds + LEASE_SECONDS)
+
+    def _note(self, held: Claim, outcome: Callable[[Record], Record]) -> None:
+        """Notes the outcome of a request in the record; where the archive fails, this run still knows it."""
+        try:
+            held.write(outcome)
+        except StoreError as broken:
+            held.record = outcome(held.record)
+            self.warn(f"the outcome of this request could not be noted in the archive: {broken}")
 
     def _result(
         self,
@@ -264,3 +299,9 @@ class Generation:
             picture=picture,
             attempts=attempts,
         )
+
+
+def _kept_elsewhere(found: RecordRead | None) -> str | None:
+    """Where a paid picture lies that is neither in the archive nor in this outbox."""
+    attempts = found.record.attempts if found else ()
+    return next((each.kept for each in reversed(attempts) if each.kept), None)

@@ -195,6 +195,8 @@ def decoding(data: bytes) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:
         raise BrokenPicture(f"has more than {BOMB_PIXELS:,} pixels ({error})", "scale it down") from error
+    except MemoryError:
+        raise  # says nothing about the picture
     except Exception as error:
         why = str(error) or type(error).__name__
         if _ends_early(data):

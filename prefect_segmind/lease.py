@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -75,7 +76,12 @@ class Claim:
         try:
             with self._lock:
                 if not self._released:
-                    self._etag = self.archive.write(self.record, self._etag)
+                    # The counter makes the version new, so that nobody takes over by the one from before.
+                    holder = self.record.holder
+                    renewed = holder and holder.model_copy(update={"renewals": holder.renewals + 1})
+                    record = self.record.model_copy(update={"holder": renewed})
+                    self._etag = self.archive.write(record, self._etag)
+                    self.record = record
         except PreconditionFailedError:
             self.release()
         except StoreError:
@@ -197,4 +203,5 @@ def _renew_all() -> None:
         with _lock:
             held = list(_claims.values())
         for each in held:
-            each.renew()
+            with suppress(Exception):  # whatever befalls one claim, the others live on it
+                each.renew()

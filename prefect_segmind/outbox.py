@@ -1,12 +1,14 @@
 """The outbox: a folder on this machine where a paid picture lies from the moment its answer has been read until the
-archive holds it.
+archive holds it. Each archive has an outbox of its own, as it has records of its own.
 
 A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
-`{fingerprint}.{run}.part`. Space for an answer is taken before the request is sent, so that a full disk costs nothing.
+`{fingerprint}.{run}.part`. Where the system can do it, space for an answer is taken before the request is sent, so that
+a full disk costs nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -20,9 +22,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefect_segmind.errors import OutboxError
+from prefect_segmind.errors import ApiError, OutboxError
 from prefect_segmind.image import BrokenPicture, read_picture
 from prefect_segmind.record import Attempt, PaidPicture
+from prefect_segmind.store import sync
 
 RESERVED_BYTES = 8 << 20
 """Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
@@ -71,7 +74,8 @@ class Outbox:
     def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
         """Yields the file for an answer that is about to be asked for, its space taken.
 
-        It is removed if no picture comes of it; where the disk fails under a picture, what is there stays.
+        It is removed where the API has answered without a picture. After anything else, an interrupt for example, what
+        has arrived stays: it may be a picture, and paid for.
 
         Raises:
             OutboxError: The space cannot be taken. Nothing was paid.
@@ -80,18 +84,16 @@ class Outbox:
         part = self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
         try:
             with part.open("wb") as file:
-                if sys.platform == "linux":
-                    os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
+                _reserve(file.fileno())
         except OSError as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             raise self._unusable(error.strerror or str(error)) from error
         try:
             yield part
-        except OutboxError:
-            raise
-        except BaseException:
-            part.unlink(missing_ok=True)
+        except BaseException as error:
+            if isinstance(error, ApiError) or not _arrived(part):
+                part.unlink(missing_ok=True)
             raise
         part.unlink(missing_ok=True)
 
@@ -106,9 +108,9 @@ class Outbox:
         """
         path = self.folder / f"{fingerprint}.{entry.paid.extension}"
         try:
-            _sync(part)
+            sync(part)
             part.replace(path)
-            _sync(self.folder)
+            sync(self.folder)
         except OSError as error:
             raise OutboxError(
                 f"outbox: {part} holds a picture that was paid for and could not be made durable: {error.strerror}",
@@ -118,7 +120,7 @@ class Outbox:
         with suppress(OSError):  # the picture is safe, and found without its facts too
             facts = part.with_suffix(".facts")
             facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
-            _sync(facts)
+            sync(facts)
             facts.replace(path.with_suffix(".json"))
         return path
 
@@ -135,14 +137,25 @@ class Outbox:
             seed: The job's; for a picture whose facts were not noted.
             list_price_usd: What such a picture is taken to have cost.
             unfinished: Whether to take what a dead run had received whole but not yet renamed.
+
+        Raises:
+            OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
         paths = [each for each in self.folder.glob(f"{fingerprint}.*") if each.suffix not in _NO_PICTURES]
         for path in (*paths, *(self._received(fingerprint) if unfinished else ())):
             try:
                 picture = read_picture(path)
                 written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-            except (BrokenPicture, OSError):
-                continue
+            except FileNotFoundError:
+                continue  # its run has renamed it, or the archive has it by now
+            except OSError as error:
+                raise self._unusable(f"{path.name} cannot be read: {error.strerror}") from error
+            except BrokenPicture as error:
+                if path.suffix == ".part":
+                    continue
+                raise OutboxError(
+                    f"outbox: {path} was paid for and {error}; restore it, or move it away to pay once more"
+                ) from error
             with suppress(OSError, ValidationError):
                 facts = (self.folder / f"{fingerprint}.json").read_bytes()
                 known = OutboxEntry.model_validate_json(facts)
@@ -168,8 +181,7 @@ class Outbox:
 
     def _received(self, fingerprint: str) -> list[Path]:
         """Answers that may have arrived whole when their run died: cut to their length, no longer as reserved."""
-        parts = self.folder.glob(f"{fingerprint}.*.part")
-        return [each for each in parts if each.is_file() and each.stat().st_size not in (0, RESERVED_BYTES)]
+        return [each for each in self.folder.glob(f"{fingerprint}.*.part") if _arrived(each)]
 
     def _unusable(self, why: str) -> OutboxError:
         return OutboxError(
@@ -178,16 +190,16 @@ class Outbox:
         )
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's entries, are on disk. Windows cannot sync a folder and need not."""
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
-    try:
-        handle = os.open(path, flags)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _arrived(part: Path) -> bool:
+    """Whether an answer may be whole: the file was cut to its length and is no longer as it was reserved."""
+    return part.is_file() and part.stat().st_size not in (0, RESERVED_BYTES)
+
+
+def _reserve(descriptor: int) -> None:
+    """Takes the space for an answer, where the system can."""
+    if sys.platform == "linux":
+        try:
+            os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # some file systems cannot
+                raise

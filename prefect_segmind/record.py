@@ -34,6 +34,7 @@ class Attempt(BaseModel):
         wait_seconds: Seconds waited before the next one; None if none followed.
         possibly_billed: Whether it may have been paid though no picture came of it; None while no outcome is known.
         reported_by: The run whose report counts it as possibly billed.
+        kept: Where the picture that it brought lies until it is archived: host and path of an outbox.
     """
 
     model_config = _MODEL
@@ -45,6 +46,7 @@ class Attempt(BaseModel):
     wait_seconds: float | None = None
     possibly_billed: bool | None = None
     reported_by: str | None = None
+    kept: str | None = None
 
 
 class Holder(BaseModel):
@@ -56,6 +58,7 @@ class Holder(BaseModel):
     host: str
     pid: int
     started: str
+    renewals: int = 0
 
 
 class PaidPicture(BaseModel):
@@ -114,8 +117,8 @@ class Record(BaseModel):
         return self
 
     def outcome_unknown(self, run: str) -> bool:
-        """Whether a request of another run may have been paid for a picture that never arrived."""
-        return any(each.run != run and each.possibly_billed is not False for each in self.attempts)
+        """Whether another run may have paid for a picture that is not at hand here."""
+        return any(each.run != run and (each.kept or each.possibly_billed is not False) for each in self.attempts)
 
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
@@ -137,7 +140,13 @@ class Record(BaseModel):
         return self.model_copy(update={"holder": holder, "attempts": (*closed, Attempt(run=holder.run, sent_at=now))})
 
     def answered(
-        self, *, status: int | None, reason: str | None, wait_seconds: float | None, possibly_billed: bool
+        self,
+        *,
+        status: int | None,
+        reason: str | None,
+        wait_seconds: float | None,
+        possibly_billed: bool,
+        kept: str | None = None,
     ) -> Record:
         """The record with the outcome of the last request; a run that is not going to wait lets go of its claim."""
         last = self.attempts[-1].model_copy(
@@ -146,6 +155,7 @@ class Record(BaseModel):
                 "reason": reason,
                 "wait_seconds": wait_seconds,
                 "possibly_billed": possibly_billed,
+                "kept": kept,
                 "reported_by": self.attempts[-1].run if possibly_billed else None,
             }
         )

@@ -64,13 +64,15 @@ def before_after(
     return "\n".join(lines)
 
 
-def publish_before_after(job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage) -> None:
+def publish_before_after(
+    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, credentials_block: str | None
+) -> None:
     """Puts before and after into an artifact of the flow run, under a key made of the job's name.
 
     The picture is paid and archived by now, so nothing that fails here fails the run: it is a warning.
     """
     try:
-        before = configuration.source_reader().read(job.job.image) if job.source else None
+        before = configuration.source_reader(credentials_block).read(job.job.image) if job.source else None
         found = configuration.open_archive(generated.archive).store.get(_key_in(generated.archive, archived.image))
         if found is None:
             raise FileNotFoundError(archived.image)

@@ -78,7 +78,8 @@ def _time(text: str) -> datetime | None:
             return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, timezone.utc)
         if re.match(r"\d{4}-", text):
             iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.upper().replace("Z", "+00:00"))
-            time = datetime.fromisoformat(iso.replace(" UTC", "+00:00"))
+            iso = re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", iso.replace(" UTC", "+00:00"))
+            time = datetime.fromisoformat(iso)
         else:
             time = parsedate_to_datetime(text)
         return time if time.tzinfo else time.replace(tzinfo=timezone.utc)

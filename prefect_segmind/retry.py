@@ -87,7 +87,7 @@ def decide(
     """
     policy = policy or RetryPolicy()
     if not isinstance(error, RETRIED):
-        return Decision(None, "this does not pass by itself")
+        return Decision(None, "trying again would not help")
     if attempts > policy.retries:
         return Decision(None, f"all {policy.retries} retries are spent")
     if unknown > policy.unknown_retries:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_segmind.download import Destination, DownloadError, download_bytes
-from prefect_segmind.errors import SourceImageError, redact
+from prefect_segmind.errors import SourceImageError, StoreError, redact
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -52,7 +52,12 @@ class SourceReader:
         if image.startswith("s3://"):
             from prefect_segmind import s3
 
-            return s3.read(image, self.s3(), limit=REMOTE_LIMIT)
+            try:
+                return s3.read(image, self.s3(), limit=REMOTE_LIMIT)
+            except StoreError as error:
+                if type(error) is StoreError and error.status is None:  # it is not there, or too large
+                    raise SourceImageError(f"image: {error}") from None
+                raise
         if image.startswith(("http://", "https://")):
             return self._read_http(image)
         return _read_file(image)

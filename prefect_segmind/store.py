@@ -148,7 +148,7 @@ class LocalStore:
             finally:
                 draft.unlink(missing_ok=True)
             for folder in (path.parent, *above_new):
-                _sync(folder)
+                sync(folder)
         return hashlib.sha256(data).hexdigest()
 
     def holds(self, key: str, data: bytes) -> bool:
@@ -240,9 +240,6 @@ if sys.platform == "win32":  # pragma: no cover
             time.sleep(pause)
         source.replace(target)
 
-    def _sync(folder: Path) -> None:
-        """Windows has no such thing for folders."""
-
 else:
     import fcntl
 
@@ -255,13 +252,20 @@ else:
     def _replace(source: Path, target: Path) -> None:
         source.replace(target)
 
-    def _sync(folder: Path) -> None:
-        """Make the names in a folder durable; a rename alone may not survive a power cut."""
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network and container mounts do not have it for folders
-                raise
-        finally:
-            os.close(descriptor)
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk; a rename alone may not survive a crash."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:  # Windows has no such thing for folders
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno != errno.EINVAL:  # some network and container mounts do not have it for folders
+            raise
+    finally:
+        os.close(descriptor)

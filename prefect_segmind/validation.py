@@ -109,12 +109,11 @@ def _settled_resolution(job: Job, source: SourceImage | None, warnings: list[str
             raise SourceImageError("resolution: AUTO needs an image that can be read from here; name one of the 78")
         return job.resolution
     nearest = nearest_resolution(source.width, source.height).value
-    if job.resolution == AUTO:
-        return nearest
-    lost = crop_loss(source.width, source.height, job.resolution)
+    chosen = nearest if job.resolution == AUTO else job.resolution
+    lost = crop_loss(source.width, source.height, chosen)
     if lost > CROP_WARNING:
-        warnings.append(
-            f"{job.resolution} crops {lost:.0%} of the {source.width}×{source.height} image away; "
-            f"{nearest} would crop {crop_loss(source.width, source.height, nearest):.0%} (resolution: AUTO chooses it)"
-        )
-    return job.resolution
+        warning = f"{chosen} crops {lost:.0%} of the {source.width}×{source.height} image away; "
+        least = crop_loss(source.width, source.height, nearest)
+        better = f"{nearest} would crop {least:.0%} (resolution: AUTO chooses it)"
+        warnings.append(warning + (better if chosen != nearest else "no resolution crops less"))
+    return chosen

@@ -141,16 +141,17 @@ def generate_image(
     opened = configuration.open_archive(archive)
     if not opened.store.conditional and opened.url not in _told:
         _told.add(opened.url)
-        log.info("%s ignores conditional writes: do not run the same job on two machines at a time", opened.url)
+        log.info("%s ignores conditional writes: do not run the same job in two processes at a time", opened.url)
     with load_credentials(credentials_block).get_client() as client:
         generation = Generation(
             archive=opened,
-            outbox=configuration.open_outbox(),
+            outbox=configuration.open_outbox(opened),
             client=client,
             address=configuration.open_uploads(upload_to).address,
             on_unknown=on_unknown,
             policy=policy,
             say=log.info,
+            warn=log.warning,
         )
         try:
             generated = generation.generate(job, uploaded, str(context.task_run.id) if context else uuid4().hex)
@@ -173,7 +174,8 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
     Raises:
         ArchiveError: The archive cannot be written. The picture is safe; the same job run again archives it unpaid.
     """
-    archiving = Archiving(configuration.open_archive(generated.archive), configuration.open_outbox())
+    opened = configuration.open_archive(generated.archive)
+    archiving = Archiving(opened, configuration.open_outbox(opened))
     archived = archiving.archive_picture(generated, flow_run.id)
     get_run_logger().info("archived: %s (%s)", archived.image, archived.status)
     return archived
@@ -183,7 +185,7 @@ def _report_failed_attempt(job: ValidatedJob, error: SegmindError) -> None:
     """Makes a failed request visible: a WARNING in the run's log, and an event."""
     assert error.decision is not None
     wait = error.decision.wait_seconds
-    follows = f"next request in {wait:.1f} s" if wait is not None else "no other request"
+    follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
     get_run_logger().warning(
         "request %s of %s failed%s: %s; %s: %s",
         error.requests_sent,

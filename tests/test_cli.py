@@ -90,7 +90,7 @@ def test_a_local_image_without_a_place_to_upload_to_is_bad_input_and_says_what_t
     assert (code, found["status"], found["cost_usd"]) == (cli.BAD_INPUT, "failed", "0.00")
     for name in ("--upload-to", "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"):
         assert name in found["error"]
-    assert "Nothing was paid." in told
+    assert "This run paid nothing." in told
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,23 @@ def test_an_interrupted_command_says_that_the_next_one_finds_what_was_paid(
 
     monkeypatch.setattr(cli, "image_to_image", interrupted)
     code, found, told = generate(capsys, str(photo), "a red mug")
-    assert (code, found["error"]) == (130, "KeyboardInterrupt")
-    assert "The same command again" in told
+    assert code == 130
+    assert found["error"].startswith("interrupted; the same command again recovers a picture that had arrived")
+    assert "the same command again" in told
+
+
+def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.client.SegmindClient.generate", interrupted)
+        code, found, told = generate(capsys, str(photo), "a red mug")
+    assert (code, found["attempts"], found["possibly_billed_usd"]) == (130, 1, "0.05")
+    assert found["fingerprint"]
+    assert "possibly billed: 0.05 USD" in told
 
 
 def test_check_says_ok_for_all_that_works(sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +326,9 @@ def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp
     )
     try:
         assert process.stdout
-        told = "".join(process.stdout.readline() for _ in range(13))
+        told = ""
+        while "SEGMIND_ARCHIVE=" not in told:
+            told += process.stdout.readline()
         exports = {name: shlex.split(value)[0] for name, value in re.findall(r"^export (\w+)=(.+)$", told, re.M)}
         done = command("generate", str(photo), "a red mug", "--json", home=tmp_path, **exports)
         assert json.loads(done.stdout)["status"] == "generated"

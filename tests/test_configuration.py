@@ -134,9 +134,16 @@ class TestCredentials:
     ) -> None:
         SegmindCredentials(api_key=SecretStr(KEY)).save("own", overwrite=True, _sync=True)  # type: ignore[call-arg]
         monkeypatch.setenv("SEGMIND_API_KEY", "another")
-        monkeypatch.setenv("SEGMIND_BASE_URL", "http://127.0.0.1:1")
         found = load_credentials("own")
         assert (found.api_key.get_secret_value(), found.base_url) == (KEY, "https://api.segmind.com/v1")
+
+    def test_a_block_that_would_pay_elsewhere_than_the_environment_says_is_refused(
+        self, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        SegmindCredentials(api_key=SecretStr(KEY)).save("real", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        monkeypatch.setenv("SEGMIND_BASE_URL", "http://127.0.0.1:1/v1")
+        with pytest.raises(errors.ConfigurationError, match="would pay there"):
+            load_credentials("real")
 
     @pytest.mark.parametrize("name", ["nobody", "segmind-credentials/nobody", "no/such/block"])
     def test_a_block_that_is_missing_is_named_and_how_to_save_it_told(

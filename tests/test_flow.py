@@ -40,6 +40,7 @@ from prefect_segmind import (
     upload_image,
     validate_job,
 )
+from prefect_segmind.client import SegmindClient
 from prefect_segmind.errors import BadGatewayError, InvalidJobError, InvalidKeyError, RateLimitError
 from prefect_segmind.resolution import Resolution
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -137,6 +138,28 @@ def test_the_same_run_again_and_under_another_name_pays_nothing(sandbox: Sandbox
     assert [each.status for each in (first, again, renamed)] == ["generated", "reused", "reused"]
     assert again.image == first.image
     assert "/summer/hero/" in renamed.image
+    assert sandbox.ledger.billed == 1
+
+
+def test_whatever_happens_between_a_picture_is_billed_once(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive is down after the answer, then up again; then the same run once more, and under another name."""
+    with monkeypatch.context() as down:
+        answered = SegmindClient.generate
+
+        def then_s3_is_down(*arguments: Any) -> Any:
+            picture = answered(*arguments)
+            down.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+            return picture
+
+        down.setattr(SegmindClient, "generate", then_s3_is_down)
+        failed = run(photo)
+    assert failed.is_failed()
+    assert "safe in the outbox" in str(failed.message)
+    results = [run(photo).result(), run(photo).result(), run(photo, name="summer/hero").result()]
+    assert [each.status for each in results] == ["recovered", "reused", "reused"]
+    assert [each.cost_usd for each in results] == [Decimal("0.00")] * 3
     assert sandbox.ledger.billed == 1
 
 

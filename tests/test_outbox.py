@@ -71,10 +71,18 @@ class TestReceiving:
                 assert part.stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
 
     def test_a_request_that_brought_no_picture_leaves_nothing_behind(self, outbox: Outbox) -> None:
-        for error in (AnswerCutError("cut"), KeyboardInterrupt()):
-            with pytest.raises(type(error)):
-                failing(outbox, b"half", error)
+        with pytest.raises(AnswerCutError):
+            failing(outbox, b"half", AnswerCutError("cut"))
+        with pytest.raises(KeyboardInterrupt), outbox.receive(PRINT, "one"):
+            raise KeyboardInterrupt
         assert names(outbox) == set()
+
+    def test_what_had_arrived_when_a_run_was_interrupted_stays(self, outbox: Outbox) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            failing(outbox, drawn(), KeyboardInterrupt())
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[0].read_bytes() == drawn()
 
     def test_what_a_failing_disk_holds_of_a_paid_picture_stays(self, outbox: Outbox) -> None:
         with pytest.raises(OutboxError, match="the disk failed"):
@@ -225,10 +233,23 @@ class TestFinding:
         assert kept[1].paid.sha256 == read_picture(path).sha256
         assert kept[1].paid.cost_source == "list price"
 
-    def test_a_broken_picture_is_none(self, outbox: Outbox) -> None:
+    def test_a_damaged_picture_is_told_and_not_paid_for_again_behind_your_back(self, outbox: Outbox) -> None:
         path, _ = received(outbox)
         path.write_bytes(drawn()[:40])
-        assert found(outbox) is None
+        with pytest.raises(OutboxError, match=r"was paid for and .*; restore it, or move it away to pay once more"):
+            found(outbox)
+
+    def test_an_outbox_that_cannot_be_read_is_never_taken_for_an_empty_one(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        received(outbox)
+
+        def refuse(path: Path) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr("prefect_segmind.outbox.read_picture", refuse)
+        with pytest.raises(OutboxError, match="cannot be read: Too many open files"):
+            found(outbox)
 
     def test_an_answer_that_arrived_whole_is_found_unless_its_run_may_still_live(self, outbox: Outbox) -> None:
         outbox.check()

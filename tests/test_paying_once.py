@@ -175,6 +175,75 @@ def test_a_run_killed_while_it_waited_is_not_repaid_where_the_policy_says_fail(s
     assert sandbox.ledger.billed == 1
 
 
+def test_a_picture_that_waits_for_one_archive_is_not_taken_by_another(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = generate(*up_to_upload(photo))
+    with monkeypatch.context() as other:
+        other.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "other"))
+        assert walk(photo).status == "generated"
+    assert waiting.path is not None
+    assert waiting.path.is_file()
+    assert walk(photo).status == "recovered"
+
+
+def test_an_interrupt_after_the_answer_leaves_the_picture_for_the_next_run(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.client.read_picture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(*up_to_upload(photo))
+    again = walk(photo)
+    assert (again.status, again.cost_usd, again.possibly_billed_usd) == ("recovered", Decimal(0), Decimal(0))
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = generate(*up_to_upload(photo))
+    lease.held_claim(configuration.open_archive(None), theirs.job.fingerprint).release()  # type: ignore[union-attr]
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another machine"))
+    with pytest.raises(OutcomeUnknownError, match=f"was paid for, and its picture lies in {theirs.path}"):
+        walk(photo, on_unknown="fail")
+    assert sandbox.ledger.billed == 1
+    said: list[str] = []
+    ours = generate(*up_to_upload(photo), said=said)
+    assert any(f"its picture lies in {theirs.path}" in each for each in said)
+    assert (ours.status, ours.possibly_billed_usd, sandbox.ledger.billed) == ("generated", Decimal(0), 2)
+
+
+def test_whatever_befalls_one_claim_the_others_are_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    class Watched:
+        def __init__(self, error: Exception | None) -> None:
+            self.error, self.renewed = error, 0
+
+        def renew(self) -> None:
+            self.renewed += 1
+            if self.error:
+                raise self.error
+
+    rounds = iter((None, None))
+
+    def wait(_: float) -> None:
+        if next(rounds, Stop) is Stop:
+            raise Stop
+
+    broken, sound = Watched(AttributeError("botocore's")), Watched(None)
+    monkeypatch.setattr(lease, "_claims", {("a", "1"): broken, ("a", "2"): sound})
+    monkeypatch.setattr("prefect_segmind.lease.time.sleep", wait)
+    with pytest.raises(Stop):
+        lease._renew_all()
+    assert (broken.renewed, sound.renewed) == (2, 2)
+
+
 def test_two_runs_in_one_process_pay_once(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(Answer(delay=1.0))
     results = []
@@ -254,7 +323,8 @@ def test_a_second_answer_of_unknown_outcome_ends_the_run(sandbox: Sandbox, photo
         assert cut.value.decision.retry is retry
     assert cut.value.possibly_billed_usd == Decimal("0.10")
     assert sandbox.ledger.billed == 2
-    assert list((Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"])).iterdir()) == []
+    outbox = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"])
+    assert [each for each in outbox.rglob("*") if each.is_file()] == []
 
 
 def test_where_the_policy_says_fail_a_run_does_not_repeat_its_own_request_of_unknown_outcome_either(
@@ -384,7 +454,8 @@ def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
     assert before is not None
     assert after is not None
     assert after.age <= 1
-    assert after.record == before.record
+    assert after.record.attempts == before.record.attempts
+    assert after.etag != before.etag, "so that nobody takes over by the version from before"
     claimed.hold(-1)
     claimed.renew()
     assert lease.held_claim(archive, job.fingerprint) is None

@@ -90,7 +90,7 @@ def test_of_all_statuses_three_are_retried():
 @pytest.mark.parametrize(
     ("error", "situation", "reason"),
     [
-        (make(errors.BadRequestError), {}, "this does not pass by itself"),
+        (make(errors.BadRequestError), {}, "trying again would not help"),
         (make(RateLimitError), {"attempts": 6}, "all 5 retries are spent"),
         (make(BadGatewayError), {"unknown": 2}, "2 requests may have been billed; another might pay once more"),
         (make(RateLimitError, 120.5), {}, "the server asks to wait 120 s, more than 120 s"),

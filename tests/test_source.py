@@ -91,7 +91,7 @@ class TestS3:
     def test_a_large_object_is_refused(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         configuration.s3_client().put_object(Bucket="segmind", Key="large.jpg", Body=bytes(2000))
         monkeypatch.setattr(source, "REMOTE_LIMIT", 1999)
-        with pytest.raises(StoreError, match="has 2000 bytes, more than the 1999"):
+        with pytest.raises(SourceImageError, match=r"image: .* has 2000 bytes, more than the 1999"):
             configuration.source_reader().read("s3://segmind/large.jpg")
 
 

@@ -65,6 +65,10 @@ class TestResolution:
     def test_a_crop_of_a_tenth_or_less_is_no_matter(self, width: int, warned: bool, tmp_path: Path) -> None:
         assert bool(validated(picture(tmp_path, (width, 400))).warnings) is warned
 
+    def test_a_crop_that_nothing_avoids_is_warned_about_too(self, tmp_path: Path) -> None:
+        job = validated(picture(tmp_path, (1200, 120)), resolution="AUTO", allow_extreme_ratio=True)
+        assert job.warnings == ("RESOLUTION_1536_512 crops 70% of the 1200×120 image away; no resolution crops less",)
+
     def test_sides_are_measured_after_the_exif_rotation(self, tmp_path: Path) -> None:
         job = validated(picture(tmp_path, (640, 360), orientation=6), resolution="AUTO")
         assert job.parameters["resolution"] == "RESOLUTION_720_1280"

@@ -33,20 +33,22 @@ def generate(
     said: list[str] | None = None,
 ) -> GeneratedImage:
     """One request; a failed one is raised as it is."""
+    opened = configuration.open_archive(archive)
     with load_credentials().get_client() as client:
         return Generation(
-            archive=configuration.open_archive(archive),
-            outbox=configuration.open_outbox(),
+            archive=opened,
+            outbox=configuration.open_outbox(opened),
             client=client,
             address=configuration.open_uploads(None).address,
             on_unknown=on_unknown,
-            say=(said if said is not None else []).append,
+            say=(said := said if said is not None else []).append,
+            warn=said.append,
         ).generate(job, uploaded, run or uuid.uuid4().hex)
 
 
 def archive_picture(generated: GeneratedImage) -> ArchivedImage:
     archive = configuration.open_archive(generated.archive)
-    return Archiving(archive, configuration.open_outbox()).archive_picture(generated)
+    return Archiving(archive, configuration.open_outbox(archive)).archive_picture(generated)
 
 
 def walk(image: str | Path, *, on_unknown: OnUnknown = "repay", **fields: Any) -> ArchivedImage:

@@ -105,6 +105,7 @@ class Sandbox:
         """
         found = {"SEGMIND_BASE_URL": self.base_url, "SEGMIND_API_KEY": self.api_key}
         found["PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK"] = ""
+        found["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(self.folder.resolve() / "outbox")
         if self.s3 is not None:
             found |= {
                 "AWS_ENDPOINT_URL_S3": self.s3.endpoint_url,
