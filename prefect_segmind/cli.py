@@ -242,8 +242,7 @@ def success(archived: ArchivedImage) -> dict[str, Any]:
 
 def _failure(name: str, error: BaseException) -> dict[str, Any]:
     known = error if isinstance(error, SegmindError) else SegmindError(_told(error))
-    if isinstance(error, KeyboardInterrupt):
-        vars(known).update(vars(error))  # the stage that pays has noted on it what was under way
+    vars(known).update(vars(_noted(error)))
     return {
         "status": "failed",
         "name": name,
@@ -277,8 +276,9 @@ def _explain(error: BaseException, verbose: bool) -> int:
     _people.print(_told(error), style="red", markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, SegmindError) and error.decision:
         _people.print(f"Not sent again: {error.decision.reason}.", markup=False, highlight=False)
-    paid = getattr(error, "cost_usd", Decimal(0))
-    possibly = getattr(error, "possibly_billed_usd", Decimal(0))
+    noted = _noted(error)
+    paid = getattr(noted, "cost_usd", Decimal(0))
+    possibly = getattr(noted, "possibly_billed_usd", Decimal(0))
     if paid or possibly:
         _people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.", highlight=False)
     elif isinstance(error, SegmindError):
@@ -286,11 +286,19 @@ def _explain(error: BaseException, verbose: bool) -> int:
     return exit_code(error)
 
 
+def _noted(error: BaseException) -> BaseException:
+    """The error on which the stage that pays has noted what was under way; Prefect raises another one after SIGTERM."""
+    inner: BaseException | None = error
+    while inner is not None and not hasattr(inner, "requests_sent"):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
+
+
 def _told(error: BaseException) -> str:
     """An error in words for people."""
     if isinstance(error, KeyboardInterrupt):
         return (
-            "interrupted; the same command again recovers a picture that had arrived, and reports a request that was "
-            "under way as possibly billed"
+            "interrupted; a request that was under way may be billed, and the same command again recovers its picture "
+            "if it had arrived"
         )
     return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")

@@ -210,11 +210,8 @@ class Generation:
                 self._failed(job, run, held, error)
                 raise
             except BaseException as error:
-                held.release()  # the request in the record has no outcome, and the next run will say so
-                sent = len(sent_by(run, held.record.attempts))
-                known = SegmindError("")
-                known.fingerprint, known.requests_sent = job.fingerprint, sent
-                known.possibly_billed_usd = job.price_usd * (possibly_billed_count(run, held.record.attempts) + 1)
+                known = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
+                self._failed(job, run, held, known)
                 vars(error).update(vars(known))  # for whoever reports an interrupt
                 raise
         kept_at = f"{path} on {socket.gethostname()}"

@@ -190,7 +190,7 @@ def test_an_interrupted_command_says_that_the_next_one_finds_what_was_paid(
     monkeypatch.setattr(cli, "image_to_image", interrupted)
     code, found, told = generate(capsys, str(photo), "a red mug")
     assert code == 130
-    assert found["error"].startswith("interrupted; the same command again recovers a picture that had arrived")
+    assert found["error"].startswith("interrupted; a request that was under way may be billed")
     assert "the same command again" in told
 
 

@@ -348,7 +348,7 @@ def test_a_run_that_gave_up_lets_go_of_its_claim(sandbox: Sandbox, photo: Path) 
     assert generate(job, uploaded).status == "generated"
 
 
-def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_the_next_counts_it(
+def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request_itself(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, uploaded = up_to_upload(photo)
@@ -358,10 +358,13 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_the_next_counts_it(
 
     with monkeypatch.context() as now:
         now.setattr("prefect_segmind.client.SegmindClient.generate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as error:
             generate(job, uploaded)
+    assert vars(error.value)["possibly_billed_usd"] == Decimal("0.05")
+    with pytest.raises(OutcomeUnknownError):
+        walk(photo, on_unknown="fail")
     again = walk(photo)
-    assert (again.status, again.possibly_billed_usd) == ("generated", Decimal("0.05"))
+    assert (again.status, again.possibly_billed_usd) == ("generated", Decimal("0.00")), "it is reported once"
 
 
 def test_a_record_that_cannot_be_read_is_never_taken_for_not_there(sandbox: Sandbox, photo: Path) -> None:
