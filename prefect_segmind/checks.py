@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect_segmind import configuration
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError
+from prefect_segmind.place import open_store
 from prefect_segmind.price import usd
 from prefect_segmind.settings import load_settings
 
@@ -65,7 +66,7 @@ def _upload_place(place: str | None) -> Found:
     uploads = configuration.open_uploads(place)
     if uploads.place is None:
         raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
-    store = configuration.open_archive(uploads.place).store
+    store = open_store(uploads.place, configuration.s3_client())
     said = secrets.token_bytes(16)
     store.put(".segmind-check", said, "application/octet-stream")
     answer = httpx.get(uploads.address(store.uri(".segmind-check")), timeout=10)

@@ -36,8 +36,8 @@ from prefect_segmind.response import SPACE, Link, answer_error, error_text, head
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
 """Bytes of a picture that are accepted; a JSON answer may be a third longer for its base64."""
-_LINK_WAITS = (0.5, 2.0, 5.0)
-"""Seconds between the attempts to download a linked picture."""
+_LINK_WAITS = (0.5, 2.0, 5.0, 10.0, 20.0, 30.0)
+"""Seconds between the attempts to download a linked picture: it is paid for, and the link is all there is of it."""
 
 
 class SegmindClient:

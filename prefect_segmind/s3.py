@@ -256,14 +256,6 @@ class S3Store:
                     if not entry.get("Key", "/").endswith("/"):
                         yield entry.get("Key", "")[len(self._root) :]
 
-    def presign(self, key: str, seconds: int) -> str:
-        """A https address to GET the object for a time; see `presign_uri`."""
-        return presign_uri(self.uri(key), self._client, seconds)
-
-    def credentials_expire_in(self) -> float | None:
-        """Seconds until the signing credentials die; None where none is known."""
-        return credentials_expire_in(self._client)
-
     def _put(
         self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
     ) -> str:

@@ -15,13 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from uuid import uuid4
 
 from prefect_segmind.errors import PreconditionFailedError, StoreAccessError, StoreError
-
-if TYPE_CHECKING:
-    pass
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
