@@ -9,6 +9,9 @@ from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.price import usd
 from prefect_segmind.record import Record
 
+_TOLD = {"sent_at", "status", "reason", "wait_seconds", "possibly_billed"}
+"""What a sidecar tells of each request; which run sent it from which machine is the record's business."""
+
 
 def sidecar(
     generated: GeneratedImage, record: Record, flow_run_id: str | None, copied_from: str | None
@@ -43,7 +46,7 @@ def sidecar(
         "cost_source": picture.cost_source,
         "copied_from": copied_from,
         "request_id": picture.request_id,
-        "attempt_log": [each.model_dump(mode="json", exclude={"run", "reported_by"}) for each in record.attempts],
+        "attempt_log": [each.model_dump(mode="json", include=_TOLD) for each in record.attempts],
         "paid_at": picture.paid_at.isoformat(),
         "warnings": [*job.warnings, *picture.notices],
         "flow_run_id": flow_run_id,

@@ -70,6 +70,9 @@ def test_every_parameter_of_the_api_has_an_option(
     code, found, _ = generate(capsys, str(photo), "a hat", *(part for each in options.items() for part in each))
     assert (code, found["seed"], found["width"], found["name"]) == (0, 4711, 640, "spring/hero")
     sidecar = json.loads(Path(found["sidecar"]).read_text())
+    (attempt,) = sidecar["attempt_log"]
+    assert attempt.keys() == {"sent_at", "status", "reason", "wait_seconds", "possibly_billed"}
+    assert (attempt["status"], attempt["possibly_billed"]) == (200, False)
     assert sidecar["request"].pop("image_file").startswith(options["--upload-to"] + "/")
     assert sidecar["request"] == {
         "prompt": "a hat",
