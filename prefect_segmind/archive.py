@@ -117,7 +117,7 @@ class Archive:
         Returns:
             Its key.
         """
-        key = image_key.rpartition(".")[0] + ".json"
+        key = sidecar_key(image_key)
         data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
         with suppress(PreconditionFailedError):
             self.store.put(key, data, "application/json", if_absent=True)
@@ -138,6 +138,11 @@ class Archive:
                 f"{self.store.uri(record_key(record.fingerprint))} to pay once more"
             )
         return found.data
+
+
+def sidecar_key(image_key: str) -> str:
+    """Key of the sidecar of a picture in the archive."""
+    return image_key.rpartition(".")[0] + ".json"
 
 
 def record_key(fingerprint: str) -> str:

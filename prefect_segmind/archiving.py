@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.archive import Archive
+from prefect_segmind.archive import Archive, sidecar_key
 from prefect_segmind.errors import ArchiveError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.lease import Claim, held_claim
@@ -114,9 +114,10 @@ class Archiving:
         if hashlib.sha256(data).hexdigest() != picture.sha256:
             raise StoreError(f"outbox: {path} is no longer the picture that was paid for")
         image = self.archive.put_picture(generated.name, fingerprint, picture, data)
+        beside_key = sidecar_key(image)
         before = Record(fingerprint=fingerprint, attempts=generated.attempts)
-        beside = sidecar(generated, before.archived(picture, image, image), flow_run_id, None)
-        beside_key = self.archive.put_sidecar(image, beside)
+        done = before.archived(picture, image, beside_key)
+        self.archive.put_sidecar(image, sidecar(generated, done, flow_run_id, None))
         if held is not None and held.run == generated.run:
             held.release()  # where a store ignores conditions, a renewal could overwrite the record that says done
         while True:

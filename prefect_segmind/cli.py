@@ -217,7 +217,7 @@ def check(*, block: str | None = None, archive: str | None = None, upload_to: st
         console.print(f"[{colour}]{found.mark:<4}[/] [bold]{title}[/]: ", end="")
         console.print(found.text, markup=False, highlight=False, soft_wrap=True)
         codes.append(code)
-    return max(codes, key=(DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY).index)
+    return max(codes)
 
 
 def exit_code(error: BaseException) -> int:

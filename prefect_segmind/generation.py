@@ -139,9 +139,8 @@ class Generation:
         while True:
             found = self.archive.read(job.fingerprint)
             elsewhere = held_elsewhere(self.archive, found, run)
-            kept = self.outbox.find(
-                job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=not elsewhere
-            )
+            done = found is not None and found.record.state == "done"
+            kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
             what = verdict(
                 found.record if found else None,
                 run=run,
@@ -150,7 +149,6 @@ class Generation:
                 on_unknown=self.on_unknown,
             )
             if what is Verdict.PAY:
-                self._warn_of_paying_again(job, found, run)
                 if paid := self._pay(job, uploaded, run, found):
                     return paid
                 time.sleep(WAIT_SECONDS)
@@ -180,6 +178,9 @@ class Generation:
                 refused.fingerprint = job.fingerprint
                 raise refused
 
+    def _in_outbox(self, job: ValidatedJob, *, unfinished: bool) -> tuple[Path, OutboxEntry] | None:
+        return self.outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=unfinished)
+
     def _warn_of_paying_again(self, job: ValidatedJob, found: RecordRead | None, run: str) -> None:
         if kept_at := _kept_elsewhere(found):
             self.warn(
@@ -202,6 +203,8 @@ class Generation:
             held = self._claim(job, found, run)
             if held is None:
                 return None
+            if len(sent_by(run, held.record.attempts)) == 1:
+                self._warn_of_paying_again(job, found, run)
             held.hold(REQUEST_SECONDS)
             try:
                 paid = self.client.generate(request, part)

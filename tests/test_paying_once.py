@@ -100,6 +100,28 @@ def test_archive_down_after_the_answer_then_up_again_pays_once(
     assert walk(photo).status == "reused"
 
 
+def test_what_is_left_in_the_outbox_of_an_archived_picture_does_no_harm(sandbox: Sandbox, photo: Path) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    archive_picture(generated)
+    generated.path.write_bytes(b"half a")
+    assert walk(photo).status == "reused"
+    assert not generated.path.exists()
+
+
+def test_that_a_job_may_be_paid_for_twice_is_said_once(sandbox: Sandbox, photo: Path) -> None:
+    killed_while_waiting(sandbox, photo)
+    sandbox.play(Answer(status=429, reset_in=0.1))
+    job, uploaded = up_to_upload(photo)
+    said: list[str] = []
+    with pytest.raises(RateLimitError):
+        generate(job, uploaded, run="one", said=said)
+    generate(job, uploaded, run="one", said=said)
+    assert [each for each in said if each.endswith("paying again")] == [
+        "an earlier request for mug may have been billed, and no picture came of it: paying again"
+    ]
+
+
 def test_a_picture_without_its_facts_is_recovered_all_the_same(sandbox: Sandbox, photo: Path) -> None:
     generated = generate(*up_to_upload(photo))
     assert generated.path is not None
