@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prefect_segmind.archiving import ArchivedImage
+    from prefect_segmind.batch import BatchError, BatchResult
     from prefect_segmind.client import SegmindClient
     from prefect_segmind.credentials import SegmindCredentials
     from prefect_segmind.errors import SegmindError
     from prefect_segmind.flows.image_to_image import image_to_image
+    from prefect_segmind.flows.refresh_assets import refresh_assets
     from prefect_segmind.generation import GeneratedImage
     from prefect_segmind.request import ImageToImageRequest, Job, parse_job
     from prefect_segmind.resolution import Resolution
     from prefect_segmind.settings import SegmindSettings
-    from prefect_segmind.tasks import archive_image, generate_image, upload_image, validate_job
+    from prefect_segmind.tasks.image_to_image import archive_image, generate_image, upload_image, validate_job
+    from prefect_segmind.tasks.produce_asset import produce_asset
     from prefect_segmind.upload import UploadedImage
     from prefect_segmind.validation import ValidatedJob
 
@@ -27,6 +30,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArchivedImage",
+    "BatchError",
+    "BatchResult",
     "GeneratedImage",
     "ImageToImageRequest",
     "Job",
@@ -42,21 +47,24 @@ __all__ = [
     "generate_image",
     "image_to_image",
     "parse_job",
+    "produce_asset",
+    "refresh_assets",
     "upload_image",
     "validate_job",
 ]
 
 _HOMES = {
     "archiving": ("ArchivedImage",),
+    "batch": ("BatchError", "BatchResult"),
     "client": ("SegmindClient",),
     "credentials": ("SegmindCredentials",),
     "errors": ("SegmindError",),
-    "flows": ("image_to_image",),
+    "flows": ("image_to_image", "refresh_assets"),
     "generation": ("GeneratedImage",),
     "request": ("ImageToImageRequest", "Job", "parse_job"),
     "resolution": ("Resolution",),
     "settings": ("SegmindSettings",),
-    "tasks": ("archive_image", "generate_image", "upload_image", "validate_job"),
+    "tasks": ("archive_image", "generate_image", "produce_asset", "upload_image", "validate_job"),
     "upload": ("UploadedImage",),
     "validation": ("ValidatedJob",),
 }

@@ -10,8 +10,12 @@ def main() -> None:
     """Runs `prefect-segmind` and exits with its code."""
     # Prefect reads these when it is imported. Its temporary server gives up after 20 s, too soon for a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    # And it records task runs one by one, too slow for a batch, and drops those that it has no time for.
+    os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE", "100")
+    os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE", "100")
     if "--verbose" not in sys.argv:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "prefect_segmind.console.QuietConsole")
+        console = "BatchConsole" if sys.argv[1:2] == ["refresh"] else "QuietConsole"
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", f"prefect_segmind.console.{console}")
     if sys.argv[1:2] == ["demo"]:
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # no request of a demo leaves the machine
         os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from prefect_segmind.store import Store
 
 _WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
 """Seconds before another look at a record that cannot be read: some servers write in place, and show half of it."""
+_RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
+_SIDECAR = re.compile(r"/([0-9a-f]{16})(?:-[0-9a-f]{16})?\.json$")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,32 @@ class Archive:
         data = record.model_dump_json(indent=2).encode()
         key = record_key(record.fingerprint)
         return self.store.put(key, data, "application/json", if_absent=etag is None, if_match=etag)
+
+    def content(self, uri: str) -> bytes | None:
+        """What lies at a URI of this archive; None if nothing does."""
+        found = self.store.get(uri[len(self.store.uri("x")) - 1 :].replace("\\", "/"))
+        return found.data if found else None
+
+    def survey(self, fingerprints: Collection[str]) -> tuple[set[str], set[str]]:
+        """Which of these pictures have a record, and which of those a sidecar, by one listing of the archive.
+
+        Args:
+            fingerprints: Those that matter; a listing holds all that were ever made.
+
+        Returns:
+            Those with a record, and those of them with a sidecar too, which is put just before the record is done: they
+            are paid and archived.
+        """
+        short = {each[:16] for each in fingerprints}
+        recorded: set[str] = set()
+        beside: set[str] = set()
+        for key in self.store.keys(""):
+            if found := _RECORD.fullmatch(key):
+                if found[1] in fingerprints:
+                    recorded.add(found[1])
+            elif (found := _SIDECAR.search(key)) and found[1] in short:
+                beside.add(found[1])
+        return recorded, {each for each in recorded if each[:16] in beside}
 
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
         """Puts a picture under a job's name and never over a different one.

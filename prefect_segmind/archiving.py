@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -116,22 +117,32 @@ class Archiving:
         image = self.archive.put_picture(generated.name, fingerprint, picture, data)
         beside_key = sidecar_key(image)
         before = Record(fingerprint=fingerprint, attempts=generated.attempts)
-        done = before.archived(picture, image, beside_key)
-        self.archive.put_sidecar(image, sidecar(generated, done, flow_run_id, None))
-        if held is not None and held.run == generated.run:
-            held.release()  # where a store ignores conditions, a renewal could overwrite the record that says done
-        while True:
-            found = self.archive.read(fingerprint)
-            if found is not None and found.record.state == "done":
-                break
-            record = found.record if found else before
-            try:
-                self.archive.write(record.archived(picture, image, beside_key), found.etag if found else None)
-                break
-            except PreconditionFailedError:
-                continue  # the lease was renewed, or another run came in between: look again
+
+        def archived(record: Record) -> Record:
+            return record.archived(picture, image, beside_key)
+
+        self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
+        self._note_done(held if held and held.run == generated.run else None, before, archived)
         self.outbox.remove(fingerprint)
         return self._result(generated, image, beside_key)
+
+    def _note_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
+        """Writes the record that says done: over the claim of this run, or over what others have made of it."""
+        if held is not None:
+            try:
+                held.write(archived)
+                return
+            except PreconditionFailedError:
+                held.release()  # the claim was lost meanwhile
+        while True:
+            found = self.archive.read(before.fingerprint)
+            if found is not None and found.record.state == "done":
+                return
+            try:
+                self.archive.write(archived(found.record if found else before), found.etag if found else None)
+                return
+            except PreconditionFailedError:
+                continue  # another run came in between: look again
 
     def _reuse(self, generated: GeneratedImage, flow_run_id: str | None) -> ArchivedImage:
         found = self.archive.read(generated.job.fingerprint)

@@ -1,6 +1,6 @@
 """The command line, `prefect-segmind`.
 
-Exit codes: 0 done; 1 it failed; 2 bad input, nothing paid; 3 the account refused; 4 no money.
+Exit codes: 0 done; 1 it failed, or some assets did; 2 bad input, nothing paid; 3 the account refused; 4 no money.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -22,15 +22,29 @@ from prefect_segmind import __version__
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.checks import Found, all_checks
 from prefect_segmind.console import print_facts
-from prefect_segmind.errors import AccountError, InputError, InsufficientCreditsError, SegmindError, redact
-from prefect_segmind.flows import image_to_image
-from prefect_segmind.price import usd
+from prefect_segmind.errors import ConfigurationError, InputError, SegmindError, redact
+from prefect_segmind.flows import image_to_image, refresh_assets
+from prefect_segmind.outcome import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    batch,
+    batch_facts,
+    batch_failure,
+    batch_of,
+    exit_code,
+    explain,
+    failure,
+    outcome,
+    people,
+    success,
+    told,
+)
+from prefect_segmind.progress import batch_progress
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import name_from_image, parse_job
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
 from prefect_segmind.settings import load_settings
-
-DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 
 app = App(
     name="prefect-segmind",
@@ -38,7 +52,6 @@ app = App(
     help="Pictures from pictures with Segmind's Ideogram 2a, paid for once.",
     result_action="return_value",
 )
-_people = Console(stderr=True)
 
 
 @Parameter(name="*")
@@ -69,12 +82,12 @@ def run(arguments: Sequence[str]) -> int:
     except CycloptsError as error:
         text = str(error)
         if "--json" in arguments:
-            print(json.dumps(_failure("", InputError(text))))
-        _people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-        _people.print("prefect-segmind --help tells what there is.")
+            print(json.dumps(failure("", InputError(text))))
+        people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        people.print("prefect-segmind --help tells what there is.")
         return BAD_INPUT
     except Exception as error:
-        return _explain(error, verbose="--verbose" in arguments)
+        return explain(error, verbose="--verbose" in arguments)
     return result if isinstance(result, int) else DONE
 
 
@@ -146,13 +159,95 @@ def generate(
         archived = cast(ArchivedImage, image_to_image(**job, **settings))
     except (Exception, KeyboardInterrupt) as error:
         if output.json:
-            print(json.dumps(_failure(name, error)))
-        return _explain(error, output.verbose)
+            print(json.dumps(failure(name, error)))
+        return explain(error, output.verbose)
     if output.json:
         print(json.dumps(success(archived)))
     else:
         print_facts(Console(), outcome(archived))
     return DONE
+
+
+@app.command
+def refresh(
+    manifest: str,
+    /,
+    *,
+    archive: str | None = None,
+    upload_to: str | None = None,
+    block: str | None = None,
+    max_concurrency: int = 16,
+    requests_per_minute: int | None = None,
+    budget_usd: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    on_unknown: OnUnknown = "repay",
+    variables: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    output: Output | None = None,
+) -> int:
+    """Make the pictures of a manifest, and archive them. The same command again makes only what is missing.
+
+    Args:
+        manifest: A YAML, JSON, JSON Lines or CSV file: a local path or s3://bucket/key.
+        archive: s3://bucket/prefix or a folder; PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE if left out.
+        upload_to: s3://bucket/prefix; PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO if left out.
+        block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
+        max_concurrency: Requests to the API at once, at most.
+        requests_per_minute: Requests to the API in any minute, at most.
+        budget_usd: What the run may spend; at the limit it stops with exit code 4.
+        dry_run: Only plan: what would be made, and what it would cost.
+        on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
+        variables: key=value, for the manifest's templates; may be given several times.
+        output: How to speak.
+    """
+    output = output or Output()
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with batch_progress(people, hidden=dry_run):
+            result = refresh_assets(
+                manifest=manifest,
+                archive=archive,
+                upload_to=upload_to,
+                credentials_block=block,
+                variables=_variables(variables),
+                max_concurrency=max_concurrency,
+                requests_per_minute=requests_per_minute,
+                budget_usd=_money(budget_usd),
+                dry_run=dry_run,
+                on_unknown=on_unknown,
+            )
+    except (Exception, KeyboardInterrupt) as error:
+        ended = batch_of(error)
+        if output.json:
+            print(json.dumps(batch(ended) | {"error": told(error)} if ended else batch_failure(error)))
+        if not ended:
+            return explain(error, output.verbose)
+        if output.verbose:
+            people.print_exception()
+        if not output.json:
+            print_facts(Console(), batch_facts(ended))
+        return exit_code(error)
+    if output.json:
+        print(json.dumps(batch(result)))
+    else:
+        print_facts(Console(), result.plan.facts() if dry_run else batch_facts(result))
+    return DONE
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    """What `--set key=value` has set."""
+    wrong = [each for each in given if not re.fullmatch(r"[A-Za-z_]\w*=.*", each, re.S)]
+    if wrong:
+        raise ConfigurationError(f"--set: {wrong[0]!r} is not allowed; allowed is name=value")
+    return dict(each.split("=", 1) for each in given)
+
+
+def _money(given: str | None) -> Decimal | None:
+    """An amount in USD that was given as text."""
+    try:
+        return None if given is None else Decimal(given)
+    except InvalidOperation:
+        raise ConfigurationError(f"budget_usd: {given!r} is not allowed; allowed is an amount such as 5.00") from None
 
 
 @app.command
@@ -178,6 +273,7 @@ def sandbox(
     latency: float = 2.0,
     credits: str = "10.00",
     requests_per_minute: int | None = None,
+    sketch: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Serve a stand-in for the API and an S3 server on this machine until Ctrl-C, and print the exports for them.
 
@@ -188,10 +284,11 @@ def sandbox(
         latency: Seconds that a picture takes.
         credits: USD on the sandbox's account.
         requests_per_minute: A rate limit, if there is to be one.
+        sketch: Answer sketches, which take next to no time to draw: for measuring many at once.
     """
     from prefect_segmind.demonstration import serve_sandbox
 
-    serve_sandbox(folder, port, s3_port, latency, credits, requests_per_minute, Console())
+    serve_sandbox(folder, port, s3_port, latency, credits, requests_per_minute, Console(), sketch)
     return DONE
 
 
@@ -218,87 +315,3 @@ def check(*, block: str | None = None, archive: str | None = None, upload_to: st
         console.print(found.text, markup=False, highlight=False, soft_wrap=True)
         codes.append(code)
     return max(codes)
-
-
-def exit_code(error: BaseException) -> int:
-    """The exit code for an error."""
-    table: tuple[tuple[type[BaseException], int], ...] = (
-        (InputError, BAD_INPUT),
-        (AccountError, ACCOUNT_REFUSED),
-        (InsufficientCreditsError, NO_MONEY),
-        (KeyboardInterrupt, 130),
-    )
-    return next((code for kind, code in table if isinstance(error, kind)), FAILED)
-
-
-def success(archived: ArchivedImage) -> dict[str, Any]:
-    """What `generate --json` prints of a picture: money as text, all else as it is."""
-    return {
-        **archived.model_dump(mode="json"),
-        "cost_usd": usd(archived.cost_usd),
-        "possibly_billed_usd": usd(archived.possibly_billed_usd),
-    }
-
-
-def _failure(name: str, error: BaseException) -> dict[str, Any]:
-    known = error if isinstance(error, SegmindError) else SegmindError(_told(error))
-    vars(known).update(vars(_noted(error)))
-    return {
-        "status": "failed",
-        "name": name,
-        **dict.fromkeys(("image", "sidecar", "fingerprint", "sha256", "width", "height", "seed")),
-        "fingerprint": known.fingerprint,
-        "cost_usd": usd(known.cost_usd),
-        "possibly_billed_usd": usd(known.possibly_billed_usd),
-        "attempts": known.requests_sent,
-        "error": str(known),
-    }
-
-
-def outcome(archived: ArchivedImage) -> dict[str, str]:
-    """What people see of a picture in the terminal."""
-    facts = {
-        archived.status: archived.name,
-        "picture": archived.image,
-        "sidecar": archived.sidecar,
-        "size, seed": f"{archived.width}×{archived.height}, {archived.seed}",
-        "paid": f"{usd(archived.cost_usd)} USD in {archived.attempts} request{'s' * (archived.attempts != 1)}",
-    }
-    if archived.possibly_billed_usd:
-        facts["possibly paid"] = f"{usd(archived.possibly_billed_usd)} USD more"
-    return facts
-
-
-def _explain(error: BaseException, verbose: bool) -> int:
-    """Says what went wrong in a few lines, with a traceback only for those who ask."""
-    if verbose:
-        _people.print_exception()
-    _people.print(_told(error), style="red", markup=False, highlight=False, soft_wrap=True)
-    if isinstance(error, SegmindError) and error.decision:
-        _people.print(f"Not sent again: {error.decision.reason}.", markup=False, highlight=False)
-    noted = _noted(error)
-    paid = getattr(noted, "cost_usd", Decimal(0))
-    possibly = getattr(noted, "possibly_billed_usd", Decimal(0))
-    if paid or possibly:
-        _people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.", highlight=False)
-    elif isinstance(error, SegmindError):
-        _people.print("This run paid nothing.")
-    return exit_code(error)
-
-
-def _noted(error: BaseException) -> BaseException:
-    """The error on which the stage that pays has noted what was under way; Prefect raises another one after SIGTERM."""
-    inner: BaseException | None = error
-    while inner is not None and not hasattr(inner, "requests_sent"):
-        inner = inner.__cause__ or inner.__context__
-    return inner or error
-
-
-def _told(error: BaseException) -> str:
-    """An error in words for people."""
-    if isinstance(error, KeyboardInterrupt):
-        return (
-            "interrupted; a request that was under way may be billed, and the same command again recovers its picture "
-            "if it had arrived"
-        )
-    return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")

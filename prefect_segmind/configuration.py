@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from prefect.blocks.core import Block
 
 from prefect_segmind.archive import Archive
+from prefect_segmind.archiving import Archiving
 from prefect_segmind.client import on_loopback
-from prefect_segmind.credentials import load_base_url
+from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.gate import Gate
+from prefect_segmind.generation import Generation
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.place import open_store
+from prefect_segmind.production import Production
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
 from prefect_segmind.source import SourceReader
 from prefect_segmind.upload import Uploads
@@ -56,7 +63,7 @@ def open_uploads(place: str | None) -> Uploads:
     """The place for source images that is named here or in the settings."""
     settings = load_settings()
     return Uploads(
-        s3=s3_client,
+        s3=lru_cache(maxsize=1)(s3_client),  # which reads the settings each time
         place=place or settings.upload_to,
         presigned_seconds=settings.presigned_seconds,
         public_base_url=settings.public_base_url,
@@ -82,9 +89,60 @@ def source_reader(credentials_block: str | None = None) -> SourceReader:
         credentials_block: The block that names the API's address, if one does.
     """
     return SourceReader(
-        s3=s3_client,
+        s3=lru_cache(maxsize=1)(s3_client),
         allow_private=load_settings().allow_private_sources,
         allow_loopback=on_loopback(load_base_url(credentials_block)),
+    )
+
+
+def open_generation(
+    archive: str | None,
+    upload_to: str | None,
+    credentials_block: str | None,
+    *,
+    on_unknown: OnUnknown = "repay",
+    policy: RetryPolicy | None = None,
+    gate: Gate | None = None,
+) -> Generation:
+    """What pays for pictures.
+
+    Args:
+        archive: As for `open_archive`.
+        upload_to: As for `open_uploads`.
+        credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if None.
+        on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+        policy: How patient the run is; how long a server is waited for is a setting.
+        gate: What the requests of a batch pass.
+
+    Raises:
+        ConfigurationError: There is no key, or no archive.
+    """
+    settings, credentials, opened = load_settings(), load_credentials(credentials_block), open_archive(archive)
+    return Generation(
+        archive=opened,
+        outbox=open_outbox(opened),
+        open_client=lambda: credentials.get_client(settings),
+        address=open_uploads(upload_to).address,
+        on_unknown=on_unknown,
+        policy=replace(policy or RetryPolicy(), longest_wait_seconds=settings.longest_wait_seconds),
+        gate=gate or Gate(),
+    )
+
+
+def open_production(generation: Generation, upload_to: str | None, credentials_block: str | None) -> Production:
+    """Everything that takes a job through all its stages.
+
+    Args:
+        generation: What pays.
+        upload_to: As for `open_uploads`.
+        credentials_block: As for `source_reader`.
+    """
+    return Production(
+        reader=source_reader(credentials_block),
+        uploads=open_uploads(upload_to),
+        generation=generation,
+        archiving=Archiving(generation.archive, generation.outbox),
+        price_usd=load_settings().price_usd,
     )
 
 

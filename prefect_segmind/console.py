@@ -22,6 +22,15 @@ class QuietConsole(PrefectConsoleHandler):
             super().emit(record)
 
 
+class BatchConsole(QuietConsole):
+    """The terminal of a batch: of its task runs only what is about money or failure, for there are many of them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows what is no error, and of task runs what is at least a warning."""
+        if record.levelno >= logging.WARNING or "task_runs" not in record.name:
+            super().emit(record)
+
+
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     """Prints a line for each fact, its title in bold; long lines are left to the terminal, so that paths stay whole."""
     width = max(map(len, facts))

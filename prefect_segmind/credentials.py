@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr
 
 from prefect_segmind.client import DEFAULT_BASE_URL, SegmindClient
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.settings import load_settings
+from prefect_segmind.settings import SegmindSettings, load_settings
 
 
 class SegmindCredentials(CredentialsBlock):
@@ -36,13 +36,16 @@ class SegmindCredentials(CredentialsBlock):
     api_key: SecretStr = Field(description="The key to Segmind's API.")
     base_url: str = Field(default=DEFAULT_BASE_URL, description="Address of the API.")
 
-    def get_client(self) -> SegmindClient:
+    def get_client(self, settings: SegmindSettings | None = None) -> SegmindClient:
         """A client with this key and the time-outs of the settings; close it after use.
+
+        Args:
+            settings: Those of now if left out; reading them takes longer than making a client.
 
         Raises:
             ConfigurationError: The key or the address is unusable.
         """
-        settings = load_settings()
+        settings = settings or load_settings()
         return SegmindClient(
             self.api_key.get_secret_value(),
             self.base_url,

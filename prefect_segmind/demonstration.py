@@ -70,6 +70,7 @@ def serve_sandbox(
     credits: str,
     requests_per_minute: int | None,
     console: Console,
+    sketch: bool = False,
 ) -> None:
     """Serves the sandbox until Ctrl-C or SIGTERM, and prints the exports that point the plugin at it.
 
@@ -81,6 +82,7 @@ def serve_sandbox(
         credits: USD on the account.
         requests_per_minute: A rate limit, if there is to be one.
         console: Where people read.
+        sketch: Whether pictures are only sketched, for load tests.
     """
     with Sandbox(
         folder.resolve(),
@@ -89,6 +91,7 @@ def serve_sandbox(
         latency=latency,
         credits=credits,
         requests_per_minute=requests_per_minute,
+        sketch=sketch,
     ) as sandbox:
         lines = (
             "# The sandbox runs until Ctrl-C. In another terminal: paste these lines, then prefect-segmind generate …",

@@ -48,6 +48,7 @@ class SegmindError(Exception):
         cost_usd: What this run has paid for the job for certain.
         possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
         decision: What is to follow a failed request: wait or stop.
+        stage: Where a job of a batch failed: `validate`, `upload`, `generate` or `archive`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class SegmindError(Exception):
         self.cost_usd = Decimal("0.00")
         self.possibly_billed_usd = Decimal("0.00")
         self.decision: Decision | None = None
+        self.stage: str | None = None
 
 
 class InputError(SegmindError):
@@ -121,6 +123,22 @@ class ArchiveError(StoreError):
 
 class OutcomeUnknownError(SegmindError):
     """An earlier request for this job may have been paid, and `on_unknown="fail"` forbids another."""
+
+
+class ManifestError(InputError):
+    """A manifest has mistakes; the message has a line for each of them."""
+
+
+class BudgetReachedError(SegmindError):
+    """The budget of a run has no room for another picture."""
+
+
+class RunCancelledError(SegmindError):
+    """Somebody or something has ended the run: Ctrl-C, SIGTERM, a cancellation in Prefect."""
+
+
+class NotStartedError(SegmindError):
+    """The run had stopped before a request for this job was sent; its cause says why. Nothing was paid for it."""
 
 
 class ApiError(SegmindError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -17,11 +16,13 @@ from pydantic import BaseModel, ConfigDict
 from prefect_segmind.archive import Archive, RecordRead
 from prefect_segmind.client import SegmindClient
 from prefect_segmind.errors import (
+    NotStartedError,
     OutcomeUnknownError,
     PreconditionFailedError,
     SegmindError,
     StoreError,
 )
+from prefect_segmind.gate import Gate
 from prefect_segmind.lease import Claim, claim, held_claim, held_elsewhere, this_process
 from prefect_segmind.outbox import Outbox, OutboxEntry
 from prefect_segmind.record import (
@@ -40,7 +41,9 @@ from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob
 
 WAIT_SECONDS = 1.0
-"""Seconds between looks at a record that another run holds."""
+"""Seconds until the second look at a record that another run holds; each further one comes later."""
+LONGEST_WAIT_SECONDS = 5.0
+"""Seconds between looks at most."""
 REQUEST_SECONDS = 3600.0
 """How long a claim is kept for one request at most."""
 ARCHIVE_SECONDS = 600.0
@@ -100,21 +103,23 @@ class Generation:
     Attributes:
         archive: Has the records.
         outbox: Takes the pictures.
-        client: Sends the requests.
+        open_client: Makes the client that sends a request; a pool of connections that threads share is slow.
         address: Turns the URI of an uploaded image into an address that the provider can GET, for one request.
         on_unknown: Whether a picture is paid for again where an earlier request, of this run or another, may have been
             billed.
         policy: How patient the run is.
+        gate: What every request of the run passes; one of its own lets it go at once.
         say: Takes a line for the log.
         warn: Takes a line that a person should see, for it is about money.
     """
 
     archive: Archive
     outbox: Outbox
-    client: SegmindClient
+    open_client: Callable[[], SegmindClient]
     address: Callable[[str], str]
     on_unknown: OnUnknown = "repay"
     policy: RetryPolicy = field(default_factory=RetryPolicy)
+    gate: Gate = field(default_factory=Gate)
     say: Callable[[str], None] = print
     warn: Callable[[str], None] = print
 
@@ -131,11 +136,20 @@ class Generation:
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
+            NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`.
             StoreError: The record could not be read or written; nothing was paid.
         """
+        try:
+            return self._picture(job, uploaded, run)
+        except NotStartedError as stopped:
+            self._stopped(job, run, stopped)
+            raise
+
+    def _picture(self, job: ValidatedJob, uploaded: UploadedImage, run: str) -> GeneratedImage:
         told = False
+        pauses = 0
         while True:
             found = self.archive.read(job.fingerprint)
             elsewhere = held_elsewhere(self.archive, found, run)
@@ -151,7 +165,7 @@ class Generation:
             if what is Verdict.PAY:
                 if paid := self._pay(job, uploaded, run, found):
                     return paid
-                time.sleep(WAIT_SECONDS)
+                pauses = self._pause(pauses)
             elif what is Verdict.REUSE and found and found.record.picture:
                 self.say(f"reused: {job.name} is paid for and archived already; nothing to pay")
                 picture, attempts = found.record.picture, found.record.attempts
@@ -165,7 +179,7 @@ class Generation:
                 if not told:
                     self.say(f"waiting: another run is paying for {job.name} at this moment")
                     told = True
-                time.sleep(WAIT_SECONDS)
+                pauses = self._pause(pauses)
             else:
                 kept_at = _kept_elsewhere(found)
                 refused = OutcomeUnknownError(
@@ -191,6 +205,12 @@ class Generation:
                 f"an earlier request for {job.name} may have been billed, and no picture came of it: paying again"
             )
 
+    def _pause(self, pauses: int) -> int:
+        """Waits before another look at what another run holds; other jobs of a batch go on meanwhile."""
+        with self.gate.parked():
+            self.gate.pause(min(WAIT_SECONDS * 1.5**pauses, LONGEST_WAIT_SECONDS))
+        return pauses + 1
+
     def _pay(
         self, job: ValidatedJob, uploaded: UploadedImage, run: str, found: RecordRead | None
     ) -> GeneratedImage | None:
@@ -198,7 +218,11 @@ class Generation:
 
         All that can fail on this machine is done before the claim: disk space, the signed address.
         """
-        with self.outbox.receive(job.fingerprint, run) as part:
+        with (
+            self.gate.admit(job.price_usd) as admission,
+            self.outbox.receive(job.fingerprint, run) as part,
+            self.open_client() as client,
+        ):
             request = job.request(self.address(uploaded.uri))
             held = self._claim(job, found, run)
             if held is None:
@@ -207,8 +231,11 @@ class Generation:
                 self._warn_of_paying_again(job, found, run)
             held.hold(REQUEST_SECONDS)
             try:
-                paid = self.client.generate(request, part)
-                path = self.outbox.keep(job.fingerprint, part, OutboxEntry(paid=paid, attempts=held.record.attempts))
+                admission.sent()
+                paid = client.generate(request, part)
+                admission.paid(paid.cost_usd)
+                entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
+                path = self.outbox.keep(job.fingerprint, part, entry)
             except SegmindError as error:
                 self._failed(job, run, held, error)
                 raise
@@ -229,6 +256,15 @@ class Generation:
             self.say(notice)
         return self._result(job, uploaded, run, "generated", path, paid, held.record.attempts)
 
+    def _stopped(self, job: ValidatedJob, run: str, stopped: NotStartedError) -> None:
+        """Notes on the error what earlier requests of this run for the job came to, and lets go of its claim."""
+        stopped.fingerprint = job.fingerprint
+        held = held_claim(self.archive, job.fingerprint)
+        if held is not None and held.run == run:
+            stopped.requests_sent = len(sent_by(run, held.record.attempts))
+            stopped.possibly_billed_usd = job.price_usd * possibly_billed_count(run, held.record.attempts)
+            held.release()
+
     def _claim(self, job: ValidatedJob, found: RecordRead | None, run: str) -> Claim | None:
         held = held_claim(self.archive, job.fingerprint)
         if held is None or held.run != run:
@@ -243,10 +279,13 @@ class Generation:
     def _failed(self, job: ValidatedJob, run: str, held: Claim, error: SegmindError) -> None:
         """Decides what follows a failed request, and notes it in the record and on the error."""
         mine = sent_by(run, held.record.attempts)
+        alike = mine[:-1]
+        if self.policy.rate_limit_retries is not None:
+            alike = tuple(each for each in alike if (each.status == 429) == (error.status == 429))
         policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
         decision = decide(
             error,
-            attempts=len(mine),
+            attempts=len(alike) + 1,
             unknown=sum(1 for each in mine if each.possibly_billed) + error.possibly_billed,
             elapsed=(datetime.now(timezone.utc) - mine[0].sent_at).total_seconds(),
             jitter=random.random(),

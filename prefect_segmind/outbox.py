@@ -141,8 +141,14 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
-        paths = [each for each in self.folder.glob(f"{fingerprint}.*") if each.suffix not in _NO_PICTURES]
-        for path in (*paths, *(self._received(fingerprint) if unfinished else ())):
+        try:
+            files = self._files(fingerprint)
+        except OSError as error:
+            raise self._unusable(f"it cannot be read: {error.strerror}") from error
+        paths = [each for each in files if each.suffix not in _NO_PICTURES]
+        # Answers that may have arrived whole when their run died: cut to their length, no longer as reserved.
+        received = [each for each in files if unfinished and each.suffix == ".part" and _arrived(each)]
+        for path in (*paths, *received):
             try:
                 picture = read_picture(path)
                 written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
@@ -173,15 +179,27 @@ class Outbox:
             return (path if path in paths else self.keep(fingerprint, path, entry)), entry
         return None
 
+    def fingerprints(self) -> set[str]:
+        """Those of all pictures that lie here, as far as the names of the files tell; none is read."""
+        if not self.folder.is_dir():
+            return set()
+        return {
+            each.name.partition(".")[0]
+            for each in self.folder.iterdir()
+            if each.suffix not in _NO_PICTURES or (each.suffix == ".part" and _arrived(each))
+        }
+
     def remove(self, fingerprint: str) -> None:
         """Empties the outbox of a picture that the archive holds; what cannot be removed does no harm."""
-        for path in self.folder.glob(f"{fingerprint}.*"):
-            with suppress(OSError):
-                path.unlink()
+        with suppress(OSError):
+            for path in self._files(fingerprint):
+                with suppress(OSError):
+                    path.unlink()
 
-    def _received(self, fingerprint: str) -> list[Path]:
-        """Answers that may have arrived whole when their run died: cut to their length, no longer as reserved."""
-        return [each for each in self.folder.glob(f"{fingerprint}.*.part") if _arrived(each)]
+    def _files(self, fingerprint: str) -> list[Path]:
+        """All files of a picture. `glob` would find none in a folder that may not be read."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
+        return [self.folder / name for name in names if name.startswith(f"{fingerprint}.")]
 
     def _unusable(self, why: str) -> OutboxError:
         return OutboxError(

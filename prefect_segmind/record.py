@@ -123,17 +123,16 @@ class Record(BaseModel):
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
 
-        A request of a dead run that has no outcome is given one here: possibly billed, and reported by this run.
+        A request of a dead run that has no outcome is given one here: possibly billed, and reported by this run, which
+        also reports what the dead one would have reported at its end.
         """
+        dead = self.holder.run if self.holder and self.holder.run != holder.run else None
+        lost = {"possibly_billed": True, "reason": "the run ended before it had the answer", "reported_by": holder.run}
         closed = tuple(
-            each.model_copy(
-                update={
-                    "possibly_billed": True,
-                    "reason": "the run ended before it had the answer",
-                    "reported_by": holder.run,
-                }
-            )
+            each.model_copy(update=lost)
             if each.possibly_billed is None
+            else each.model_copy(update={"reported_by": holder.run})
+            if dead and each.reported_by == dead
             else each
             for each in self.attempts
         )

@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+from collections.abc import Callable, Mapping
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from prefect_segmind import configuration
+from prefect_segmind.archive import Archive
 from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.batch import BatchResult
 from prefect_segmind.errors import redact
 from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.normalisation import thumbnail
+from prefect_segmind.plan import Plan
 from prefect_segmind.price import usd
+from prefect_segmind.source import SourceReader
 from prefect_segmind.validation import ValidatedJob
 
 THUMBNAIL_WIDTH = 320
 """Pixels; two of them fit beside each other in Prefect's UI on a screen of 1300."""
+SHOWN_PICTURES = 12
+"""Pictures of a batch that its report shows; each takes about 40 kB in Prefect's database."""
+SHOWN_FAILURES = 100
+"""Failures that it lists; the manifest of the failed ones has them all."""
 
 
 def before_after(
@@ -56,9 +66,7 @@ def before_after(
         "| --- | --- |",
         f"| {left} | ![after]({_data_uri(after)}) |",
         "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+        *_table(facts),
         *(f"\n- {_cell(warning)}" for warning in (*job.warnings, *generated.picture.notices)),
     ]
     return "\n".join(lines)
@@ -73,11 +81,11 @@ def publish_before_after(
     """
     try:
         before = configuration.source_reader(credentials_block).read(job.job.image) if job.source else None
-        found = configuration.open_archive(generated.archive).store.get(_key_in(generated.archive, archived.image))
-        if found is None:
+        after = configuration.open_archive(generated.archive).content(archived.image)
+        if after is None:
             raise FileNotFoundError(archived.image)
         create_markdown_artifact(
-            markdown=before_after(job, archived, generated, before, found.data),
+            markdown=before_after(job, archived, generated, before, after),
             key=artifact_key(archived.name),
             description=f"{archived.name}, before and after",
         )
@@ -85,19 +93,81 @@ def publish_before_after(
         get_run_logger().warning("no before and after in the UI: %s", redact(str(error)))
 
 
-def artifact_key(name: str) -> str:
-    """The artifact's key for a job: lower case, digits and dashes, and different for different names.
+def publish_plan(plan: Plan, manifest: str) -> None:
+    """Puts the plan of a batch into an artifact of its flow run, for whoever wants to know the cost beforehand."""
+    lines = [
+        f"### Plan for {_cell(manifest)}",
+        "",
+        *_table(plan.facts()),
+        *(f"\n- {_cell(each)}" for each in plan.shortfalls()),
+        *(f"\n- {count} assets: {_cell(warning)}" for warning, count in plan.warnings),
+        *(f"\n- {_cell(name)} will fail, unpaid: {_cell(problem)}" for name, problem in plan.problems),
+    ]
+    _publish("\n".join(lines), artifact_key(manifest, "plan"), "what the run is going to do and to cost")
+
+
+def publish_batch(result: BatchResult, manifest: str, archive: Archive, credentials_block: str | None) -> None:
+    """Puts a batch's counts, its failures, and before and after of its first pictures into an artifact.
+
+    Args:
+        result: What came of the batch.
+        manifest: Where its manifest lies.
+        archive: Has the pictures.
+        credentials_block: As for `source_reader`.
+    """
+    new = [each for each in result.images if each.status != "reused"] or list(result.images)
+    reader = configuration.source_reader(credentials_block)
+    lines = [
+        f"### {_cell(manifest)}",
+        "",
+        _cell(result.sentence()),
+        *([f"\nThe run stopped early: {_cell(result.stopped)}"] if result.stopped else ()),
+        *([f"\nThe failed assets, to run again: {_cell(result.failed_manifest)}"] if result.failed_manifest else ()),
+        *(["", "| failed | stage | why |", "| --- | --- | --- |"] if result.failures else ()),
+        *(f"| {_cell(each.name)} | {each.stage} | {_cell(each.error)} |" for each in result.failures[:SHOWN_FAILURES]),
+        *(["", "| | before | after |", "| --- | --- | --- |"] if new else ()),
+        *(_row(each, archive, reader) for each in new[:SHOWN_PICTURES]),
+        *([f"\n{len(new) - SHOWN_PICTURES} more are in {_cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
+    ]
+    _publish("\n".join(lines), artifact_key(manifest, "batch"), "what came of the run, before and after")
+
+
+def _row(picture: ArchivedImage, archive: Archive, reader: SourceReader) -> str:
+    """A line with a picture of a batch and its source; one that cannot be read now is left out of it."""
+    sources: tuple[Callable[[], bytes | None], ...] = (
+        lambda: reader.read(json.loads(archive.content(picture.sidecar) or b"{}")["job"]["image"]),
+        lambda: archive.content(picture.image),
+    )
+    shown = []
+    for read in sources:
+        try:
+            shown.append(f"![{picture.status}]({_data_uri(read() or b'')})")
+        except Exception:  # noqa: BLE001
+            shown.append("cannot be read now")
+    return f"| {_cell(picture.name)}, {picture.status}, {usd(picture.cost_usd)} USD | {shown[0]} | {shown[1]} |"
+
+
+def _publish(markdown: str, key: str, description: str) -> None:
+    """Makes an artifact; what is paid is archived by now, so nothing that fails here fails the run."""
+    try:
+        create_markdown_artifact(markdown=markdown, key=key, description=description)
+    except Exception as error:  # noqa: BLE001
+        get_run_logger().warning("no report in the UI: %s", redact(str(error)))
+
+
+def artifact_key(name: str, kind: str = "before-after") -> str:
+    """An artifact's key: lower case, digits and dashes, and different for different names.
 
     Example:
         >>> artifact_key("Hero/Summer")
         'before-after-hero-summer-8cb7bd3d'
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
-    return f"before-after-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-60:].strip("-")
+    return f"{kind}-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _key_in(archive: str, uri: str) -> str:
-    return uri.removeprefix(archive).lstrip("/\\").replace("\\", "/")
+def _table(facts: Mapping[str, str]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
 
 
 def _data_uri(image: bytes) -> str:

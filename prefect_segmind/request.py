@@ -124,9 +124,9 @@ def _job_resolution(value: str, info: ValidationInfo) -> str:
 
 
 Prompt = Annotated[str, AfterValidator(_not_blank)]
-ImageWeight = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=100)]
+ImageWeight = Annotated[int, Field(ge=1, le=100), BeforeValidator(_not_bool)]
 NegativePrompt = Annotated[Annotated[str, AfterValidator(_encodable)] | None, BeforeValidator(_blank_is_none)]
-Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=100, le=999_999)]
+Seed = Annotated[int, Field(ge=100, le=999_999), BeforeValidator(_not_bool)]
 
 
 class ImageToImageRequest(BaseModel):

@@ -26,6 +26,8 @@ class RetryPolicy:
 
     Attributes:
         retries: Requests after the first one, at most.
+        rate_limit_retries: Requests after those that a rate limit refused, at most, where these are counted apart; None
+            if they are not.
         base_seconds: The first wait; it doubles with each attempt.
         longest_backoff_seconds: It doubles no further than to this.
         unknown_retries: Requests after one that may have been billed, at most.
@@ -34,6 +36,7 @@ class RetryPolicy:
     """
 
     retries: int = 5
+    rate_limit_retries: int | None = None
     base_seconds: float = 1.0
     longest_backoff_seconds: float = 60.0
     unknown_retries: int = 1
@@ -75,7 +78,8 @@ def decide(
 
     Args:
         error: What the last request ended with.
-        attempts: Requests this run has sent for the job, the failed one included.
+        attempts: Requests this run has sent for the job, the failed one included; only those that a rate limit
+            refused, or only the others, where the policy counts them apart.
         unknown: How many of them may have been billed, the failed one included.
         elapsed: Seconds since the first of them was sent.
         jitter: A number from 0 to 1; it lengthens the wait by up to a quarter of the backoff, never shortens it.
@@ -88,8 +92,10 @@ def decide(
     policy = policy or RetryPolicy()
     if not isinstance(error, RETRIED):
         return Decision(None, "trying again would not help")
-    if attempts > policy.retries:
-        return Decision(None, f"all {policy.retries} retries are spent")
+    apart = policy.rate_limit_retries if isinstance(error, RateLimitError) else None
+    retries = policy.retries if apart is None else apart
+    if attempts > retries:
+        return Decision(None, f"all {retries} retries are spent")
     if unknown > policy.unknown_retries:
         return Decision(
             None, f"{unknown} request{'s' * (unknown > 1)} may have been billed; another might pay once more"

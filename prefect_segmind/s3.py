@@ -18,6 +18,7 @@ import boto3
 from botocore import exceptions as aws
 from botocore.config import Config
 
+from prefect_segmind import __version__
 from prefect_segmind.errors import (
     ConfigurationError,
     PreconditionFailedError,
@@ -54,6 +55,8 @@ def s3_client() -> S3Client:
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 3},
         max_pool_connections=64,
+        # botocore puts its own together anew for each request, which takes an eighth of the request's CPU.
+        user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
         # What is read is checked by its own hash. botocore's check breaks on a 5xx that carries a checksum header
         # (AttributeError: 'StreamingChecksumBody' object has no attribute 'strip'), as S3-compatible servers send it.
         response_checksum_validation="when_required",

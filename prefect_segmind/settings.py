@@ -34,6 +34,7 @@ class SegmindSettings(PrefectBaseSettings):
         connect_timeout_seconds: To connect to the API.
         read_timeout_seconds: To wait for the next bytes of an answer.
         longest_wait_seconds: A rate limit that asks for a longer wait stops the job.
+        grace_seconds: What is in flight has so long to end when a batch is interrupted; a worker kills after 30.
         price_usd: What a picture is expected to cost.
         allow_private_sources: Whether images at private and link-local addresses are read.
         allow_unlisted_resolution: Whether resolutions beyond the 78 are sent.
@@ -52,6 +53,7 @@ class SegmindSettings(PrefectBaseSettings):
     connect_timeout_seconds: float = Field(default=10.0, gt=0)
     read_timeout_seconds: float = Field(default=180.0, gt=0)
     longest_wait_seconds: float = Field(default=120.0, ge=0)
+    grace_seconds: float = Field(default=25.0, ge=0)
     price_usd: Decimal = Field(default=LIST_PRICE_USD, ge=0)
     allow_private_sources: bool = False
     allow_unlisted_resolution: bool = False

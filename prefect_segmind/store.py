@@ -131,8 +131,10 @@ class LocalStore:
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
         with _explained("write", path):
-            above_new = [folder.parent for folder in path.parents if not folder.exists()]
-            path.parent.mkdir(parents=True, exist_ok=True)
+            above_new: list[Path] = []
+            if not path.parent.is_dir():
+                above_new = [folder.parent for folder in path.parents if not folder.exists()]
+                path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with draft.open("xb") as file:
                     file.write(data)
@@ -140,7 +142,7 @@ class LocalStore:
                     os.fsync(file.fileno())
                 with self._locked():
                     if if_absent or if_match is not None:
-                        require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
+                        require(self.get(key), str(path), if_absent=if_absent, if_match=if_match)
                     _replace(draft, path)
             finally:
                 draft.unlink(missing_ok=True)
@@ -173,7 +175,8 @@ class LocalStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         path = self.folder / LOCK_KEY
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             _lock(file.fileno())
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -62,6 +63,72 @@ class ValidatedJob(BaseModel):
         )
 
 
+@dataclass(frozen=True)
+class InspectedSource:
+    """What is known of a source image, whatever jobs it has.
+
+    Attributes:
+        image: What was found in it; None where it could not be read.
+        sha256: Of its content, or of its URL where it could not be read.
+        warnings: What a person should know before paying.
+    """
+
+    image: SourceImage | None
+    sha256: str
+    warnings: tuple[str, ...] = ()
+
+
+def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: bool = False) -> InspectedSource:
+    """Reads, decodes and hashes a source image.
+
+    Args:
+        image: Where it lies.
+        reader: Reads it.
+        allow_extreme_ratio: Whether sides beyond 1:3 and 3:1 are let through.
+
+    Raises:
+        SourceImageError: It cannot be used; the message says why and what to do.
+        StoreError: It lies in S3 and cannot be read.
+    """
+    try:
+        found = inspect(reader.read(image), image, allow_extreme_ratio=allow_extreme_ratio)
+    except UnreadableSource as error:
+        warning = f"the image could not be read from here ({error}); it goes to the provider unchecked"
+        return InspectedSource(None, hashlib.sha256(image.encode()).hexdigest(), (warning,))
+    return InspectedSource(found, found.sha256, tuple(f"the image is {change}" for change in found.changes))
+
+
+def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
+    """Settles a job's seed, resolution, fingerprint and price.
+
+    Args:
+        job: What was asked for.
+        source: What its source image is.
+        price_usd: What a picture costs.
+
+    Raises:
+        SourceImageError: `AUTO` was asked for an image that could not be read.
+    """
+    warnings = list(source.warnings)
+    parameters = job.parameters()
+    parameters["resolution"] = _settled_resolution(job, source.image, warnings)
+    if job.negative_prompt:
+        warnings.append("negative_prompt may be ignored: Ideogram documents it for other versions than 2a")
+    if job.seed is None:
+        parameters["seed"] = derived_seed(source.sha256, parameters)
+    elif job.seed == "random":
+        parameters["seed"] = 100 + secrets.randbelow(999_900)
+    return ValidatedJob(
+        job=job,
+        source=source.image,
+        source_sha256=source.sha256,
+        parameters=parameters,
+        fingerprint=fingerprint(source.sha256, parameters),
+        price_usd=price_usd,
+        warnings=tuple(warnings),
+    )
+
+
 def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
     """Inspects a job's source image and settles its seed, resolution, fingerprint and price.
 
@@ -74,33 +141,8 @@ def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_
         SourceImageError: The source cannot be used; the message says why and what to do.
         StoreError: The source lies in S3 and cannot be read.
     """
-    warnings: list[str] = []
-    source: SourceImage | None = None
-    try:
-        data = reader.read(job.image)
-        source = inspect(data, job.image, allow_extreme_ratio=job.allow_extreme_ratio)
-        source_sha256 = source.sha256
-        warnings += [f"the image is {change}" for change in source.changes]
-    except UnreadableSource as error:
-        warnings.append(f"the image could not be read from here ({error}); it goes to the provider unchecked")
-        source_sha256 = hashlib.sha256(job.image.encode()).hexdigest()
-    parameters = job.parameters()
-    parameters["resolution"] = _settled_resolution(job, source, warnings)
-    if job.negative_prompt:
-        warnings.append("negative_prompt may be ignored: Ideogram documents it for other versions than 2a")
-    if job.seed is None:
-        parameters["seed"] = derived_seed(source_sha256, parameters)
-    elif job.seed == "random":
-        parameters["seed"] = 100 + secrets.randbelow(999_900)
-    return ValidatedJob(
-        job=job,
-        source=source,
-        source_sha256=source_sha256,
-        parameters=parameters,
-        fingerprint=fingerprint(source_sha256, parameters),
-        price_usd=price_usd,
-        warnings=tuple(warnings),
-    )
+    source = inspect_source(job.image, reader, allow_extreme_ratio=job.allow_extreme_ratio)
+    return settle(job, source, price_usd=price_usd)
 
 
 def _settled_resolution(job: Job, source: SourceImage | None, warnings: list[str]) -> str:

@@ -8,43 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 from prefect import task
-from prefect.context import TaskRunContext
-from prefect.events import emit_event
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run, task_run
+from prefect.runtime import flow_run
 
 from prefect_segmind import configuration
 from prefect_segmind.archiving import ArchivedImage, Archiving
-from prefect_segmind.credentials import load_credentials
-from prefect_segmind.errors import SegmindError
-from prefect_segmind.generation import GeneratedImage, Generation
+from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.price import usd
 from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import Job, name_from_image, parse_job
+from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
+from prefect_segmind.tasks.attempts import failed_attempts_reported, mention_conditions, run_id, run_name, task_policy
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
 from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob, validate
 
-_told: set[str] = set()
-"""Archives of which this process has said that they ignore conditional writes."""
 
-
-def _run_name() -> str:
-    """`validate hero/summer`: the task and the job it works on."""
-    first = next(iter(task_run.parameters.values()), None)
-    if isinstance(first, Mapping):
-        name = first.get("name") or name_from_image(str(first.get("image")))
-    else:
-        name = getattr(first, "name", "")
-    return f"{str(task_run.task_name).partition('_')[0]} {name}"
-
-
-@task(task_run_name=_run_name)
+@task(task_run_name=run_name)
 def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = None) -> ValidatedJob:
     """Checks a job and its source image, and settles seed, resolution, fingerprint and price. Nothing is paid.
 
@@ -73,7 +56,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
     return validated
 
 
-@task(task_run_name=_run_name)
+@task(task_run_name=run_name)
 def upload_image(
     job: ValidatedJob, upload_to: str | None = None, credentials_block: str | None = None
 ) -> UploadedImage:
@@ -99,7 +82,7 @@ def upload_image(
 
 
 @task(
-    task_run_name=_run_name,
+    task_run_name=run_name,
     retries=RetryPolicy().retries,
     retry_delay_seconds=ServerPacedDelays(),
     retry_condition_fn=retry_if_decided,
@@ -133,38 +116,19 @@ def generate_image(
         OutcomeUnknownError: An earlier request may have been billed, and `on_unknown` is `fail`.
         StoreError: The record of the picture cannot be read or written; nothing was paid.
     """
-    log, settings = get_run_logger(), load_settings()
-    context = TaskRunContext.get()
-    policy = RetryPolicy(longest_wait_seconds=settings.longest_wait_seconds)
-    if context:
-        policy = replace(policy, retries=context.task.retries)
-    opened = configuration.open_archive(archive)
-    if not opened.store.conditional and opened.url not in _told:
-        _told.add(opened.url)
-        log.info("%s ignores conditional writes: do not run the same job in two processes at a time", opened.url)
-    with load_credentials(credentials_block).get_client() as client:
-        generation = Generation(
-            archive=opened,
-            outbox=configuration.open_outbox(opened),
-            client=client,
-            address=configuration.open_uploads(upload_to).address,
-            on_unknown=on_unknown,
-            policy=policy,
-            say=log.info,
-            warn=log.warning,
-        )
-        try:
-            generated = generation.generate(job, uploaded, str(context.task_run.id) if context else uuid4().hex)
-        except SegmindError as error:
-            if error.decision:
-                _report_failed_attempt(job, error)
-            raise
+    log = get_run_logger()
+    generation = configuration.open_generation(
+        archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
+    )
+    mention_conditions(generation.archive)
+    with failed_attempts_reported(job.name):
+        generated = replace(generation, say=log.info, warn=log.warning).generate(job, uploaded, run_id())
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated
 
 
-@task(task_run_name=_run_name)
+@task(task_run_name=run_name)
 def archive_image(generated: GeneratedImage) -> ArchivedImage:
     """Archives a paid picture, its sidecar and its record, and empties the outbox of it.
 
@@ -179,34 +143,3 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
     archived = archiving.archive_picture(generated, flow_run.id)
     get_run_logger().info("archived: %s (%s)", archived.image, archived.status)
     return archived
-
-
-def _report_failed_attempt(job: ValidatedJob, error: SegmindError) -> None:
-    """Makes a failed request visible: a WARNING in the run's log, and an event."""
-    assert error.decision is not None
-    wait = error.decision.wait_seconds
-    follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
-    get_run_logger().warning(
-        "request %s of %s failed%s: %s; %s: %s",
-        error.requests_sent,
-        job.name,
-        " and may have been billed" if error.possibly_billed else "",
-        error,
-        follows,
-        error.decision.reason,
-    )
-    emit_event(
-        event="prefect-segmind.attempt.failed",
-        resource={"prefect.resource.id": f"prefect-segmind.job.{job.fingerprint}", "prefect.resource.name": job.name},
-        payload={
-            "name": job.name,
-            "fingerprint": job.fingerprint,
-            "attempt": error.requests_sent,
-            "status": error.status,
-            "error": str(error),
-            "reason": error.decision.reason,
-            "wait_seconds": wait,
-            "possibly_billed": error.possibly_billed,
-            "request_id": error.request_id,
-        },
-    )

@@ -12,8 +12,13 @@ from typing import Any, SupportsIndex
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from prefect_segmind.errors import SegmindError
+from prefect_segmind.errors import RateLimitError, SegmindError
+from prefect_segmind.production import shared
 from prefect_segmind.retry import RetryPolicy
+
+BATCH_WAIT_SECONDS = 15.0
+"""In a batch all assets wait for a rate limit, in its gate; Prefect waits no longer than this, for its waits cannot be
+ended when the run is."""
 
 _wait: ContextVar[float] = ContextVar("segmind_wait", default=0.0)
 
@@ -34,5 +39,6 @@ def retry_if_decided(task: Task[..., Any], task_run: TaskRun, state: State[Any])
     """Whether a failed request is to be sent again, for `retry_condition_fn`. Prefect takes plain functions only."""
     error = state.result(raise_on_failure=False)
     decision = error.decision if isinstance(error, SegmindError) else None
-    _wait.set(decision.wait_seconds or 0.0 if decision else 0.0)
+    wait = decision.wait_seconds or 0.0 if decision else 0.0
+    _wait.set(min(wait, BATCH_WAIT_SECONDS) if isinstance(error, RateLimitError) and shared.get() else wait)
     return decision is not None and decision.retry

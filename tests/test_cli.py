@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_segmind import __version__, cli, configuration
+from prefect_segmind import __version__, cli, configuration, outcome
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -90,7 +90,7 @@ def test_a_local_image_without_a_place_to_upload_to_is_bad_input_and_says_what_t
 ) -> None:
     monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
     code, found, told = generate(capsys, str(photo), "a red mug")
-    assert (code, found["status"], found["cost_usd"]) == (cli.BAD_INPUT, "failed", "0.00")
+    assert (code, found["status"], found["cost_usd"]) == (outcome.BAD_INPUT, "failed", "0.00")
     for name in ("--upload-to", "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"):
         assert name in found["error"]
     assert "This run paid nothing." in told
@@ -118,7 +118,7 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
     sandbox: Sandbox, photo: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found, _ = generate(capsys, *(str(photo) if each == "PHOTO" else each for each in arguments))
-    assert (code, found["status"]) == (cli.BAD_INPUT, "failed")
+    assert (code, found["status"]) == (outcome.BAD_INPUT, "failed")
     assert said in found["error"]
     assert sandbox.ledger.requests == ()
 
@@ -126,12 +126,12 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        *[(Answer(status=each), cli.FAILED) for each in (400, 405, 422, 500)],
-        *[(Answer(status=each), cli.ACCOUNT_REFUSED) for each in (401, 403, 404, 410)],
-        (Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'), cli.NO_MONEY),
-        (Answer(status=406, body='{"error": "Invalid value for parameter style_type"}'), cli.FAILED),
-        (Answer(status=406, body='{"error": "Content-Type must be application/json"}'), cli.FAILED),
-        (Answer(kind="html"), cli.FAILED),
+        *[(Answer(status=each), outcome.FAILED) for each in (400, 405, 422, 500)],
+        *[(Answer(status=each), outcome.ACCOUNT_REFUSED) for each in (401, 403, 404, 410)],
+        (Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'), outcome.NO_MONEY),
+        (Answer(status=406, body='{"error": "Invalid value for parameter style_type"}'), outcome.FAILED),
+        (Answer(status=406, body='{"error": "Content-Type must be application/json"}'), outcome.FAILED),
+        (Answer(kind="html"), outcome.FAILED),
     ],
     ids=lambda each: str(each.status) if isinstance(each, Answer) else str(each),
 )
@@ -162,7 +162,7 @@ def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_th
     with monkeypatch.context() as now:
         now.setattr("prefect_segmind.store.LocalStore.put", full)
         code, found, told = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
-    assert (code, found["cost_usd"], found["attempts"]) == (cli.FAILED, "0.05", 1)
+    assert (code, found["cost_usd"], found["attempts"]) == (outcome.FAILED, "0.05", 1)
     assert str(tmp_path / "outbox") in found["error"]
     assert "Paid: 0.05 USD" in told
     code, found, _ = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
@@ -178,7 +178,7 @@ def test_people_get_a_few_lines_and_no_traceback_unless_they_ask(
     assert re.search(r"generated +mug\n", out)
     assert "0.05 USD in 1 request\n" in out
     sandbox.play(Answer(status=502), Answer(status=502))
-    assert cli.run(["generate", str(photo), "another mug", "--verbose"]) == cli.FAILED
+    assert cli.run(["generate", str(photo), "another mug", "--verbose"]) == outcome.FAILED
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "possibly billed: 0.10 USD" in err
@@ -228,7 +228,7 @@ def test_check_says_for_each_thing_that_does_not_work_what_to_do(
     monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", "s3://no-such-bucket/x")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "file"))
-    assert cli.run(["check"]) == cli.ACCOUNT_REFUSED
+    assert cli.run(["check"]) == outcome.ACCOUNT_REFUSED
     out = capsys.readouterr().out
     for title, remedy in {
         "key and credits": "set SEGMIND_API_KEY",
@@ -243,7 +243,7 @@ def test_check_finds_an_upload_place_whose_signed_addresses_cannot_be_read(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PUBLIC_BASE_URL", sandbox.base_url)
-    assert cli.run(["check"]) == cli.FAILED
+    assert cli.run(["check"]) == outcome.FAILED
     assert re.search(r"^bad +upload place: .* answers 404", capsys.readouterr().out, re.M)
 
 
@@ -251,7 +251,7 @@ def test_check_tells_versions_that_break_prefect(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("prefect_segmind.checks.version", lambda name: {"sqlalchemy": "2.1.0"}.get(name, "0"))
-    assert cli.run(["check"]) == cli.BAD_INPUT
+    assert cli.run(["check"]) == outcome.BAD_INPUT
     assert re.search(r"^bad +versions: .*pip install", capsys.readouterr().out, re.M)
 
 
@@ -295,7 +295,7 @@ def test_generate_works_with_no_server_configured_and_its_standard_output_is_onl
     assert json.loads(done.stdout)["status"] == "generated"
     sandbox.play(Answer(status=500))
     failed = command("generate", str(photo), "a hat", "--json", home=tmp_path)
-    assert failed.returncode == cli.FAILED
+    assert failed.returncode == outcome.FAILED
     assert json.loads(failed.stdout)["status"] == "failed"
     assert "Traceback" not in failed.stderr
     assert failed.stderr.count("the API answered 500") <= 3, "said once as it happens, and once at the end"

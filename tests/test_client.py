@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import certifi
+import httpx
 import pytest
 from PIL import Image
 
@@ -88,6 +91,22 @@ class TestTheRequest:
             monkeypatch.setenv(name, "http://127.0.0.1:9")
         with Wire(http(PNG)) as server:
             assert ask(server.url, part).width == 40
+
+    def test_clients_share_their_certificates_until_the_environment_names_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def contexts() -> list[ssl.SSLContext]:
+            made: list[ssl.SSLContext] = []
+            monkeypatch.setattr(httpx, "Client", lambda **options: made.append(options["verify"]))
+            for url in ("https://api.example/v1", "https://api.example/v1", "http://127.0.0.1:9/v1"):
+                SegmindClient(KEY, url)
+            return made
+
+        one, same, on_loopback = contexts()
+        monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+        other, _, still_on_loopback = contexts()
+        assert one is same is not other
+        assert on_loopback is still_on_loopback
 
     @pytest.mark.parametrize("key", ["", "  ", "SG_01\n23", "SG_ 0123", "SG_ключ", "SG_\x7f"])
     def test_a_key_that_is_none_is_refused(self, key: str) -> None:

@@ -58,6 +58,7 @@ def full_error(kind: type[SegmindError]) -> SegmindError:
     error.cost_usd = Decimal("0.05")
     error.possibly_billed_usd = Decimal("0.10")
     error.decision = Decision(2.0, "exponential backoff")
+    error.stage = "generate"
     return error
 
 
@@ -76,13 +77,14 @@ def test_an_error_keeps_all_it_knows_on_its_way_between_processes(kind, carry):
     assert type(carried) is kind
     assert str(carried) == "it failed"
     assert vars(carried) == vars(error)
-    assert len(vars(carried)) == 9
+    assert len(vars(carried)) == 10
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_an_error_that_knows_nothing_more_says_so(kind):
     error = kind("it failed")
-    assert (error.status, error.retry_after, error.request_id, error.fingerprint, error.decision) == (None,) * 5
+    assert (error.status, error.retry_after, error.request_id, error.fingerprint) == (None,) * 4
+    assert (error.decision, error.stage) == (None, None)
     assert error.possibly_billed is False
     assert error.requests_sent == 0
     assert (error.cost_usd, error.possibly_billed_usd) == (Decimal("0.00"), Decimal("0.00"))
@@ -103,7 +105,9 @@ def test_errors_are_told_apart_by_what_a_caller_would_do():
         "EndpointNotFoundError",
         "ModelRetiredError",
     }
-    assert below[InputError] == {"InputError", "InvalidJobError", "SourceImageError", "ConfigurationError"}
+    assert below[InputError] == {
+        *("InputError", "InvalidJobError", "ManifestError", "SourceImageError", "ConfigurationError")
+    }
     assert not [each for each in CLASSES if issubclass(each, ApiError) and issubclass(each, StoreError)]
     assert issubclass(errors.UnsafeImageError, NotAnImageError)
     assert issubclass(errors.ResultLinkError, NotAnImageError)

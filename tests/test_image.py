@@ -496,6 +496,28 @@ class TestReadPicture:
             read_picture(path)
         assert caught.value.truncated is truncated
 
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+    def test_damage_shows_as_if_all_pixels_were_worked_out(self, options: dict[str, Any], tmp_path: Path) -> None:
+        whole = saved(noise((160, 120)).resize((320, 240)), "JPEG", **options)
+        path, chance, seen = tmp_path / "answer.part", random.Random(1), set()
+        for _ in range(200):
+            start, end = sorted(chance.choices(range(2, len(whole)), k=2))
+            end = min(end, start + chance.choice((1, 2, 400)))
+            data = chance.choice((whole[:start], whole[:start] + whole[end:], whole[:start] + bytes(8) + whole[end:]))
+            path.write_bytes(data)
+            verdicts: list[bool | None] = [None, None]
+            try:
+                read_picture(path)
+            except BrokenPicture as broken:
+                verdicts[0] = broken.truncated
+            try:
+                image.load_picture(image.open_picture(data), data)
+            except BrokenPicture as broken:
+                verdicts[1] = broken.truncated
+            assert verdicts[0] == verdicts[1]
+            seen.add(verdicts[0])
+        assert seen == {None, False, True}
+
     def test_a_missing_file_is_an_os_error(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             read_picture(tmp_path / "none")

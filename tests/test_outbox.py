@@ -137,6 +137,19 @@ except OutboxError as error:
                 received(Outbox(folder, 0))
         assert file.read_text() == "a file"
 
+    def test_a_folder_that_may_not_be_read_is_not_taken_for_empty(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        received(outbox)
+
+        def refuse(_: Path) -> list[str]:  # as for anybody but root
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("prefect_segmind.outbox.os.listdir", refuse)
+        with pytest.raises(OutboxError, match="it cannot be read: Permission denied; nothing was paid"):
+            found(outbox)
+        outbox.remove(PRINT)
+
     def test_a_folder_that_may_not_be_written_is_told_before_anything_is_paid(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefect_segmind"
 
 FLOORS = [
-    {"errors", "fingerprint", "price", "record", "request", "resolution", "retry"},
+    {
+        *("budget", "errors", "fingerprint", "manifest", "manifest_text", "pace", "price", "record", "request"),
+        *("resolution", "retry", "template"),
+    },
     {
         *(
             "image",
@@ -36,12 +39,13 @@ FLOORS = [
             "source",
             "outbox",
         ),
-        *("archive", "lease", "validation", "upload", "generation", "archiving", "provenance"),
+        *("archive", "lease", "validation", "upload", "generation", "archiving", "provenance", "production"),
+        *("batch", "gate", "manifest_source", "plan", "spool"),
         *("settings", "credentials", "configuration"),
     },
     {"tasks", "report"},
     {"flows"},
-    {"cli", "checks", "console", "demonstration", "sandbox", "__main__"},
+    {"cli", "checks", "console", "demonstration", "outcome", "progress", "sandbox", "__main__"},
 ]
 CORE_MAY_NOT = {"prefect", "httpx", "boto3", "botocore", "PIL", "pathlib", "os", "io", "socket", "shutil"}
 WITHOUT_PREFECT = FLOORS[1] - {"settings", "credentials", "configuration"}

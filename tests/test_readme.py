@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind import cli
+from prefect_segmind import cli, outcome
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.settings import SegmindSettings
 
@@ -121,8 +121,8 @@ def test_the_settings_are_all_there_with_their_defaults() -> None:
 def test_the_exit_codes_are_the_ones_of_the_command_line() -> None:
     told = re.findall(r"^\| (\d+) \| (.+?) \|$", README, re.M)
     assert [int(code) for code, _ in told] == [
-        *(cli.DONE, cli.FAILED, cli.BAD_INPUT, cli.ACCOUNT_REFUSED, cli.NO_MONEY),
-        130,
+        *(outcome.DONE, outcome.FAILED, outcome.BAD_INPUT, outcome.ACCOUNT_REFUSED, outcome.NO_MONEY),
+        outcome.INTERRUPTED,
     ]
 
 

@@ -59,7 +59,8 @@ TABLE = [
     *((name, 1, 0, None) for name in ("OutcomeUnknownError", "InputError", "InvalidJobError", "SourceImageError")),
     *((name, 1, 0, None) for name in ("ConfigurationError", "StoreError", "BucketNotFoundError", "StoreAccessError")),
     *((name, 1, 0, None) for name in ("StoreCredentialsError", "StoreUnreachableError", "PreconditionFailedError")),
-    ("ArchiveError", 1, 0, None),
+    *((name, 1, 0, None) for name in ("ArchiveError", "ManifestError", "BudgetReachedError", "RunCancelledError")),
+    ("NotStartedError", 1, 0, None),
 ]
 
 

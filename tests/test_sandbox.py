@@ -33,7 +33,7 @@ from prefect_segmind.resolution import Resolution
 from prefect_segmind.sandbox import Answer, Sandbox, Script, make_picture, sample_photo
 from prefect_segmind.sandbox import s3 as s3_module
 from prefect_segmind.sandbox.fetch import FetchError, fetch, is_loopback
-from prefect_segmind.sandbox.picture import STYLES
+from prefect_segmind.sandbox.picture import STYLES, _prepared
 from prefect_segmind.sandbox.s3 import S3Server, rclone_binary
 
 MODEL = "ideogram-2a-img-2-img"
@@ -167,6 +167,15 @@ def test_words_of_the_prompt_choose_the_palette(photo: bytes) -> None:
     assert mean["sunset"][0] - mean["sunset"][1] > mean["forest"][0] - mean["forest"][1] + 20
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_what_requests_share_is_kept_and_changes_no_picture(photo: bytes, style: str) -> None:
+    _prepared.cache_clear()
+    first = draw(photo, style_type=style, image_weight=95)
+    draw(photo, style_type=style, image_weight=5)
+    assert draw(photo, style_type=style, image_weight=95).tobytes() == first.tobytes()
+    assert _prepared.cache_info().hits == 2
+
+
 @pytest.mark.parametrize("resolution", ["RESOLUTION_512_1536", "RESOLUTION_1536_512", "RESOLUTION_832_960"])
 def test_a_picture_has_the_size_of_its_resolution(photo: bytes, resolution: str) -> None:
     for style in STYLES:
@@ -295,6 +304,7 @@ def test_an_image_that_cannot_be_had_is_400_naming_image_file(sandbox: Sandbox, 
 
 
 def test_an_image_of_too_many_pixels_is_400_too(sandbox: Sandbox, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _prepared.cache_clear()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert ask(sandbox, source).status_code == 400
 
@@ -343,15 +353,36 @@ def test_credits_run_out(tmp_path: Path, source: str) -> None:
         assert told.json() == {"credits": 0.02, "free-credits": 0.0}
 
 
-def test_a_rate_limit_tells_when_it_ends(tmp_path: Path, source: str) -> None:
-    with Sandbox(tmp_path, latency=0, requests_per_minute=2, s3=False) as sandbox:
+@pytest.mark.parametrize(("window", "words"), [(60.0, "2 a minute"), (300.0, "2 in 300 s")])
+def test_a_rate_limit_tells_when_it_ends(tmp_path: Path, source: str, window: float, words: str) -> None:
+    with Sandbox(tmp_path, latency=0, requests_per_minute=2, rate_window=window, s3=False) as sandbox:
         assert [ask(sandbox, source).status_code for _ in range(2)] == [200, 200]
         answer = ask(sandbox, source)
         assert answer.status_code == 429
         ends = datetime.fromisoformat(answer.headers["x-rate-limit-reset-at-utc"])
-        assert 40 < (ends - datetime.now(timezone.utc)).total_seconds() <= 60
-        sandbox._api._accepted[0] -= 60
+        assert window - 20 < (ends - datetime.now(timezone.utc)).total_seconds() <= window
+        assert words in answer.json()["error"]
+        sandbox._api._accepted[0] -= window
         assert ask(sandbox, source).status_code == 200
+
+
+def test_a_sketch_is_a_picture_of_its_request_billed_and_counted(tmp_path: Path, source: str) -> None:
+    with Sandbox(tmp_path, latency=0, sketch=True, s3=False) as sandbox:
+        Source.asked.clear()
+        first, again, other = (
+            ask(sandbox, source),
+            ask(sandbox, f"{source}/signed-anew"),
+            ask(sandbox, source, seed=4712),
+        )
+        for answer in (first, again, other):
+            with Image.open(io.BytesIO(answer.content)) as image:
+                image.load()
+                assert (image.format, image.size) == ("JPEG", (640, 1024))
+        assert first.content == again.content != other.content
+        assert len(Source.asked) == 3
+        assert ask(sandbox, source, image_file=f"{source}/text").status_code == 400
+        assert (sandbox.ledger.billed, sandbox.ledger.billed_usd) == (3, Decimal("0.15"))
+        assert len({each.image_sha256 for each in sandbox.ledger.requests if each.billed}) == 1
 
 
 def test_many_at_once_take_the_time_of_one(tmp_path: Path, source: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect_segmind import configuration
 from prefect_segmind.archiving import ArchivedImage, Archiving
-from prefect_segmind.credentials import load_credentials
-from prefect_segmind.generation import GeneratedImage, Generation
+from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import parse_job
 from prefect_segmind.upload import UploadedImage
@@ -33,17 +33,9 @@ def generate(
     said: list[str] | None = None,
 ) -> GeneratedImage:
     """One request; a failed one is raised as it is."""
-    opened = configuration.open_archive(archive)
-    with load_credentials().get_client() as client:
-        return Generation(
-            archive=opened,
-            outbox=configuration.open_outbox(opened),
-            client=client,
-            address=configuration.open_uploads(None).address,
-            on_unknown=on_unknown,
-            say=(said := said if said is not None else []).append,
-            warn=said.append,
-        ).generate(job, uploaded, run or uuid.uuid4().hex)
+    generation = configuration.open_generation(archive, None, None, on_unknown=on_unknown)
+    say = (said if said is not None else []).append
+    return replace(generation, say=say, warn=say).generate(job, uploaded, run or uuid.uuid4().hex)
 
 
 def archive_picture(generated: GeneratedImage) -> ArchivedImage:

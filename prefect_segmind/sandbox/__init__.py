@@ -16,7 +16,7 @@ import uvicorn
 
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox.ledger import Entry, Ledger
-from prefect_segmind.sandbox.picture import make_picture, sample_photo
+from prefect_segmind.sandbox.picture import make_picture, make_sketch, sample_photo
 from prefect_segmind.sandbox.s3 import REGION, S3Server
 from prefect_segmind.sandbox.script import Answer, Script
 from prefect_segmind.sandbox.server import PRICE, SandboxApi, create_app
@@ -32,6 +32,7 @@ __all__ = [
     "Script",
     "create_app",
     "make_picture",
+    "make_sketch",
     "sample_photo",
 ]
 
@@ -50,7 +51,9 @@ class Sandbox:
         s3_port: Of the S3 server, likewise.
         latency: Seconds that a picture takes at least.
         credits: The account's balance at the start, in USD.
-        requests_per_minute: More are answered with 429; None for no limit.
+        requests_per_minute: More in a window are answered with 429; None for no limit.
+        rate_window: Seconds that the window of this limit lasts, for tests that cannot wait a minute.
+        sketch: Whether pictures are only sketched, at next to no CPU, for load tests.
         s3: Whether to run the S3 server, which needs the extra `sandbox`.
 
     Attributes:
@@ -74,6 +77,8 @@ class Sandbox:
         latency: float = 1.0,
         credits: Decimal | str = "10.00",
         requests_per_minute: int | None = None,
+        rate_window: float = 60.0,
+        sketch: bool = False,
         s3: bool = True,
     ) -> None:
         self.api_key = "SG_" + secrets.token_hex(8)
@@ -81,7 +86,14 @@ class Sandbox:
         self.folder = folder
         self.s3 = S3Server(folder / "s3", port=s3_port, buckets=[BUCKET]) if s3 else None
         self._port = port
-        self._api = SandboxApi(self.api_key, latency=latency, credits=credits, requests_per_minute=requests_per_minute)
+        self._api = SandboxApi(
+            self.api_key,
+            latency=latency,
+            credits=credits,
+            requests_per_minute=requests_per_minute,
+            rate_window=rate_window,
+            sketch=sketch,
+        )
         self._stack = contextlib.ExitStack()
 
     @property

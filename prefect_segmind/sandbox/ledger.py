@@ -8,6 +8,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+_NOTHING = Decimal("0.00")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -39,17 +41,20 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
+        self._billed_usd = _NOTHING
         self._lock = threading.Lock()
 
     def record(self, entry: Entry) -> None:
         """Adds a request."""
         with self._lock:
             self._entries.append(entry)
+            self._billed_usd += entry.cost
 
     def clear(self) -> None:
         """Forgets all requests."""
         with self._lock:
             self._entries.clear()
+            self._billed_usd = _NOTHING
 
     @property
     def requests(self) -> tuple[Entry, ...]:
@@ -64,14 +69,15 @@ class Ledger:
 
     @property
     def billed_usd(self) -> Decimal:
-        """What they cost together, in USD."""
-        return sum((each.cost for each in self.requests), Decimal("0.00"))
+        """What they cost together, in USD; kept as a sum, for every answer tells the balance."""
+        with self._lock:
+            return self._billed_usd
 
     def as_dict(self) -> dict[str, Any]:
         """The ledger for JSON: times in ISO 8601, money as decimal text."""
         requests = self.requests
         return {
             "billed": sum(each.billed for each in requests),
-            "billed_usd": str(sum((each.cost for each in requests), Decimal("0.00"))),
+            "billed_usd": str(sum((each.cost for each in requests), _NOTHING)),
             "requests": [{**asdict(each), "time": each.time.isoformat(), "cost": str(each.cost)} for each in requests],
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
+from functools import lru_cache
 from random import Random
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
@@ -17,7 +18,9 @@ from prefect_segmind.resolution import resolution_size
 from prefect_segmind.sandbox import finish, scenery
 from prefect_segmind.sandbox.photo import sample_photo
 
-__all__ = ["STYLES", "make_picture", "sample_photo"]
+__all__ = ["STYLES", "make_picture", "make_sketch", "sample_photo"]
+
+_UNMARKED = b"." * 64  # gives way to a SHA-256 in hexadecimal
 
 Scene = Callable[[scenery.Size, scenery.Palette, Random], Image.Image]
 Finish = Callable[[finish.Draft, Random], Image.Image]
@@ -65,9 +68,7 @@ def make_picture(
     random = Random(hashlib.sha256(words.encode()).hexdigest())
     colours = scenery.palette_for(prompt, random)
     keep = image_weight / 100
-    photo = _cropped(source, resolution_size(resolution))
-    half = photo.reduce(2)
-    subject = _subject(half)
+    photo, half, subject = _prepared(source, resolution_size(resolution))
     drawn = _redrawn(half, keep, random)
     draft = finish.Draft(
         Image.composite(drawn, scene(half.size, colours, random), _cover(subject, keep)), subject, photo, keep, colours
@@ -75,6 +76,37 @@ def make_picture(
     answer = io.BytesIO()
     finisher(draft, random).save(answer, "JPEG", quality=90)
     return answer.getvalue()
+
+
+def make_sketch(source: bytes, *, request: str, resolution: str) -> bytes:
+    """The source cropped to a resolution, with a comment that tells requests apart: a picture at next to no cost.
+
+    Args:
+        source: As for `make_picture`.
+        request: Other requests give other files, the same request gives the same file.
+        resolution: As for `make_picture`.
+
+    Raises:
+        OSError: The source is no image that Pillow can read.
+        ValueError: The resolution is malformed.
+    """
+    mark = hashlib.sha256(request.encode()).hexdigest().encode()
+    return _sketched(source, resolution_size(resolution)).replace(_UNMARKED, mark, 1)
+
+
+@lru_cache(maxsize=8)
+def _sketched(source: bytes, size: scenery.Size) -> bytes:
+    answer = io.BytesIO()
+    _cropped(source, size).save(answer, "JPEG", quality=90, comment=_UNMARKED)
+    return answer.getvalue()
+
+
+@lru_cache(maxsize=8)
+def _prepared(source: bytes, size: scenery.Size) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """What all requests for a source and a size share, not to be drawn into: the crop, half of it, and its subject."""
+    photo = _cropped(source, size)
+    half = photo.reduce(2)
+    return photo, half, _subject(half)
 
 
 def _cropped(source: bytes, size: scenery.Size) -> Image.Image:

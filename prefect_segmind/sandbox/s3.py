@@ -86,11 +86,12 @@ class S3Server:
         self._folder.mkdir(parents=True, exist_ok=True)
         port = self._port or _free_port()
         command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off"]
-        command += ["--config", os.devnull, "--log-level", "ERROR", str(self._folder.resolve())]
+        command += ["--config", os.devnull, "--log-level", "ERROR", "--buffer-size", "0", str(self._folder.resolve())]
         # The death signal is tied to the thread that starts the process, so only the main thread's lasts long enough.
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
             command = [sys.executable, "-I", "-S", "-c", _TIED, *command]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
+        environment.setdefault("GOGC", "400")  # a fifth less CPU for a few megabytes more
         # Not on the command line, which `ps` shows to everybody.
         environment["RCLONE_AUTH_KEY"] = f'"{self.access_key},{self.secret_key}"'
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop; a pipe would have to be emptied)

@@ -8,6 +8,7 @@ import random
 import secrets
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -23,7 +24,7 @@ from prefect_segmind.resolution import DEFAULT_RESOLUTION, Resolution
 from prefect_segmind.sandbox import answers
 from prefect_segmind.sandbox.fetch import FetchError, fetch
 from prefect_segmind.sandbox.ledger import Entry, Ledger
-from prefect_segmind.sandbox.picture import make_picture
+from prefect_segmind.sandbox.picture import make_picture, make_sketch
 from prefect_segmind.sandbox.script import Answer, Script
 
 PRICE = Decimal("0.05")
@@ -73,7 +74,9 @@ class SandboxApi:
         api_key: The only key that is let in.
         latency: Seconds that a picture takes at least.
         credits: The balance at the start and after a reset, in USD.
-        requests_per_minute: More are answered with 429; None for no limit.
+        requests_per_minute: More in a window are answered with 429; None for no limit.
+        rate_window: Seconds that the window of this limit lasts, for tests that cannot wait a minute.
+        sketch: Whether pictures are only sketched, for load tests.
 
     Attributes:
         ledger: What was asked and billed.
@@ -88,13 +91,17 @@ class SandboxApi:
         latency: float = 1.0,
         credits: Decimal | str = "10.00",
         requests_per_minute: int | None = None,
+        rate_window: float = 60.0,
+        sketch: bool = False,
     ) -> None:
         self.ledger = Ledger()
         self.script = Script()
         self._key = api_key
         self._latency = latency
         self._credits = Decimal(credits)
-        self._per_minute = requests_per_minute
+        self._per_window = requests_per_minute
+        self._window = rate_window
+        self._render = _sketch if sketch else _draw
         # What follows is touched by the event loop alone and needs no lock.
         self._reserved = Decimal("0.00")
         self._accepted: deque[float] = deque()
@@ -147,7 +154,7 @@ class SandboxApi:
             seed = body.seed
             self._reserve()
             try:
-                made = asyncio.get_running_loop().run_in_executor(self._workers, _make, body)
+                made = asyncio.get_running_loop().run_in_executor(self._workers, _make, body, self._render)
                 # The model's time passes while the picture is drawn, so that drawing does not add to it.
                 (image_sha256, picture), _ = await asyncio.gather(made, asyncio.sleep(self._latency))
                 record(answer.status, answer.is_billed)
@@ -184,14 +191,15 @@ class SandboxApi:
             raise Refusal(401, "Missing or invalid API key: send it in the x-api-key header")
 
     def _check_rate(self) -> None:
-        if self._per_minute is None:
+        if self._per_window is None:
             return
         now = time.monotonic()
-        while self._accepted and self._accepted[0] <= now - 60:
+        while self._accepted and self._accepted[0] <= now - self._window:
             self._accepted.popleft()
-        if len(self._accepted) >= self._per_minute:
-            free_again = datetime.now(timezone.utc) + timedelta(seconds=self._accepted[0] + 60 - now)
-            raise Refusal(429, f"Rate limit of {self._per_minute} a minute exceeded", answers.reset_header(free_again))
+        if len(self._accepted) >= self._per_window:
+            free_again = datetime.now(timezone.utc) + timedelta(seconds=self._accepted[0] + self._window - now)
+            period = "a minute" if self._window == 60 else f"in {self._window:g} s"
+            raise Refusal(429, f"Rate limit of {self._per_window} {period} exceeded", answers.reset_header(free_again))
         self._accepted.append(now)
 
     def _reserve(self) -> None:
@@ -274,22 +282,31 @@ def _parsed(request: Request, content: bytes) -> RequestBody:
         raise Refusal(400, "; ".join(flaws)) from None
 
 
-def _make(body: RequestBody) -> tuple[str, bytes]:
-    """Fetches the source and draws the picture; runs in a worker thread."""
+def _make(body: RequestBody, render: Callable[[RequestBody, bytes], bytes]) -> tuple[str, bytes]:
+    """Fetches the source and renders the picture; runs in a worker thread."""
     try:
         source = fetch(body.image_file)
-        picture = make_picture(
-            source,
-            prompt=body.prompt,
-            image_weight=body.image_weight,
-            style_type=body.style_type,
-            seed=body.seed,
-            resolution=body.resolution.value,
-            negative_prompt=body.negative_prompt or None,
-            magic_prompt_option=body.magic_prompt_option,
-        )
+        picture = render(body, source)
     except FetchError as error:
         raise Refusal(400, f"image_file {error}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises here
         raise Refusal(400, f"image_file is no image that can be read: {type(error).__name__}") from None
     return hashlib.sha256(source).hexdigest(), picture
+
+
+def _draw(body: RequestBody, source: bytes) -> bytes:
+    return make_picture(
+        source,
+        prompt=body.prompt,
+        image_weight=body.image_weight,
+        style_type=body.style_type,
+        seed=body.seed,
+        resolution=body.resolution.value,
+        negative_prompt=body.negative_prompt or None,
+        magic_prompt_option=body.magic_prompt_option,
+    )
+
+
+def _sketch(body: RequestBody, source: bytes) -> bytes:
+    asked = body.model_dump_json(exclude={"image_file"})  # the address may be signed anew for each request
+    return make_sketch(source, request=asked, resolution=body.resolution.value)

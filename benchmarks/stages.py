@@ -1,0 +1,145 @@
+"""What the four stages cost without Prefect: CPU of each stage, of the sandbox's API and of its S3 server.
+
+    .venv/bin/python benchmarks/stages.py --jobs 640 --at-once 64 --latency 2 --archive local s3
+
+The sandbox runs in a process of its own and answers sketches, unless `--drawn`; sources and uploads go through its S3.
+CPU figures are solid, wall figures are as quiet as the machine. Linux only: it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from PIL import Image
+
+from prefect_segmind import configuration
+from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.gate import Gate
+from prefect_segmind.production import Production
+from prefect_segmind.request import parse_job
+from prefect_segmind.sandbox import Sandbox, sample_photo
+from prefect_segmind.validation import InspectedSource, inspect_source, settle
+
+
+@dataclass
+class Stages:
+    """The parts of a walk, made once, and the CPU that each stage has taken, in seconds."""
+
+    production: Production
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def walk(self, image: str, seed: int, inspected: InspectedSource | None) -> ArchivedImage:
+        """One job from its check to the archive; `inspected` where the source is inspected once for all jobs."""
+        with self._timed("validate"):
+            job = parse_job({"image": image, "prompt": "a red mug", "seed": seed, "name": f"set/{seed}"})
+            validated = settle(job, inspected or inspect_source(image, self.production.reader))
+        with self._timed("upload"):
+            uploaded = self.production.upload(validated)
+        with self._timed("generate"):
+            generated = self.production.generation.generate(validated, uploaded, uuid.uuid4().hex)
+        with self._timed("archive"):
+            return self.production.archiving.archive_picture(generated)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.thread_time()
+        yield
+        self.spent[stage] += time.thread_time() - started
+
+
+def measure(
+    archive: str | None, jobs: int, at_once: int, window: int, photo: Path, inspect_each: bool
+) -> tuple[Stages, float]:
+    """Walks the jobs: the CPU of each stage and the seconds that all took. The archive of the settings if None."""
+    generation = configuration.open_generation(archive, None, None, gate=Gate(max_concurrency=at_once))
+    production = configuration.open_production(replace(generation, say=logging.debug), None, None)
+    stages = Stages(production)
+    stages.walk(str(photo), 99_999, None)  # uploads the source, probes the store, imports what is imported late
+    stages.spent.clear()
+    inspected = None if inspect_each else inspect_source(str(photo), production.reader)
+    started = time.monotonic()
+    with ThreadPoolExecutor(window) as pool:
+        done = list(pool.map(lambda seed: stages.walk(str(photo), seed, inspected), range(100_000, 100_000 + jobs)))
+    assert {each.status for each in done} == {"generated"}
+    return stages, time.monotonic() - started
+
+
+def serve(folder: Path, latency: float, sketch: bool, talk: Connection) -> None:
+    """The sandbox's process: sends its environment and S3 process once, then its own CPU whenever it is asked."""
+    with Sandbox(folder, latency=latency, credits="1000000", sketch=sketch) as sandbox:
+        assert sandbox.s3 is not None
+        talk.send((sandbox.environment(), sandbox.s3.pid))
+        while talk.recv():
+            talk.send(time.process_time())
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def source_photo(path: Path, size: tuple[int, int]) -> None:
+    """A JPEG of about a megabyte."""
+    with Image.open(io.BytesIO(sample_photo())) as image:
+        image.resize(size).save(path, quality=98)
+
+
+def main() -> None:
+    """Measures one batch for each kind of archive and prints a line for it."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--jobs", type=int, default=200)
+    options.add_argument("--at-once", type=int, default=64, help="requests at once")
+    options.add_argument("--window", type=int, help="jobs under way, each in a thread; twice as many if left out")
+    options.add_argument("--latency", type=float, default=2.0, help="seconds that a picture takes")
+    options.add_argument("--archive", nargs="+", choices=("local", "s3"), default=("local", "s3"))
+    options.add_argument("--drawn", action="store_true", help="real pictures of the sandbox instead of sketches")
+    options.add_argument("--inspect-each", action="store_true", help="inspect the source for each job, not once")
+    given = options.parse_args()
+    window = given.window or 2 * given.at_once
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as home:
+        photo = Path(home, "mug.jpg")
+        source_photo(photo, (2400, 1600))
+        talk, theirs = spawn.Pipe()
+        served = spawn.Process(target=serve, args=(Path(home), given.latency, not given.drawn, theirs))
+        served.start()
+        environment, s3_pid = talk.recv()
+        os.environ.update(environment)
+
+        def clocks() -> tuple[float, float, float]:
+            talk.send(True)
+            return time.process_time(), talk.recv(), cpu_of(s3_pid)
+
+        megabytes = photo.stat().st_size / 1e6
+        print(f"{given.jobs} jobs, {given.at_once} at once, source {megabytes:.2f} MB; CPU in ms a job")
+        for kind in given.archive:
+            place = str(Path(home, "archive")) if kind == "local" else None
+            before = clocks()
+            stages, wall = measure(place, given.jobs, given.at_once, window, photo, given.inspect_each)
+            here, api, s3 = (1000 * (b - a) / given.jobs for a, b in zip(before, clocks(), strict=True))
+            ideal = -(-given.jobs // given.at_once) * given.latency
+            each = ", ".join(f"{stage} {1000 * spent / given.jobs:.1f}" for stage, spent in stages.spent.items())
+            print(f"{kind:5}  wall {wall:.1f} s" + (f" = {wall / ideal:.2f} x {ideal:.1f} s" if ideal else ""))
+            print(f"       all {here + api + s3:.1f} = stages {here:.1f} + sandbox {api:.1f} + rclone {s3:.1f}")
+            print(f"       stages: {each}")
+        talk.send(False)
+        served.join()
+
+
+if __name__ == "__main__":
+    main()

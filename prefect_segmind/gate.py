@@ -1,0 +1,300 @@
+"""The one gate of a run that every paid request passes: so many at once, at this pace, within this budget.
+
+It knows threads and the clock; what to decide is `pace`'s and `budget`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from time import monotonic
+
+from prefect_segmind.budget import Budget, Fit
+from prefect_segmind.errors import (
+    AccountError,
+    BudgetReachedError,
+    InsufficientCreditsError,
+    NotStartedError,
+    RateLimitError,
+    SegmindError,
+)
+from prefect_segmind.pace import Pace
+from prefect_segmind.price import usd
+
+PARKED = 256
+"""Assets that may wait outside the window at once; each of them keeps a thread."""
+
+
+def _silence(_line: str) -> None:
+    """Says nothing."""
+
+
+class Admission:
+    """The leave to send one request. Made by `Gate.admit` only."""
+
+    def __init__(self, gate: Gate, ticket: int, reserved_usd: Decimal) -> None:
+        self._gate = gate
+        self.ticket = ticket
+        self.reserved_usd = reserved_usd
+        self.is_sent = False
+        self.cost_usd: Decimal | None = None
+
+    def sent(self) -> None:
+        """Says that the request is sent now: from here on it may be billed."""
+        self._gate._note_sent(self)
+
+    def paid(self, cost_usd: Decimal) -> None:
+        """Says that a picture came of it, and what it cost in USD."""
+        self.cost_usd = cost_usd
+
+
+class Gate:
+    """Lets the requests of a run go, one by one, and none any more once it is stopped.
+
+    The first reason to stop wins: the budget is reached, the account is refused, the provider asks for a longer wait
+    than is allowed, or somebody calls `stop`. What is under way then goes on undisturbed; what waits is told.
+
+    Args:
+        max_concurrency: Requests under way at once, at most.
+        look_ahead: Assets under way beyond those, so that uploads and archiving overlap; `max_concurrency` if None.
+        requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
+        budget_usd: What the run may spend; None for no limit.
+        longest_wait_seconds: A rate limit that lasts longer stops the run.
+        say: Takes a line for the log; by default none is said.
+
+    Attributes:
+        budget: What is spent, in flight and possibly billed, in USD.
+
+    Example:
+        >>> gate = Gate(budget_usd=Decimal("1.00"))
+        >>> with gate.admit(Decimal("0.05")) as admission:
+        ...     admission.sent()
+        ...     admission.paid(Decimal("0.05"))
+        >>> gate.budget.spent_usd
+        Decimal('0.05')
+    """
+
+    def __init__(
+        self,
+        *,
+        max_concurrency: int = 16,
+        look_ahead: int | None = None,
+        requests_per_minute: int | None = None,
+        budget_usd: Decimal | None = None,
+        longest_wait_seconds: float = 120.0,
+        say: Callable[[str], None] = _silence,
+    ) -> None:
+        self.budget = Budget(budget_usd)
+        self._pace = Pace(requests_per_minute)
+        self._max_concurrency = max_concurrency
+        self._window = max_concurrency + (max_concurrency if look_ahead is None else look_ahead)
+        self._longest_wait_seconds = longest_wait_seconds
+        self._say = say
+        # One lock for everything, and a condition of its own for all that wait for the same: no needless waking.
+        self._lock = threading.RLock()
+        self._queue: deque[threading.Condition] = deque()  # who waits for admission; the first comes first
+        self._room = threading.Condition(self._lock)
+        self._stopping = threading.Condition(self._lock)
+        self._stopped: SegmindError | None = None
+        self._admitted = 0
+        self._in_flight = 0
+        self._entered = 0
+        self._parked = 0
+        self._held_until = -math.inf
+
+    @property
+    def stopped(self) -> SegmindError | None:
+        """What the run was stopped by; None while it goes on."""
+        return self._stopped
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are sent and not answered."""
+        return self._in_flight
+
+    def stop(self, error: SegmindError) -> None:
+        """Lets nothing new go: all that wait are told at once, what is under way goes on. The first error wins."""
+        with self._lock:
+            self._stopped = self._stopped or error
+            for waiting in (*self._queue, self._room, self._stopping):
+                waiting.notify_all()
+
+    @contextmanager
+    def admit(self, price_usd: Decimal) -> Iterator[Admission]:
+        """Waits until one more request may go, and takes down what becomes of it.
+
+        Left before `Admission.sent`, it is as if it had never been. Otherwise the request counts as paid once
+        `Admission.paid` was called, as not billed where it fails with an error that says so, and as possibly billed
+        in all other cases.
+
+        Args:
+            price_usd: The list price; the dearest answer of the run is reserved where that is more.
+
+        Raises:
+            NotStartedError: The run is stopped; the cause says by what.
+        """
+        admission = self._let_in(price_usd)
+        error: BaseException | None = None
+        try:
+            yield admission
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._let_out(admission, error)
+
+    def enter(self) -> bool:
+        """Waits until one more asset may be begun.
+
+        Returns:
+            False, at once, when the run is stopped: nothing more is to be begun.
+        """
+        with self._lock:
+            self._room.wait_for(lambda: self._stopped or self._entered < self._window)
+            if self._stopped:
+                return False
+            self._entered += 1
+            return True
+
+    def leave(self) -> None:
+        """Says that an asset that was begun has ended."""
+        with self._lock:
+            self._entered -= 1
+            self._room.notify_all()
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Gives an asset's place to another while it waits for something that is not ours.
+
+        Afterwards it goes on at once, even if the window is full. Not more than `PARKED` do so at a time; one more
+        keeps its place.
+        """
+        with self._lock:
+            gives = self._parked < PARKED
+            if gives:
+                self._parked += 1
+                self.leave()
+        try:
+            yield
+        finally:
+            if gives:
+                with self._lock:
+                    self._parked -= 1
+                    self._entered += 1
+
+    def pause(self, seconds: float) -> None:
+        """Waits for so many seconds.
+
+        Raises:
+            NotStartedError: The run is stopped, before or meanwhile; the cause says by what.
+        """
+        with self._lock:
+            self._stopping.wait_for(lambda: self._stopped, seconds)
+            self._raise_if_stopped()
+
+    def idle(self, timeout: float) -> bool:
+        """Waits until no admission is under way, at most for so many seconds.
+
+        Returns:
+            Whether it is so. After a stop it stays so.
+        """
+        with self._lock:
+            return self._room.wait_for(lambda: not self._admitted, timeout)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            raise NotStartedError(f"not started: {self._stopped}") from self._stopped
+
+    def _let_in(self, price_usd: Decimal) -> Admission:
+        with self._lock:
+            turn = threading.Condition(self._lock)
+            self._queue.append(turn)
+            try:
+                while True:
+                    self._raise_if_stopped()
+                    if self._queue[0] is not turn:
+                        turn.wait()
+                        continue
+                    price, now = self.budget.price_of(price_usd), monotonic()
+                    fit, delay = self.budget.fit(price), self._pace.delay(now)
+                    if fit is Fit.NEVER:
+                        self._stop_by_budget()
+                    elif fit is Fit.LATER or self._admitted >= self._max_concurrency:
+                        turn.wait()
+                    elif delay > 0:
+                        turn.wait(min(delay, threading.TIMEOUT_MAX))
+                    else:
+                        self._admitted += 1
+                        self.budget.reserve(price)
+                        return Admission(self, self._pace.reserve(now), price)
+            finally:
+                self._queue.remove(turn)
+                self._next()
+
+    def _next(self) -> None:
+        """Has the first in the queue look again."""
+        if self._queue:
+            self._queue[0].notify()
+
+    def _stop_by_budget(self) -> None:
+        budget = self.budget
+        self.stop(
+            BudgetReachedError(
+                f"the budget of {usd(budget.limit_usd or Decimal(0))} USD is reached: {usd(budget.spent_usd)} USD "
+                f"spent, {usd(budget.unknown_usd)} USD possibly billed"
+            )
+        )
+
+    def _note_sent(self, admission: Admission) -> None:
+        with self._lock:
+            if not admission.is_sent:
+                admission.is_sent = True
+                self._in_flight += 1
+                self._pace.sent(admission.ticket, monotonic())
+                self._next()
+
+    def _let_out(self, admission: Admission, error: BaseException | None) -> None:
+        held: float | None = None
+        with self._lock:
+            self._admitted -= 1
+            if admission.is_sent:
+                self._in_flight -= 1
+                held = self._answered(admission, error)
+            else:
+                self._pace.release(admission.ticket)
+            self._settle(admission, error)
+            if isinstance(error, (AccountError, InsufficientCreditsError)):
+                self.stop(error)
+            self._room.notify_all()
+            self._next()
+        if held is not None:
+            self._say(
+                f"the provider limits the rate: all workers wait {math.ceil(held)} s, then one goes ahead; "
+                "no retry is spent on it"
+            )
+
+    def _answered(self, admission: Admission, error: BaseException | None) -> float | None:
+        """Tells the pace; returns the seconds of a hold that begins with this answer."""
+        if not isinstance(error, RateLimitError):
+            self._pace.answered(admission.ticket)
+            return None
+        now = monotonic()
+        seconds = self._pace.limited(admission.ticket, now, error.retry_after)
+        begins = seconds > 0 and now >= self._held_until
+        self._held_until = now + seconds
+        if (error.retry_after or 0.0) > self._longest_wait_seconds:
+            self.stop(error)
+        return seconds if begins and not self._stopped else None
+
+    def _settle(self, admission: Admission, error: BaseException | None) -> None:
+        price = admission.reserved_usd
+        if admission.cost_usd is not None:
+            self.budget.settle(price, admission.cost_usd)
+        elif not admission.is_sent or (isinstance(error, SegmindError) and not error.possibly_billed):
+            self.budget.release(price)
+        else:
+            self.budget.lose(price)

@@ -1,0 +1,312 @@
+"""Where a manifest lies, and where its images lie as seen from there: folders, buckets and patterns.
+
+A manifest is read once, from a file or through a temporary copy of an object, and its jobs go to a spool on disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import posixpath
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
+from prefect_segmind.manifest import Expansion, Found, Notes, UnreadableManifest
+from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
+from prefect_segmind.request import Job, name_from_image
+from prefect_segmind.spool import Spool
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest without mistakes. It is a context manager: at its end the jobs are gone.
+
+    Attributes:
+        place: Where it lies, as it was given.
+        warnings: What is odd but no mistake, a line each.
+        jobs: Its jobs, in its order.
+    """
+
+    place: str
+    warnings: tuple[str, ...]
+    jobs: Spool[Job]
+
+    def __enter__(self) -> Manifest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.jobs.close()
+
+
+def load_manifest(
+    place: str,
+    variables: Mapping[str, Any] | None,
+    *,
+    s3: Callable[[], S3Client],
+    allow_unlisted_resolution: bool = False,
+) -> Manifest:
+    """Reads and checks a whole manifest; no image is opened.
+
+    Args:
+        place: A local path or `s3://bucket/key`, whose extension says how it is written: .yaml, .yml, .json, .jsonl,
+            .ndjson or .csv.
+        variables: For its templates; they win over the manifest's vars.
+        s3: Makes the S3 client, when one is needed.
+        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+
+    Raises:
+        ManifestError: It has mistakes; the message has a line for each, `mistakes` holds them.
+        StoreError: It, or a folder in which a pattern looks, cannot be read; or there is no room for the jobs.
+        ConfigurationError: Its address is malformed, or the S3 client cannot be made.
+
+    Example:
+        >>> load_manifest("campaign.yaml", {"season": "late summer"}, s3=s3_client)
+        Traceback (most recent call last):
+        prefect_segmind.errors.ManifestError: campaign.yaml: 1 mistake; nothing was uploaded or paid.
+          it does not exist
+    """
+    mistakes, warnings = Notes(), Notes()
+    with ExitStack() as stack:
+        jobs = stack.enter_context(Spool(Job))
+        try:
+            kind = _kind(place)
+            with _opened(place, s3) as file:
+                head, rows = read_text(kind, _lines(file), mistakes)
+                expansion = Expansion(
+                    head,
+                    variables or {},
+                    Images(place, s3).find,
+                    mistakes=mistakes,
+                    warnings=warnings,
+                    allow_unlisted_resolution=allow_unlisted_resolution,
+                )
+                for row in rows:
+                    for job in expansion.jobs(row):
+                        if not mistakes:
+                            jobs.append(job)
+                expansion.warn_of_unused()
+        except UnreadableManifest as error:
+            mistakes.add(str(error))
+        if mistakes:
+            raise mistakes.error(place)
+        if not jobs and not warnings:
+            warnings.add("the manifest has no assets")
+        stack.pop_all()
+    return Manifest(place, tuple(warnings.first()), jobs)
+
+
+class Images:
+    """Finds a manifest's images. Relative ones lie beside the manifest; nothing is opened.
+
+    Args:
+        manifest: Where the manifest lies.
+        s3: Makes the S3 client, when a pattern in a bucket needs one.
+    """
+
+    def __init__(self, manifest: str, s3: Callable[[], S3Client]) -> None:
+        self._s3 = s3
+        self._bucket, self._prefix = "", ""
+        self._folder = Path()
+        if _in_s3(manifest):
+            self._bucket, _, key = manifest[5:].partition("/")
+            self._prefix = posixpath.dirname(key)
+        else:
+            self._folder = Path(manifest).expanduser().absolute().parent
+
+    def find(self, image: str, wildcards: bool) -> Sequence[Found]:
+        """The absolute location of an image; of each match, in order, where it is a pattern.
+
+        Args:
+            image: What the manifest says.
+            wildcards: Whether `*`, `?` and `**` stand for others; a local file of that very name comes first.
+
+        Raises:
+            InvalidJobError: It cannot be a location.
+            StoreError: A folder or bucket cannot be listed.
+        """
+        if "\0" in image or ("://" in image and not _in_s3(image)):
+            return [Found(image)]  # http(s), or what the check of the job refuses
+        location = self._absolute(image)
+        if not wildcards or not re.search(r"[*?]", image):
+            return [Found(location)]
+        image = image.replace(os.sep, "/")
+        start = image.rfind("/", 0, len(re.split(r"[*?]", image)[0])) + 1
+        fixed, pattern = self._absolute(image[:start]), image[start:]
+        if _in_s3(fixed):
+            return _named(self._in_bucket(fixed, pattern))
+        if _is_there(Path(location)):
+            return [Found(location)]
+        return _named(_in_folder(Path(fixed), pattern))
+
+    def _absolute(self, image: str) -> str:
+        if _in_s3(image):
+            return f"s3://{image[5:]}"
+        if image.startswith("~"):
+            try:
+                return str(Path(image).expanduser())
+            except RuntimeError as error:  # nobody's home
+                raise InvalidJobError(f"{image!r} is no path: {error}") from None
+        if not self._bucket or Path(image).is_absolute():
+            return str(self._folder / image)
+        inside = posixpath.normpath(posixpath.join(self._prefix, image))
+        if inside.split("/")[0] == "..":
+            raise InvalidJobError(f"{image!r} leads out of the bucket {self._bucket}")
+        return f"s3://{self._bucket}/{inside}".removesuffix("/.")
+
+    def _in_bucket(self, fixed: str, pattern: str) -> list[tuple[str, str]]:
+        from prefect_segmind.s3 import S3Store, split_uri  # boto3 takes a second to import
+
+        try:
+            bucket, folder = split_uri(fixed)
+        except ConfigurationError as error:
+            raise InvalidJobError(str(error)) from None
+        folder += "/" if folder and not folder.endswith("/") else ""
+        keys = S3Store(bucket, "", self._s3()).keys(folder + re.split(r"[*?]", pattern)[0])
+        wanted = _wanted(pattern)
+        below = sorted(each for key in keys if wanted.fullmatch(each := key[len(folder) :]))
+        return [(f"s3://{bucket}/{folder}{each}", each) for each in below]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name that this system takes, so no file either
+        return False
+
+
+def _in_folder(fixed: Path, pattern: str) -> list[tuple[str, str]]:
+    """The files that match, each with its path below the folder."""
+    wanted, everywhere = _wanted(pattern), "**" in pattern.split("/")
+    matches: list[str] = []
+    # Links to folders are followed where the pattern says how deep; else a circle of them would have no end.
+    for folder, folders, files in os.walk(fixed, onerror=_unless_gone, followlinks=not everywhere):
+        here = Path(folder).relative_to(fixed)
+        deepest = not everywhere and len(here.parts) == pattern.count("/")
+        folders[:] = [] if deepest else [each for each in folders if not each.startswith(".")]
+        matches += [each for name in files if wanted.fullmatch(each := (here / name).as_posix())]
+    return [(str(fixed / each), each) for each in sorted(matches)]
+
+
+def _named(matches: Sequence[tuple[str, str]]) -> list[Found]:
+    """Each match with its name: its path without the extension, each segment made safe.
+
+    Matches that would get the same name all get their extension as well.
+    """
+    plain = [_safe_path(below) for _, below in matches]
+    many = Counter(plain)
+    return [
+        Found(location, name if many[name] == 1 else _safe_path(re.sub(r"\.(?=[^./]*$)", "-", below) + ".x"))
+        for (location, below), name in zip(matches, plain, strict=True)
+    ]
+
+
+def _safe_path(path: str) -> str:
+    *folders, file = (segment for segment in path.replace("\\", "-").split("/") if segment)
+    return "/".join([*(name_from_image(f"{folder}.x") for folder in folders), name_from_image(file)])
+
+
+def _wanted(pattern: str) -> re.Pattern[str]:
+    """`*` and `?` within a segment, `**` for any number of segments; nothing hidden."""
+    parts: list[str] = []
+    segments = pattern.split("/")
+    for number, segment in enumerate(segments, start=1):
+        last = number == len(segments)
+        if segment == "**":
+            parts.append(r"(?!\.)[^/]*(?:/(?!\.)[^/]*)*" if last else r"(?:(?!\.)[^/]*/)*")
+        else:
+            text = re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+            parts.append(rf"(?!\.){text}" + ("" if last else "/"))
+    return re.compile("".join(parts), re.DOTALL)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise StoreError(
+            f"cannot list {error.filename}: {error.strerror or error}; check its owner and mode"
+        ) from error
+
+
+# --- the manifest's own text ------------------------------------------------------------------------------------------
+
+
+def _in_s3(place: str) -> bool:
+    return place.lower().startswith("s3://")
+
+
+def _kind(place: str) -> str:
+    if "://" in place and not _in_s3(place):
+        raise UnreadableManifest("a manifest is a local path or s3://bucket/key")
+    extension = PurePosixPath(place).suffix.lower()
+    if extension not in KINDS:
+        raise UnreadableManifest(f"a manifest's name ends in one of {', '.join(KINDS)}")
+    return KINDS[extension]
+
+
+def _opened(place: str, s3: Callable[[], S3Client]) -> IO[bytes]:
+    if _in_s3(place):
+        return _downloaded(place, s3())
+    try:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            raise UnreadableManifest("it is a folder; name one file in it")
+        if not path.exists():
+            names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.absolute()}"
+            raise UnreadableManifest(f"it does not exist ({hint})")
+        return path.open("rb")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UnreadableManifest(f"it cannot be read: {why}") from None
+
+
+def _downloaded(place: str, client: S3Client) -> IO[bytes]:
+    """A copy of an object in a temporary file: a connection that is cut gives no half manifest."""
+    from botocore.exceptions import ClientError
+
+    from prefect_segmind.s3 import split_uri
+    from prefect_segmind.s3_errors import error_code, explained
+
+    bucket, key = split_uri(place)
+    with ExitStack() as stack, explained(f"read {place}", client):
+        try:
+            body = client.get_object(Bucket=bucket, Key=key)["Body"]
+        except ClientError as error:
+            if error_code(error) == "NoSuchKey":
+                raise UnreadableManifest("it does not exist; check the key") from None
+            raise
+        copy = stack.enter_context(tempfile.TemporaryFile())
+        with body:
+            for chunk in body.iter_chunks(1 << 20):
+                copy.write(chunk)
+        copy.seek(0)
+        stack.pop_all()
+    return copy
+
+
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    """The lines of a UTF-8 text, with their line breaks and without a byte order mark."""
+    number = 0
+    while line := file.readline(MAX_TEXT + 1):
+        number += 1
+        if len(line) > MAX_TEXT:
+            raise UnreadableManifest(f"line {number} has more than {MAX_TEXT // 1_000_000} MB")
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            what = f"line {number}, byte {error.start + 1}: {line[error.start]:#x} is no UTF-8"
+            raise UnreadableManifest(f"{what}; save the file as UTF-8") from None
+        yield text.removeprefix("\ufeff") if number == 1 else text

@@ -1,0 +1,155 @@
+"""How a command ends: its exit code, its JSON, and what people read."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+from prefect.exceptions import CancelledRun
+from rich.console import Console
+
+from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.batch import BatchError, BatchResult
+from prefect_segmind.errors import (
+    AccountError,
+    BudgetReachedError,
+    InputError,
+    InsufficientCreditsError,
+    RunCancelledError,
+    SegmindError,
+    redact,
+)
+from prefect_segmind.price import usd
+
+DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
+INTERRUPTED = 130
+
+people = Console(stderr=True)
+"""Where people read, besides the result itself."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code for an error."""
+    table: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], int], ...] = (
+        (InputError, BAD_INPUT),
+        (AccountError, ACCOUNT_REFUSED),
+        ((InsufficientCreditsError, BudgetReachedError), NO_MONEY),
+        ((KeyboardInterrupt, CancelledRun, RunCancelledError), INTERRUPTED),
+    )
+    cause = error.stopped or error if isinstance(error, BatchError) else error
+    return next((code for kind, code in table if isinstance(cause, kind)), FAILED)
+
+
+def success(archived: ArchivedImage) -> dict[str, Any]:
+    """What `generate --json` prints of a picture: money as text, all else as it is."""
+    return {
+        **archived.model_dump(mode="json"),
+        "cost_usd": usd(archived.cost_usd),
+        "possibly_billed_usd": usd(archived.possibly_billed_usd),
+    }
+
+
+def failure(name: str, error: BaseException) -> dict[str, Any]:
+    """What `generate --json` prints of a failure."""
+    known = error if isinstance(error, SegmindError) else SegmindError(told(error))
+    vars(known).update(vars(noted(error)))
+    return {
+        "status": "failed",
+        "name": name,
+        **dict.fromkeys(("image", "sidecar", "fingerprint", "sha256", "width", "height", "seed")),
+        "fingerprint": known.fingerprint,
+        "cost_usd": usd(known.cost_usd),
+        "possibly_billed_usd": usd(known.possibly_billed_usd),
+        "attempts": known.requests_sent,
+        "error": str(known),
+    }
+
+
+def outcome(archived: ArchivedImage) -> dict[str, str]:
+    """What people see of a picture in the terminal."""
+    facts = {
+        archived.status: archived.name,
+        "picture": archived.image,
+        "sidecar": archived.sidecar,
+        "size, seed": f"{archived.width}×{archived.height}, {archived.seed}",
+        "paid": f"{usd(archived.cost_usd)} USD in {archived.attempts} request{'s' * (archived.attempts != 1)}",
+    }
+    if archived.possibly_billed_usd:
+        facts["possibly paid"] = f"{usd(archived.possibly_billed_usd)} USD more"
+    return facts
+
+
+def explain(error: BaseException, verbose: bool) -> int:
+    """Says what went wrong in a few lines, with a traceback only for those who ask."""
+    if verbose:
+        people.print_exception()
+    people.print(told(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    if isinstance(error, SegmindError) and error.decision:
+        people.print(f"Not sent again: {error.decision.reason}.", markup=False, highlight=False)
+    where = noted(error)
+    paid = getattr(where, "cost_usd", Decimal(0))
+    possibly = getattr(where, "possibly_billed_usd", Decimal(0))
+    if paid or possibly:
+        people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.", highlight=False)
+    elif isinstance(error, SegmindError):
+        people.print("This run paid nothing.")
+    return exit_code(error)
+
+
+def batch(result: BatchResult) -> dict[str, Any]:
+    """What `refresh --json` prints of a run, or of a plan."""
+    money = ("cost_usd", "possibly_billed_usd", "planned_usd")
+    return {
+        **result.model_dump(mode="json", exclude={"images", "plan"}),
+        **{each: usd(getattr(result, each)) for each in money},
+        "waiting": result.plan.wait,
+        "images": [success(each) for each in result.images],
+    }
+
+
+def batch_failure(error: BaseException) -> dict[str, Any]:
+    """What `refresh --json` prints of a run that failed before anything was done."""
+    counts = dict.fromkeys(("total", "generated", "reused", "recovered", "failed", "not_started"), 0)
+    money = dict.fromkeys(("cost_usd", "possibly_billed_usd", "planned_usd"), "0.00")
+    rest: dict[str, Any] = {"images": [], "failures": [], "failed_manifest": None, "stopped": None}
+    return {**counts, **money, **rest, "error": told(error)}
+
+
+def batch_facts(result: BatchResult) -> dict[str, str]:
+    """What people see of a run in the terminal."""
+    facts = {"done": result.sentence()}
+    facts |= {f"failed ({each.stage})": f"{each.name}: {each.error}" for each in result.failures[:1]}
+    if result.stopped:
+        facts["stopped"] = result.stopped
+    if result.failed_manifest:
+        facts["to run again"] = result.failed_manifest
+    return facts
+
+
+def batch_of(error: BaseException) -> BatchResult | None:
+    """What a batch had come to when it failed or was interrupted; None if it had not begun."""
+    inner: BaseException | None = error
+    while inner is not None:
+        found = inner if isinstance(inner, BatchError) else vars(inner).get("batch")
+        if isinstance(found, BatchError):
+            return found.result
+        inner = inner.__cause__ or inner.__context__
+    return None
+
+
+def noted(error: BaseException) -> BaseException:
+    """The error on which the stage that pays has noted what was under way; Prefect raises another one after SIGTERM."""
+    inner: BaseException | None = error
+    while inner is not None and not hasattr(inner, "requests_sent"):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
+
+
+def told(error: BaseException) -> str:
+    """An error in words for people."""
+    if isinstance(error, KeyboardInterrupt):
+        return (
+            "interrupted; a request that was under way may be billed, and the same command again recovers its picture "
+            "if it had arrived"
+        )
+    return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")

@@ -1,0 +1,207 @@
+"""The plan of a batch: what each of its jobs needs and what that will cost, before anything is paid."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from decimal import Decimal
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.archive import Archive
+from prefect_segmind.errors import SegmindError
+from prefect_segmind.lease import held_elsewhere
+from prefect_segmind.outbox import Outbox
+from prefect_segmind.price import usd
+from prefect_segmind.record import OnUnknown, Verdict, verdict
+from prefect_segmind.request import Job
+from prefect_segmind.source import SourceReader
+from prefect_segmind.spool import Spool
+from prefect_segmind.validation import InspectedSource, ValidatedJob, inspect_source, settle
+
+INSPECTORS = 8
+"""Threads that read and decode source images; it is S3 and the disk that they wait for."""
+READERS = 32
+"""Threads that read records."""
+LOOK_AHEAD = 64
+"""Jobs whose images are being read while the plan waits for the first of them."""
+KEPT = 10_000
+"""Images whose facts are remembered; jobs of one image mostly follow each other."""
+
+
+class Plan(BaseModel):
+    """What a run of a batch is going to do and to cost.
+
+    Attributes:
+        total: Jobs of the manifest.
+        generate: Pictures to pay for.
+        reuse: Jobs whose picture is in the archive, or comes there by another job of this run.
+        recover: Pictures that lie in the outbox, paid for.
+        wait: Pictures that another run is paying for at this moment.
+        fail: Jobs that will fail unpaid: no image that can be used, or `on_unknown` forbids to pay again.
+        price_usd: Of one picture.
+        budget_usd: What the run may spend, if it is limited.
+        credits_usd: What the account has, where the API tells.
+        warnings: What was found in the jobs, with how many of them it is true of.
+        problems: Name and reason of jobs that will fail, the first few.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    total: int
+    generate: int
+    reuse: int
+    recover: int
+    wait: int
+    fail: int
+    price_usd: Decimal
+    budget_usd: Decimal | None = None
+    credits_usd: Decimal | None = None
+    warnings: tuple[tuple[str, int], ...] = ()
+    problems: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def planned_usd(self) -> Decimal:
+        """What the pictures will cost."""
+        return self.price_usd * self.generate
+
+    def facts(self) -> dict[str, str]:
+        """The plan as people read it, a title and a text for each line."""
+        facts = {
+            "plan": f"{self.total} asset{'s' * (self.total != 1)}",
+            "generate": f"{self.generate}, {usd(self.planned_usd)} USD at {usd(self.price_usd)} USD each",
+            "reuse": f"{self.reuse}, in the archive or made by another asset of this run",
+            "recover": f"{self.recover}, paid for and waiting in the outbox",
+            "wait": f"{self.wait}, another run is paying for them",
+            "fail": f"{self.fail}, nothing is paid for them",
+        }
+        shown = {title: text for title, text in facts.items() if title == "generate" or not text.startswith("0,")}
+        if self.budget_usd is not None:
+            shown["budget"] = f"{usd(self.budget_usd)} USD"
+        if self.credits_usd is not None:
+            shown["credits"] = f"{usd(self.credits_usd)} USD"
+        return shown
+
+    def shortfalls(self) -> list[str]:
+        """A warning for the budget and one for the credits, if the plan costs more."""
+        limits = {"the budget": self.budget_usd, "the account's credits": self.credits_usd}
+        return [
+            f"the plan costs {usd(self.planned_usd)} USD, {what} of {usd(limit)} USD "
+            f"{'pays' if what == 'the budget' else 'pay'} for {int(limit / self.price_usd)} of {self.generate} "
+            "pictures: the run stops there"
+            for what, limit in limits.items()
+            if limit is not None and self.planned_usd > limit
+        ]
+
+
+def make_plan(
+    jobs: Spool[Job],
+    entries: Spool[Job | ValidatedJob],
+    *,
+    reader: SourceReader,
+    archive: Archive,
+    outbox: Outbox,
+    price_usd: Decimal,
+    on_unknown: OnUnknown = "repay",
+) -> Plan:
+    """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
+
+    Args:
+        jobs: What is asked for.
+        entries: Takes the jobs in their order, validated; one that will fail goes in as it is.
+        reader: Reads the source images.
+        archive: Has the records.
+        outbox: Has pictures that are not archived yet.
+        price_usd: What a picture costs.
+        on_unknown: As for `Generation`.
+
+    Raises:
+        StoreError: The archive cannot be listed or read.
+    """
+    wanted: Counter[str] = Counter()
+    warnings: Counter[str] = Counter()
+    problems: list[tuple[str, str]] = []
+    failing = 0
+    for job, found in _inspected(jobs, reader):
+        try:
+            if isinstance(found, str):
+                raise SegmindError(found)
+            entry = settle(job, found, price_usd=price_usd)
+        except SegmindError as error:
+            failing += 1
+            if len(problems) < 20:
+                problems.append((job.name, str(error)))
+            entries.append(job)
+        else:
+            wanted[entry.fingerprint] += 1
+            if len(warnings) < 1000:
+                warnings.update(entry.warnings)
+            entries.append(entry)
+    needs: Counter[Verdict] = Counter()
+    for fingerprint, need in _verdicts(wanted, archive, outbox, on_unknown):
+        needs[need] += 1
+        # Whatever else wants the same picture finds it archived.
+        needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
+    return Plan(
+        total=len(jobs),
+        generate=needs[Verdict.PAY],
+        reuse=needs[Verdict.REUSE],
+        recover=needs[Verdict.RECOVER],
+        wait=needs[Verdict.WAIT],
+        fail=failing + needs[Verdict.REFUSE],
+        price_usd=price_usd,
+        warnings=tuple(warnings.most_common(10)),
+        problems=tuple(problems),
+    )
+
+
+def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | str]]:
+    """Each job with what its image is, or why it cannot be used, in their order; the images are read in parallel."""
+    known: OrderedDict[tuple[str, bool], Future[InspectedSource | str]] = OrderedDict()
+    waiting: deque[tuple[Job, Future[InspectedSource | str]]] = deque()
+
+    def look(image: str, allow_extreme_ratio: bool) -> InspectedSource | str:
+        try:
+            return inspect_source(image, reader, allow_extreme_ratio=allow_extreme_ratio)
+        except SegmindError as error:
+            return str(error)  # the error itself would keep the image's bytes alive
+
+    with ThreadPoolExecutor(INSPECTORS, thread_name_prefix="segmind-plan") as pool:
+        for job in jobs:
+            key = job.image, job.allow_extreme_ratio
+            if key not in known:
+                known[key] = pool.submit(look, *key)
+            known.move_to_end(key)
+            waiting.append((job, known[key]))
+            if len(known) > KEPT:
+                known.popitem(last=False)
+            if len(waiting) > LOOK_AHEAD:
+                first, source = waiting.popleft()
+                yield first, source.result()
+        for job, source in waiting:
+            yield job, source.result()
+
+
+def _verdicts(
+    wanted: Counter[str], archive: Archive, outbox: Outbox, on_unknown: OnUnknown
+) -> Iterator[tuple[str, Verdict]]:
+    """What is to be done for each picture. Only records of pictures that are not archived yet are read."""
+    recorded, archived = archive.survey(wanted.keys())
+    kept = outbox.fingerprints()
+
+    def look(fingerprint: str) -> tuple[str, Verdict]:
+        found = archive.read(fingerprint)
+        need = verdict(
+            found.record if found else None,
+            run="",
+            in_outbox=fingerprint in kept,
+            held_elsewhere=held_elsewhere(archive, found, ""),
+            on_unknown=on_unknown,
+        )
+        return fingerprint, need
+
+    yield from ((each, Verdict.REUSE) for each in archived)
+    yield from ((each, Verdict.RECOVER if each in kept else Verdict.PAY) for each in wanted if each not in recorded)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
+        yield from pool.map(look, recorded - archived)

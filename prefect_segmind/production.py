@@ -1,0 +1,111 @@
+"""A job from its check to the archive in one piece, with parts that the jobs of a run share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+
+from prefect_segmind.archiving import ArchivedImage, Archiving
+from prefect_segmind.errors import SegmindError
+from prefect_segmind.generation import Generation
+from prefect_segmind.request import Job
+from prefect_segmind.source import SourceReader
+from prefect_segmind.upload import UploadedImage, Uploads
+from prefect_segmind.validation import ValidatedJob, validate
+
+KEPT = 10_000
+"""Uploads that are remembered; jobs of one image mostly follow each other."""
+
+
+@dataclass(frozen=True)
+class Production:
+    """All that jobs need on their way. Threads may share it.
+
+    Attributes:
+        reader: Reads source images.
+        uploads: Puts them up.
+        generation: Pays.
+        archiving: Archives.
+        price_usd: What a picture is expected to cost.
+    """
+
+    reader: SourceReader
+    uploads: Uploads
+    generation: Generation
+    archiving: Archiving
+    price_usd: Decimal
+    _uploaded: dict[tuple[str, str], Future[UploadedImage]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def upload(self, job: ValidatedJob) -> UploadedImage:
+        """Uploads a job's source image; one that several jobs of the run share is uploaded once.
+
+        Raises:
+            SegmindError: As `Uploads.upload`.
+        """
+        key, mine = (job.job.image, job.source_sha256), Future[UploadedImage]()
+        with self._lock:
+            found = self._uploaded.setdefault(key, mine)
+            if len(self._uploaded) > KEPT:
+                self._uploaded.pop(next(iter(self._uploaded)))
+        if found is not mine:
+            return found.result()
+        try:
+            mine.set_result(self.uploads.upload(job, self.reader))
+        except BaseException as error:  # noqa: BLE001 (it is raised below, here and wherever the upload is waited for)
+            with self._lock:
+                self._uploaded.pop(key, None)  # the next job may be luckier
+            mine.set_exception(error)
+        return mine.result()
+
+    def produce(
+        self,
+        job: Job | ValidatedJob,
+        run: str,
+        flow_run_id: str | None = None,
+        *,
+        say: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
+    ) -> ArchivedImage:
+        """Takes a job through all four stages.
+
+        Args:
+            job: What is asked for, checked already or not.
+            run: Identifies the run across its retries.
+            flow_run_id: The Prefect flow run, for the sidecar.
+            say: Takes a line for the log.
+            warn: Takes a line that a person should see.
+
+        Raises:
+            SegmindError: In one of its classes; its `stage` says where.
+        """
+        tell = say  # the warnings of a job that is validated already were told then
+        with _stage("validate"):
+            if isinstance(job, Job):
+                job, tell = validate(job, self.reader, price_usd=self.price_usd), warn
+        with _stage("upload"):
+            uploaded = self.upload(job)
+        for warning in (*job.warnings, *uploaded.warnings):
+            tell(warning)
+        with _stage("generate"):
+            generated = replace(self.generation, say=say, warn=warn).generate(job, uploaded, run)
+        with _stage("archive"):
+            return self.archiving.archive_picture(generated, flow_run_id)
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    try:
+        yield
+    except SegmindError as error:
+        error.stage = name
+        raise
+
+
+shared: ContextVar[Production | None] = ContextVar("segmind_production", default=None)
+"""What the assets of a batch share, opened once for all of them: S3, uploads, and the gate of their requests."""

@@ -1,0 +1,67 @@
+"""The task of batches: an asset from its check to the archive in one task run, the same stages as the four tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from prefect_segmind import configuration
+from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.price import usd
+from prefect_segmind.production import shared
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.request import Job, parse_job
+from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.settings import load_settings
+from prefect_segmind.tasks.attempts import failed_attempts_reported, mention_conditions, run_id, run_name, task_policy
+from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
+from prefect_segmind.validation import ValidatedJob
+
+
+@task(
+    task_run_name=run_name,
+    retries=RetryPolicy().retries,
+    retry_delay_seconds=ServerPacedDelays(),
+    retry_condition_fn=retry_if_decided,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def produce_asset(
+    job: Job | ValidatedJob | Mapping[str, Any],
+    archive: str | None = None,
+    upload_to: str | None = None,
+    credentials_block: str | None = None,
+    on_unknown: OnUnknown = "repay",
+) -> ArchivedImage:
+    """Checks, uploads, generates and archives one asset, in one task run; see the four tasks for each stage.
+
+    In `refresh_assets` it works with what the batch shares; the other parameters matter elsewhere.
+
+    Args:
+        job: A `Job`, its fields as a mapping, or a job that is validated already.
+        archive: `s3://bucket/prefix` or a folder; the setting if left out.
+        upload_to: `s3://bucket/prefix`; the setting if left out.
+        credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
+        on_unknown: Whether to send another request (`repay`) or not (`fail`) after one that may have been billed.
+
+    Raises:
+        SegmindError: In one of its classes; its `stage` says where.
+    """
+    log, production = get_run_logger(), shared.get()
+    if production is None:
+        generation = configuration.open_generation(
+            archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
+        )
+        mention_conditions(generation.archive)
+        production = configuration.open_production(generation, upload_to, credentials_block)
+    if isinstance(job, Mapping):
+        job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
+    with failed_attempts_reported(job.name):
+        archived = production.produce(job, run_id(), flow_run.id, say=log.info, warn=log.warning)
+    log.info("%s: %s, %s USD", archived.status, archived.image, usd(archived.cost_usd))
+    return archived

@@ -1,0 +1,160 @@
+"""The command `refresh`, as people and scripts see it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from prefect_segmind import cli, outcome
+from prefect_segmind.batch import Progress, observer
+from prefect_segmind.progress import batch_progress
+from prefect_segmind.sandbox import Answer, Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+KEYS = {
+    *("total", "generated", "reused", "recovered", "failed", "not_started", "cost_usd", "possibly_billed_usd"),
+    *("planned_usd", "images", "failures", "failed_manifest", "stopped"),
+}
+IMAGE_KEYS = {
+    *("status", "name", "image", "sidecar", "fingerprint", "sha256", "width", "height", "seed"),
+    *("cost_usd", "possibly_billed_usd", "attempts"),
+}
+
+
+@pytest.fixture
+def manifest(photo: Path) -> str:
+    path = photo.parent / "campaign.yaml"
+    prompt = "a mug, number {}, {{{{ season }}}}"
+    assets = [{"name": f"mug/{n}", "image": photo.name, "prompt": prompt.format(n)} for n in range(3)]
+    path.write_text(yaml.safe_dump({"vars": {"season": "summer"}, "assets": assets}))
+    return str(path)
+
+
+def refresh(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Runs `refresh … --json`; standard output must be one JSON object and nothing else."""
+    capsys.readouterr()
+    code = cli.run(["refresh", *arguments, "--json"])
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found.keys() >= KEYS
+    return code, found, told.err
+
+
+def test_json_tells_of_every_picture_and_of_the_sums(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, first, _ = refresh(capsys, manifest, "--set", "season=winter", "--max-concurrency", "2")
+    assert (code, first["total"], first["generated"], first["cost_usd"]) == (0, 3, 3, "0.15")
+    assert all(each.keys() == IMAGE_KEYS for each in first["images"])
+    assert {each.prompt for each in sandbox.ledger.requests} == {f"a mug, number {n}, winter" for n in range(3)}
+    code, second, _ = refresh(capsys, manifest, "--set", "season=winter")
+    assert (code, second["reused"], second["cost_usd"], second["failures"]) == (0, 3, "0.00", [])
+    assert sandbox.ledger.billed == 3
+
+
+def test_a_dry_run_tells_the_same_counts_and_what_it_would_cost(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, plan, _ = refresh(capsys, manifest, "--dry-run")
+    assert (code, plan["total"], plan["generated"], plan["planned_usd"], plan["cost_usd"]) == (0, 3, 3, "0.15", "0.00")
+    assert plan["dry_run"] is True
+    assert sandbox.ledger.requests == ()
+    _, done, _ = refresh(capsys, manifest)
+    counts = ("total", "generated", "reused", "recovered", "failed", "not_started", "planned_usd")
+    assert {each: plan[each] for each in counts} == {each: done[each] for each in counts}
+
+
+def test_people_read_the_plan_and_then_what_came_of_it(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert cli.run(["refresh", manifest, "--dry-run", "--budget-usd", "0.10"]) == 0
+    plan = capsys.readouterr().out
+    assert [line.split() for line in plan.splitlines()] == [
+        ["plan", "3", "assets"],
+        ["generate", "3,", "0.15", "USD", "at", "0.05", "USD", "each"],
+        ["budget", "0.10", "USD"],
+        ["credits", "1000.00", "USD"],
+    ]
+    sandbox.play(Answer(status=422), prompt="number 1")
+    assert cli.run(["refresh", manifest]) == outcome.FAILED
+    told = capsys.readouterr()
+    assert "3 assets: 2 generated, 1 failed; paid 0.10 USD" in told.out
+    assert "mug/1: the API answered 422" in told.out
+    assert re.search(r"to run again.*failed\.yaml", told.out)
+    assert "Traceback" not in told.out + told.err
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "code", "stopped"),
+    [
+        (Answer(status=422), [], outcome.FAILED, None),
+        (Answer(status=401), [], outcome.ACCOUNT_REFUSED, "the API answered 401"),
+        (Answer(status=406, body='{"error": "Insufficient credits"}'), [], outcome.NO_MONEY, "Insufficient credits"),
+        (Answer(), ["--budget-usd", "0.10"], outcome.NO_MONEY, "the budget of 0.10 USD is reached"),
+        (Answer(status=429, retry_after="300"), [], outcome.FAILED, "the API answered 429"),
+    ],
+    ids=["bad asset", "account", "credits", "budget", "rate limit"],
+)
+def test_exit_codes_tell_the_account_from_the_money_from_bad_assets(
+    sandbox: Sandbox,
+    manifest: str,
+    capsys: pytest.CaptureFixture[str],
+    answer: Answer,
+    options: list[str],
+    code: int,
+    stopped: str | None,
+) -> None:
+    sandbox.play(answer)
+    got, told, _ = refresh(capsys, manifest, "--max-concurrency", "1", *options)
+    assert got == code
+    assert (stopped in told["stopped"]) if stopped else told["stopped"] is None
+    assert told["error"]
+    assert told["generated"] == sandbox.ledger.billed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no-such.yaml"], "no-such.yaml"),
+        (["MANIFEST", "--set", "season"], "--set: 'season' is not allowed"),
+        (["MANIFEST", "--max-concurrency", "0"], "max_concurrency: 0 is not allowed"),
+        (["MANIFEST", "--budget-usd", "-1"], "budget_usd: -1 is not allowed"),
+        (["MANIFEST", "--budget-usd", "much"], "budget_usd: 'much' is not allowed"),
+        (["MANIFEST", "--archive", "ftp://somewhere"], "ftp://somewhere"),
+        (["WRONG"], "Did you mean REALISTIC?"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_reaches_nobody(
+    sandbox: Sandbox, manifest: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = Path(manifest).with_name("wrong.csv")
+    wrong.write_text("name,image,prompt,style_type\na,mug.jpg,a mug,realistic\n")
+    given = [{"MANIFEST": manifest, "WRONG": str(wrong)}.get(each, each) for each in arguments]
+    code, told, _ = refresh(capsys, *given)
+    assert code == outcome.BAD_INPUT
+    assert said in told["error"]
+    assert told["cost_usd"] == "0.00"
+    assert sandbox.ledger.requests == ()
+
+
+def test_a_bar_shows_done_reused_failed_money_and_time_left() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with batch_progress(console):
+        show = observer.get()
+        assert show is not None
+        show(Progress(10, Counter(generated=2, reused=1, failed=1), Decimal("0.10"), 5.0))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "4/10" in text
+    assert "1 reused, 1 failed, 0.10 USD" in text
+    assert observer.get() is None

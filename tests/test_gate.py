@@ -1,0 +1,458 @@
+"""Every request of a run passes one gate: not too many, not too fast, within the budget, and none after a stop."""
+
+from __future__ import annotations
+
+import doctest
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from prefect_segmind import gate as module
+from prefect_segmind.errors import (
+    BadGatewayError,
+    BudgetReachedError,
+    GatewayTimeoutError,
+    InsufficientCreditsError,
+    InvalidKeyError,
+    NotStartedError,
+    RateLimitError,
+    RunCancelledError,
+    SegmindError,
+    UnprocessableError,
+)
+from prefect_segmind.gate import PARKED, Admission, Gate
+
+PRICE = Decimal("0.05")
+STOP = RunCancelledError("the run was cancelled")
+
+
+class Clock:
+    """The gate's clock, moved by hand: what a test asserts depends on no real time."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Any]]:
+    """Runs something in a thread of its own, which must have ended when the test ends."""
+    with ThreadPoolExecutor(600) as pool:
+        yield pool.submit
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def pay(gate: Gate, cost: Decimal = PRICE) -> None:
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+        admission.paid(cost)
+
+
+def send(gate: Gate, error: BaseException, meanwhile: Callable[[Admission], Any] = lambda admission: None) -> None:
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+        meanwhile(admission)
+        raise error
+
+
+def too_many(retry_after: float) -> RateLimitError:
+    return RateLimitError("too many", status=429, retry_after=retry_after)
+
+
+def fail(gate: Gate, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        send(gate, error)
+
+
+def money(gate: Gate) -> tuple[Decimal, Decimal, Decimal]:
+    return gate.budget.spent_usd, gate.budget.in_flight_usd, gate.budget.unknown_usd
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for another thread to get somewhere; it fails only where that never happens."""
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.001)
+
+
+def waiting(gate: Gate, count: int) -> None:
+    until(lambda: len(gate._queue) == count)
+
+
+def test_the_example_is_true():
+    assert doctest.testmod(module).failed == 0
+
+
+# What becomes of an admission.
+
+
+@pytest.mark.parametrize(
+    ("error", "unknown"),
+    [
+        (UnprocessableError("refused"), "0.00"),
+        (too_many(0.0), "0.00"),
+        (BadGatewayError("no answer", possibly_billed=True), "0.05"),
+        (KeyboardInterrupt(), "0.05"),
+        (ZeroDivisionError(), "0.05"),
+    ],
+)
+def test_a_failed_request_is_counted_by_whether_it_may_have_been_billed(error, unknown):
+    gate = Gate(say=quiet)
+    fail(gate, error)
+    assert money(gate) == (0, 0, Decimal(unknown))
+    assert gate.in_flight == 0
+    assert gate.stopped is None
+
+
+def test_a_picture_that_was_paid_for_is_spent_whatever_happens_afterwards():
+    gate = Gate()
+    with pytest.raises(SegmindError):
+        send(gate, SegmindError("the disk is full", possibly_billed=True), lambda each: each.paid(Decimal("0.07")))
+    assert money(gate) == (Decimal("0.07"), 0, 0)
+
+
+def test_a_request_that_ends_without_a_word_may_have_been_billed():
+    gate = Gate()
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+    assert money(gate) == (0, 0, PRICE)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), BadGatewayError("…", possibly_billed=True)])
+def test_an_admission_that_is_not_used_leaves_no_trace(clock, error):
+    gate = Gate(max_concurrency=1, requests_per_minute=1, budget_usd=PRICE)
+    for _ in range(3):
+        with ExitStack() as stack:
+            if error:
+                stack.enter_context(pytest.raises(type(error)))
+            stack.enter_context(gate.admit(PRICE))
+            assert gate.in_flight == 0
+            if error:
+                raise error
+    assert money(gate) == (0, 0, 0)
+    pay(gate)
+    assert gate.budget.spent_usd == PRICE
+
+
+def test_a_request_is_sent_once():
+    gate = Gate()
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+        admission.sent()
+        assert gate.in_flight == 1
+        admission.paid(PRICE)
+    assert gate.in_flight == 0
+
+
+# The budget.
+
+
+def run(gate: Gate, outcome: Callable[[int], SegmindError | None], assets: int = 100) -> int:
+    """Sends one request for each asset from sixteen threads; returns how many were let go."""
+    numbers, lock = iter(range(assets)), threading.Lock()
+    let_go = 0
+
+    def work(_: int) -> None:
+        nonlocal let_go
+        with gate.admit(PRICE) as admission:
+            with lock:
+                let_go += 1
+                error = outcome(next(numbers))
+            admission.sent()
+            if error:
+                raise error
+            admission.paid(PRICE)
+
+    with ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(work, asset) for asset in range(assets)]
+        wait(futures)
+    refused = [each for each in futures if isinstance(each.exception(), NotStartedError)]
+    assert len(refused) == assets - let_go
+    return let_go
+
+
+def test_a_budget_pays_for_as_many_pictures_as_it_has_room_for():
+    gate = Gate(budget_usd=Decimal("1.00"))
+    assert run(gate, lambda number: None) == 20
+    assert money(gate) == (Decimal("1.00"), 0, 0)
+    assert isinstance(gate.stopped, BudgetReachedError)
+    assert str(gate.stopped) == "the budget of 1.00 USD is reached: 1.00 USD spent, 0.00 USD possibly billed"
+
+
+def test_what_may_have_been_billed_uses_the_budget_up():
+    gate = Gate(budget_usd=Decimal("1.00"))
+    lost = GatewayTimeoutError("timed out", possibly_billed=True)
+    assert run(gate, lambda number: lost if number % 4 == 0 else None) == 20
+    assert money(gate) == (Decimal("0.75"), 0, Decimal("0.25"))
+    assert str(gate.stopped).endswith("0.75 USD spent, 0.25 USD possibly billed")
+
+
+def test_what_was_not_billed_is_spent_on_others():
+    gate = Gate(budget_usd=Decimal("1.00"))
+    assert run(gate, lambda number: UnprocessableError("refused") if number < 7 else None) == 27
+    assert money(gate) == (Decimal("1.00"), 0, 0)
+
+
+def test_a_budget_that_may_yet_have_room_is_waited_for(start):
+    gate = Gate(budget_usd=PRICE)
+    others = []
+
+    def another_comes(_: Admission) -> None:
+        others.append(start(pay, gate))
+        waiting(gate, 1)
+        assert gate.stopped is None
+
+    with pytest.raises(UnprocessableError):
+        send(gate, UnprocessableError("refused"), another_comes)
+    others[0].result()
+    assert money(gate) == (PRICE, 0, 0)
+
+
+def test_a_price_that_rises_is_reserved_from_then_on():
+    gate = Gate(budget_usd=Decimal("0.20"))
+    pay(gate, Decimal("0.15"))
+    with pytest.raises(NotStartedError, match=r"not started: the budget of 0\.20 USD is reached: 0\.15 USD spent"):
+        pay(gate)
+
+
+# How many at once.
+
+
+def test_there_are_never_more_at_once_than_allowed_and_the_first_comes_first(start):
+    gate, lock, most, now = Gate(max_concurrency=3), threading.Lock(), 0, 0
+    order: list[int] = []
+    full = threading.Barrier(3)
+
+    def work(number: int) -> None:
+        nonlocal most, now
+        with gate.admit(PRICE) as admission:
+            with lock:
+                order.append(number)
+                now += 1
+                most = max(most, now)
+            admission.sent()
+            full.wait()
+            with lock:
+                now -= 1
+            admission.paid(PRICE)
+
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(gate.admit(PRICE))
+        futures = []
+        for number in range(30):
+            futures.append(start(work, number))
+            waiting(gate, number + 1)
+    for future in futures:
+        future.result()
+    assert most == 3
+    assert [number // 3 for number in order] == [number // 3 for number in range(30)]
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_lets_the_next_one_go(start, monkeypatch):
+    gate = Gate(max_concurrency=1)
+    with gate.admit(PRICE):
+        first = start(pay, gate)
+        waiting(gate, 1)
+        second = start(pay, gate)
+        waiting(gate, 2)
+        times = iter((KeyboardInterrupt(),))
+
+        def interrupted_once() -> float:
+            for error in times:
+                raise error
+            return 0.0
+
+        monkeypatch.setattr(module, "monotonic", interrupted_once)
+    assert isinstance(first.exception(), KeyboardInterrupt)
+    second.result()
+    assert gate.budget.spent_usd == PRICE
+
+
+# The pace.
+
+
+def test_a_known_limit_is_kept(clock, start):
+    gate = Gate(requests_per_minute=2)
+    pay(gate)
+    pay(gate)
+    third = start(pay, gate)
+    waiting(gate, 1)
+    clock.now += 59.9
+    gate.stop(STOP)
+    assert isinstance(third.exception(), NotStartedError)
+    assert gate.budget.spent_usd == 2 * PRICE
+
+
+def test_a_place_at_the_pace_comes_free_by_time(clock, start):
+    gate = Gate(requests_per_minute=1)
+    pay(gate)
+    clock.now += 59.99
+    second = start(pay, gate)
+    waiting(gate, 1)
+    clock.now += 0.02
+    second.result()
+    assert gate.budget.spent_usd == 2 * PRICE
+
+
+def test_one_429_holds_all_and_then_one_goes_ahead(clock, start):
+    said: list[str] = []
+    gate = Gate(max_concurrency=8, say=said.append)
+    admitted: list[Admission] = []
+    ahead, answer = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with gate.admit(PRICE) as admission:
+            admission.sent()
+            admitted.append(admission)
+            ahead.set()
+            answer.wait()
+            admission.paid(PRICE)
+
+    with pytest.raises(RateLimitError):  # two of one burst: one hold, said once
+        send(gate, too_many(0.1), lambda _: fail(gate, too_many(0.2)))
+    futures = [start(work) for _ in range(5)]
+    waiting(gate, 5)
+    assert admitted == []
+    clock.now += 0.25  # the hold is over: a waiting thread finds out by itself
+    ahead.wait()
+    waiting(gate, 4)
+    assert len(admitted) == 1
+    answer.set()
+    clock.now += 100
+    for future in futures:
+        future.result()
+    assert len(admitted) == 5
+    assert said == ["the provider limits the rate: all workers wait 1 s, then one goes ahead; no retry is spent on it"]
+    assert gate.stopped is None
+
+
+def test_a_limit_that_lasts_too_long_stops_the_run():
+    said: list[str] = []
+    gate = Gate(longest_wait_seconds=120.0, say=said.append)
+    error = too_many(3600.0)
+    fail(gate, error)
+    assert gate.stopped is error
+    assert said == []
+    with pytest.raises(NotStartedError, match="not started: too many") as caught:
+        pay(gate)
+    assert caught.value.__cause__ is error
+
+
+# Stopping.
+
+
+@pytest.mark.parametrize("error", [InvalidKeyError("wrong key"), InsufficientCreditsError("no credits")])
+def test_an_account_that_is_refused_stops_the_run(error):
+    gate = Gate()
+    fail(gate, error)
+    assert gate.stopped is error
+    assert not gate.enter()
+
+
+def test_the_first_reason_to_stop_wins():
+    gate = Gate()
+    gate.stop(STOP)
+    gate.stop(SegmindError("later"))
+    fail_later = InvalidKeyError("wrong key")
+    gate.stop(fail_later)
+    assert gate.stopped is STOP
+
+
+def test_a_stop_wakes_all_that_wait_and_leaves_alone_what_is_under_way(start):
+    gate = Gate(max_concurrency=1, look_ahead=0)
+    assert gate.enter()
+    dispatcher = start(gate.enter)
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+        waiters = [start(pay, gate) for _ in range(20)]
+        waiters.append(start(gate.pause, 3600.0))
+        waiting(gate, 20)
+        gate.stop(STOP)
+        for waiter in waiters:
+            assert isinstance(waiter.exception(), NotStartedError)
+            assert str(waiter.exception()) == "not started: the run was cancelled"
+            assert waiter.exception().__cause__ is STOP
+        assert dispatcher.result() is False
+        assert gate.in_flight == 1
+        admission.paid(PRICE)
+    assert money(gate) == (PRICE, 0, 0)
+    assert gate.in_flight == 0
+
+
+def test_a_pause_ends_by_itself():
+    assert Gate().pause(0.001) is None
+
+
+def test_the_gate_is_idle_when_the_last_answer_has_come(start):
+    gate = Gate()
+    assert gate.idle(0.0)
+    with gate.admit(PRICE) as admission:
+        assert not gate.idle(0.0)
+        admission.sent()
+        assert not gate.idle(0.001)
+        waiter = start(gate.idle, 3600.0)
+        admission.paid(PRICE)
+    assert waiter.result()
+
+
+# The window of assets under way.
+
+
+@pytest.mark.parametrize(("look_ahead", "window"), [(None, 4), (0, 2), (5, 7)])
+def test_only_so_many_assets_are_under_way(start, look_ahead, window):
+    gate = Gate(max_concurrency=2, look_ahead=look_ahead)
+    assert all(gate.enter() for _ in range(window))
+    one_more = start(gate.enter)
+    assert gate._entered == window
+    gate.leave()
+    assert one_more.result() is True
+    assert gate._entered == window
+
+
+def test_an_asset_that_waits_for_another_run_gives_its_place_and_takes_it_back_at_once():
+    gate = Gate(max_concurrency=1, look_ahead=0)
+    assert gate.enter()
+    with gate.parked():
+        assert gate.enter()
+    assert gate._entered == 2
+    gate.leave()
+    gate.leave()
+    assert gate._entered == 0
+
+
+def test_a_parked_asset_that_fails_takes_its_place_back_too():
+    gate = Gate()
+    gate.enter()
+    gate.stop(STOP)
+    with pytest.raises(NotStartedError), gate.parked():
+        gate.pause(3600.0)
+    assert (gate._entered, gate._parked) == (1, 0)
+
+
+def test_not_too_many_assets_are_parked():
+    gate = Gate(max_concurrency=PARKED + 10, look_ahead=0)
+    with ExitStack() as stack:
+        for _ in range(PARKED + 3):
+            assert gate.enter()
+            stack.enter_context(gate.parked())
+        assert gate._entered == 3
+    assert gate._entered == PARKED + 3
+    assert gate._parked == 0

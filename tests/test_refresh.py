@@ -1,0 +1,327 @@
+"""A batch on a real Prefect server: what it makes, what it pays, what it tells, and how it ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelling
+
+from prefect_segmind import BatchError, BatchResult, configuration, produce_asset, refresh_assets
+from prefect_segmind.errors import (
+    BudgetReachedError,
+    ConfigurationError,
+    InsufficientCreditsError,
+    InvalidKeyError,
+    ManifestError,
+    RateLimitError,
+)
+from prefect_segmind.sandbox import Answer, Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def campaign(photo: Path) -> Callable[..., str]:
+    """Writes a manifest beside the photo: so many assets, all of it, each with a prompt and a seed of its own."""
+
+    def write(count: int, *extra: dict[str, Any], **top: Any) -> str:
+        assets = [
+            {"name": f"mug/{n:03}", "image": photo.name, "prompt": f"a red mug, number {n:03}", "seed": 1000 + n}
+            for n in range(count)
+        ]
+        path = photo.parent / "campaign.yaml"
+        path.write_text(yaml.safe_dump({"assets": [*assets, *extra], **top}, allow_unicode=True))
+        return str(path)
+
+    return write
+
+
+def run(manifest: str, **parameters: Any) -> BatchResult:
+    """The result, however the run ends."""
+    try:
+        return refresh_assets(manifest, **parameters)
+    except BatchError as error:
+        return error.result
+
+
+def agrees(result: BatchResult, sandbox: Sandbox) -> None:
+    """The report and the ledger agree to the cent."""
+    assert result.cost_usd <= sandbox.ledger.billed_usd <= result.cost_usd + result.possibly_billed_usd
+    ended = result.generated + result.reused + result.recovered + result.failed + result.not_started
+    assert ended == result.total
+    assert len(result.images) == result.generated + result.reused + result.recovered
+    assert len(result.failures) == result.failed
+
+
+def test_a_manifest_becomes_pictures_and_run_again_it_pays_nothing(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    first, second = run(campaign(6)), run(campaign(6))
+    assert (first.generated, first.cost_usd, first.planned_usd) == (6, Decimal("0.30"), Decimal("0.30"))
+    assert (second.reused, second.generated, second.cost_usd, second.planned_usd) == (6, 0, Decimal(0), Decimal(0))
+    assert {each.image for each in first.images} == {each.image for each in second.images}
+    assert sandbox.ledger.billed == 6
+
+
+def test_more_assets_cost_only_what_is_missing(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    run(campaign(3))
+    result = run(campaign(5))
+    assert (result.reused, result.generated, result.planned_usd) == (3, 2, Decimal("0.10"))
+    assert sandbox.ledger.billed == 5
+
+
+def test_two_rows_that_are_the_same_picture_pay_once(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    same = {"image": "mug.jpg", "prompt": "a red mug, number 000", "seed": 1000}
+    result = run(campaign(1, *({"name": f"copy/{n}", **same} for n in range(3))))
+    assert (result.generated, result.reused, result.planned_usd) == (1, 3, Decimal("0.05"))
+    assert len({each.sha256 for each in result.images}) == 1
+    assert len({each.image for each in result.images}) == 4
+    assert sandbox.ledger.billed == 1
+
+
+def test_templates_take_the_variables_of_the_run(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    asset = {
+        "name": "hero",
+        "image": "mug.jpg",
+        "prompt": "{{ product }} in {{ season }} light",
+        "vars": {"product": "a mug"},
+    }
+    manifest = campaign(0, asset, vars={"season": "summer"}, variants={"style_type": ["ANIME", "DESIGN"]})
+    result = run(manifest, variables={"season": "winter"})
+    assert {each.name for each in result.images} == {"hero/anime", "hero/design"}
+    assert {each.prompt for each in sandbox.ledger.requests} == {"a mug in winter light"}
+
+
+def test_every_mistake_is_told_at_once_and_nothing_is_uploaded(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    wrong = (
+        {"name": "a", "image": "mug.jpg", "prompt": "x", "style_type": "realistic"},
+        {"name": "../b", "image": "mug.jpg"},
+    )
+    with pytest.raises(ManifestError) as error:
+        refresh_assets(campaign(1, *wrong))
+    for text in ("Did you mean REALISTIC?", "prompt: missing", "'../b' is not allowed", "nothing was uploaded or paid"):
+        assert text in str(error.value)
+    assert sandbox.ledger.requests == ()
+    assert not any(sandbox.folder.glob(f"s3/**/{Path(str(campaign)).name}*"))
+
+
+def test_a_missing_image_fails_alone_and_unpaid_and_can_be_run_again_from_the_manifest_of_failures(
+    sandbox: Sandbox, campaign: Callable[..., str], photo: Path
+) -> None:
+    result = run(
+        campaign(2, {"name": "lost", "image": "lost.jpg", "prompt": "a {{ thing }}", "vars": {"thing": "hat"}})
+    )
+    assert (result.generated, result.failed, result.plan.fail) == (2, 1, 1)
+    (failure,) = result.failures
+    assert (failure.name, failure.stage) == ("lost", "validate")
+    assert "lost.jpg does not exist" in failure.error
+    assert result.failed_manifest
+    (photo.parent / "lost.jpg").write_bytes(photo.read_bytes())
+    again = run(result.failed_manifest)
+    assert (again.total, again.generated) == (1, 1)
+    assert sandbox.ledger.requests[-1].prompt == "a hat"
+
+
+def test_bad_assets_leave_the_rest_alone_and_the_ledger_agrees(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    """Of 40: two are bad, two meet a rate limit, two a 502, one half a body; none is asked for twice without need."""
+    sandbox.play(*[Answer(status=422)], prompt="number 003")
+    sandbox.play(*[Answer(status=429, reset_in=0.5)] * 2)
+    sandbox.play(Answer(status=502), prompt="number 010")
+    sandbox.play(Answer(status=502), prompt="number 011")
+    sandbox.play(Answer(kind="half_body"), prompt="number 012")
+    result = run(campaign(39, {"name": "lost", "image": "lost.jpg", "prompt": "x"}), max_concurrency=8)
+    assert (result.generated, result.failed, result.not_started) == (38, 2, 0)
+    assert {each.name for each in result.failures} == {"mug/003", "lost"}
+    assert result.cost_usd == Decimal("0.05") * 38
+    assert result.possibly_billed_usd == Decimal("0.15")
+    agrees(result, sandbox)
+    asked = Counter(each.prompt for each in sandbox.ledger.requests)
+    again = {prompt for prompt, times in asked.items() if times > 1}
+    assert {"a red mug, number 010", "a red mug, number 011", "a red mug, number 012"} <= again
+    assert len(again) <= 5
+
+
+def test_a_budget_holds_under_concurrency(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    with pytest.raises(BatchError) as error:
+        refresh_assets(campaign(30), budget_usd=Decimal("1.00"), max_concurrency=16)
+    assert isinstance(error.value.stopped, BudgetReachedError)
+    result = error.value.result
+    assert (result.generated, result.failed, result.not_started) == (20, 0, 10)
+    assert result.cost_usd == sandbox.ledger.billed_usd == Decimal("1.00")
+    assert "budget of 1.00 USD is reached" in str(result.stopped)
+
+
+def test_what_may_have_been_billed_counts_against_the_budget(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    sandbox.play(*[Answer(status=502)] * 4)
+    result = run(campaign(30), budget_usd=Decimal("1.00"), max_concurrency=16)
+    assert result.generated == 16
+    assert result.cost_usd + result.possibly_billed_usd <= Decimal("1.00")
+    agrees(result, sandbox)
+
+
+def test_what_is_not_billed_leaves_the_budget_to_others(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    sandbox.play(*[Answer(status=422)] * 3)
+    result = run(campaign(30), budget_usd=Decimal("1.00"), max_concurrency=16)
+    assert (result.generated, result.failed) == (20, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (Answer(status=401), InvalidKeyError),
+        (
+            Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'),
+            InsufficientCreditsError,
+        ),
+        (Answer(status=429, retry_after="300"), RateLimitError),
+    ],
+    ids=lambda each: str(each.status) if isinstance(each, Answer) else "",
+)
+def test_a_dead_account_stops_the_dispatch_and_what_is_in_flight_is_archived(
+    sandbox: Sandbox, campaign: Callable[..., str], answer: Answer, kind: type[Exception]
+) -> None:
+    sandbox.play(answer, prompt="number 006")
+    with pytest.raises(BatchError) as error:
+        refresh_assets(campaign(60), max_concurrency=4, fail_run_on_failures=False)
+    result = error.value.result
+    assert isinstance(error.value.stopped, kind)
+    assert result.failed == 1
+    assert result.not_started >= 40
+    assert result.generated == sandbox.ledger.billed
+    agrees(result, sandbox)
+
+
+def test_a_rate_limit_holds_all_back_and_none_fails(
+    tmp_path: Path, sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The issue's 20 a minute, ten times as fast."""
+    with Sandbox(tmp_path / "limited", latency=0.05, requests_per_minute=20, rate_window=6.0, s3=False) as limited:
+        monkeypatch.setenv("SEGMIND_BASE_URL", limited.base_url)
+        monkeypatch.setenv("SEGMIND_API_KEY", limited.api_key)
+        result = run(campaign(60), max_concurrency=16)
+        refused = [each for each in limited.ledger.requests if each.status == 429]
+        assert (result.generated, result.failed, limited.ledger.billed) == (60, 0, 60)
+        assert len(refused) <= 40
+
+
+def test_a_dry_run_tells_the_plan_and_does_nothing(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(campaign(2))
+    monkeypatch.delenv("SEGMIND_API_KEY")
+    result = run(campaign(5, {"name": "lost", "image": "lost.jpg", "prompt": "x"}), dry_run=True)
+    assert (result.total, result.generated, result.reused, result.failed) == (6, 3, 2, 1)
+    assert (result.planned_usd, result.cost_usd, result.dry_run) == (Decimal("0.15"), Decimal(0), True)
+    assert sandbox.ledger.billed == 2
+
+
+def test_a_plan_asks_nothing_for_each_job_that_is_archived_or_new(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(campaign(5))
+    asked: list[str] = []
+    store = configuration.open_archive(None).store
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda key: asked.append(key) or get(key))
+    result = run(campaign(10), dry_run=True)
+    assert (result.reused, result.generated, asked) == (5, 5, [])
+
+
+def test_a_plan_above_the_budget_is_a_warning_and_not_a_refusal(
+    sandbox: Sandbox, campaign: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(campaign(4), budget_usd=Decimal("0.10"))
+    assert (result.generated, result.not_started) == (2, 2)
+    assert "the plan costs 0.20 USD, the budget of 0.10 USD pays for 2 of 4 pictures" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_concurrency": 0}, {"requests_per_minute": 0}, {"budget_usd": Decimal("-1")}], ids=str
+)
+def test_limits_that_make_no_sense_are_refused(
+    sandbox: Sandbox, campaign: Callable[..., str], wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        refresh_assets(campaign(1), **wrong)
+
+
+def test_there_is_one_task_run_for_each_asset_and_the_run_tells_plan_progress_and_pictures(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    state: State[BatchResult] = refresh_assets(campaign(5), return_state=True)
+    flow_run_id = state.state_details.flow_run_id
+    assert flow_run_id is not None
+    deadline = time.monotonic() + 30
+    with get_client(sync_client=True) as client:
+        while True:
+            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
+            if sum(bool(each.state and each.state.is_completed()) for each in runs) == 5:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert sorted(each.name for each in runs) == [f"produce mug/{n:03}" for n in range(5)]
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        )
+    texts = {str(each.key).partition("-")[0]: str(each.data) for each in artifacts}
+    assert "0.25 USD" in texts["plan"]
+    assert texts["batch"].count("data:image/jpeg;base64,") == 10
+    assert "X-Amz" not in "".join(texts.values())
+
+
+def test_a_run_that_is_cancelled_in_prefect_sends_nothing_new_and_ends_as_cancelled(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    import prefect_segmind.flows.refresh_assets  # noqa: F401
+
+    monkeypatch.setattr(sys.modules["prefect_segmind.flows.refresh_assets"], "WATCH_SECONDS", 0.2)
+    sandbox.play(*[Answer(delay=1.5)] * 200)
+    ended: list[State[Any]] = []
+    thread = threading.Thread(
+        target=lambda: ended.append(refresh_assets(campaign(60), max_concurrency=4, return_state=True))
+    )
+    thread.start()
+    with get_client(sync_client=True) as client:
+        while not sandbox.ledger.requests:
+            time.sleep(0.05)
+        (found,) = [
+            each
+            for each in client.read_flow_runs()
+            if each.state
+            and each.state.is_running()
+            and each.flow_id
+            and each.name.startswith("refresh-assets campaign")
+        ]
+        client.set_flow_run_state(found.id, Cancelling(), force=True)
+    thread.join(60)
+    assert ended[0].is_cancelled()
+    assert 0 < sandbox.ledger.billed < 30
+
+
+def test_produce_asset_works_in_a_flow_of_ones_own(sandbox: Sandbox, photo: Path) -> None:
+    @flow
+    def one() -> Any:
+        return produce_asset({"image": str(photo), "prompt": "a red mug", "seed": 4242})
+
+    sandbox.play(Answer(status=502))
+    archived = one()
+    assert (archived.status, archived.attempts, archived.possibly_billed_usd) == ("generated", 2, Decimal("0.05"))
