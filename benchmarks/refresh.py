@@ -52,7 +52,10 @@ def main() -> None:
                 environment["PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"] = str(home / "archive")
             if given.what == "speed":
                 ideal = given.assets * given.latency / given.at_once
+                before = processor_seconds()
                 found = run(environment, given.assets, given.at_once)
+                busy = [after - then for after, then in zip(processor_seconds(), before, strict=True)]
+                found["busy_percent"] = round(100 * busy[0] / sum(busy))
                 print(f"{found['wall']:.1f} s wall, {found['wall'] / ideal:.2f} × the ideal {ideal:.1f} s; {found}")
             else:
                 few, many = run(environment, 200, given.at_once), run(environment, 2000, given.at_once)
@@ -122,6 +125,12 @@ def sandbox(home: Path, latency: float) -> Iterator[dict[str, str]]:
     finally:
         server.terminate()
         server.wait(30)
+
+
+def processor_seconds() -> tuple[float, float]:
+    """What all processors together have worked, and have been idle."""
+    user, nice, system, idle, wait, *_ = map(float, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return user + nice + system, idle + wait
 
 
 def free_port() -> int:

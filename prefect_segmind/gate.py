@@ -41,6 +41,7 @@ class Admission:
         self.ticket = ticket
         self.reserved_usd = reserved_usd
         self.is_sent = False
+        self.is_over = False
         self.cost_usd: Decimal | None = None
 
     def sent(self) -> None:
@@ -48,8 +49,9 @@ class Admission:
         self._gate._note_sent(self)
 
     def paid(self, cost_usd: Decimal) -> None:
-        """Says that a picture came of it, and what it cost in USD."""
+        """Says that a picture came of it, and what it cost in USD. From here on another request may go."""
         self.cost_usd = cost_usd
+        self._gate._let_out(self, None)
 
 
 class Gate:
@@ -260,6 +262,9 @@ class Gate:
     def _let_out(self, admission: Admission, error: BaseException | None) -> None:
         held: float | None = None
         with self._lock:
+            if admission.is_over:
+                return
+            admission.is_over = True
             self._admitted -= 1
             if admission.is_sent:
                 self._in_flight -= 1

@@ -75,7 +75,7 @@ class Production:
         """Takes a job through all four stages.
 
         Args:
-            job: What is asked for, checked already or not.
+            job: What is asked for. One that is validated already has told its warnings.
             run: Identifies the run across its retries.
             flow_run_id: The Prefect flow run, for the sidecar.
             say: Takes a line for the log.
@@ -84,14 +84,15 @@ class Production:
         Raises:
             SegmindError: In one of its classes; its `stage` says where.
         """
-        tell = say  # the warnings of a job that is validated already were told then
         with _stage("validate"):
             if isinstance(job, Job):
-                job, tell = validate(job, self.reader, price_usd=self.price_usd), warn
+                job = validate(job, self.reader, price_usd=self.price_usd)
+                for warning in job.warnings:
+                    warn(warning)
         with _stage("upload"):
             uploaded = self.upload(job)
-        for warning in (*job.warnings, *uploaded.warnings):
-            tell(warning)
+        for warning in uploaded.warnings:
+            warn(warning)
         with _stage("generate"):
             generated = replace(self.generation, say=say, warn=warn).generate(job, uploaded, run)
         with _stage("archive"):

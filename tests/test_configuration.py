@@ -31,8 +31,8 @@ class TestSettings:
             "archive": "s3://b/archive", "upload_to": "s3://b/uploads", "public_base_url": "https://cdn.example",
             "presigned_seconds": 600, "outbox": Path("/srv/outbox"), "outbox_min_free_bytes": 5,
             "credentials_block": "marketing", "s3_block": "aws-credentials/prod", "connect_timeout_seconds": 1.5,
-            "read_timeout_seconds": 20.0, "longest_wait_seconds": 0.0, "grace_seconds": 5.0, "price_usd": Decimal("0.04"),
-            "allow_private_sources": True, "allow_unlisted_resolution": True,
+            "read_timeout_seconds": 20.0, "longest_wait_seconds": 0.0, "price_usd": Decimal("0.04"),
+            "grace_seconds": 5.0, "allow_private_sources": True, "allow_unlisted_resolution": True,
         }  # fmt: skip
         assert set(given) == set(SegmindSettings.model_fields), "each has its place in this test"
         for name, value in given.items():

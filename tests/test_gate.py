@@ -128,6 +128,16 @@ def test_a_picture_that_was_paid_for_is_spent_whatever_happens_afterwards():
     assert money(gate) == (Decimal("0.07"), 0, 0)
 
 
+def test_once_an_answer_has_been_read_the_next_request_may_go_while_the_picture_is_put_away(start):
+    gate = Gate(max_concurrency=1)
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+        admission.paid(PRICE)
+        assert gate.in_flight == 0
+        start(pay, gate).result(timeout=30)
+    assert money(gate) == (2 * PRICE, 0, 0)
+
+
 def test_a_request_that_ends_without_a_word_may_have_been_billed():
     gate = Gate()
     with gate.admit(PRICE) as admission:

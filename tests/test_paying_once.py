@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -30,8 +31,10 @@ from prefect_segmind.errors import (
     RateLimitError,
     StoreError,
 )
+from prefect_segmind.gate import Gate
 from prefect_segmind.outbox import RESERVED_BYTES
 from prefect_segmind.record import Holder
+from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.sandbox import Answer, Sandbox
 from tests.walk import archive_picture, generate, up_to_upload, walk
 
@@ -333,6 +336,22 @@ def test_a_failed_request_is_retried_under_the_same_claim_and_logged(sandbox: Sa
     assert [(each.status, each.possibly_billed) for each in log] == [(429, False), (502, True), (200, False)]
     assert all(each.wait_seconds for each in log[:2])
     assert log[2].wait_seconds is None
+
+
+def test_where_rate_limits_are_counted_apart_they_leave_the_retries_to_other_failures(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.play(*[Answer(status=429)] * 3, Answer(status=502))
+    job, uploaded = up_to_upload(photo)
+    policy = RetryPolicy(retries=1, rate_limit_retries=3)
+    generation = configuration.open_generation(None, None, None, policy=policy)
+    for kind in (RateLimitError, RateLimitError, RateLimitError, BadGatewayError):
+        with pytest.raises(kind) as error:
+            generation.generate(job, uploaded, "one")
+        assert error.value.decision
+        assert error.value.decision.retry
+        generation = replace(generation, gate=Gate())  # as long as the limit is none of this test's business
+    assert generation.generate(job, uploaded, "one").requests_sent == 5
 
 
 def test_a_second_answer_of_unknown_outcome_ends_the_run(sandbox: Sandbox, photo: Path) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
+from rich.console import Console
 
 from prefect_segmind import cli, outcome
+from prefect_segmind.console import print_facts
+from prefect_segmind.plan import Plan
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.settings import SegmindSettings
 
@@ -103,6 +109,55 @@ def test_the_example_with_the_four_tasks_runs(sandbox: Sandbox, photo: Path) -> 
     assert "/mug/realistic/" in first
     assert "/mug/anime/" in second
     assert sandbox.ledger.billed == 2
+
+
+def manifest_of_the_readme() -> str:
+    code = re.search(r"```yaml\n(# yaml-language-server.*?)```", README, re.S)
+    assert code
+    return code[1]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_manifest_becomes_the_pictures_that_are_told(
+    sandbox: Sandbox, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mug.jpg", "inbox/cup.jpg", "inbox/pot.jpg"):
+        path = photo.parent / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo.read_bytes())
+    manifest = photo.parent / "campaign.yaml"
+    manifest.write_text(manifest_of_the_readme())
+    capsys.readouterr()
+    assert cli.run(["refresh", str(manifest), "--budget-usd", "5", "--set", "season=autumn", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {each["name"] for each in found["images"]} == {
+        f"{name}/{weight}" for name in ("mug", "inbox/cup", "inbox/pot") for weight in ("w40", "w70")
+    }
+    assert {each.prompt for each in sandbox.ledger.requests} == {
+        "a ceramic mug in autumn light",
+        "cup on a picnic blanket, autumn light",
+        "pot on a picnic blanket, autumn light",
+    }
+    told = README.partition("`refresh --json` prints one object:")[2].partition("With `--dry-run`")[0]
+    named = set(re.findall(r"`(\w+)`", told)) - {"name", "stage", "error"}
+    assert named == found.keys() - {"dry_run", "waiting"}
+
+
+def test_the_manifest_is_what_the_schema_says() -> None:
+    schema = json.loads((Path(__file__).parents[1] / "docs" / "manifest.schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(manifest_of_the_readme()), schema)
+
+
+def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(
+        **{"total": 640, "generate": 598, "reuse": 40, "recover": 1, "wait": 0, "fail": 1},
+        price_usd=Decimal("0.05"),
+        budget_usd=Decimal("25.00"),
+        credits_usd=Decimal("41.35"),
+    )
+    capsys.readouterr()
+    print_facts(Console(), plan.facts())
+    assert capsys.readouterr().out in README
 
 
 def test_the_settings_are_all_there_with_their_defaults() -> None:

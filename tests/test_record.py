@@ -152,6 +152,16 @@ def test_a_request_that_a_dead_run_left_open_may_be_billed_and_the_finder_report
     assert before.attempts[1].possibly_billed is None  # records are values: the old one stays as it was
 
 
+def test_what_a_dead_run_would_have_reported_at_its_end_is_reported_by_the_one_that_takes_over():
+    dead = Holder(run="dead", host="x", pid=9, started="")
+    before = claimed(
+        sent("ended", True, reported_by="ended"), sent("older", True, reported_by="dead"), sent("dead"), holder=dead
+    )
+    attempts = before.claimed_by(ME, NOW).attempts
+    assert [each.reported_by for each in attempts] == ["ended", "me", "me", None]
+    assert possibly_billed_count("me", attempts) == 2
+
+
 def test_what_another_run_has_reported_is_not_reported_again():
     record = claimed(sent("other", True, reported_by="other")).claimed_by(ME, NOW)
     assert record.attempts[0].reported_by == "other"

@@ -77,6 +77,14 @@ def test_the_table_has_every_class():
     assert classes == {row[0] for row in TABLE}
 
 
+def test_rate_limits_may_be_counted_apart_for_they_are_no_fault_of_the_job():
+    policy = RetryPolicy(retries=2, rate_limit_retries=4)
+    limited, broken = make(errors.RateLimitError), make(errors.ApiUnreachableError)
+    assert [decide(limited, attempts=n, unknown=0, elapsed=0.0, policy=policy).retry for n in (2, 4, 5)] == [1, 1, 0]
+    assert [decide(broken, attempts=n, unknown=0, elapsed=0.0, policy=policy).retry for n in (2, 3)] == [1, 0]
+    assert "all 4 retries" in decide(limited, attempts=5, unknown=0, elapsed=0.0, policy=policy).reason
+
+
 def test_of_all_statuses_three_are_retried():
     now = datetime(2025, 3, 1, tzinfo=timezone.utc)
     answers = {status: answer_error(status, {}, b"", now=now, secret="") for status in range(201, 600)}

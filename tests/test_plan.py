@@ -1,0 +1,198 @@
+"""The plan of a batch: what it finds in the archive, the outbox and the images, and what it asks for to find that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_segmind.archive import Archive
+from prefect_segmind.lease import this_process
+from prefect_segmind.outbox import Outbox
+from prefect_segmind.place import open_store
+from prefect_segmind.plan import Plan, make_plan
+from prefect_segmind.record import Holder, OnUnknown, PaidPicture, Record
+from prefect_segmind.request import Job
+from prefect_segmind.source import SourceReader
+from prefect_segmind.spool import Spool
+from prefect_segmind.store import LocalStore
+from prefect_segmind.validation import ValidatedJob, validate
+
+NOW = datetime(2025, 3, 1, 12, 0, tzinfo=timezone.utc)
+PICTURE = PaidPicture.model_validate(
+    {
+        **{"sha256": "cd" * 32, "format": "JPEG", "content_type": "image/jpeg", "extension": "jpg", "width": 8},
+        **{"height": 8, "size_bytes": 1, "seed": 100, "cost_usd": "0.05", "cost_source": "x-cost", "paid_at": NOW},
+    }
+)
+
+
+@dataclass(frozen=True)
+class CountingReader(SourceReader):
+    """Reads as ever, and counts."""
+
+    read_images: list[str] = field(default_factory=list)
+
+    def read(self, image: str) -> bytes:
+        self.read_images.append(image)
+        return super().read(image)
+
+
+class CountingStore(LocalStore):
+    """A folder that counts what is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: Counter[str] = Counter()
+
+    def get(self, key: str) -> Any:
+        self.asked["get"] += 1
+        return super().get(key)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        self.asked["list"] += 1
+        return super().keys(prefix)
+
+
+class House:
+    """An archive, an outbox and a photo, and jobs of it by their seeds."""
+
+    def __init__(self, folder: Path, photo: Path) -> None:
+        self.store = CountingStore(folder / "archive")
+        self.archive = Archive(self.store)
+        self.outbox = Outbox(folder / "outbox")
+        self.reader = CountingReader(s3=lambda: pytest.fail("nothing lies in S3"))
+        self.photo = photo
+
+    def job(self, seed: int, name: str = "") -> Job:
+        return Job(name=name or f"mug/{seed}", image=str(self.photo), prompt="a red mug", seed=seed)
+
+    def fingerprint(self, seed: int) -> str:
+        return validate(self.job(seed), self.reader).fingerprint
+
+    def done(self, seed: int) -> None:
+        fingerprint = self.fingerprint(seed)
+        key = f"mug/{seed}/{fingerprint[:16]}.jpg"
+        self.archive.put_sidecar(key, {})
+        record = Record(fingerprint=fingerprint).archived(PICTURE, key, key.replace(".jpg", ".json"))
+        self.archive.write(record, None)
+
+    def claimed(self, seed: int, holder: Holder) -> None:
+        self.archive.write(Record(fingerprint=self.fingerprint(seed)).claimed_by(holder, NOW), None)
+
+    def plan(self, *jobs: Job, on_unknown: OnUnknown = "repay") -> tuple[Plan, list[Job | ValidatedJob]]:
+        self.reader.read_images.clear()
+        self.store.asked.clear()
+        with Spool(Job) as asked, Spool[Job | ValidatedJob](Job, ValidatedJob) as entries:
+            for each in jobs:
+                asked.append(each)
+            plan = make_plan(
+                asked,
+                entries,
+                reader=self.reader,
+                archive=self.archive,
+                outbox=self.outbox,
+                price_usd=Decimal("0.05"),
+                on_unknown=on_unknown,
+            )
+            return plan, list(entries)
+
+
+@pytest.fixture
+def house(tmp_path: Path, photo: Path) -> House:
+    return House(tmp_path, photo)
+
+
+def counts(plan: Plan) -> dict[str, int]:
+    found = plan.model_dump(include={"generate", "reuse", "recover", "wait", "fail"})
+    return {what: count for what, count in found.items() if count}
+
+
+def test_what_is_archived_is_reused_and_what_is_new_is_paid_by_one_listing_and_no_question(house: House) -> None:
+    for seed in range(100, 110):
+        house.done(seed)
+    plan, entries = house.plan(*(house.job(seed) for seed in range(105, 125)))
+    assert counts(plan) == {"reuse": 5, "generate": 15}
+    assert plan.planned_usd == Decimal("0.75")
+    assert house.store.asked == {"list": 1}
+    assert all(isinstance(each, ValidatedJob) for each in entries)
+    assert [each.name for each in entries] == [f"mug/{seed}" for seed in range(105, 125)]
+
+
+def test_each_image_is_read_once_however_many_jobs_it_has(house: House, tmp_path: Path) -> None:
+    other = tmp_path / "other.jpg"
+    other.write_bytes(house.photo.read_bytes())
+    jobs = [house.job(seed) for seed in range(100, 140)]
+    house.plan(*jobs, *(each.model_copy(update={"image": str(other), "name": f"o/{each.name}"}) for each in jobs))
+    assert sorted(house.reader.read_images) == sorted([str(house.photo), str(other)])
+
+
+def test_one_picture_under_several_names_is_paid_for_once(house: House) -> None:
+    plan, _ = house.plan(house.job(100), house.job(100, "a"), house.job(100, "b"), house.job(101))
+    assert counts(plan) == {"generate": 2, "reuse": 2}
+
+
+def test_a_picture_in_the_outbox_is_recovered(house: House) -> None:
+    house.outbox.folder.mkdir()
+    (house.outbox.folder / f"{house.fingerprint(100)}.jpg").write_bytes(b"a picture")
+    (house.outbox.folder / f"{house.fingerprint(101)}.facts").write_bytes(b"{}")
+    plan, _ = house.plan(house.job(100), house.job(101))
+    assert counts(plan) == {"recover": 1, "generate": 1}
+
+
+def test_a_picture_that_a_living_run_pays_for_is_waited_for_and_one_of_a_dead_run_is_paid(house: House) -> None:
+    house.claimed(100, Holder(run="other", host="another", pid=1, started=""))
+    house.claimed(101, this_process("dead").model_copy(update={"pid": 2**22 - 1}))
+    jobs = house.job(100), house.job(101)
+    assert counts(house.plan(*jobs)[0]) == {"wait": 1, "generate": 1}
+    assert counts(house.plan(*jobs, on_unknown="fail")[0]) == {"wait": 1, "fail": 1}
+    assert house.store.asked == {"list": 1, "get": 2}
+
+
+def test_an_image_that_cannot_be_used_fails_its_own_job_and_no_other(house: House, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    broken = [
+        Job(name="lost", image=str(tmp_path / "lost.jpg"), prompt="x"),
+        Job(name="text", image=str(tmp_path / "notes.txt"), prompt="x"),
+    ]
+    plan, entries = house.plan(broken[0], house.job(100), broken[1])
+    assert counts(plan) == {"fail": 2, "generate": 1}
+    assert [name for name, _ in plan.problems] == ["lost", "text"]
+    assert [type(each) for each in entries] == [Job, ValidatedJob, Job]
+
+
+def test_a_drawn_seed_is_the_same_in_the_plan_and_in_the_run(house: House) -> None:
+    job = house.job(100).model_copy(update={"seed": "random"})
+    _, (first, second) = house.plan(job, job.model_copy(update={"name": "other"}))
+    assert isinstance(first, ValidatedJob)
+    assert isinstance(second, ValidatedJob)
+    assert first.seed != second.seed
+    assert first.parameters["seed"] == first.seed
+
+
+def test_warnings_are_told_once_with_their_number(house: House) -> None:
+    plan, _ = house.plan(*(house.job(seed) for seed in range(100, 107)))
+    ((warning, count),) = plan.warnings
+    assert "crops 33%" in warning
+    assert count == 7
+
+
+def test_a_listing_of_the_archive_knows_its_own_files_only(house: House, tmp_path: Path) -> None:
+    house.done(100)
+    stray = tmp_path / "archive" / "notes" / f"{'ab' * 8}.json"
+    stray.parent.mkdir()
+    stray.write_text("{}")
+    (tmp_path / "archive" / ".segmind" / "readme.json").write_text("{}")
+    wanted = {house.fingerprint(100), house.fingerprint(101), "ab" * 32}
+    assert house.archive.survey(wanted) == ({house.fingerprint(100)}, {house.fingerprint(100)})
+
+
+def test_an_archive_that_does_not_exist_yet_is_an_empty_one(house: House, tmp_path: Path) -> None:
+    empty = Archive(open_store(str(tmp_path / "nowhere")))
+    assert empty.survey({"ab" * 32}) == (set(), set())
