@@ -50,7 +50,7 @@ class Stages:
         with self._timed("upload"):
             uploaded = self.production.upload(validated)
         with self._timed("generate"):
-            generated = self.production.generation.generate(validated, uploaded, uuid.uuid4().hex)
+            generated = self.production.generation.generate(validated, lambda: uploaded, uuid.uuid4().hex)
         with self._timed("archive"):
             return self.production.archiving.archive_picture(generated)
 

@@ -17,7 +17,6 @@ from prefect import flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -32,6 +31,7 @@ from prefect_segmind.errors import (
     ApiError,
     BudgetReachedError,
     ConfigurationError,
+    InvalidKeyError,
     RunCancelledError,
     SegmindError,
     StoreError,
@@ -59,6 +59,7 @@ WATCH_SECONDS = 10.0
 POLICY = RetryPolicy(rate_limit_retries=20)
 """A rate limit meets any of the assets, and is none of its faults."""
 _PATIENT = produce_asset.with_options(retries=POLICY.retries + (POLICY.rate_limit_retries or 0))
+_ENDED_BY = {"KeyboardInterrupt": "Ctrl-C", "TerminationSignal": "SIGTERM"}
 THREADS = 4096
 """More than are ever made: they are made as they are needed, and the gate bounds how many assets are under way."""
 
@@ -147,19 +148,22 @@ def refresh_assets(
         mention_conditions(opened)
         token = shared.set(configuration.open_production(generation, upload_to, credentials_block))
         tally = Tally(plan, failed_jobs)
-        interrupt: BaseException | None = None
         try:
             _produce(entries, gate, tally, settings.grace_seconds)
-        except (KeyboardInterrupt, TerminationSignal) as error:
-            interrupt = error
+            result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
+            publish_batch(result, manifest, opened, credentials_block)
+            return cast(BatchResult, _ended(result, gate.stopped, fail_run_on_failures))
+        except BatchError:
+            raise
+        except BaseException as error:
+            # Whatever ends the run, what it has paid is told.
+            tally.close(gate.budget.in_flight_usd)
+            result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
+            log.warning(result.sentence())
+            vars(error)["batch"] = BatchError(result.sentence(), result, gate.stopped)
+            raise
         finally:
             shared.reset(token)
-        result = tally.result(
-            failed_manifest=_keep_failed(failed_jobs, opened, generation.outbox),
-            stopped=str(gate.stopped) if gate.stopped else None,
-        )
-    publish_batch(result, manifest, opened, credentials_block)
-    return cast(BatchResult, _ended(result, gate.stopped, fail_run_on_failures, interrupt))
 
 
 def _check(max_concurrency: int, requests_per_minute: int | None, budget_usd: Decimal | None) -> None:
@@ -173,10 +177,16 @@ def _check(max_concurrency: int, requests_per_minute: int | None, budget_usd: De
 
 
 def _credits(credentials_block: str | None) -> Decimal | None:
-    """What the account has; None where there is no key yet, or the API does not tell."""
+    """What the account has; None where there is no key yet, or the API does not tell.
+
+    Raises:
+        InvalidKeyError: The key is refused.
+    """
     try:
         with load_credentials(credentials_block).get_client() as client:
             return client.credits()
+    except InvalidKeyError:
+        raise  # every request would be refused like this one
     except (ApiError, ConfigurationError) as error:
         get_run_logger().info("the account's credits are not known: %s", error)
         return None
@@ -204,12 +214,14 @@ def _produce(entries: Spool[Job | ValidatedJob], gate: Gate, tally: Tally, grace
             for entry in entries:
                 if not gate.enter():
                     break
-                tally.start()
+                tally.start(entry)
                 _PATIENT.submit(entry).add_done_callback(partial(_end, entry, gate, tally))
             tally.wait()
-        except (KeyboardInterrupt, TerminationSignal) as error:
-            gate.stop(RunCancelledError(f"the run was ended by {type(error).__name__}"))
-            get_run_logger().warning("nothing new is sent; what is in flight has %.0f s to end", grace_seconds)
+        except BaseException as error:
+            gate.stop(RunCancelledError(f"the run was ended by {_ENDED_BY.get(type(error).__name__, 'an error')}"))
+            get_run_logger().warning(
+                "nothing new is sent; %s in flight have %.0f s to end", gate.in_flight, grace_seconds
+            )
             tally.wait(grace_seconds)
             raise
 
@@ -220,8 +232,10 @@ def _end(entry: Job | ValidatedJob, gate: Gate, tally: Tally, future: PrefectFut
         outcome = future.result(raise_on_failure=False)
     except BaseException as error:  # noqa: BLE001
         outcome = error
-    tally.end(entry, outcome)
-    gate.leave()
+    try:
+        tally.end(entry, outcome)
+    finally:
+        gate.leave()
 
 
 @contextmanager
@@ -238,22 +252,26 @@ def _watched(gate: Gate, tally: Tally) -> Iterator[None]:
 
 
 def _watch(gate: Gate, tally: Tally, ended: threading.Event) -> None:
-    log, run_id, done = get_run_logger(), UUID(str(flow_run.id)), 0
+    log, run_id, last = get_run_logger(), UUID(str(flow_run.id)), ""
     artifact: UUID | None = None
-    while not ended.wait(WATCH_SECONDS):
+    over = False
+    while not over:
+        over = ended.wait(WATCH_SECONDS)
         try:
             progress = tally.progress
-            if progress.done != done:
-                done, percent = progress.done, 100 * progress.done / max(1, progress.total)
-                log.info(progress.sentence())
+            if progress.sentence() != last and (not over or artifact):
+                last, percent = progress.sentence(), 100 * progress.done / max(1, progress.total)
                 if artifact is None:
                     key = f"refresh-assets-{str(run_id)[:8]}"
-                    artifact = cast(UUID, create_progress_artifact(percent, key, progress.sentence()))
+                    artifact = cast(UUID, create_progress_artifact(percent, key, last))
                 else:
-                    update_progress_artifact(artifact, percent, description=progress.sentence())
+                    update_progress_artifact(artifact, percent, description=last)
+                log.info(last)
+            if over:
+                break
             with get_client(sync_client=True) as client:
                 state = client.read_flow_run(run_id).state
-            if state is not None and state.is_cancelling():
+            if state is not None and (state.is_cancelling() or state.is_cancelled()):
                 gate.stop(RunCancelledError("the run was cancelled in Prefect"))
         except Exception as error:  # noqa: BLE001
             log.debug("Prefect's server does not answer: %s", error)  # what is paid for does not depend on it
@@ -261,6 +279,7 @@ def _watch(gate: Gate, tally: Tally, ended: threading.Event) -> None:
 
 def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | None:
     """Writes the failed jobs as a manifest to run again, into the archive, or beside the outbox if that is down."""
+    log = get_run_logger()
     if not len(jobs):
         return None
     name, kind, data = "failed.yaml", "application/yaml", b""
@@ -273,31 +292,29 @@ def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | No
     try:
         archive.store.put(f".segmind/{key}", data, kind, if_absent=True)
         return archive.store.uri(f".segmind/{key}")
-    except StoreError as error:
+    except StoreError as refused:
         path = outbox.folder.parent / key
-        get_run_logger().warning("the failed jobs are written to %s, for the archive says: %s", path, error)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        except OSError as error:
+            log.warning("the failed jobs cannot be written, neither to the archive (%s) nor here (%s)", refused, error)
+            return None
+        log.warning("the failed jobs are written to %s, for the archive says: %s", path, refused)
         return str(path)
 
 
-def _ended(
-    result: BatchResult, stopped: SegmindError | None, fail_run_on_failures: bool, interrupt: BaseException | None
-) -> BatchResult | State[Any]:
+def _ended(result: BatchResult, stopped: SegmindError | None, fail_run_on_failures: bool) -> BatchResult | State[Any]:
     """Ends the run as it deserves: Completed, Cancelled, or Failed with an error that has the result."""
-    log = get_run_logger()
     told = result.sentence() + (f"; {stopped}" if stopped else "")
     told += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
     error = BatchError(told, result, stopped)
-    if interrupt is not None:
-        vars(interrupt)["batch"] = error
-        raise interrupt
     if isinstance(stopped, RunCancelledError):
-        return Cancelled(message=told)
+        return Cancelled(message=told, data=error)  # who called the flow gets the error
     wanted = fail_run_on_failures and (result.failed or stopped)
     if wanted or (stopped and not isinstance(stopped, BudgetReachedError)):
         raise error
-    log.info(told)
+    get_run_logger().info(told)
     return result
 
 

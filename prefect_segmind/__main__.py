@@ -19,9 +19,13 @@ def main() -> None:
     if sys.argv[1:2] == ["demo"]:
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # no request of a demo leaves the machine
         os.environ.setdefault("DO_NOT_TRACK", "1")
-    from prefect_segmind.cli import run
+    try:
+        from prefect_segmind.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command began, or after
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from decimal import Decimal
@@ -157,15 +158,16 @@ class Tally:
         self._possibly_billed_usd = Decimal("0.00")
         self._images: list[ArchivedImage] = []
         self._failures: list[Failure] = []
-        self._under_way = 0
+        self._under_way: dict[str, Job | ValidatedJob] = {}
+        self._closed = False
         self._started = time.monotonic()
         self._changed = threading.Condition()
         self._observer = observer.get()
 
-    def start(self) -> None:
+    def start(self, entry: Job | ValidatedJob) -> None:
         """Notes that an asset is under way."""
         with self._changed:
-            self._under_way += 1
+            self._under_way[entry.name] = entry
 
     def end(self, entry: Job | ValidatedJob, outcome: object) -> None:
         """Notes what came of an asset.
@@ -175,7 +177,8 @@ class Tally:
             outcome: An `ArchivedImage`, or the exception that it ended with.
         """
         with self._changed:
-            self._under_way -= 1
+            if self._closed or self._under_way.pop(entry.name, None) is None:
+                return
             if isinstance(outcome, ArchivedImage):
                 self._counts[outcome.status] += 1
                 self._cost_usd += outcome.cost_usd
@@ -186,7 +189,25 @@ class Tally:
             self._changed.notify_all()
             progress = self._progress()
         if self._observer is not None:
-            self._observer(progress)
+            with suppress(Exception):  # whoever watches does not change what is counted
+                self._observer(progress)
+
+    def close(self, in_flight_usd: Decimal) -> None:
+        """Counts what is still under way as failed, and takes nothing more down.
+
+        Args:
+            in_flight_usd: What the requests that have no answer yet may cost.
+        """
+        late = SegmindError(
+            "the run was ended before this was; run it again: a picture that still arrives is recovered"
+        )
+        with self._changed:
+            for entry in self._under_way.values():
+                self._fail(entry, late)
+            if self._under_way:
+                self._possibly_billed_usd += in_flight_usd
+            self._under_way.clear()
+            self._closed = True
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits until no asset is under way, or the time is over.
@@ -195,7 +216,7 @@ class Tally:
             Whether none is.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: self._under_way == 0, seconds)
+            return self._changed.wait_for(lambda: not self._under_way, seconds)
 
     @property
     def progress(self) -> Progress:
@@ -203,8 +224,8 @@ class Tally:
         with self._changed:
             return self._progress()
 
-    def result(self, *, failed_manifest: str | None = None, stopped: str | None = None) -> BatchResult:
-        """The sums; whatever has not ended counts as not started."""
+    def result(self, failed_manifest: str | None = None, stopped: SegmindError | None = None) -> BatchResult:
+        """The sums; what was not begun counts as not started."""
         with self._changed:
             counts = self._counts
             return BatchResult(
@@ -220,7 +241,7 @@ class Tally:
                 images=tuple(self._images),
                 failures=tuple(self._failures),
                 failed_manifest=failed_manifest,
-                stopped=stopped,
+                stopped=str(stopped) if stopped else None,
                 plan=self._plan,
             )
 
@@ -228,17 +249,20 @@ class Tally:
         return Progress(self._plan.total, self._counts.copy(), self._cost_usd, time.monotonic() - self._started)
 
     def _fail(self, entry: Job | ValidatedJob, outcome: object) -> None:
-        known = outcome if isinstance(outcome, SegmindError) else None
-        if isinstance(outcome, NotStartedError) and not outcome.possibly_billed_usd:
+        possibly_billed_usd = getattr(outcome, "possibly_billed_usd", Decimal(0))
+        if isinstance(outcome, NotStartedError) and not possibly_billed_usd:
             self._counts["not_started"] += 1
             return
         self._counts["failed"] += 1
-        if known:
-            self._cost_usd += known.cost_usd
-            self._possibly_billed_usd += known.possibly_billed_usd
-        error = str(known) if known else redact(f"{type(outcome).__name__}: {outcome}")
-        self._failures.append(Failure(name=entry.name, stage=(known and known.stage) or "produce", error=error))
-        self._failed_jobs.append(_again(entry))
+        self._cost_usd += getattr(outcome, "cost_usd", Decimal(0))
+        self._possibly_billed_usd += possibly_billed_usd
+        error = str(outcome) if isinstance(outcome, SegmindError) else redact(f"{type(outcome).__name__}: {outcome}")
+        try:
+            self._failed_jobs.append(_again(entry))
+        except (SegmindError, ValueError) as broken:
+            error += f" (nor is it in the manifest of failures: {broken})"
+        stage = getattr(outcome, "stage", None) or "generate"
+        self._failures.append(Failure(name=entry.name, stage=stage, error=error))
 
 
 def planned(plan: Plan) -> BatchResult:
@@ -253,6 +277,7 @@ def planned(plan: Plan) -> BatchResult:
         cost_usd=Decimal("0.00"),
         possibly_billed_usd=Decimal("0.00"),
         planned_usd=plan.planned_usd,
+        failures=tuple(Failure(name=name, stage="validate", error=problem) for name, problem in plan.problems),
         dry_run=True,
         plan=plan,
     )

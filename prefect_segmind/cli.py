@@ -1,6 +1,7 @@
 """The command line, `prefect-segmind`.
 
-Exit codes: 0 done; 1 it failed, or some assets did; 2 bad input, nothing paid; 3 the account refused; 4 no money.
+Exit codes: 0 done; 1 it failed, or some assets did; 2 bad input, nothing paid; 3 the account refused; 4 no money;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from prefect_segmind.outcome import (
     BAD_INPUT,
     DONE,
     FAILED,
+    INTERRUPTS,
     batch,
     batch_facts,
     batch_failure,
@@ -45,6 +47,7 @@ from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import name_from_image, parse_job
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
 from prefect_segmind.settings import load_settings
+from prefect_segmind.temporary_server import shield_temporary_server
 
 app = App(
     name="prefect-segmind",
@@ -82,13 +85,21 @@ def run(arguments: Sequence[str]) -> int:
     except CycloptsError as error:
         text = str(error)
         if "--json" in arguments:
-            print(json.dumps(failure("", InputError(text))))
+            wrong = InputError(text)
+            print(json.dumps(batch_failure(wrong) if arguments[0] == "refresh" else failure("", wrong)))
         people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         people.print("prefect-segmind --help tells what there is.")
         return BAD_INPUT
     except Exception as error:
         return explain(error, verbose="--verbose" in arguments)
     return result if isinstance(result, int) else DONE
+
+
+def _prepare_for_interrupts() -> None:
+    """Lets SIGTERM end a command as Ctrl-C does, and leaves Prefect's temporary server out of it."""
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    shield_temporary_server()
 
 
 @app.command
@@ -131,8 +142,7 @@ def generate(
         output: How to speak.
     """
     output = output or Output()
-    with suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _prepare_for_interrupts()
     name = name or name_from_image(image)
 
     job: dict[str, Any] = {
@@ -157,7 +167,7 @@ def generate(
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
         archived = cast(ArchivedImage, image_to_image(**job, **settings))
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, *INTERRUPTS) as error:
         if output.json:
             print(json.dumps(failure(name, error)))
         return explain(error, output.verbose)
@@ -200,8 +210,7 @@ def refresh(
         output: How to speak.
     """
     output = output or Output()
-    with suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _prepare_for_interrupts()
     try:
         with batch_progress(people, hidden=dry_run):
             result = refresh_assets(
@@ -216,7 +225,7 @@ def refresh(
                 dry_run=dry_run,
                 on_unknown=on_unknown,
             )
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, *INTERRUPTS) as error:
         ended = batch_of(error)
         if output.json:
             print(json.dumps(batch(ended) | {"error": told(error)} if ended else batch_failure(error)))
@@ -244,10 +253,13 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 def _money(given: str | None) -> Decimal | None:
     """An amount in USD that was given as text."""
-    try:
-        return None if given is None else Decimal(given)
-    except InvalidOperation:
-        raise ConfigurationError(f"budget_usd: {given!r} is not allowed; allowed is an amount such as 5.00") from None
+    if given is None:
+        return None
+    with suppress(InvalidOperation):
+        amount = Decimal(given)
+        if amount.is_finite() and amount >= 0:
+            return amount
+    raise ConfigurationError(f"budget_usd: {given!r} is not allowed; allowed is an amount such as 5.00")
 
 
 @app.command
@@ -260,6 +272,7 @@ def demo(*, folder: Path = Path("segmind-demo"), verbose: bool = False) -> int:
     """
     from prefect_segmind.demonstration import demonstrate
 
+    _prepare_for_interrupts()
     demonstrate(folder, Console())
     return DONE
 

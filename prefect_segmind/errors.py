@@ -138,7 +138,7 @@ class RunCancelledError(SegmindError):
 
 
 class NotStartedError(SegmindError):
-    """The run had stopped before a request for this job was sent; its cause says why. Nothing was paid for it."""
+    """The run had stopped before the next request for this job was sent; its cause says why."""
 
 
 class ApiError(SegmindError):

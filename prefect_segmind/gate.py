@@ -198,15 +198,6 @@ class Gate:
             self._stopping.wait_for(lambda: self._stopped, seconds)
             self._raise_if_stopped()
 
-    def idle(self, timeout: float) -> bool:
-        """Waits until no admission is under way, at most for so many seconds.
-
-        Returns:
-            Whether it is so. After a stop it stays so.
-        """
-        with self._lock:
-            return self._room.wait_for(lambda: not self._admitted, timeout)
-
     def _raise_if_stopped(self) -> None:
         if self._stopped:
             raise NotStartedError(f"not started: {self._stopped}") from self._stopped

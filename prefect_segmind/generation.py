@@ -15,15 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archive import Archive, RecordRead
 from prefect_segmind.client import SegmindClient
-from prefect_segmind.errors import (
-    NotStartedError,
-    OutcomeUnknownError,
-    PreconditionFailedError,
-    SegmindError,
-    StoreError,
-)
+from prefect_segmind.errors import OutcomeUnknownError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.gate import Gate
-from prefect_segmind.lease import Claim, claim, held_claim, held_elsewhere, this_process
+from prefect_segmind.lease import Claim, claim, held_beside, held_claim, held_elsewhere, this_process
 from prefect_segmind.outbox import Outbox, OutboxEntry
 from prefect_segmind.record import (
     LEASE_SECONDS,
@@ -37,6 +31,7 @@ from prefect_segmind.record import (
     verdict,
 )
 from prefect_segmind.retry import RetryPolicy, decide
+from prefect_segmind.sums import Sums, forget, remember
 from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob
 
@@ -55,7 +50,7 @@ class GeneratedImage(BaseModel):
 
     Attributes:
         job: What was asked for.
-        source_uri: Where the source image lies.
+        source_uri: Where the source image lies: where it was uploaded to, if this run has paid.
         archive: The archive that has its record.
         run: The run that got it.
         status: `generated` by this run; `recovered` from the outbox, `reused` from the archive: paid for before.
@@ -123,7 +118,7 @@ class Generation:
     say: Callable[[str], None] = print
     warn: Callable[[str], None] = print
 
-    def generate(self, job: ValidatedJob, uploaded: UploadedImage, run: str) -> GeneratedImage:
+    def generate(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str) -> GeneratedImage:
         """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
 
         Call it again with the same `run` to retry: what happened before stands in the record. A picture that another
@@ -131,7 +126,7 @@ class Generation:
 
         Args:
             job: What is asked for.
-            uploaded: Where its source image lies.
+            upload: Puts its source image where the provider can read it; called only if there is something to pay.
             run: Identifies the run across its retries.
 
         Raises:
@@ -139,42 +134,48 @@ class Generation:
             NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`.
-            StoreError: The record could not be read or written; nothing was paid.
+            SegmindError: As `upload` raises it; or the record could not be read or written. Nothing was paid now; what
+                earlier requests of the run came to stands on the error, as on all others.
         """
         try:
-            return self._picture(job, uploaded, run)
-        except NotStartedError as stopped:
-            self._stopped(job, run, stopped)
+            generated = self._picture(job, upload, run)
+        except BaseException as error:
+            if getattr(error, "decision", None) is None:
+                self._ended(job, run, error)
             raise
+        forget(self.archive.url, job.fingerprint, run)
+        return generated
 
-    def _picture(self, job: ValidatedJob, uploaded: UploadedImage, run: str) -> GeneratedImage:
-        told = False
-        pauses = 0
+    def _picture(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str) -> GeneratedImage:
+        told, pauses = False, 0
         while True:
             found = self.archive.read(job.fingerprint)
             elsewhere = held_elsewhere(self.archive, found, run)
-            done = found is not None and found.record.state == "done"
+            done = found and found.record.state == "done"
             kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
             what = verdict(
                 found.record if found else None,
                 run=run,
-                in_outbox=kept is not None,
+                in_outbox=kept is not None and not held_beside(self.archive, found, run),
                 held_elsewhere=elsewhere,
                 on_unknown=self.on_unknown,
             )
             if what is Verdict.PAY:
-                if paid := self._pay(job, uploaded, run, found):
+                if paid := self._pay(job, upload, run, found):
                     return paid
                 pauses = self._pause(pauses)
             elif what is Verdict.REUSE and found and found.record.picture:
                 self.say(f"reused: {job.name} is paid for and archived already; nothing to pay")
                 picture, attempts = found.record.picture, found.record.attempts
-                return self._result(job, uploaded, run, "reused", None, picture, attempts)
+                return self._result(job, None, run, "reused", None, picture, attempts)
             elif what is Verdict.RECOVER and kept:
+                now = self.archive.read(job.fingerprint)
+                if (now and now.etag) != (found and found.etag):
+                    continue  # the run that has brought it has just claimed or archived it
                 self.say(f"recovered: {job.name} was paid for and lies in the outbox; nothing to pay")
                 path, entry = kept
                 attempts = found.record.attempts if found else entry.attempts
-                return self._result(job, uploaded, run, "recovered", path, entry.paid, attempts)
+                return self._result(job, None, run, "recovered", path, entry.paid, attempts)
             elif what is Verdict.WAIT:
                 if not told:
                     self.say(f"waiting: another run is paying for {job.name} at this moment")
@@ -212,12 +213,13 @@ class Generation:
         return pauses + 1
 
     def _pay(
-        self, job: ValidatedJob, uploaded: UploadedImage, run: str, found: RecordRead | None
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str, found: RecordRead | None
     ) -> GeneratedImage | None:
         """Sends one request; None where another run was faster to claim the picture.
 
-        All that can fail on this machine is done before the claim: disk space, the signed address.
+        All that can fail on this machine is done before the claim: the upload, disk space, the signed address.
         """
+        uploaded = upload()
         with (
             self.gate.admit(job.price_usd) as admission,
             self.outbox.receive(job.fingerprint, run) as part,
@@ -256,14 +258,13 @@ class Generation:
             self.say(notice)
         return self._result(job, uploaded, run, "generated", path, paid, held.record.attempts)
 
-    def _stopped(self, job: ValidatedJob, run: str, stopped: NotStartedError) -> None:
-        """Notes on the error what earlier requests of this run for the job came to, and lets go of its claim."""
-        stopped.fingerprint = job.fingerprint
+    def _ended(self, job: ValidatedJob, run: str, error: BaseException) -> None:
+        """Notes on what ends a run before its next request what the earlier ones came to, and gives up its claim."""
+        sums = forget(self.archive.url, job.fingerprint, run)
+        vars(error).update(fingerprint=job.fingerprint, **sums._asdict())
         held = held_claim(self.archive, job.fingerprint)
         if held is not None and held.run == run:
-            stopped.requests_sent = len(sent_by(run, held.record.attempts))
-            stopped.possibly_billed_usd = job.price_usd * possibly_billed_count(run, held.record.attempts)
-            held.release()
+            held.give_up()
 
     def _claim(self, job: ValidatedJob, found: RecordRead | None, run: str) -> Claim | None:
         held = held_claim(self.archive, job.fingerprint)
@@ -283,11 +284,12 @@ class Generation:
         if self.policy.rate_limit_retries is not None:
             alike = tuple(each for each in alike if (each.status == 429) == (error.status == 429))
         policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
+        counted_from = next(each.sent_at for each in mine if each.status != 429)  # the failed one has no status yet
         decision = decide(
             error,
             attempts=len(alike) + 1,
             unknown=sum(1 for each in mine if each.possibly_billed) + error.possibly_billed,
-            elapsed=(datetime.now(timezone.utc) - mine[0].sent_at).total_seconds(),
+            elapsed=(datetime.now(timezone.utc) - counted_from).total_seconds(),
             jitter=random.random(),
             policy=policy,
         )
@@ -306,8 +308,10 @@ class Generation:
         error.possibly_billed_usd = job.price_usd * possibly_billed_count(run, outcome(held.record).attempts)
         self._note(held, outcome)
         if decision.wait_seconds is None:
+            forget(self.archive.url, job.fingerprint, run)
             held.release()
         else:
+            remember(self.archive.url, job.fingerprint, run, Sums(len(mine), error.possibly_billed_usd))
             held.hold(decision.wait_seconds + LEASE_SECONDS)
 
     def _note(self, held: Claim, outcome: Callable[[Record], Record]) -> None:
@@ -321,7 +325,7 @@ class Generation:
     def _result(
         self,
         job: ValidatedJob,
-        uploaded: UploadedImage,
+        uploaded: UploadedImage | None,
         run: str,
         status: Literal["generated", "recovered", "reused"],
         path: Path | None,
@@ -330,7 +334,7 @@ class Generation:
     ) -> GeneratedImage:
         return GeneratedImage(
             job=job,
-            source_uri=uploaded.uri,
+            source_uri=uploaded.uri if uploaded else job.job.image,
             archive=self.archive.url,
             run=run,
             status=status,

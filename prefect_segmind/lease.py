@@ -1,8 +1,8 @@
 """Claims on pictures: which run may pay for one, for as long as it lives.
 
 A claim is the `holder` in a picture's record. It holds for 60 s since the record was last written, by the store's own
-clock, and a thread of the holder's process writes it again every 15 s. A holder that is a dead process of this host is
-dead at once.
+clock, and threads of the holder's process write it again every 15 s, several at once, so that one that hangs keeps no
+other. A holder that is a dead process of this host is dead at once.
 """
 
 from __future__ import annotations
@@ -18,17 +18,24 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 
 from prefect_segmind.archive import Archive, RecordRead
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.record import LEASE_SECONDS, Holder, Record
 
 RENEW_SECONDS = 15.0
+"""A record that was written longer ago is written again."""
+LOOK_SECONDS = 5.0
+"""Seconds between looks for such records."""
+RENEWERS = 16
+"""Renewals under way at once, at most: a store may take minutes over one."""
 
 _claims: dict[tuple[str, str], Claim] = {}
 _claiming: set[tuple[str, str]] = set()
 _lock = threading.Lock()
-_renewer: threading.Thread | None = None
+_due: SimpleQueue[Claim] = SimpleQueue()
+_watch: threading.Thread | None = None
 
 
 class Claim:
@@ -39,25 +46,31 @@ class Claim:
         self.record = record
         self.run = run
         self._etag = etag
-        self._until = time.monotonic() + LEASE_SECONDS
+        self._written = time.monotonic()
+        self._until = self._written + LEASE_SECONDS
         self._released = False
+        self._renewing = False
         self._lock = threading.Lock()
 
     def write(self, change: Callable[[Record], Record]) -> Record:
-        """Changes the record.
+        """Changes the record, and keeps the claim for a lease more at least.
 
         Raises:
-            PreconditionFailedError: The claim was lost to another run.
+            PreconditionFailedError: The claim was lost to another run, or let go.
             StoreError: The record could not be written.
         """
         with self._lock:
-            changed = change(self.record)
-            self._etag = self.archive.write(changed, self._etag)
-            self.record = changed
-            return changed
+            if self._released:
+                raise PreconditionFailedError(f"the claim on {self.record.fingerprint} was let go meanwhile")
+            self._put(change(self.record))
+            self._until = max(self._until, self._written + LEASE_SECONDS)
+            return self.record
 
     def hold(self, seconds: float) -> None:
-        """Keeps the claim alive for as long as this process lives, at most for so many seconds more."""
+        """Keeps the claim alive for as long as this process lives, at most for so many seconds more.
+
+        One that is released stays so.
+        """
         self._until = time.monotonic() + seconds
 
     def release(self) -> None:
@@ -68,24 +81,43 @@ class Claim:
             if _claims.get((self.archive.url, self.record.fingerprint)) is self:
                 del _claims[self.archive.url, self.record.fingerprint]
 
+    def give_up(self) -> None:
+        """Releases the claim and says so in the record, as far as that can be written: nobody waits for this run."""
+        with suppress(StoreError):
+            self.write(Record.given_up)
+        self.release()
+
+    def take_turn(self) -> bool:
+        """Whether the record is to be written again, and nobody is about to do it; `renew` is to follow."""
+        if self._renewing or time.monotonic() - self._written < RENEW_SECONDS:
+            return False
+        self._renewing = True
+        return True
+
     def renew(self) -> None:
         """Writes the record again, so that its age begins anew; lets go of a claim that is lost or no longer needed."""
-        if time.monotonic() > self._until:
-            self.release()
-            return
         try:
             with self._lock:
-                if not self._released:
-                    # The counter makes the version new, so that nobody takes over by the one from before.
-                    holder = self.record.holder
-                    renewed = holder and holder.model_copy(update={"renewals": holder.renewals + 1})
-                    record = self.record.model_copy(update={"holder": renewed})
-                    self._etag = self.archive.write(record, self._etag)
-                    self.record = record
-        except PreconditionFailedError:
-            self.release()
-        except StoreError:
-            return  # the next round tries again; the lease lives for four of them
+                if self._released:
+                    return
+                # Settled under the lock: a write that came before has made the claim last longer, none comes between.
+                self._released = time.monotonic() > self._until
+                try:
+                    self._put(self.record.given_up() if self._released else self.record.renewed())
+                except PreconditionFailedError:
+                    self._released = True
+                except StoreError:
+                    pass  # the next look tries again; the lease lives for some more
+                over = self._released
+            if over:
+                self.release()
+        finally:
+            self._renewing = False
+
+    def _put(self, record: Record) -> None:
+        began = time.monotonic()
+        self._etag = self.archive.write(record, self._etag)
+        self.record, self._written = record, began
 
 
 def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: str) -> Claim | None:
@@ -123,7 +155,7 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: str
     finally:
         with _lock:
             _claiming.discard(key)
-    _start_renewer()
+    _start_renewers()
     return claimed
 
 
@@ -142,14 +174,26 @@ def held_elsewhere(archive: Archive, found: RecordRead | None, run: str) -> bool
         run: The run that asks.
     """
     holder = found.record.holder if found else None
-    if found is None or holder is None or holder.run == run or found.age > LEASE_SECONDS:
+    if found is None or holder is None or holder.run == run:
         return False
-    if holder.host != host_id():
-        return True
-    if holder.pid == os.getpid():
+    if holder.host == host_id() and holder.pid == os.getpid():
         mine = held_claim(archive, found.record.fingerprint)
         return mine is not None and mine.run == holder.run
-    return _process_started(holder.pid) == holder.started
+    if found.age > LEASE_SECONDS:
+        return False
+    return holder.host != host_id() or _process_started(holder.pid) == holder.started
+
+
+def held_beside(archive: Archive, found: RecordRead | None, run: str) -> bool:
+    """Whether another run that lives on this host holds the claim: what lies in the outbox, it is about to archive.
+
+    Args:
+        archive: Where the record lies.
+        found: The record as it was read just now.
+        run: The run that asks.
+    """
+    holder = found.record.holder if found else None
+    return holder is not None and holder.host == host_id() and held_elsewhere(archive, found, run)
 
 
 def this_process(run: str) -> Holder:
@@ -189,19 +233,29 @@ def _process_started(pid: int) -> str | None:
     return ""
 
 
-def _start_renewer() -> None:
-    global _renewer
+def _start_renewers() -> None:
+    """Starts the threads that renew. They end with the process, however long a store keeps one of them."""
+    global _watch
     with _lock:
-        if _renewer is None or not _renewer.is_alive():
-            _renewer = threading.Thread(target=_renew_all, name="segmind-lease", daemon=True)
-            _renewer.start()
+        if _watch is None or not _watch.is_alive():
+            _watch = threading.Thread(target=_watch_claims, name="segmind-lease", daemon=True)
+            _watch.start()
+            for number in range(RENEWERS):
+                threading.Thread(target=_renew_due, name=f"segmind-lease-{number}", daemon=True).start()
 
 
-def _renew_all() -> None:
+def _watch_claims() -> None:
     while True:
-        time.sleep(RENEW_SECONDS)
+        time.sleep(LOOK_SECONDS)
         with _lock:
             held = list(_claims.values())
         for each in held:
-            with suppress(Exception):  # whatever befalls one claim, the others live on it
-                each.renew()
+            if each.take_turn():
+                _due.put(each)
+
+
+def _renew_due() -> None:
+    while True:
+        each = _due.get()
+        with suppress(Exception):  # whatever befalls one claim, the others live on
+            each.renew()

@@ -159,6 +159,7 @@ class Expansion:
                     told[f"image: {error}"] = None
             if not found:
                 self._warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
+        names_each = self._templates and "stem" in template_names(str(fields.get("name")))  # else it names their folder
         for each in found:
             if each.location:
                 fields["image"] = each.location
@@ -171,22 +172,23 @@ class Expansion:
             rendered = [[self._text(field, value, scope, told) for value in values] for field, values in axes.items()]
             labels = [_labels(field, values) for field, values in axes.items()]
             for picks, suffix in zip(product(*rendered), product(*labels), strict=True):
-                name = "/".join(filter(None, (texts.get("name"), each.name)))
+                name = "/".join(filter(None, (texts.get("name"), "" if names_each else each.name)))
                 if suffix:
                     name = f"{name or name_from_image(each.location)}/{'-'.join(suffix)}"
                 picked = dict(zip(axes, picks, strict=True))
                 yield from self._job(row, {**fields, **texts, **picked, "name": name}, told)
 
     def _job(self, row: Row, values: Mapping[str, Any], told: dict[str, None]) -> Iterator[Job]:
+        name = values["name"] or (name_from_image(str(values["image"])) if "image" in values else "")
+        if name and not any(line.startswith("name:") for line in told):
+            if (key := hash(name)) in self._seen:
+                told[f"name: {shown(name)} is taken already, by {self._seen[key]}"] = None
+            self._seen.setdefault(key, row.where)
         try:
             job = parse_job(values, allow_unlisted_resolution=self._unlisted)
         except InvalidJobError as error:
             told.update(dict.fromkeys(str(error).split("\n  ")[1:]))
             return
-        key = hash(job.name)
-        if key in self._seen:
-            told[f"name: {shown(job.name)} is taken already, by {self._seen[key]}"] = None
-        self._seen.setdefault(key, row.where)
         if not told:
             yield job
 
@@ -197,8 +199,7 @@ class Expansion:
             axes = _axes(_section(row.values, "variants", told), told)
             for field in (each for each in axes if each in own):
                 told[f"variants.{field}: the asset gives {field} as well; keep one of the two"] = None
-        many = math.prod(len(values) for values in axes.values())
-        if many > MAX_VARIANTS:
+        if (many := math.prod(map(len, axes.values()))) > MAX_VARIANTS:
             told[f"variants: they make {many:,} jobs of one asset; at most {MAX_VARIANTS:,} are made"] = None
             return {}
         return axes

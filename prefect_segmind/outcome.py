@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from prefect.exceptions import CancelledRun
+from prefect.exceptions import CancelledRun, TerminationSignal
 from rich.console import Console
 
 from prefect_segmind.archiving import ArchivedImage
@@ -23,6 +24,11 @@ from prefect_segmind.price import usd
 
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 INTERRUPTED = 130
+INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
+"""What ends a command from without; Prefect may raise another error on top of it."""
+
+SHOWN_FAILURES = 10
+"""Failures that people see; the JSON and the manifest of failures have them all."""
 
 people = Console(stderr=True)
 """Where people read, besides the result itself."""
@@ -34,8 +40,10 @@ def exit_code(error: BaseException) -> int:
         (InputError, BAD_INPUT),
         (AccountError, ACCOUNT_REFUSED),
         ((InsufficientCreditsError, BudgetReachedError), NO_MONEY),
-        ((KeyboardInterrupt, CancelledRun, RunCancelledError), INTERRUPTED),
+        ((CancelledRun, RunCancelledError), INTERRUPTED),
     )
+    if interrupted(error):
+        return INTERRUPTED
     cause = error.stopped or error if isinstance(error, BatchError) else error
     return next((code for kind, code in table if isinstance(cause, kind)), FAILED)
 
@@ -112,15 +120,19 @@ def batch_failure(error: BaseException) -> dict[str, Any]:
     counts = dict.fromkeys(("total", "generated", "reused", "recovered", "failed", "not_started"), 0)
     money = dict.fromkeys(("cost_usd", "possibly_billed_usd", "planned_usd"), "0.00")
     rest: dict[str, Any] = {"images": [], "failures": [], "failed_manifest": None, "stopped": None}
+    rest |= {"waiting": 0, "dry_run": False}
     return {**counts, **money, **rest, "error": told(error)}
 
 
 def batch_facts(result: BatchResult) -> dict[str, str]:
     """What people see of a run in the terminal."""
-    facts = {"done": result.sentence()}
-    facts |= {f"failed ({each.stage})": f"{each.name}: {each.error}" for each in result.failures[:1]}
+    facts = {"result": result.sentence()}
+    for number, each in enumerate(result.failures[:SHOWN_FAILURES], start=1):
+        facts[f"failed {number}"] = f"{each.name} ({each.stage}): {each.error}"
+    if len(result.failures) > SHOWN_FAILURES:
+        facts["and"] = f"{len(result.failures) - SHOWN_FAILURES} more failed"
     if result.stopped:
-        facts["stopped"] = result.stopped
+        facts["stopped"] = f"{result.stopped}; the same command again goes on from here"
     if result.failed_manifest:
         facts["to run again"] = result.failed_manifest
     return facts
@@ -128,28 +140,43 @@ def batch_facts(result: BatchResult) -> dict[str, str]:
 
 def batch_of(error: BaseException) -> BatchResult | None:
     """What a batch had come to when it failed or was interrupted; None if it had not begun."""
-    inner: BaseException | None = error
-    while inner is not None:
-        found = inner if isinstance(inner, BatchError) else vars(inner).get("batch")
+    for each in _chain(error):
+        found = each if isinstance(each, BatchError) else getattr(each, "batch", None)
         if isinstance(found, BatchError):
             return found.result
-        inner = inner.__cause__ or inner.__context__
     return None
 
 
 def noted(error: BaseException) -> BaseException:
     """The error on which the stage that pays has noted what was under way; Prefect raises another one after SIGTERM."""
-    inner: BaseException | None = error
-    while inner is not None and not hasattr(inner, "requests_sent"):
-        inner = inner.__cause__ or inner.__context__
-    return inner or error
+    return next((each for each in _chain(error) if hasattr(each, "requests_sent")), error)
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether an error comes of an interrupt."""
+    return any(isinstance(each, INTERRUPTS) for each in _chain(error))
 
 
 def told(error: BaseException) -> str:
     """An error in words for people."""
-    if isinstance(error, KeyboardInterrupt):
-        return (
-            "interrupted; a request that was under way may be billed, and the same command again recovers its picture "
-            "if it had arrived"
-        )
+    if interrupted(error):
+        known = batch_of(error) or noted(error)
+        if any(getattr(known, each, 0) for each in ("requests_sent", "cost_usd", "possibly_billed_usd")):
+            return (
+                "interrupted; a request that was under way may be billed, and the same command again recovers its "
+                "picture if it had arrived"
+            )
+        return "interrupted; the same command again goes on from here"
     return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and all those that it came of."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        inner = left.pop()
+        if inner is not None and id(inner) not in seen:
+            seen.add(id(inner))
+            yield inner
+            left += inner.__context__, inner.__cause__

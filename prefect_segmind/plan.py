@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archive import Archive
 from prefect_segmind.errors import SegmindError
-from prefect_segmind.lease import held_elsewhere
+from prefect_segmind.lease import held_beside, held_elsewhere
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.price import usd
 from prefect_segmind.record import OnUnknown, Verdict, verdict
 from prefect_segmind.request import Job
 from prefect_segmind.source import SourceReader
 from prefect_segmind.spool import Spool
-from prefect_segmind.validation import InspectedSource, ValidatedJob, inspect_source, settle
+from prefect_segmind.validation import InspectedSource, ValidatedJob, inspect_source, settle, with_drawn_seed
 
 INSPECTORS = 8
 """Threads that read and decode source images; it is S3 and the disk that they wait for."""
@@ -109,7 +109,7 @@ def make_plan(
 
     Args:
         jobs: What is asked for.
-        entries: Takes the jobs in their order, validated; one that will fail goes in as it is.
+        entries: Takes the jobs in their order, validated; one that will fail goes in as it is, a random seed drawn.
         reader: Reads the source images.
         archive: Has the records.
         outbox: Has pictures that are not archived yet.
@@ -132,7 +132,7 @@ def make_plan(
             failing += 1
             if len(problems) < 20:
                 problems.append((job.name, str(error)))
-            entries.append(job)
+            entries.append(with_drawn_seed(job))
         else:
             wanted[entry.fingerprint] += 1
             if len(warnings) < 1000:
@@ -195,7 +195,7 @@ def _verdicts(
         need = verdict(
             found.record if found else None,
             run="",
-            in_outbox=fingerprint in kept,
+            in_outbox=fingerprint in kept and not held_beside(archive, found, ""),
             held_elsewhere=held_elsewhere(archive, found, ""),
             on_unknown=on_unknown,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -49,17 +49,20 @@ class Production:
             SegmindError: As `Uploads.upload`.
         """
         key, mine = (job.job.image, job.source_sha256), Future[UploadedImage]()
-        with self._lock:
-            found = self._uploaded.setdefault(key, mine)
-            if len(self._uploaded) > KEPT:
-                self._uploaded.pop(next(iter(self._uploaded)))
-        if found is not mine:
-            return found.result()
+        while True:
+            with self._lock:
+                found = self._uploaded.setdefault(key, mine)
+                if len(self._uploaded) > KEPT:
+                    self._uploaded.pop(next(iter(self._uploaded)))
+            if found is mine:
+                break
+            with suppress(SegmindError):  # another job's failure is no reason for this one to fail
+                return found.result()
         try:
             mine.set_result(self.uploads.upload(job, self.reader))
-        except BaseException as error:  # noqa: BLE001 (it is raised below, here and wherever the upload is waited for)
+        except BaseException as error:  # noqa: BLE001 (raised below)
             with self._lock:
-                self._uploaded.pop(key, None)  # the next job may be luckier
+                self._uploaded.pop(key, None)
             mine.set_exception(error)
         return mine.result()
 
@@ -89,12 +92,16 @@ class Production:
                 job = validate(job, self.reader, price_usd=self.price_usd)
                 for warning in job.warnings:
                     warn(warning)
-        with _stage("upload"):
-            uploaded = self.upload(job)
-        for warning in uploaded.warnings:
-            warn(warning)
+
+        def upload() -> UploadedImage:
+            with _stage("upload"):
+                uploaded = self.upload(job)
+            for warning in uploaded.warnings:
+                warn(warning)
+            return uploaded
+
         with _stage("generate"):
-            generated = replace(self.generation, say=say, warn=warn).generate(job, uploaded, run)
+            generated = replace(self.generation, say=say, warn=warn).generate(job, upload, run)
         with _stage("archive"):
             return self.archiving.archive_picture(generated, flow_run_id)
 
@@ -104,7 +111,7 @@ def _stage(name: str) -> Iterator[None]:
     try:
         yield
     except SegmindError as error:
-        error.stage = name
+        error.stage = error.stage or name
         raise
 
 

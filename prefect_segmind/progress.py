@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefect.logging.configuration import setup_logging
+from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -26,8 +29,9 @@ def batch_progress(console: Console, *, hidden: bool = False) -> Iterator[None]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[told]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("·"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
         disable=hidden or not console.is_terminal,
     )
@@ -40,7 +44,22 @@ def batch_progress(console: Console, *, hidden: bool = False) -> Iterator[None]:
 
     token = batch.observer.set(show)
     try:
-        with bar:
+        with bar, _log_above(bar):
             yield
     finally:
         batch.observer.reset(token)
+
+
+@contextmanager
+def _log_above(bar: Progress) -> Iterator[None]:
+    """Has Prefect's log printed above the bar; its own console would print into it."""
+    setup_logging()  # which Prefect does later by itself, and only once
+    handlers = [each for each in logging.getLogger("prefect").handlers if isinstance(each, PrefectConsoleHandler)]
+    before = [each.console for each in handlers]
+    for each in handlers if not bar.disable else ():
+        each.console = bar.console
+    try:
+        yield
+    finally:
+        for each, console in zip(handlers, before, strict=True):
+            each.console = console

@@ -158,8 +158,17 @@ class Record(BaseModel):
                 "reported_by": self.attempts[-1].run if possibly_billed else None,
             }
         )
-        holder = None if reason is not None and wait_seconds is None else self.holder
-        return self.model_copy(update={"attempts": (*self.attempts[:-1], last), "holder": holder})
+        answered = self.model_copy(update={"attempts": (*self.attempts[:-1], last)})
+        return answered.given_up() if reason is not None and wait_seconds is None else answered
+
+    def given_up(self) -> Record:
+        """The record of a run that is over or waits no longer: it has reported its requests itself, or will."""
+        return self.model_copy(update={"holder": None})
+
+    def renewed(self) -> Record:
+        """The record as its holder writes it again: a new version, so that nobody takes over by the one from before."""
+        holder = self.holder and self.holder.model_copy(update={"renewals": self.holder.renewals + 1})
+        return self.model_copy(update={"holder": holder})
 
     def archived(self, picture: PaidPicture, image: str, sidecar: str) -> Record:
         """The record once the picture is in the archive. A request without an outcome was the one that brought it."""
@@ -207,7 +216,7 @@ def verdict(
     Args:
         record: The job's record, None if there is none. A record that cannot be read is an error, never None.
         run: The run that asks.
-        in_outbox: Whether the paid picture is on this machine's disk.
+        in_outbox: Whether the paid picture is on this machine's disk, and no run that lives on it is to archive it.
         held_elsewhere: Whether another run that lives holds the claim.
         on_unknown: The policy for a request that may have been paid.
 

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
@@ -95,15 +95,15 @@ def publish_before_after(
 
 def publish_plan(plan: Plan, manifest: str) -> None:
     """Puts the plan of a batch into an artifact of its flow run, for whoever wants to know the cost beforehand."""
-    lines = [
+    lines = (
         f"### Plan for {_cell(manifest)}",
         "",
         *_table(plan.facts()),
         *(f"\n- {_cell(each)}" for each in plan.shortfalls()),
         *(f"\n- {count} assets: {_cell(warning)}" for warning, count in plan.warnings),
         *(f"\n- {_cell(name)} will fail, unpaid: {_cell(problem)}" for name, problem in plan.problems),
-    ]
-    _publish("\n".join(lines), artifact_key(manifest, "plan"), "what the run is going to do and to cost")
+    )
+    _publish(lambda: lines, artifact_key(manifest, "plan"), "what the run is going to do and to cost")
 
 
 def publish_batch(result: BatchResult, manifest: str, archive: Archive, credentials_block: str | None) -> None:
@@ -115,9 +115,17 @@ def publish_batch(result: BatchResult, manifest: str, archive: Archive, credenti
         archive: Has the pictures.
         credentials_block: As for `source_reader`.
     """
+    _publish(
+        lambda: _batch(result, manifest, archive, configuration.source_reader(credentials_block)),
+        artifact_key(manifest, "batch"),
+        "what came of the run, before and after",
+    )
+
+
+def _batch(result: BatchResult, manifest: str, archive: Archive, reader: SourceReader) -> list[str]:
     new = [each for each in result.images if each.status != "reused"] or list(result.images)
-    reader = configuration.source_reader(credentials_block)
-    lines = [
+    new.sort(key=lambda each: each.name)
+    return [
         f"### {_cell(manifest)}",
         "",
         _cell(result.sentence()),
@@ -125,32 +133,32 @@ def publish_batch(result: BatchResult, manifest: str, archive: Archive, credenti
         *([f"\nThe failed assets, to run again: {_cell(result.failed_manifest)}"] if result.failed_manifest else ()),
         *(["", "| failed | stage | why |", "| --- | --- | --- |"] if result.failures else ()),
         *(f"| {_cell(each.name)} | {each.stage} | {_cell(each.error)} |" for each in result.failures[:SHOWN_FAILURES]),
-        *(["", "| | before | after |", "| --- | --- | --- |"] if new else ()),
-        *(_row(each, archive, reader) for each in new[:SHOWN_PICTURES]),
+        *(["", "| before | after |", "| --- | --- |"] if new else ()),
+        *(row for each in new[:SHOWN_PICTURES] for row in _rows(each, archive, reader)),
         *([f"\n{len(new) - SHOWN_PICTURES} more are in {_cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
     ]
-    _publish("\n".join(lines), artifact_key(manifest, "batch"), "what came of the run, before and after")
 
 
-def _row(picture: ArchivedImage, archive: Archive, reader: SourceReader) -> str:
-    """A line with a picture of a batch and its source; one that cannot be read now is left out of it."""
-    sources: tuple[Callable[[], bytes | None], ...] = (
-        lambda: reader.read(json.loads(archive.content(picture.sidecar) or b"{}")["job"]["image"]),
-        lambda: archive.content(picture.image),
-    )
+def _rows(picture: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
+    """A picture of a batch: its name and address, and then its source and itself, as far as they can be read now."""
+    sources: dict[str, Callable[[], bytes | None]] = {
+        "before": lambda: reader.read(json.loads(archive.content(picture.sidecar) or b"{}")["job"]["image"]),
+        "after": lambda: archive.content(picture.image),
+    }
     shown = []
-    for read in sources:
+    for title, read in sources.items():
         try:
-            shown.append(f"![{picture.status}]({_data_uri(read() or b'')})")
+            shown.append(f"![{title}]({_data_uri(read() or b'')})")
         except Exception:  # noqa: BLE001
             shown.append("cannot be read now")
-    return f"| {_cell(picture.name)}, {picture.status}, {usd(picture.cost_usd)} USD | {shown[0]} | {shown[1]} |"
+    yield f"| {_cell(picture.name)}: {picture.status}, {usd(picture.cost_usd)} USD | {_cell(picture.image)} |"
+    yield f"| {shown[0]} | {shown[1]} |"
 
 
-def _publish(markdown: str, key: str, description: str) -> None:
+def _publish(lines: Callable[[], Sequence[str]], key: str, description: str) -> None:
     """Makes an artifact; what is paid is archived by now, so nothing that fails here fails the run."""
     try:
-        create_markdown_artifact(markdown=markdown, key=key, description=description)
+        create_markdown_artifact(markdown="\n".join(lines()), key=key, description=description)
     except Exception as error:  # noqa: BLE001
         get_run_logger().warning("no report in the UI: %s", redact(str(error)))
 

@@ -32,7 +32,7 @@ class RetryPolicy:
         longest_backoff_seconds: It doubles no further than to this.
         unknown_retries: Requests after one that may have been billed, at most.
         longest_wait_seconds: A server that asks for more is not waited for.
-        longest_run_seconds: No retry begins later than this after the first request.
+        longest_run_seconds: No retry begins later than this after the first request that no rate limit refused.
     """
 
     retries: int = 5
@@ -81,7 +81,7 @@ def decide(
         attempts: Requests this run has sent for the job, the failed one included; only those that a rate limit
             refused, or only the others, where the policy counts them apart.
         unknown: How many of them may have been billed, the failed one included.
-        elapsed: Seconds since the first of them was sent.
+        elapsed: Seconds since the first of them was sent that no rate limit refused: waits for a limit do not count.
         jitter: A number from 0 to 1; it lengthens the wait by up to a quarter of the backoff, never shortens it.
         policy: How patient to be; the defaults if None.
 

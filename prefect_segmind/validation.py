@@ -117,7 +117,7 @@ def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE
     if job.seed is None:
         parameters["seed"] = derived_seed(source.sha256, parameters)
     elif job.seed == "random":
-        parameters["seed"] = 100 + secrets.randbelow(999_900)
+        parameters["seed"] = with_drawn_seed(job).seed
     return ValidatedJob(
         job=job,
         source=source.image,
@@ -127,6 +127,19 @@ def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE
         price_usd=price_usd,
         warnings=tuple(warnings),
     )
+
+
+def with_drawn_seed(job: Job, draw_by: str | None = None) -> Job:
+    """The job with a seed in the place of `random`, for whoever may validate it more than once.
+
+    Args:
+        job: What is asked for.
+        draw_by: The same text draws the same seed for the same job; by chance if None.
+    """
+    if job.seed != "random":
+        return job
+    seed = 100 + secrets.randbelow(999_900) if draw_by is None else derived_seed(draw_by, job.parameters())
+    return job.model_copy(update={"seed": seed})
 
 
 def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from uuid import uuid4
@@ -12,7 +13,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
 from prefect_segmind.archive import Archive
-from prefect_segmind.errors import SegmindError
+from prefect_segmind.errors import RateLimitError, SegmindError
+from prefect_segmind.production import shared
 from prefect_segmind.request import name_from_image
 from prefect_segmind.retry import RetryPolicy
 
@@ -70,7 +72,10 @@ def _report(name: str, error: SegmindError) -> None:
     assert error.decision is not None
     wait = error.decision.wait_seconds
     follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
-    get_run_logger().warning(
+    # In a batch the gate has told once for all that the rate is limited.
+    told = logging.INFO if isinstance(error, RateLimitError) and wait is not None and shared.get() else logging.WARNING
+    get_run_logger().log(
+        told,
         "request %s of %s failed%s: %s; %s: %s",
         error.requests_sent,
         name,

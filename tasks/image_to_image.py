@@ -122,7 +122,7 @@ def generate_image(
     )
     mention_conditions(generation.archive)
     with failed_attempts_reported(job.name):
-        generated = replace(generation, say=log.info, warn=log.warning).generate(job, uploaded, run_id())
+        generated = replace(generation, say=log.info, warn=log.warning).generate(job, lambda: uploaded, run_id())
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 
 from prefect_segmind import configuration
 from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.errors import NotStartedError
 from prefect_segmind.price import usd
 from prefect_segmind.production import shared
 from prefect_segmind.record import OnUnknown
@@ -20,7 +22,7 @@ from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
 from prefect_segmind.tasks.attempts import failed_attempts_reported, mention_conditions, run_id, run_name, task_policy
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
-from prefect_segmind.validation import ValidatedJob
+from prefect_segmind.validation import ValidatedJob, with_drawn_seed
 
 
 @task(
@@ -61,7 +63,14 @@ def produce_asset(
         production = configuration.open_production(generation, upload_to, credentials_block)
     if isinstance(job, Mapping):
         job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
-    with failed_attempts_reported(job.name):
-        archived = production.produce(job, run_id(), flow_run.id, say=log.info, warn=log.warning)
+    if isinstance(job, Job):
+        job = with_drawn_seed(job, run_id())  # a retry is for the same picture
+    try:
+        with failed_attempts_reported(job.name):
+            archived = production.produce(job, run_id(), flow_run.id, say=log.info, warn=log.warning)
+    except NotStartedError as stopped:
+        if stopped.possibly_billed_usd:
+            raise
+        return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # nothing of it has failed
     log.info("%s: %s, %s USD", archived.status, archived.image, usd(archived.cost_usd))
     return archived

@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
 
 from prefect_segmind import __version__, cli, configuration, outcome
+from prefect_segmind.__main__ import main
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -184,7 +186,7 @@ def test_people_get_a_few_lines_and_no_traceback_unless_they_ask(
     assert "possibly billed: 0.10 USD" in err
 
 
-def test_an_interrupted_command_says_that_the_next_one_finds_what_was_paid(
+def test_an_interrupt_before_a_request_does_not_speak_of_a_bill(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(**_: object) -> None:
@@ -193,8 +195,8 @@ def test_an_interrupted_command_says_that_the_next_one_finds_what_was_paid(
     monkeypatch.setattr(cli, "image_to_image", interrupted)
     code, found, told = generate(capsys, str(photo), "a red mug")
     assert code == 130
-    assert found["error"].startswith("interrupted; a request that was under way may be billed")
-    assert "the same command again" in told
+    assert found["error"] == "interrupted; the same command again goes on from here"
+    assert found["error"] in told
 
 
 def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
@@ -208,7 +210,19 @@ def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
         code, found, told = generate(capsys, str(photo), "a red mug")
     assert (code, found["attempts"], found["possibly_billed_usd"]) == (130, 1, "0.05")
     assert found["fingerprint"]
+    assert found["error"].startswith("interrupted; a request that was under way may be billed")
+    assert "the same command again" in told
     assert "possibly billed: 0.05 USD" in told
+
+
+def test_an_interrupt_before_a_command_has_begun_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == outcome.INTERRUPTED
 
 
 def test_check_says_ok_for_all_that_works(sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
 from prefect_segmind import cli, outcome
-from prefect_segmind.batch import Progress, observer
+from prefect_segmind.batch import BatchError, BatchResult, Progress, observer
+from prefect_segmind.flows import refresh_assets
 from prefect_segmind.progress import batch_progress
 from prefect_segmind.sandbox import Answer, Sandbox
 
@@ -89,7 +92,7 @@ def test_people_read_the_plan_and_then_what_came_of_it(
     assert cli.run(["refresh", manifest]) == outcome.FAILED
     told = capsys.readouterr()
     assert "3 assets: 2 generated, 1 failed; paid 0.10 USD" in told.out
-    assert "mug/1: the API answered 422" in told.out
+    assert "mug/1 (generate): the API answered 422" in told.out
     assert re.search(r"to run again.*failed\.yaml", told.out)
     assert "Traceback" not in told.out + told.err
 
@@ -128,10 +131,14 @@ def test_exit_codes_tell_the_account_from_the_money_from_bad_assets(
         (["no-such.yaml"], "no-such.yaml"),
         (["MANIFEST", "--set", "season"], "--set: 'season' is not allowed"),
         (["MANIFEST", "--max-concurrency", "0"], "max_concurrency: 0 is not allowed"),
-        (["MANIFEST", "--budget-usd", "-1"], "budget_usd: -1 is not allowed"),
+        (["MANIFEST", "--budget-usd=-1"], "budget_usd: '-1' is not allowed"),
+        (["MANIFEST", "--budget-usd", "nan"], "budget_usd: 'nan' is not allowed"),
+        (["MANIFEST", "--budget-usd", "inf"], "budget_usd: 'inf' is not allowed"),
         (["MANIFEST", "--budget-usd", "much"], "budget_usd: 'much' is not allowed"),
         (["MANIFEST", "--archive", "ftp://somewhere"], "ftp://somewhere"),
         (["WRONG"], "Did you mean REALISTIC?"),
+        (["MANIFEST", "--bogus"], "--bogus"),
+        (["MANIFEST", "--max-concurrency", "abc"], "abc"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_reaches_nobody(
@@ -145,6 +152,45 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
     assert said in told["error"]
     assert told["cost_usd"] == "0.00"
     assert sandbox.ledger.requests == ()
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, TerminationSignal])
+def test_an_interrupt_is_told_as_one_even_if_prefect_fails_on_top_of_it(
+    sandbox: Sandbox,
+    manifest: str,
+    interrupt: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refresh(capsys, manifest)
+    kept: list[BatchResult] = []
+
+    def interrupted(**options: Any) -> None:
+        kept.append(refresh_assets(**options))
+        ended: BaseException = interrupt(signal.SIGTERM)
+        vars(ended)["batch"] = BatchError("interrupted", kept[0].model_copy(update={"cost_usd": Decimal("0.10")}))
+        try:
+            raise ended
+        except interrupt:
+            raise ConnectionError("Prefect's server is gone") from OSError("refused")
+
+    monkeypatch.setattr(cli, "refresh_assets", interrupted)
+    code, told, _ = refresh(capsys, manifest)
+    assert (code, told["reused"], told["cost_usd"]) == (130, 3, "0.10")
+    assert told["error"].startswith("interrupted; a request that was under way may be billed")
+
+
+def test_an_interrupt_while_planning_does_not_speak_of_a_bill(
+    sandbox: Sandbox, manifest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefect_segmind.configuration.source_reader", interrupted)  # the plan is made with it
+    code, told, err = refresh(capsys, manifest)
+    assert (code, told["total"], sandbox.ledger.requests) == (130, 0, ())
+    assert told["error"] == "interrupted; the same command again goes on from here"
+    assert "billed" not in err
 
 
 def test_a_bar_shows_done_reused_failed_money_and_time_left() -> None:

@@ -411,21 +411,6 @@ def test_a_pause_ends_by_itself():
     assert Gate().pause(0.001) is None
 
 
-def test_the_gate_is_idle_when_the_last_answer_has_come(start):
-    gate = Gate()
-    assert gate.idle(0.0)
-    with gate.admit(PRICE) as admission:
-        assert not gate.idle(0.0)
-        admission.sent()
-        assert not gate.idle(0.001)
-        waiter = start(gate.idle, 3600.0)
-        admission.paid(PRICE)
-    assert waiter.result()
-
-
-# The window of assets under way.
-
-
 @pytest.mark.parametrize(("look_ahead", "window"), [(None, 4), (0, 2), (5, 7)])
 def test_only_so_many_assets_are_under_way(start, look_ahead, window):
     gate = Gate(max_concurrency=2, look_ahead=look_ahead)

@@ -1,17 +1,43 @@
-"""Promises of `prefect_segmind.lease` that need two threads to meet."""
+"""A claim is kept for as long as its run needs it and no longer, whatever befalls the others and the store."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefect_segmind import configuration, lease
+from prefect_segmind.archive import Archive
+from prefect_segmind.errors import PreconditionFailedError, StoreError
+from prefect_segmind.record import Record
 from prefect_segmind.s3 import S3Store
 from prefect_segmind.sandbox import Sandbox
 from tests.walk import archive_picture, generate, up_to_upload, walk
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def claimed(archive: Archive, fingerprint: str, run: str = "a run") -> lease.Claim:
+    claim = lease.claim(archive, archive.read(fingerprint), fingerprint, run)
+    assert claim is not None
+    return claim
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    return configuration.open_archive(str(tmp_path / "archive"))
 
 
 def test_a_renewal_under_way_never_overwrites_a_record_that_is_done(
@@ -42,13 +68,107 @@ def test_a_renewal_under_way_never_overwrites_a_record_that_is_done(
     assert sandbox.ledger.billed == 1
 
 
-def test_a_claim_that_is_released_is_not_renewed(
-    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, _ = up_to_upload(photo)
-    archive = configuration.open_archive(None)
-    claim = lease.claim(archive, None, job.fingerprint, "a run")
-    assert claim is not None
+def test_a_claim_that_is_released_is_not_renewed(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = claimed(archive, "ab" * 32)
     claim.release()
+    claim.hold(1000)
     monkeypatch.setattr(archive, "write", lambda *_: pytest.fail("written"))
     claim.renew()
+    with pytest.raises(PreconditionFailedError, match="let go"):
+        claim.write(Record.renewed)
+    assert lease.held_claim(archive, "ab" * 32) is None
+
+
+def test_a_claim_that_is_no_longer_needed_is_given_up_in_the_record_too(archive: Archive) -> None:
+    claim = claimed(archive, "ab" * 32)
+    claim.hold(-1)
+    claim.renew()
+    found = archive.read("ab" * 32)
+    assert found is not None
+    assert found.record.holder is None
+    with pytest.raises(PreconditionFailedError):
+        claim.write(Record.renewed)
+
+
+def test_a_write_keeps_the_claim_that_was_about_to_end(archive: Archive) -> None:
+    claim = claimed(archive, "ab" * 32)
+    claim.hold(-1)
+    claim.write(Record.renewed)
+    claim.renew()
+    assert lease.held_claim(archive, "ab" * 32) is claim
+    claim.release()
+
+
+def test_a_claim_is_given_up_even_if_the_archive_is_down(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = claimed(archive, "ab" * 32)
+
+    def down(*_: object) -> str:
+        raise StoreError("down")
+
+    with monkeypatch.context() as now:
+        now.setattr(archive, "write", down)
+        claim.give_up()
+    assert lease.held_claim(archive, "ab" * 32) is None
+
+
+def test_a_record_that_was_just_written_is_not_written_again(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = claimed(archive, "ab" * 32)
+    assert not claim.take_turn()
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.0)
+    assert claim.take_turn()
+    assert not claim.take_turn(), "one renewal of a claim at a time"
+    claim.renew()
+    assert claim.take_turn()
+    claim.release()
+
+
+def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung, broken, sound = (claimed(archive, each * 32) for each in ("aa", "bb", "cc"))
+    hanging, go_on, broke, write = threading.Event(), threading.Event(), threading.Event(), archive.write
+
+    def slow(record: Record, etag: str | None) -> str:
+        if record.fingerprint == hung.record.fingerprint:
+            hanging.set()
+            go_on.wait(60)
+        if record.fingerprint == broken.record.fingerprint:
+            broke.set()
+            raise AttributeError("botocore's")
+        return write(record, etag)
+
+    def renewals() -> int:
+        return sound.record.holder.renewals if sound.record.holder else 0
+
+    with monkeypatch.context() as now:
+        now.setattr(archive, "write", slow)
+        now.setattr(lease, "RENEW_SECONDS", 0.05)
+        now.setattr(lease, "LOOK_SECONDS", 0.05)
+        wait_for(lambda: hanging.is_set() and broke.is_set())
+        before = renewals()
+        wait_for(lambda: renewals() >= before + 3)
+        sound.release()
+        broken.release()
+        assert not go_on.is_set()
+        go_on.set()
+        hung.release()
+
+
+HANGS = """
+import sys, threading, time
+from prefect_segmind import configuration, lease
+lease.RENEW_SECONDS = lease.LOOK_SECONDS = 0.05
+archive = configuration.open_archive(sys.argv[1])
+claim = lease.claim(archive, None, "ab" * 32, "a run")
+hanging = threading.Event()
+def hang(*_):
+    hanging.set()
+    time.sleep(600)
+archive.write = hang
+assert hanging.wait(30)
+"""
+
+
+def test_a_renewal_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "archive")]
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=dict(os.environ), timeout=60, check=True)

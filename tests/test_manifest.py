@@ -679,8 +679,23 @@ def test_other_sizes_go_through_where_that_is_allowed():
     assert jobs(text, unlisted=True)[0].resolution == "RESOLUTION_2048_2048"
 
 
+def test_a_name_is_taken_by_a_row_with_another_mistake_too():
+    with pytest.raises(ManifestError) as caught:
+        load("name,image,prompt,seed\nm,a.jpg,x,1\nm,b.jpg,x,\n", "CSV")
+    assert [line.partition(":")[0] for line in caught.value.mistakes] == ["line 2 (m)", "line 3 (m)"]  # type: ignore[attr-defined]
+    assert "m is taken already, by line 2" in caught.value.mistakes[1]  # type: ignore[attr-defined]
+
+
+def test_a_name_made_of_the_images_own_is_the_whole_name_of_a_match():
+    def find(image: str, wildcards: bool) -> list[Found]:
+        return [Found("/in/mug.jpg", "mug"), Found("/in/cup.jpg", "cup")]
+
+    text = 'assets: [{name: "deep/{{ stem }}", image: "in/*.jpg", prompt: x}, {name: inbox, image: "in/*", prompt: x}]'
+    assert [job.name for job in jobs(text, find=find)] == ["deep/mug", "deep/cup", "inbox/mug", "inbox/cup"]
+
+
 def test_the_message_shows_a_hundred_mistakes_and_counts_the_others():
-    rows = "".join(f"m,b,{n}\n" for n in range(1_000, 12_000))
+    rows = "".join(f"m{n},b,{n}\n" for n in range(1_000, 12_000))
     with pytest.raises(ManifestError) as caught:
         load(f"image,prompt,image_weight\n{rows}", "CSV")
     assert isinstance(caught.value, MistakenManifest)
@@ -866,7 +881,7 @@ def test_the_schema_is_one_and_describes_every_field():
 def test_the_example_fits_the_schema_and_makes_what_it_says():
     text = (DOCS / "manifest.yaml").read_text(encoding="utf-8")
     assert text.startswith("# yaml-language-server: $schema=manifest.schema.json\n")
-    jsonschema.validate(yaml.safe_load(text.replace("OFF", "'OFF'")), json_schema(), jsonschema.Draft202012Validator)
+    jsonschema.validate(yaml.safe_load(text), json_schema(), jsonschema.Draft202012Validator)
     made = jobs(text)
     assert len(made) == 8
     assert made[0].name == "summer/mug/realistic-w30"

@@ -40,12 +40,12 @@ FLOORS = [
             "outbox",
         ),
         *("archive", "lease", "validation", "upload", "generation", "archiving", "provenance", "production"),
-        *("batch", "gate", "manifest_source", "plan", "spool"),
+        *("batch", "gate", "manifest_source", "plan", "spool", "sums"),
         *("settings", "credentials", "configuration"),
     },
     {"tasks", "report"},
     {"flows"},
-    {"cli", "checks", "console", "demonstration", "outcome", "progress", "sandbox", "__main__"},
+    {"cli", "checks", "console", "demonstration", "outcome", "progress", "sandbox", "temporary_server", "__main__"},
 ]
 CORE_MAY_NOT = {"prefect", "httpx", "boto3", "botocore", "PIL", "pathlib", "os", "io", "socket", "shutil"}
 WITHOUT_PREFECT = FLOORS[1] - {"settings", "credentials", "configuration"}

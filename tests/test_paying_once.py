@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -26,16 +27,22 @@ from prefect_segmind.errors import (
     ArchiveError,
     BadGatewayError,
     GatewayTimeoutError,
+    NotStartedError,
     OutboxError,
     OutcomeUnknownError,
     RateLimitError,
+    RunCancelledError,
+    SegmindError,
     StoreError,
 )
 from prefect_segmind.gate import Gate
-from prefect_segmind.outbox import RESERVED_BYTES
-from prefect_segmind.record import Holder
+from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.record import Holder, Record
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.sums import Sums, forget
+from prefect_segmind.upload import UploadedImage
+from prefect_segmind.validation import ValidatedJob
 from tests.walk import archive_picture, generate, up_to_upload, walk
 
 
@@ -209,6 +216,7 @@ def test_a_picture_that_waits_for_one_archive_is_not_taken_by_another(
         assert walk(photo).status == "generated"
     assert waiting.path is not None
     assert waiting.path.is_file()
+    lease.held_claim(configuration.open_archive(None), waiting.job.fingerprint).release()  # type: ignore[union-attr]
     assert walk(photo).status == "recovered"
 
 
@@ -242,43 +250,25 @@ def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named(
     assert (ours.status, ours.possibly_billed_usd, sandbox.ledger.billed) == ("generated", Decimal(0), 2)
 
 
-def test_whatever_befalls_one_claim_the_others_are_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stop(Exception):
-        pass
-
-    class Watched:
-        def __init__(self, error: Exception | None) -> None:
-            self.error, self.renewed = error, 0
-
-        def renew(self) -> None:
-            self.renewed += 1
-            if self.error:
-                raise self.error
-
-    rounds = iter((None, None))
-
-    def wait(_: float) -> None:
-        if next(rounds, Stop) is Stop:
-            raise Stop
-
-    broken, sound = Watched(AttributeError("botocore's")), Watched(None)
-    monkeypatch.setattr(lease, "_claims", {("a", "1"): broken, ("a", "2"): sound})
-    monkeypatch.setattr("prefect_segmind.lease.time.sleep", wait)
-    with pytest.raises(Stop):
-        lease._renew_all()
-    assert (broken.renewed, sound.renewed) == (2, 2)
-
-
-def test_two_runs_in_one_process_pay_once(sandbox: Sandbox, photo: Path) -> None:
+def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sandbox.play(Answer(delay=1.0))
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(walk(photo))) for _ in range(4)]
+    put = Archive.put_picture
+
+    def slow(*arguments: Any) -> str:
+        time.sleep(3)  # the others look meanwhile: the picture lies in the outbox, and its run is at it
+        return put(*arguments)
+
+    monkeypatch.setattr(Archive, "put_picture", slow)
+    results, asked = [], up_to_upload(photo)
+    threads = [threading.Thread(target=lambda: results.append(archive_picture(generate(*asked)))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sandbox.ledger.billed == 1
-    assert sorted(each.status for each in results)[0] == "generated"
+    assert sorted(each.status for each in results) == ["generated", "reused", "reused", "reused"]
     assert sum(each.cost_usd for each in results) == Decimal("0.05")
 
 
@@ -347,11 +337,11 @@ def test_where_rate_limits_are_counted_apart_they_leave_the_retries_to_other_fai
     generation = configuration.open_generation(None, None, None, policy=policy)
     for kind in (RateLimitError, RateLimitError, RateLimitError, BadGatewayError):
         with pytest.raises(kind) as error:
-            generation.generate(job, uploaded, "one")
+            generation.generate(job, lambda: uploaded, "one")
         assert error.value.decision
         assert error.value.decision.retry
         generation = replace(generation, gate=Gate())  # as long as the limit is none of this test's business
-    assert generation.generate(job, uploaded, "one").requests_sent == 5
+    assert generation.generate(job, lambda: uploaded, "one").requests_sent == 5
 
 
 def test_a_second_answer_of_unknown_outcome_ends_the_run(sandbox: Sandbox, photo: Path) -> None:
@@ -465,7 +455,7 @@ def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Pat
     said: list[str] = []
     second = generate(job, uploaded, said=said)
     first.join()
-    assert second.status in ("reused", "recovered")
+    assert second.status == "reused"
     assert said[0].startswith("waiting: another run is paying")
     assert sandbox.ledger.billed == 1
 
@@ -525,3 +515,209 @@ def test_only_one_of_two_claims_on_one_version_of_a_record_wins(sandbox: Sandbox
     job, _ = up_to_upload(photo)
     assert lease.claim(archive, None, job.fingerprint, "one") is not None
     assert lease.claim(archive, None, job.fingerprint, "two") is None
+
+
+def never() -> UploadedImage:
+    pytest.fail("uploaded, though there is nothing to pay")
+
+
+def test_what_is_paid_for_needs_neither_the_upload_place_nor_a_client(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo)
+    generation = replace(
+        configuration.open_generation(None, None, None), open_client=lambda: pytest.fail("a client was opened")
+    )
+    waiting = generate(job, uploaded)
+    lease.held_claim(generation.archive, job.fingerprint).release()  # type: ignore[union-attr]
+    recovered = generation.generate(job, never, "two")
+    archive_picture(waiting)
+    reused = generation.generate(job, never, "three")
+    assert (recovered.status, reused.status) == ("recovered", "reused")
+    assert (waiting.source_uri, reused.source_uri) == (uploaded.uri, str(photo))
+
+
+def test_an_upload_that_fails_costs_nothing_and_claims_nothing(sandbox: Sandbox, photo: Path) -> None:
+    job, _ = up_to_upload(photo)
+
+    def gone() -> UploadedImage:
+        raise StoreError("the bucket is gone")
+
+    generation = configuration.open_generation(None, None, None)
+    with pytest.raises(StoreError, match="the bucket is gone"):
+        generation.generate(job, gone, "one")
+    assert generation.archive.read(job.fingerprint) is None
+    assert sandbox.ledger.requests == ()
+
+
+def billed_502(sandbox: Sandbox, photo: Path) -> tuple[ValidatedJob, UploadedImage]:
+    """A job whose first request, of the run `one`, may have been billed; it is to be sent again."""
+    sandbox.play(Answer(status=502))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(BadGatewayError) as error:
+        generate(job, uploaded, run="one")
+    assert error.value.decision
+    assert error.value.decision.retry
+    return job, uploaded
+
+
+def reported(error: SegmindError) -> tuple[int, Decimal]:
+    return error.requests_sent, error.possibly_billed_usd
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9", StoreError),
+        ("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX_MIN_FREE_BYTES", str(10**18), OutboxError),
+    ],
+)
+def test_whatever_ends_a_run_its_earlier_requests_are_reported(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: type[SegmindError]
+) -> None:
+    job, uploaded = billed_502(sandbox, photo)
+    with monkeypatch.context() as broken:
+        broken.setenv(name, value)
+        with pytest.raises(kind) as error:
+            generate(job, uploaded, run="one")
+    assert error.value.decision is None
+    assert reported(error.value) == (1, Decimal("0.05"))
+    assert walk(photo).possibly_billed_usd == 0, "it is reported once"
+
+
+def test_a_run_that_ends_well_leaves_nothing_to_report_behind(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = billed_502(sandbox, photo)
+    generated = generate(job, uploaded, run="one")
+    assert (generated.requests_sent, generated.possibly_billed_usd) == (2, Decimal("0.05"))
+    assert forget(generated.archive, job.fingerprint, "one") == Sums()
+
+
+@pytest.mark.parametrize("lapsed", [False, True])
+def test_a_run_that_is_stopped_before_it_tries_again_reports_its_request_and_nobody_else_does(
+    sandbox: Sandbox, photo: Path, lapsed: bool
+) -> None:
+    job, uploaded = billed_502(sandbox, photo)
+    generation = configuration.open_generation(None, None, None)
+    if lapsed:
+        claim = lease.held_claim(generation.archive, job.fingerprint)
+        assert claim is not None
+        claim.hold(-1)
+        claim.renew()
+    generation.gate.stop(RunCancelledError("Ctrl-C"))
+    with pytest.raises(NotStartedError) as stopped:
+        generation.generate(job, lambda: uploaded, "one")
+    assert reported(stopped.value) == (1, Decimal("0.05"))
+    assert recorded(job.fingerprint).record.holder is None
+    again = walk(photo)
+    assert (again.status, again.possibly_billed_usd) == ("generated", Decimal("0.00"))
+
+
+def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = billed_502(sandbox, photo)
+    archive, write = configuration.open_archive(None), lease.Claim.write
+    lapsed = lease.held_claim(archive, job.fingerprint)
+
+    def late(self: lease.Claim, change: Callable[[Record], Record]) -> Record:
+        if self is lapsed:
+            self.release()
+        return write(self, change)
+
+    monkeypatch.setattr(lease.Claim, "write", late)
+    generated = generate(job, uploaded, run="one")
+    assert (generated.requests_sent, generated.possibly_billed_usd) == (2, Decimal("0.05"))
+    held = lease.held_claim(archive, job.fingerprint)
+    assert held is not None
+    assert held is not lapsed
+    assert len(sandbox.ledger.requests) == 2
+
+
+@pytest.mark.parametrize(("first", "retry"), [(429, True), (502, False)])
+def test_the_time_that_a_rate_limit_took_does_not_end_a_run(
+    sandbox: Sandbox, photo: Path, first: int, retry: bool
+) -> None:
+    sandbox.play(Answer(status=first, reset_in=0.1), Answer(status=429, reset_in=0.1))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(SegmindError):
+        generate(job, uploaded, run="one")
+    claim = lease.held_claim(configuration.open_archive(None), job.fingerprint)
+    assert claim is not None
+
+    def an_hour_ago(record: Record) -> Record:
+        sent = record.attempts[0].sent_at - timedelta(hours=1)
+        return record.model_copy(update={"attempts": (record.attempts[0].model_copy(update={"sent_at": sent}),)})
+
+    claim.write(an_hour_ago)
+    with pytest.raises(RateLimitError) as error:
+        generate(job, uploaded, run="one")
+    assert error.value.decision
+    assert error.value.decision.retry is retry
+
+
+KEPT = """
+import sys, uuid
+from tests.walk import archive_picture, generate, up_to_upload
+generated = generate(*up_to_upload(sys.argv[1]))
+print("kept", flush=True)
+sys.stdin.readline()
+archive_picture(generated)
+"""
+
+
+@pytest.mark.parametrize(("lives", "status"), [(True, "reused"), (False, "recovered")])
+def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_lives(
+    sandbox: Sandbox, photo: Path, lives: bool, status: str
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KEPT, str(photo)],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == "kept\n"
+    job, uploaded = up_to_upload(photo)
+    if lives:
+        threading.Timer(2, process.stdin.close).start()
+    else:
+        process.kill()
+        process.wait()
+    began = time.monotonic()
+    got = generate(job, uploaded)
+    assert got.status == status
+    assert lives or time.monotonic() - began < lease.RENEW_SECONDS, "a dead process is not waited for"
+    archive_picture(got)
+    process.wait(30)
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_picture_in_this_outbox_is_not_left_to_another_host(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(lease, "host_id", lambda: "another host")
+        kept = generate(*up_to_upload(photo))
+    said: list[str] = []
+    assert generate(*up_to_upload(photo), said=said).status == "recovered"
+    assert not any(each.startswith("waiting") for each in said)
+    archive_picture(kept)
+
+
+def test_a_picture_that_is_archived_while_one_looks_is_reused_and_not_recovered(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    find, others = Outbox.find, ["the other run"]
+
+    def slow(self: Outbox, *what: Any, **more: Any) -> tuple[Path, OutboxEntry] | None:
+        if not others:
+            return find(self, *what, **more)
+        theirs = generate(job, uploaded, run=others.pop())
+        found = find(self, *what, **more)
+        archive_picture(theirs)
+        return found
+
+    monkeypatch.setattr(Outbox, "find", slow)
+    assert generate(job, uploaded, run="this run").status == "reused"
+    assert sandbox.ledger.billed == 1

@@ -233,7 +233,15 @@ def test_the_counts_of_a_run():
     assert sent_by("nobody", attempts) == ()
 
 
-ENDINGS = st.sampled_from(["refused", "waits", "billed", "dies"])
+ENDINGS = st.sampled_from(["refused", "waits", "billed", "dies", "stopped"])
+
+
+def test_what_a_stopped_run_has_reported_is_not_taken_over_by_the_next():
+    waits = claimed().claimed_by(ME, NOW).answered(status=502, reason="bad", wait_seconds=1.0, possibly_billed=True)
+    other = Holder(run="other", host="h", pid=1, started="")
+    assert possibly_billed_count("me", waits.given_up().claimed_by(other, NOW).attempts) == 1
+    assert possibly_billed_count("other", waits.given_up().claimed_by(other, NOW).attempts) == 0
+    assert possibly_billed_count("other", waits.claimed_by(other, NOW).attempts) == 1, "that of a dead one is"
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), ENDINGS), max_size=12))
@@ -246,11 +254,13 @@ def test_every_possibly_billed_request_is_reported_by_exactly_one_run(story):
             record = record.answered(
                 status=502,
                 reason=ending,
-                wait_seconds=1.0 if ending == "waits" else None,
-                possibly_billed=ending == "billed",
+                wait_seconds=1.0 if ending in ("waits", "stopped") else None,
+                possibly_billed=ending in ("billed", "stopped"),
             )
+        if ending == "stopped":  # while it waited for its next request
+            record = record.given_up()
     record = record.claimed_by(ME, NOW).archived(PICTURE, "x.png", "x.json")
-    lost = sum(ending in ("billed", "dies") for _, ending in story)
+    lost = sum(ending in ("billed", "dies", "stopped") for _, ending in story)
     assert sum(possibly_billed_count(run, record.attempts) for run in ("a", "b", "c", "me")) == lost
     assert [each.run for each in record.attempts] == [*(run for run, _ in story), "me"]
     assert all(each.possibly_billed is not None for each in record.attempts)

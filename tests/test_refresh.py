@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,16 +25,23 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelling
 
-from prefect_segmind import BatchError, BatchResult, configuration, produce_asset, refresh_assets
+from prefect_segmind import BatchError, BatchResult, Job, configuration, outcome, plan, produce_asset, refresh_assets
+from prefect_segmind.batch import Tally
 from prefect_segmind.errors import (
+    BadGatewayError,
     BudgetReachedError,
     ConfigurationError,
     InsufficientCreditsError,
     InvalidKeyError,
     ManifestError,
+    NotStartedError,
     RateLimitError,
+    StoreError,
 )
+from prefect_segmind.plan import Plan
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.spool import Spool
+from prefect_segmind.upload import Uploads
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -119,7 +128,8 @@ def test_every_mistake_is_told_at_once_and_nothing_is_uploaded(sandbox: Sandbox,
     for text in ("Did you mean REALISTIC?", "prompt: missing", "'../b' is not allowed", "nothing was uploaded or paid"):
         assert text in str(error.value)
     assert sandbox.ledger.requests == ()
-    assert not any(sandbox.folder.glob(f"s3/**/{Path(str(campaign)).name}*"))
+    uploads = configuration.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store
+    assert list(uploads.keys("")) == []
 
 
 def test_a_missing_image_fails_alone_and_unpaid_and_can_be_run_again_from_the_manifest_of_failures(
@@ -315,6 +325,9 @@ def test_a_run_that_is_cancelled_in_prefect_sends_nothing_new_and_ends_as_cancel
     thread.join(60)
     assert ended[0].is_cancelled()
     assert 0 < sandbox.ledger.billed < 30
+    with pytest.raises(BatchError) as error:
+        ended[0].result()
+    assert error.value.result.cost_usd == sandbox.ledger.billed_usd
 
 
 def test_produce_asset_works_in_a_flow_of_ones_own(sandbox: Sandbox, photo: Path) -> None:
@@ -325,3 +338,85 @@ def test_produce_asset_works_in_a_flow_of_ones_own(sandbox: Sandbox, photo: Path
     sandbox.play(Answer(status=502))
     archived = one()
     assert (archived.status, archived.attempts, archived.possibly_billed_usd) == ("generated", 2, Decimal("0.05"))
+
+
+def test_a_job_whose_seed_is_drawn_is_the_same_picture_in_each_retry(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(*[Answer(status=502)] * 5)
+
+    @flow
+    def one() -> Any:
+        return produce_asset({"image": str(photo), "prompt": "a red mug", "seed": "random"})
+
+    with pytest.raises(BadGatewayError) as error:
+        one()
+    assert (error.value.requests_sent, error.value.possibly_billed_usd) == (2, Decimal("0.10"))
+    assert len(sandbox.ledger.requests) == 2
+
+
+def test_an_image_that_only_the_plan_could_not_read_gets_one_seed(
+    sandbox: Sandbox, campaign: Callable[..., str], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.play(Answer(status=502))
+    monkeypatch.setattr(plan, "inspect_source", lambda *_, **__: (_ for _ in ()).throw(StoreError("down")))
+    result = run(campaign(0, {"name": "x", "image": photo.name, "prompt": "a mug", "seed": "random"}))
+    assert (result.plan.fail, result.generated, result.possibly_billed_usd) == (1, 1, Decimal("0.05"))
+    assert len({each.seed for each in sandbox.ledger.requests if each.seed}) == 1
+
+
+def test_a_failed_upload_fails_no_other_asset_of_the_same_image(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, failing = Uploads.upload, iter([True])
+
+    def sometimes(*arguments: Any) -> Any:
+        if next(failing, False):
+            time.sleep(0.3)  # so that others wait for this one
+            raise StoreError("a hiccup")
+        return upload(*arguments)
+
+    monkeypatch.setattr(Uploads, "upload", sometimes)
+    result = run(campaign(20))
+    assert (result.generated, result.failed) == (19, 1)
+    assert result.failures[0].stage == "upload"
+
+
+def test_a_run_that_breaks_tells_what_it_has_paid(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(sys.modules["prefect_segmind.flows.refresh_assets"], "publish_batch", broken)
+    with pytest.raises(OSError, match="no space") as error:
+        refresh_assets(campaign(3))
+    told = outcome.batch_of(error.value)
+    assert told is not None
+    assert (told.generated, told.cost_usd) == (3, Decimal("0.15"))
+
+
+def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: Path) -> None:
+    planned = Plan(total=3, generate=3, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
+    jobs = [Job(name=str(n), image="a.jpg", prompt="x") for n in range(3)]
+    with Spool(Job) as failed:
+        tally = Tally(planned, failed)
+        for each in jobs[:2]:
+            tally.start(each)
+        tally.end(jobs[0], NotStartedError("stopped"))
+        assert not tally.wait(0.0)
+        tally.close(Decimal("0.05"))
+        tally.end(jobs[1], NotStartedError("too late to be counted"))
+        result = tally.result()
+        assert [each.name for each in failed] == ["1"]
+    assert (result.failed, result.not_started, result.possibly_billed_usd) == (1, 2, Decimal("0.05"))
+
+
+def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
+    planned = Plan(total=1, generate=1, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
+    job = Job(name="a", image="a.jpg", prompt="x")
+    failed = Spool(Job)
+    failed.close()
+    tally = Tally(planned, failed)
+    tally.start(job)
+    tally.end(job, StoreError("gone"))
+    assert tally.wait(0.0)
+    assert "manifest of failures" in tally.result().failures[0].error

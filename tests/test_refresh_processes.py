@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL
 
@@ -26,28 +32,41 @@ KILLS = int(os.environ.get("SEGMIND_KILLS", "3"))
 """How often a run is killed; ten by hand."""
 
 
-def start(manifest: Path, *options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+def start(manifest: Path, *options: str, home: Path | None = None) -> subprocess.Popen[str]:
+    """Starts a run in a process group of its own; with a home, it has a Prefect of its own that knows no server."""
     command = [sys.executable, "-m", "prefect_segmind", "refresh", str(manifest), "--json", *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kept = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    prefect = {"PREFECT_HOME": str(home)} if home else {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    return subprocess.Popen(
+        command,
+        env=kept | prefect,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
+def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
     out, told = process.communicate(timeout=240)
     assert out.count("\n") == 1, told
-    return process.returncode, json.loads(out)
+    return process.returncode, json.loads(out), told
 
 
 def campaign(photo: Path, count: int) -> Path:
     path = photo.parent / "campaign.csv"
-    rows = (f"mug/{n:03},{photo.name},a red mug number {n:03},{n + 100}\n" for n in range(count))
+    rows = (f"mug/{n:03},{photo.name},{prompt(n)},{n + 100}\n" for n in range(count))
     path.write_text("name,image,prompt,seed\n" + "".join(rows))
     return path
 
 
-def wait_for_requests(sandbox: Sandbox, count: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def prompt(number: int) -> str:
+    return f"a red mug number {number:03}"
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while len(sandbox.ledger.requests) < count:
+    while not happened():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -59,6 +78,16 @@ def records() -> list[Record]:
     return [Record.model_validate_json(each.data) for each in found if each and b'"fingerprint"' in each.data]
 
 
+def number(record: Record) -> int:
+    assert record.image
+    return int(record.image.removeprefix("mug/")[:3])
+
+
+def runs_that_report(found: list[Record]) -> list[str | None]:
+    """The run that reports it, for each request that may have been billed."""
+    return [attempt.reported_by for each in found for attempt in each.attempts if attempt.possibly_billed]
+
+
 def pictures() -> list[str]:
     return [key for key in configuration.open_archive(None).store.keys("mug/") if key.endswith(".jpg")]
 
@@ -68,31 +97,41 @@ def test_killed_at_any_moment_and_run_again_at_once_all_is_archived_and_paid_onc
     sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "archive"))
-    count, dice = 40, random.Random()
+    count, dice = 10 * (KILLS + 1), random.Random()
     manifest = campaign(photo, count)
-    sandbox.play(*[Answer(delay=0.3)] * 400)
     for _ in range(KILLS):
-        before = len(sandbox.ledger.requests)
+        asked = {each.prompt for each in sandbox.ledger.requests}
+        held = [prompt(n) for n in range(count) if prompt(n) not in asked][dice.randint(0, 4) :]
+        sandbox.script.clear()
+        for each in held:  # billed, and still without an answer when the kill comes
+            sandbox.play(Answer(delay=600), prompt=each)
+        sandbox.play(*[Answer(delay=0.3)] * count)
         process = start(manifest, "--max-concurrency", "4")
-        if before < count:
-            wait_for_requests(sandbox, min(before + dice.randint(1, 6), count), process)
+        wait_until(lambda held=held: any(each.prompt in held for each in sandbox.ledger.requests), process)  # type: ignore[misc]
         time.sleep(dice.uniform(0, 0.5))
         process.kill()
         process.communicate()
-    code, last = ended(start(manifest, "--max-concurrency", "8"))
+    before = records()
+    sandbox.script.clear()
+    code, last, log = ended(start(manifest, "--max-concurrency", "8", "--verbose"))
     assert code == 0, last
     assert last["generated"] + last["reused"] + last["recovered"] == last["total"] == count
+    assert last["waiting"] == 0
+    assert "another run is paying" not in log
     assert len(pictures()) == count
-    billed = Counter(each.prompt for each in sandbox.ledger.requests if each.billed)
     noted = records()
     assert len(noted) == count
     assert all(each.state == "done" for each in noted)
-    unknown = [attempt for each in noted for attempt in each.attempts if attempt.possibly_billed]
-    extra = sandbox.ledger.billed - count
-    assert set(billed.values()) <= {1, 2, 3}
-    assert extra <= len(unknown), "nothing is paid again but what was in flight at a kill, and each of those is noted"
-    assert len(unknown) <= 4 * KILLS
-    assert float(last["possibly_billed_usd"]) <= 0.05 * len(unknown)
+    billed = Counter(each.prompt for each in sandbox.ledger.requests if each.billed)
+    unknown = {
+        prompt(number(each)): sum(attempt.possibly_billed is True for attempt in each.attempts) for each in noted
+    }
+    assert all(billed[each] <= 1 + unknown[each] for each in unknown), "only what was in flight at a kill is paid again"
+    assert KILLS <= sum(unknown.values()) <= 4 * KILLS
+    known = runs_that_report(before)
+    reported = [run for run in runs_that_report(noted) if run not in known]
+    assert reported, "the last kill has hit a request in flight"
+    assert Decimal(last["possibly_billed_usd"]) == Decimal("0.05") * len(reported)
 
 
 def test_two_processes_at_once_pay_once_for_each_picture_and_neither_stands_still(
@@ -102,7 +141,7 @@ def test_two_processes_at_once_pay_once_for_each_picture_and_neither_stands_stil
     manifest = campaign(photo, 60)
     sandbox.play(*[Answer(delay=0.6)] * 200)
     both = [start(manifest, "--max-concurrency", "4") for _ in range(2)]
-    (_, one), (_, other) = (ended(each) for each in both)
+    (_, one, _), (_, other, _) = (ended(each) for each in both)
     assert sandbox.ledger.billed == 60
     assert one["generated"] + other["generated"] == 60
     assert one["failed"] == other["failed"] == 0
@@ -118,11 +157,36 @@ def test_interrupted_it_sends_nothing_new_and_archives_what_is_in_flight(
     manifest = campaign(photo, 60)
     sandbox.play(*[Answer(delay=1.0)] * 200)
     process = start(manifest, "--max-concurrency", "4")
-    wait_for_requests(sandbox, 5, process)
+    wait_until(lambda: len(sandbox.ledger.requests) >= 5, process)
     process.send_signal(how)
-    code, told = ended(process)
+    code, told, _ = ended(process)
     assert code == 130
     assert told["generated"] == sandbox.ledger.billed
     assert told["failed"] == 0
     assert told["not_started"] >= 40
     assert len(pictures()) == sandbox.ledger.billed
+
+
+def test_ctrl_c_in_a_terminal_ends_a_run_with_a_temporary_server_in_time_and_leaves_nothing_behind(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    """A terminal interrupts the whole process group, Prefect's temporary server with it."""
+    sandbox.play(*[Answer(delay=1.0)] * 200)
+    process = start(campaign(photo, 60), "--max-concurrency", "4", home=tmp_path / "prefect")
+    wait_until(lambda: len(sandbox.ledger.requests) >= 5, process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, told, log = ended(process)
+    assert code == 130, log
+    assert told["generated"] == sandbox.ledger.billed >= 5
+    assert told["failed"] == 0
+    assert len(pictures()) == sandbox.ledger.billed
+    with closing(sqlite3.connect(tmp_path / "prefect" / "prefect.db")) as database:
+        ((state,),) = database.execute("SELECT state_type FROM flow_run")
+    assert state in {"CRASHED", "CANCELLED"}, "the server was there to the end: no call to it was tried for minutes"
+    assert "Error logging to API" not in log
+    server = re.search(r"Starting temporary server on (http://[\d.:]+)", log)
+    assert server
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server[1])
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -35,7 +35,7 @@ def generate(
     """One request; a failed one is raised as it is."""
     generation = configuration.open_generation(archive, None, None, on_unknown=on_unknown)
     say = (said if said is not None else []).append
-    return replace(generation, say=say, warn=say).generate(job, uploaded, run or uuid.uuid4().hex)
+    return replace(generation, say=say, warn=say).generate(job, lambda: uploaded, run or uuid.uuid4().hex)
 
 
 def archive_picture(generated: GeneratedImage) -> ArchivedImage:
