@@ -149,23 +149,38 @@ def test_a_missing_image_fails_alone_and_unpaid_and_can_be_run_again_from_the_ma
     assert sandbox.ledger.requests[-1].prompt == "a hat"
 
 
-def test_bad_assets_leave_the_rest_alone_and_the_ledger_agrees(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
-    """Of 40: two are bad, two meet a rate limit, two a 502, one half a body; none is asked for twice without need."""
-    sandbox.play(*[Answer(status=422)], prompt="number 003")
-    sandbox.play(*[Answer(status=429, reset_in=0.5)] * 2)
-    sandbox.play(Answer(status=502), prompt="number 010")
-    sandbox.play(Answer(status=502), prompt="number 011")
-    sandbox.play(Answer(kind="half_body"), prompt="number 012")
-    result = run(campaign(39, {"name": "lost", "image": "lost.jpg", "prompt": "x"}), max_concurrency=8)
-    assert (result.generated, result.failed, result.not_started) == (38, 2, 0)
-    assert {each.name for each in result.failures} == {"mug/003", "lost"}
-    assert result.cost_usd == Decimal("0.05") * 38
-    assert result.possibly_billed_usd == Decimal("0.15")
-    agrees(result, sandbox)
-    asked = Counter(each.prompt for each in sandbox.ledger.requests)
-    again = {prompt for prompt, times in asked.items() if times > 1}
-    assert {"a red mug, number 010", "a red mug, number 011", "a red mug, number 012"} <= again
-    assert len(again) <= 5
+def test_of_two_hundred_assets_the_bad_ones_fail_alone_and_the_ledger_agrees_to_the_cent(
+    tmp_path: Path, sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three are bad, two meet a rate limit, two a 502, one half a body; none is asked for twice without need."""
+    lost = ({"name": f"lost/{n}", "image": "lost.jpg", "prompt": "x"} for n in range(2))
+    with Sandbox(tmp_path / "many", latency=0.05, credits="100", sketch=True, s3=False) as many:
+        monkeypatch.setenv("SEGMIND_BASE_URL", many.base_url)
+        monkeypatch.setenv("SEGMIND_API_KEY", many.api_key)
+        many.play(Answer(status=422), prompt="number 003")
+        many.play(*[Answer(status=429, reset_in=0.5)] * 2)
+        for prompt in ("number 110", "number 111"):
+            many.play(Answer(status=502), prompt=prompt)
+        many.play(Answer(kind="half_body"), prompt="number 112")
+        result = run(campaign(198, *lost), max_concurrency=16)
+        assert (result.generated, result.failed, result.not_started) == (197, 3, 0)
+        assert {each.name for each in result.failures} == {"mug/003", "lost/0", "lost/1"}
+        assert (result.cost_usd, result.possibly_billed_usd) == (Decimal("9.85"), Decimal("0.15"))
+        agrees(result, many)
+        asked = Counter(each.prompt for each in many.ledger.requests)
+        again = {prompt for prompt, times in asked.items() if times > 1}
+        assert {f"a red mug, number {n}" for n in (110, 111, 112)} <= again
+        assert len(again) <= 5
+
+
+def test_a_run_with_failures_is_completed_where_that_is_wanted(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    manifest = campaign(1, {"name": "lost", "image": "lost.jpg", "prompt": "x"})
+    failed = refresh_assets(manifest, return_state=True)
+    assert failed.is_failed()
+    assert "2 assets: 1 generated, 1 failed; paid 0.05 USD" in str(failed.message)
+    completed = refresh_assets(manifest, fail_run_on_failures=False, return_state=True)
+    assert completed.is_completed()
+    assert (completed.result().reused, completed.result().failed) == (1, 1)
 
 
 def test_a_budget_holds_under_concurrency(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
