@@ -157,7 +157,7 @@ def refresh_assets(
             raise
         except BaseException as error:
             # Whatever ends the run, what it has paid is told.
-            tally.close(gate.budget.in_flight_usd)
+            tally.close(gate.budget)
             result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
             log.warning(result.sentence())
             vars(error)["batch"] = BatchError(result.sentence(), result, gate.stopped)

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.budget import Budget
 from prefect_segmind.errors import NotStartedError, SegmindError, redact
 from prefect_segmind.plan import Plan
 from prefect_segmind.price import usd
@@ -192,11 +193,11 @@ class Tally:
             with suppress(Exception):  # whoever watches does not change what is counted
                 self._observer(progress)
 
-    def close(self, in_flight_usd: Decimal) -> None:
+    def close(self, budget: Budget) -> None:
         """Counts what is still under way as failed, and takes nothing more down.
 
         Args:
-            in_flight_usd: What the requests that have no answer yet may cost.
+            budget: Knows what that has cost: it may be paid and not archived, in flight, or between two requests.
         """
         late = SegmindError(
             "the run was ended before this was; run it again: a picture that still arrives is recovered"
@@ -205,7 +206,9 @@ class Tally:
             for entry in self._under_way.values():
                 self._fail(entry, late)
             if self._under_way:
-                self._possibly_billed_usd += in_flight_usd
+                self._cost_usd = max(self._cost_usd, budget.spent_usd)
+                possibly_usd = self._possibly_billed_usd + budget.in_flight_usd
+                self._possibly_billed_usd = max(possibly_usd, budget.unknown_usd + budget.in_flight_usd)
             self._under_way.clear()
             self._closed = True
 

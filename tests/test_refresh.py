@@ -27,6 +27,7 @@ from prefect.states import Cancelling
 
 from prefect_segmind import BatchError, BatchResult, Job, configuration, outcome, plan, produce_asset, refresh_assets
 from prefect_segmind.batch import Tally
+from prefect_segmind.budget import Budget
 from prefect_segmind.errors import (
     BadGatewayError,
     BudgetReachedError,
@@ -418,11 +419,17 @@ def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: P
             tally.start(each)
         tally.end(jobs[0], NotStartedError("stopped"))
         assert not tally.wait(0.0)
-        tally.close(Decimal("0.05"))
+        budget = Budget()
+        for price in (Decimal("0.05"), Decimal("0.04"), Decimal("0.03")):
+            budget.reserve(price)
+        budget.settle(Decimal("0.04"), paid=Decimal("0.04"))  # not archived yet
+        budget.lose(Decimal("0.03"))  # between two requests
+        tally.close(budget)
         tally.end(jobs[1], NotStartedError("too late to be counted"))
         result = tally.result()
         assert [each.name for each in failed] == ["1"]
-    assert (result.failed, result.not_started, result.possibly_billed_usd) == (1, 2, Decimal("0.05"))
+    assert (result.failed, result.not_started) == (1, 2)
+    assert (result.cost_usd, result.possibly_billed_usd) == (Decimal("0.04"), Decimal("0.08"))
 
 
 def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
