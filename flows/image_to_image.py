@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 from prefect import flow
 from prefect.runtime import flow_run
-from pydantic import Field
 
 from prefect_segmind import configuration
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.credentials import load_credentials
+from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.report import publish_before_after
-from prefect_segmind.request import MagicPromptOption, StyleType, name_from_image
-from prefect_segmind.resolution import AUTO, DEFAULT_RESOLUTION, Resolution
-from prefect_segmind.tasks import archive_image, generate_image, upload_image, validate_job
-
-# Texts with a list of values: the form shows a drop-down, and a value that is nearly right still reaches the job's own
-# check, which names the nearest right one.
-ResolutionChoice = Annotated[str, Field(json_schema_extra={"enum": [AUTO, *(each.value for each in Resolution)]})]
-StyleChoice = Annotated[str, Field(json_schema_extra={"enum": [each.value for each in StyleType]})]
-MagicPromptChoice = Annotated[str, Field(json_schema_extra={"enum": [each.value for each in MagicPromptOption]})]
+from prefect_segmind.request import name_from_image
+from prefect_segmind.resolution import DEFAULT_RESOLUTION
+from prefect_segmind.tasks import archive_image, generate_image, publish_image, upload_image, validate_job
 
 
 def _flow_run_name() -> str:
@@ -37,12 +29,13 @@ def image_to_image(
     image_weight: int = 50,
     style_type: StyleChoice = "GENERAL",
     resolution: ResolutionChoice = DEFAULT_RESOLUTION,
-    seed: int | Literal["random"] | None = None,
+    seed: Seed = None,
     magic_prompt_option: MagicPromptChoice = "AUTO",
     negative_prompt: str | None = None,
     allow_extreme_ratio: bool = False,
     archive: str | None = None,
     upload_to: str | None = None,
+    publish_to: str | None = None,
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
 ) -> ArchivedImage:
@@ -66,6 +59,8 @@ def image_to_image(
         archive: Where pictures go: s3://bucket/prefix or a folder; the worker's setting if left out.
         upload_to: Where source images go for the provider to read them: s3://bucket/prefix; the worker's setting if
             left out.
+        publish_to: Where the finished picture is copied to, under an address that stays: s3://bucket/live gives
+            live/{name}.png.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
         on_unknown: Whether to send another request (repay) or not (fail) after one, of this run or an earlier one, that
             may have been billed.
@@ -78,6 +73,7 @@ def image_to_image(
     """
     load_credentials(credentials_block)  # what is not configured is said before anything is done
     configuration.open_archive(archive)
+    configuration.open_publisher(publish_to)
     job = validate_job(
         {
             "name": name,
@@ -96,6 +92,8 @@ def image_to_image(
     uploaded = upload_image(job, upload_to, credentials_block)
     generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown)
     archived = archive_image(generated)
+    if publish_to is not None:
+        archived = publish_image(archived, publish_to, archive)
     publish_before_after(job, archived, generated, credentials_block)
     return archived
 

@@ -15,13 +15,21 @@ if TYPE_CHECKING:
     from prefect_segmind.client import SegmindClient
     from prefect_segmind.credentials import SegmindCredentials
     from prefect_segmind.errors import SegmindError
+    from prefect_segmind.flows.explore_variations import explore_variations
     from prefect_segmind.flows.image_to_image import image_to_image
+    from prefect_segmind.flows.process_inbox import process_inbox
     from prefect_segmind.flows.refresh_assets import refresh_assets
     from prefect_segmind.generation import GeneratedImage
     from prefect_segmind.request import ImageToImageRequest, Job, parse_job
     from prefect_segmind.resolution import Resolution
     from prefect_segmind.settings import SegmindSettings
-    from prefect_segmind.tasks.image_to_image import archive_image, generate_image, upload_image, validate_job
+    from prefect_segmind.tasks.image_to_image import (
+        archive_image,
+        generate_image,
+        publish_image,
+        upload_image,
+        validate_job,
+    )
     from prefect_segmind.tasks.produce_asset import produce_asset
     from prefect_segmind.upload import UploadedImage
     from prefect_segmind.validation import ValidatedJob
@@ -44,10 +52,13 @@ __all__ = [
     "ValidatedJob",
     "__version__",
     "archive_image",
+    "explore_variations",
     "generate_image",
     "image_to_image",
     "parse_job",
+    "process_inbox",
     "produce_asset",
+    "publish_image",
     "refresh_assets",
     "upload_image",
     "validate_job",
@@ -59,12 +70,12 @@ _HOMES = {
     "client": ("SegmindClient",),
     "credentials": ("SegmindCredentials",),
     "errors": ("SegmindError",),
-    "flows": ("image_to_image", "refresh_assets"),
+    "flows": ("explore_variations", "image_to_image", "process_inbox", "refresh_assets"),
     "generation": ("GeneratedImage",),
     "request": ("ImageToImageRequest", "Job", "parse_job"),
     "resolution": ("Resolution",),
     "settings": ("SegmindSettings",),
-    "tasks": ("archive_image", "generate_image", "produce_asset", "upload_image", "validate_job"),
+    "tasks": ("archive_image", "generate_image", "produce_asset", "publish_image", "upload_image", "validate_job"),
     "upload": ("UploadedImage",),
     "validation": ("ValidatedJob",),
 }

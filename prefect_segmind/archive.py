@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ from prefect_segmind.store import Store
 _WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
 """Seconds before another look at a record that cannot be read: some servers write in place, and show half of it."""
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
-_SIDECAR = re.compile(r"/([0-9a-f]{16})(?:-[0-9a-f]{16})?\.json$")
+_SIDECAR = re.compile(r"(.+/([0-9a-f]{16}))(?:-[0-9a-f]{16})?\.json")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,21 @@ class RecordRead:
     record: Record
     etag: str
     age: float
+
+
+class Survey(NamedTuple):
+    """What a listing of an archive shows.
+
+    Attributes:
+        recorded: Fingerprints that have a record.
+        archived: Those of them that have a sidecar too, which is put just before the record is done: they are paid and
+            archived.
+        places: Where they lie: `{name}/{fingerprint[:16]}`.
+    """
+
+    recorded: set[str]
+    archived: set[str]
+    places: set[str]
 
 
 class Archive:
@@ -97,26 +112,23 @@ class Archive:
         found = self.store.get(uri[len(self.store.uri("x")) - 1 :].replace("\\", "/"))
         return found.data if found else None
 
-    def survey(self, fingerprints: Collection[str]) -> tuple[set[str], set[str]]:
-        """Which of these pictures have a record, and which of those a sidecar, by one listing of the archive.
+    def survey(self, fingerprints: Collection[str]) -> Survey:
+        """Which of these pictures are recorded and archived, by one listing of the archive.
 
         Args:
             fingerprints: Those that matter; a listing holds all that were ever made.
-
-        Returns:
-            Those with a record, and those of them with a sidecar too, which is put just before the record is done: they
-            are paid and archived.
         """
         short = {each[:16] for each in fingerprints}
         recorded: set[str] = set()
-        beside: set[str] = set()
-        for key in self.store.keys(""):
+        places: set[str] = set()
+        for key in self.store.keys("") if fingerprints else ():
             if found := _RECORD.fullmatch(key):
                 if found[1] in fingerprints:
                     recorded.add(found[1])
-            elif (found := _SIDECAR.search(key)) and found[1] in short:
-                beside.add(found[1])
-        return recorded, {each for each in recorded if each[:16] in beside}
+            elif (found := _SIDECAR.fullmatch(key)) and found[2] in short:
+                places.add(found[1])
+        beside = {each[-16:] for each in places}
+        return Survey(recorded, {each for each in recorded if each[:16] in beside}, places)
 
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
         """Puts a picture under a job's name and never over a different one.

@@ -37,6 +37,7 @@ class ArchivedImage(BaseModel):
         cost_usd: What this run paid for it.
         possibly_billed_usd: What requests of unknown outcome may have cost besides.
         attempts: Requests that this run has sent for it.
+        published: Where it was copied to; None if it was not to be, or a newer refresh is there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,7 @@ class ArchivedImage(BaseModel):
     cost_usd: Decimal
     possibly_billed_usd: Decimal
     attempts: int
+    published: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ Exit codes: 0 done; 1 it failed, or some assets did; 2 bad input, nothing paid; 
 from __future__ import annotations
 
 import json
-import re
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -21,9 +19,10 @@ from rich.console import Console
 
 from prefect_segmind import __version__
 from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind.arguments import money, number, pairs, typed
 from prefect_segmind.checks import Found, all_checks
 from prefect_segmind.console import print_facts
-from prefect_segmind.errors import ConfigurationError, InputError, SegmindError, redact
+from prefect_segmind.errors import InputError, SegmindError, redact
 from prefect_segmind.flows import image_to_image, refresh_assets
 from prefect_segmind.outcome import (
     BAD_INPUT,
@@ -42,7 +41,7 @@ from prefect_segmind.outcome import (
     success,
     told,
 )
-from prefect_segmind.progress import batch_progress
+from prefect_segmind.progress import asking, batch_progress
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import name_from_image, parse_job
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
@@ -118,6 +117,7 @@ def generate(
     allow_extreme_ratio: Annotated[bool, Parameter(negative="")] = False,
     archive: str | None = None,
     upload_to: str | None = None,
+    publish_to: str | None = None,
     block: str | None = None,
     on_unknown: OnUnknown = "repay",
     output: Output | None = None,
@@ -137,6 +137,7 @@ def generate(
         allow_extreme_ratio: Take an image wider or taller than 3 to 1.
         archive: s3://bucket/prefix or a folder; PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE if left out.
         upload_to: s3://bucket/prefix; PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO if left out.
+        publish_to: Copy the picture to an address that stays: s3://bucket/live gives live/{name}.png.
         block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
         output: How to speak.
@@ -152,7 +153,7 @@ def generate(
         "image_weight": image_weight,
         "style_type": style_type,
         "resolution": resolution,
-        "seed": int(seed) if seed is not None and re.fullmatch(r"-?[0-9]{1,9}", seed) else seed,
+        "seed": None if seed is None else number(seed),
         "magic_prompt_option": magic_prompt_option,
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
@@ -160,6 +161,7 @@ def generate(
     settings: dict[str, Any] = {
         "archive": archive,
         "upload_to": upload_to,
+        "publish_to": publish_to,
         "credentials_block": block,
         "on_unknown": on_unknown,
     }
@@ -185,13 +187,17 @@ def refresh(
     *,
     archive: str | None = None,
     upload_to: str | None = None,
+    publish_to: str | None = None,
     block: str | None = None,
     max_concurrency: int = 16,
     requests_per_minute: int | None = None,
     budget_usd: str | None = None,
+    approve_above_usd: str | None = None,
+    yes: Annotated[bool, Parameter(name=("--yes", "-y"), negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     on_unknown: OnUnknown = "repay",
     variables: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    defaults: Annotated[tuple[str, ...], Parameter(name="--default", negative="")] = (),
     output: Output | None = None,
 ) -> int:
     """Make the pictures of a manifest, and archive them. The same command again makes only what is missing.
@@ -200,28 +206,35 @@ def refresh(
         manifest: A YAML, JSON, JSON Lines or CSV file: a local path or s3://bucket/key.
         archive: s3://bucket/prefix or a folder; PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE if left out.
         upload_to: s3://bucket/prefix; PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO if left out.
+        publish_to: Copy each picture to an address that stays: s3://bucket/live gives live/{name}.png.
         block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
         max_concurrency: Requests to the API at once, at most.
         requests_per_minute: Requests to the API in any minute, at most.
         budget_usd: What the run may spend; at the limit it stops with exit code 4.
+        approve_above_usd: Ask before a run that may cost more; the setting APPROVE_ABOVE_USD if left out.
+        yes: Do not ask, whatever it costs.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
         variables: key=value, for the manifest's templates; may be given several times.
+        defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
         output: How to speak.
     """
     output = output or Output()
     _prepare_for_interrupts()
     try:
-        with batch_progress(people, hidden=dry_run):
+        with batch_progress(people, hidden=dry_run) as bar, asking(people, bar, yes=yes):
             result = refresh_assets(
                 manifest=manifest,
                 archive=archive,
                 upload_to=upload_to,
+                publish_to=publish_to,
                 credentials_block=block,
-                variables=_variables(variables),
+                variables=pairs("--set", variables),
+                defaults=typed(pairs("--default", defaults)),
                 max_concurrency=max_concurrency,
                 requests_per_minute=requests_per_minute,
-                budget_usd=_money(budget_usd),
+                budget_usd=money("budget_usd", budget_usd),
+                approve_above_usd=money("approve_above_usd", approve_above_usd),
                 dry_run=dry_run,
                 on_unknown=on_unknown,
             )
@@ -241,25 +254,6 @@ def refresh(
     else:
         print_facts(Console(), result.plan.facts() if dry_run else batch_facts(result))
     return DONE
-
-
-def _variables(given: Sequence[str]) -> dict[str, str]:
-    """What `--set key=value` has set."""
-    wrong = [each for each in given if not re.fullmatch(r"[A-Za-z_]\w*=.*", each, re.S)]
-    if wrong:
-        raise ConfigurationError(f"--set: {wrong[0]!r} is not allowed; allowed is name=value")
-    return dict(each.split("=", 1) for each in given)
-
-
-def _money(given: str | None) -> Decimal | None:
-    """An amount in USD that was given as text."""
-    if given is None:
-        return None
-    with suppress(InvalidOperation):
-        amount = Decimal(given)
-        if amount.is_finite() and amount >= 0:
-            return amount
-    raise ConfigurationError(f"budget_usd: {given!r} is not allowed; allowed is an amount such as 5.00")
 
 
 @app.command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from prefect_segmind.gate import Gate
 from prefect_segmind.generation import Generation
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.place import open_store
-from prefect_segmind.production import Production
+from prefect_segmind.production import Production, Publisher
+from prefect_segmind.publishing import Publishing, split_publish_to
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
@@ -129,19 +131,47 @@ def open_generation(
     )
 
 
-def open_production(generation: Generation, upload_to: str | None, credentials_block: str | None) -> Production:
+def open_publisher(
+    publish_to: str | None, refreshed_at: datetime | None = None, run: str | None = None
+) -> Publisher | None:
+    """What publishes pictures at addresses that stay; None where that is not asked for.
+
+    Args:
+        publish_to: `s3://bucket/live` or a folder; or a pattern such as `s3://bucket/live/{name}.jpg`.
+        refreshed_at: When the refresh was due; now if None.
+        run: The flow run.
+
+    Raises:
+        ConfigurationError: The address is of no such kind.
+    """
+    if publish_to is None:
+        return None
+    place, pattern = split_publish_to(publish_to)
+    store = open_store(place, s3_client() if place.startswith("s3://") else None)
+    publishing = Publishing(store, pattern, load_settings().publish_cache_control)
+    return Publisher(publishing, refreshed_at or datetime.now(timezone.utc), run or "")
+
+
+def open_production(
+    generation: Generation,
+    upload_to: str | None,
+    credentials_block: str | None,
+    publisher: Publisher | None = None,
+) -> Production:
     """Everything that takes a job through all its stages.
 
     Args:
         generation: What pays.
         upload_to: As for `open_uploads`.
         credentials_block: As for `source_reader`.
+        publisher: What publishes, if it is to be done.
     """
     return Production(
         reader=source_reader(credentials_block),
         uploads=open_uploads(upload_to),
         generation=generation,
         archiving=Archiving(generation.archive, generation.outbox),
+        publisher=publisher,
         price_usd=load_settings().price_usd,
     )
 

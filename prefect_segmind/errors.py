@@ -133,6 +133,14 @@ class BudgetReachedError(SegmindError):
     """The budget of a run has no room for another picture."""
 
 
+class NotApprovedError(SegmindError):
+    """A person has said no to what a run would cost. Nothing was paid."""
+
+
+class ApprovalTimeoutError(NotApprovedError):
+    """Nobody has answered in time whether a run may cost what it would."""
+
+
 class RunCancelledError(SegmindError):
     """Somebody or something has ended the run: Ctrl-C, SIGTERM, a cancellation in Prefect."""
 

@@ -11,15 +11,14 @@ import posixpath
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
-from prefect_segmind.manifest import Expansion, Found, Notes, UnreadableManifest
+from prefect_segmind.manifest import Expansion, Found, Notes, Row, UnreadableManifest
 from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
 from prefect_segmind.request import Job, name_from_image
 from prefect_segmind.spool import Spool
@@ -45,9 +44,7 @@ class Manifest:
     def __enter__(self) -> Manifest:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.jobs.close()
 
 
@@ -56,6 +53,7 @@ def load_manifest(
     variables: Mapping[str, Any] | None,
     *,
     s3: Callable[[], S3Client],
+    defaults: Mapping[str, Any] | None = None,
     allow_unlisted_resolution: bool = False,
 ) -> Manifest:
     """Reads and checks a whole manifest; no image is opened.
@@ -65,6 +63,7 @@ def load_manifest(
             .ndjson or .csv.
         variables: For its templates; they win over the manifest's vars.
         s3: Makes the S3 client, when one is needed.
+        defaults: Fields for assets that do not give them; they win over the manifest's own defaults.
         allow_unlisted_resolution: Whether other sizes than the 78 are let through.
 
     Raises:
@@ -78,26 +77,58 @@ def load_manifest(
         prefect_segmind.errors.ManifestError: campaign.yaml: 1 mistake; nothing was uploaded or paid.
           it does not exist
     """
-    mistakes, warnings = Notes(), Notes()
+    mistakes = Notes()
     with ExitStack() as stack:
-        jobs = stack.enter_context(Spool(Job))
         try:
             kind = _kind(place)
-            with _opened(place, s3) as file:
-                head, rows = read_text(kind, _lines(file), mistakes)
-                expansion = Expansion(
-                    head,
-                    variables or {},
-                    Images(place, s3).find,
-                    mistakes=mistakes,
-                    warnings=warnings,
-                    allow_unlisted_resolution=allow_unlisted_resolution,
-                )
-                for row in rows:
-                    for job in expansion.jobs(row):
-                        if not mistakes:
-                            jobs.append(job)
-                expansion.warn_of_unused()
+            head, rows = read_text(kind, _lines(stack.enter_context(_opened(place, s3))), mistakes)
+        except UnreadableManifest as error:
+            mistakes.add(str(error))
+            raise mistakes.error(place) from None
+        return expand(
+            place,
+            _with_defaults(head, defaults),
+            rows,
+            variables or {},
+            Images(place, s3).find,
+            mistakes=mistakes,
+            allow_unlisted_resolution=allow_unlisted_resolution,
+        )
+
+
+def expand(
+    place: str,
+    head: Mapping[str, Any],
+    rows: Iterable[Row],
+    variables: Mapping[str, Any],
+    find: Callable[[str, bool], Sequence[Found]],
+    *,
+    mistakes: Notes | None = None,
+    allow_unlisted_resolution: bool = False,
+) -> Manifest:
+    """Makes the jobs of assets that are read or made already; see `Expansion` for what it is given.
+
+    Raises:
+        ManifestError: There are mistakes; the message has a line for each.
+        StoreError: A folder in which a pattern looks cannot be read; or there is no room for the jobs.
+    """
+    mistakes, warnings = Notes() if mistakes is None else mistakes, Notes()
+    with ExitStack() as stack:
+        jobs = stack.enter_context(Spool(Job))
+        expansion = Expansion(
+            head,
+            variables,
+            find,
+            mistakes=mistakes,
+            warnings=warnings,
+            allow_unlisted_resolution=allow_unlisted_resolution,
+        )
+        try:
+            for row in rows:
+                for job in expansion.jobs(row):
+                    if not mistakes:
+                        jobs.append(job)
+            expansion.warn_of_unused()
         except UnreadableManifest as error:
             mistakes.add(str(error))
         if mistakes:
@@ -106,6 +137,12 @@ def load_manifest(
             warnings.add("the manifest has no assets")
         stack.pop_all()
     return Manifest(place, tuple(warnings.first()), jobs)
+
+
+def _with_defaults(head: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The head of a manifest with the run's own defaults over its own; what is no mapping stays, to be told."""
+    own = head.get("defaults") or {}
+    return {**head, "defaults": {**own, **defaults}} if defaults and isinstance(own, Mapping) else head
 
 
 class Images:
@@ -146,10 +183,10 @@ class Images:
         start = image.rfind("/", 0, len(re.split(r"[*?]", image)[0])) + 1
         fixed, pattern = self._absolute(image[:start]), image[start:]
         if _in_s3(fixed):
-            return _named(self._in_bucket(fixed, pattern))
+            return named(self._in_bucket(fixed, pattern))
         if _is_there(Path(location)):
             return [Found(location)]
-        return _named(_in_folder(Path(fixed), pattern))
+        return named(_in_folder(Path(fixed), pattern))
 
     def _absolute(self, image: str) -> str:
         if _in_s3(image):
@@ -200,7 +237,7 @@ def _in_folder(fixed: Path, pattern: str) -> list[tuple[str, str]]:
     return [(str(fixed / each), each) for each in sorted(matches)]
 
 
-def _named(matches: Sequence[tuple[str, str]]) -> list[Found]:
+def named(matches: Sequence[tuple[str, str]]) -> list[Found]:
     """Each match with its name: its path without the extension, each segment made safe.
 
     Matches that would get the same name all get their extension as well.

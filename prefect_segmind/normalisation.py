@@ -68,7 +68,7 @@ def prepare(data: bytes, source: SourceImage) -> PreparedImage:
         return PreparedImage(data, *file_type(source.format), source.sha256)
     image = load_picture(open_picture(data), data)
     with decoding(data):
-        upright = _upright_srgb(image, fitted_size(image.size, MAX_PIXELS))
+        upright = upright_srgb(image, fitted_size(image.size, MAX_PIXELS))
         encoded, format = _encode(upright)
         while len(encoded) > MAX_BYTES:
             # A file shrinks about as its pixels do; a tenth more makes one round enough for most.
@@ -95,14 +95,14 @@ def thumbnail(data: bytes, max_width: int = 380) -> bytes:
     with decoding(data):
         width, height = image.size if exif_orientation(image) < 5 else image.size[::-1]
         scale = min(1.0, max_width / width, MAX_RATIO * max_width / height)
-        small = _upright_srgb(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        small = upright_srgb(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         if small.mode == "RGBA":
             white = Image.new("RGBA", small.size, "white")
             small = Image.alpha_composite(white, small).convert("RGB")
         return _saved(small, "JPEG", quality=80)
 
 
-def _upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A loaded picture as RGB, or RGBA where it is not opaque: 8 bits, scaled, in sRGB, upright, without metadata.
 
     `size` is what to scale to, before the picture is turned.

@@ -16,6 +16,7 @@ from prefect_segmind.errors import (
     BudgetReachedError,
     InputError,
     InsufficientCreditsError,
+    NotApprovedError,
     RunCancelledError,
     SegmindError,
     redact,
@@ -39,7 +40,7 @@ def exit_code(error: BaseException) -> int:
     table: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], int], ...] = (
         (InputError, BAD_INPUT),
         (AccountError, ACCOUNT_REFUSED),
-        ((InsufficientCreditsError, BudgetReachedError), NO_MONEY),
+        ((InsufficientCreditsError, BudgetReachedError, NotApprovedError), NO_MONEY),
         ((CancelledRun, RunCancelledError), INTERRUPTED),
     )
     if interrupted(error):
@@ -64,7 +65,7 @@ def failure(name: str, error: BaseException) -> dict[str, Any]:
     return {
         "status": "failed",
         "name": name,
-        **dict.fromkeys(("image", "sidecar", "fingerprint", "sha256", "width", "height", "seed")),
+        **dict.fromkeys(("image", "sidecar", "fingerprint", "sha256", "width", "height", "seed", "published")),
         "fingerprint": known.fingerprint,
         "cost_usd": usd(known.cost_usd),
         "possibly_billed_usd": usd(known.possibly_billed_usd),
@@ -82,6 +83,8 @@ def outcome(archived: ArchivedImage) -> dict[str, str]:
         "size, seed": f"{archived.width}×{archived.height}, {archived.seed}",
         "paid": f"{usd(archived.cost_usd)} USD in {archived.attempts} request{'s' * (archived.attempts != 1)}",
     }
+    if archived.published:
+        facts["published"] = archived.published
     if archived.possibly_billed_usd:
         facts["possibly paid"] = f"{usd(archived.possibly_billed_usd)} USD more"
     return facts

@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.archive import Archive
+from prefect_segmind.archive import Archive, Survey
 from prefect_segmind.errors import SegmindError
 from prefect_segmind.lease import held_beside, held_elsewhere
 from prefect_segmind.outbox import Outbox
@@ -104,6 +104,7 @@ def make_plan(
     outbox: Outbox,
     price_usd: Decimal,
     on_unknown: OnUnknown = "repay",
+    in_place: set[str] | None = None,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -115,6 +116,7 @@ def make_plan(
         outbox: Has pictures that are not archived yet.
         price_usd: What a picture costs.
         on_unknown: As for `Generation`.
+        in_place: Takes the `place` of each picture that is archived under the very name that is asked for.
 
     Raises:
         StoreError: The archive cannot be listed or read.
@@ -139,7 +141,12 @@ def make_plan(
                 warnings.update(entry.warnings)
             entries.append(entry)
     needs: Counter[Verdict] = Counter()
-    for fingerprint, need in _verdicts(wanted, archive, outbox, on_unknown):
+    survey = archive.survey(wanted.keys())
+    if in_place is not None:
+        for each in entries:
+            if isinstance(each, ValidatedJob) and each.fingerprint in survey.archived and each.place in survey.places:
+                in_place.add(each.place)
+    for fingerprint, need in _verdicts(wanted, survey, archive, outbox, on_unknown):
         needs[need] += 1
         # Whatever else wants the same picture finds it archived.
         needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
@@ -184,10 +191,10 @@ def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, In
 
 
 def _verdicts(
-    wanted: Counter[str], archive: Archive, outbox: Outbox, on_unknown: OnUnknown
+    wanted: Counter[str], survey: Survey, archive: Archive, outbox: Outbox, on_unknown: OnUnknown
 ) -> Iterator[tuple[str, Verdict]]:
     """What is to be done for each picture. Only records of pictures that are not archived yet are read."""
-    recorded, archived = archive.survey(wanted.keys())
+    recorded, archived, _ = survey
     kept = outbox.fingerprints()
 
     def look(fingerprint: str) -> tuple[str, Verdict]:

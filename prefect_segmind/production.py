@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from decimal import Decimal
 
+from prefect_segmind.archive import Archive
 from prefect_segmind.archiving import ArchivedImage, Archiving
-from prefect_segmind.errors import SegmindError
+from prefect_segmind.errors import SegmindError, StoreError
 from prefect_segmind.generation import Generation
+from prefect_segmind.publishing import Publishing
 from prefect_segmind.request import Job
 from prefect_segmind.source import SourceReader
 from prefect_segmind.upload import UploadedImage, Uploads
@@ -20,6 +24,48 @@ from prefect_segmind.validation import ValidatedJob, validate
 
 KEPT = 10_000
 """Uploads that are remembered; jobs of one image mostly follow each other."""
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Publishes the pictures of one run.
+
+    Attributes:
+        publishing: Where to and how.
+        refreshed_at: When the run was due: it decides which of two runs has the newer picture.
+        run: The flow run.
+    """
+
+    publishing: Publishing
+    refreshed_at: datetime
+    run: str
+
+    def publish(self, archived: ArchivedImage, archive: Archive, say: Callable[[str], None]) -> ArchivedImage:
+        """Copies a picture from the archive to its address that stays, unless a newer refresh is there.
+
+        Returns:
+            The picture with where it is published.
+
+        Raises:
+            StoreError: It cannot be read from the archive, converted or written. It stays in the archive.
+        """
+        try:
+            picture = archive.content(archived.image)
+            if picture is None or hashlib.sha256(picture).hexdigest() != archived.sha256:
+                raise StoreError(f"{archived.image} is gone from the archive, or is no longer what was archived")
+            published = self.publishing.publish(
+                *(archived.name, picture),
+                fingerprint=archived.fingerprint,
+                refreshed_at=self.refreshed_at,
+                run=self.run,
+            )
+        except SegmindError as error:
+            for each in ("fingerprint", "cost_usd", "possibly_billed_usd"):
+                setattr(error, each, getattr(archived, each))
+            error.requests_sent = archived.attempts
+            raise
+        say(f"published: {published.uri}" if published.published else f"not published: {published.why}")
+        return archived.model_copy(update={"published": published.uri if published.published else None})
 
 
 @dataclass(frozen=True)
@@ -31,6 +77,7 @@ class Production:
         uploads: Puts them up.
         generation: Pays.
         archiving: Archives.
+        publisher: Publishes, where that is asked for.
         price_usd: What a picture is expected to cost.
     """
 
@@ -38,6 +85,7 @@ class Production:
     uploads: Uploads
     generation: Generation
     archiving: Archiving
+    publisher: Publisher | None
     price_usd: Decimal
     _uploaded: dict[tuple[str, str], Future[UploadedImage]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -75,7 +123,7 @@ class Production:
         say: Callable[[str], None] = print,
         warn: Callable[[str], None] = print,
     ) -> ArchivedImage:
-        """Takes a job through all four stages.
+        """Takes a job through all its stages.
 
         Args:
             job: What is asked for. One that is validated already has told its warnings.
@@ -103,7 +151,11 @@ class Production:
         with _stage("generate"):
             generated = replace(self.generation, say=say, warn=warn).generate(job, upload, run)
         with _stage("archive"):
-            return self.archiving.archive_picture(generated, flow_run_id)
+            archived = self.archiving.archive_picture(generated, flow_run_id)
+        if self.publisher is None:
+            return archived
+        with _stage("publish"):
+            return self.publisher.publish(archived, self.archiving.archive, say)
 
 
 @contextmanager

@@ -5,11 +5,10 @@ The pictures are small JPEGs inside the artifact itself, so that it never expire
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
@@ -20,7 +19,7 @@ from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.batch import BatchResult
 from prefect_segmind.errors import redact
 from prefect_segmind.generation import GeneratedImage
-from prefect_segmind.normalisation import thumbnail
+from prefect_segmind.markdown import cell, picture, table
 from prefect_segmind.plan import Plan
 from prefect_segmind.price import usd
 from prefect_segmind.source import SourceReader
@@ -57,17 +56,19 @@ def before_after(
         "source": generated.source_uri,
         "picture": archived.image,
         "sidecar": archived.sidecar,
+        **({"published": archived.published} if archived.published else {}),
     }
-    left = f"![before]({_data_uri(before)})" if before else "the source could not be read"
+    left = picture("before", before, THUMBNAIL_WIDTH) if before else "the source could not be read"
+    right = picture("after", after, THUMBNAIL_WIDTH)
     lines = [
-        f"### {_cell(archived.name)}",
+        f"### {cell(archived.name)}",
         "",
         "| before | after |",
         "| --- | --- |",
-        f"| {left} | ![after]({_data_uri(after)}) |",
+        f"| {left} | {right} |",
         "",
-        *_table(facts),
-        *(f"\n- {_cell(warning)}" for warning in (*job.warnings, *generated.picture.notices)),
+        *table(facts),
+        *(f"\n- {cell(warning)}" for warning in (*job.warnings, *generated.picture.notices)),
     ]
     return "\n".join(lines)
 
@@ -93,65 +94,65 @@ def publish_before_after(
         get_run_logger().warning("no before and after in the UI: %s", redact(str(error)))
 
 
-def publish_plan(plan: Plan, manifest: str) -> None:
+def publish_plan(plan: Plan, title: str) -> None:
     """Puts the plan of a batch into an artifact of its flow run, for whoever wants to know the cost beforehand."""
     lines = (
-        f"### Plan for {_cell(manifest)}",
+        f"### Plan for {cell(title)}",
         "",
-        *_table(plan.facts()),
-        *(f"\n- {_cell(each)}" for each in plan.shortfalls()),
-        *(f"\n- {count} assets: {_cell(warning)}" for warning, count in plan.warnings),
-        *(f"\n- {_cell(name)} will fail, unpaid: {_cell(problem)}" for name, problem in plan.problems),
+        *table(plan.facts()),
+        *(f"\n- {cell(each)}" for each in plan.shortfalls()),
+        *(f"\n- {count} assets: {cell(warning)}" for warning, count in plan.warnings),
+        *(f"\n- {cell(name)} will fail, unpaid: {cell(problem)}" for name, problem in plan.problems),
     )
-    _publish(lambda: lines, artifact_key(manifest, "plan"), "what the run is going to do and to cost")
+    _publish(lambda: lines, artifact_key(title, "plan"), "what the run is going to do and to cost")
 
 
-def publish_batch(result: BatchResult, manifest: str, archive: Archive, credentials_block: str | None) -> None:
+def publish_batch(result: BatchResult, title: str, archive: Archive, credentials_block: str | None) -> None:
     """Puts a batch's counts, its failures, and before and after of its first pictures into an artifact.
 
     Args:
         result: What came of the batch.
-        manifest: Where its manifest lies.
+        title: What it is of: its manifest, its inbox.
         archive: Has the pictures.
         credentials_block: As for `source_reader`.
     """
     _publish(
-        lambda: _batch(result, manifest, archive, configuration.source_reader(credentials_block)),
-        artifact_key(manifest, "batch"),
+        lambda: _batch(result, title, archive, configuration.source_reader(credentials_block)),
+        artifact_key(title, "batch"),
         "what came of the run, before and after",
     )
 
 
-def _batch(result: BatchResult, manifest: str, archive: Archive, reader: SourceReader) -> list[str]:
+def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceReader) -> list[str]:
     new = [each for each in result.images if each.status != "reused"] or list(result.images)
     new.sort(key=lambda each: each.name)
     return [
-        f"### {_cell(manifest)}",
+        f"### {cell(title)}",
         "",
-        _cell(result.sentence()),
-        *([f"\nThe run stopped early: {_cell(result.stopped)}"] if result.stopped else ()),
-        *([f"\nThe failed assets, to run again: {_cell(result.failed_manifest)}"] if result.failed_manifest else ()),
+        cell(result.sentence()),
+        *([f"\nThe run stopped early: {cell(result.stopped)}"] if result.stopped else ()),
+        *([f"\nThe failed assets, to run again: {cell(result.failed_manifest)}"] if result.failed_manifest else ()),
         *(["", "| failed | stage | why |", "| --- | --- | --- |"] if result.failures else ()),
-        *(f"| {_cell(each.name)} | {each.stage} | {_cell(each.error)} |" for each in result.failures[:SHOWN_FAILURES]),
+        *(f"| {cell(each.name)} | {each.stage} | {cell(each.error)} |" for each in result.failures[:SHOWN_FAILURES]),
         *(["", "| before | after |", "| --- | --- |"] if new else ()),
         *(row for each in new[:SHOWN_PICTURES] for row in _rows(each, archive, reader)),
-        *([f"\n{len(new) - SHOWN_PICTURES} more are in {_cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
+        *([f"\n{len(new) - SHOWN_PICTURES} more are in {cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
     ]
 
 
-def _rows(picture: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
+def _rows(archived: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
     """A picture of a batch: its name and address, and then its source and itself, as far as they can be read now."""
     sources: dict[str, Callable[[], bytes | None]] = {
-        "before": lambda: reader.read(json.loads(archive.content(picture.sidecar) or b"{}")["job"]["image"]),
-        "after": lambda: archive.content(picture.image),
+        "before": lambda: reader.read(json.loads(archive.content(archived.sidecar) or b"{}")["job"]["image"]),
+        "after": lambda: archive.content(archived.image),
     }
     shown = []
     for title, read in sources.items():
         try:
-            shown.append(f"![{title}]({_data_uri(read() or b'')})")
+            shown.append(picture(title, read() or b"", THUMBNAIL_WIDTH))
         except Exception:  # noqa: BLE001
             shown.append("cannot be read now")
-    yield f"| {_cell(picture.name)}: {picture.status}, {usd(picture.cost_usd)} USD | {_cell(picture.image)} |"
+    yield f"| {cell(archived.name)}: {archived.status}, {usd(archived.cost_usd)} USD | {cell(archived.image)} |"
     yield f"| {shown[0]} | {shown[1]} |"
 
 
@@ -172,16 +173,3 @@ def artifact_key(name: str, kind: str = "before-after") -> str:
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-60:].strip("-")
     return f"{kind}-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _table(facts: Mapping[str, str]) -> list[str]:
-    return ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
-
-
-def _data_uri(image: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(thumbnail(image, THUMBNAIL_WIDTH)).decode()
-
-
-def _cell(text: str) -> str:
-    """Text that stays text in a table of markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(text.split()))

@@ -196,7 +196,14 @@ class S3Store:
             return StoredObject(answer["Body"].read(), answer["ETag"], age)
 
     def put(
-        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
     ) -> str:
         """Write an object, with its SHA-256 for the server to check; see `Store.put`.
 
@@ -208,12 +215,14 @@ class S3Store:
             StoreError: Its subclass says what to do.
         """
         if not if_absent and if_match is None:
-            return self._put(key, data, content_type)
+            return self._put(key, data, content_type, cache_control=cache_control)
         if not self.conditional:
             require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
-            return self._put(key, data, content_type)
+            return self._put(key, data, content_type, cache_control=cache_control)
         try:
-            return self._put(key, data, content_type, if_absent=if_absent, if_match=if_match)
+            return self._put(
+                key, data, content_type, if_absent=if_absent, if_match=if_match, cache_control=cache_control
+            )
         except PreconditionFailedError:
             # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
             found = self.get(key)
@@ -260,7 +269,14 @@ class S3Store:
                         yield entry.get("Key", "")[len(self._root) :]
 
     def _put(
-        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
     ) -> str:
         request: PutObjectRequestTypeDef = {
             "Bucket": self._bucket,
@@ -271,6 +287,8 @@ class S3Store:
         if getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required":
             # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
             request["ChecksumAlgorithm"], request["ChecksumSHA256"] = "SHA256", _sha256(data)
+        if cache_control is not None:
+            request["CacheControl"] = cache_control
         if if_absent:
             request["IfNoneMatch"] = "*"
         if if_match is not None:

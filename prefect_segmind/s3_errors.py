@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b")
-_OURS = {"GetObject", "PutObject", "HeadObject", "ListObjectsV2"}
+_OURS = {"GetObject", "PutObject", "HeadObject", "ListObjectsV2", "CopyObject", "DeleteObject"}
 _LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
 
 # Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
@@ -107,6 +107,8 @@ def _refusal(error: aws.ClientError) -> tuple[type[SegmindError], str, int | Non
         kind, words = PreconditionFailedError, f"somebody else has written or removed it meanwhile ({code})"
     elif status == 403:
         rights = "s3:GetObject, s3:PutObject and s3:ListBucket (without it, S3 says 403 for what is not there)"
+        if error.operation_name == "DeleteObject":
+            rights = "s3:DeleteObject, to move what is done"
         kind, words = StoreAccessError, f"access denied ({said}); allow {rights}"
     elif status is not None and status >= 500:
         words = f"the server failed ({status} {said}); run again later"

@@ -35,6 +35,9 @@ class SegmindSettings(PrefectBaseSettings):
         read_timeout_seconds: To wait for the next bytes of an answer.
         longest_wait_seconds: A rate limit that asks for a longer wait stops the job.
         grace_seconds: What is in flight has so long to end when a batch is interrupted; a worker kills after 30.
+        approve_above_usd: A batch that may cost more asks a person before it pays; nobody is asked if left out.
+        approval_timeout_seconds: How long a run waits for the answer.
+        publish_cache_control: The `Cache-Control` header of published pictures, whose addresses get new content.
         price_usd: What a picture is expected to cost.
         allow_private_sources: Whether images at private and link-local addresses are read.
         allow_unlisted_resolution: Whether resolutions beyond the 78 are sent.
@@ -54,6 +57,9 @@ class SegmindSettings(PrefectBaseSettings):
     read_timeout_seconds: float = Field(default=180.0, gt=0)
     longest_wait_seconds: float = Field(default=120.0, ge=0)
     grace_seconds: float = Field(default=25.0, ge=0)
+    approve_above_usd: Decimal | None = Field(default=None, ge=0)
+    approval_timeout_seconds: int = Field(default=43_200, ge=1)
+    publish_cache_control: str = "public, max-age=300"
     price_usd: Decimal = Field(default=LIST_PRICE_USD, ge=0)
     allow_private_sources: bool = False
     allow_unlisted_resolution: bool = False

@@ -62,7 +62,14 @@ class Store(Protocol):
         ...
 
     def put(
-        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
     ) -> str:
         """Write an object, whole or not at all, and return its new etag.
 
@@ -72,6 +79,7 @@ class Store(Protocol):
             content_type: Such as `image/png`; a folder does not keep it.
             if_absent: Only if there is no such object.
             if_match: Only if the object still has this etag; not together with `if_absent`.
+            cache_control: The `Cache-Control` that caches are told, such as `no-cache`; a folder does not keep it.
 
         Raises:
             PreconditionFailedError: The condition does not hold; nothing was written.
@@ -125,7 +133,14 @@ class LocalStore:
         return StoredObject(data, hashlib.sha256(data).hexdigest(), max(0.0, time.time() - written))
 
     def put(
-        self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
     ) -> str:
         """Write a file atomically; see `Store.put`."""
         path = self._path(key)

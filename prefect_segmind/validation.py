@@ -51,6 +51,11 @@ class ValidatedJob(BaseModel):
         return self.job.name
 
     @property
+    def place(self) -> str:
+        """Where the archive puts it: the key of the picture and its sidecar, without an extension."""
+        return f"{self.name}/{self.fingerprint[:16]}"
+
+    @property
     def seed(self) -> int:
         """The seed that is sent, 100 to 999999."""
         return int(self.parameters["seed"])

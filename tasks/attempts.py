@@ -5,18 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from uuid import uuid4
 
-from prefect.context import TaskRunContext
-from prefect.events import emit_event
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
+from prefect_segmind import events
 from prefect_segmind.archive import Archive
-from prefect_segmind.errors import RateLimitError, SegmindError
+from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, RateLimitError, SegmindError
 from prefect_segmind.production import shared
 from prefect_segmind.request import name_from_image
 from prefect_segmind.retry import RetryPolicy
+
+STAGES = {
+    "validate_job": "validate",
+    "upload_image": "upload",
+    "generate_image": "generate",
+    "archive_image": "archive",
+    "publish_image": "publish",
+}
+"""The stage that a task is; an asset of a batch has them all in one task."""
 
 _told: set[str] = set()
 """Archives of which this process has said that they ignore conditional writes."""
@@ -25,17 +35,27 @@ _told: set[str] = set()
 def run_name() -> str:
     """`validate hero/summer`: the task and the job it works on."""
     first = next(iter(task_run.parameters.values()), None)
-    if isinstance(first, Mapping):
-        name = first.get("name") or name_from_image(str(first.get("image")))
-    else:
-        name = getattr(first, "name", "")
-    return f"{str(task_run.task_name).partition('_')[0]} {name}"
+    return f"{str(task_run.task_name).partition('_')[0]} {job_name(first)}"
+
+
+def job_name(job: object) -> str:
+    """The name of a job that is a model, or fields that may be wrong."""
+    if isinstance(job, Mapping):
+        return str(job.get("name") or name_from_image(str(job.get("image"))))
+    return str(getattr(job, "name", ""))
 
 
 def run_id() -> str:
     """What identifies a run across its retries: the task run's id."""
     context = TaskRunContext.get()
     return str(context.task_run.id) if context else uuid4().hex
+
+
+def refreshed_at() -> datetime:
+    """When the refresh that a run is was due: what decides which of two runs publishes the newer picture."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    return (run and (run.expected_start_time or run.created)) or datetime.now(timezone.utc)
 
 
 def task_policy() -> RetryPolicy:
@@ -54,21 +74,29 @@ def mention_conditions(archive: Archive) -> None:
 
 
 @contextmanager
-def failed_attempts_reported(name: str) -> Iterator[None]:
-    """Makes a failed request visible: a WARNING in the run's log, and an event `prefect-segmind.attempt.failed`.
+def failures_reported(job: object) -> Iterator[None]:
+    """Makes what fails visible: a failed request is a WARNING in the run's log and an event, a failed job an event.
 
     Args:
-        name: The job's.
+        job: The `Job`, `ValidatedJob` or whatever else has its name; or its fields as a mapping.
     """
     try:
         yield
     except SegmindError as error:
+        name = job_name(job)
         if error.decision:
-            _report(name, error)
+            _warn(name, error)
+            events.attempt_failed(name, error)
+        started = not isinstance(error, NotStartedError) or error.possibly_billed_usd
+        if started and not (error.decision and error.decision.retry):
+            stage = error.stage or STAGES.get(str(task_run.task_name), "generate")
+            events.asset_failed(name, error, stage)
+            if isinstance(error, InsufficientCreditsError) and shared.get() is None:  # a batch tells it once
+                events.credits_exhausted(error)
         raise
 
 
-def _report(name: str, error: SegmindError) -> None:
+def _warn(name: str, error: SegmindError) -> None:
     assert error.decision is not None
     wait = error.decision.wait_seconds
     follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
@@ -83,19 +111,4 @@ def _report(name: str, error: SegmindError) -> None:
         error,
         follows,
         error.decision.reason,
-    )
-    emit_event(
-        event="prefect-segmind.attempt.failed",
-        resource={"prefect.resource.id": f"prefect-segmind.job.{error.fingerprint}", "prefect.resource.name": name},
-        payload={
-            "name": name,
-            "fingerprint": error.fingerprint,
-            "attempt": error.requests_sent,
-            "status": error.status,
-            "error": str(error),
-            "reason": error.decision.reason,
-            "wait_seconds": wait,
-            "possibly_billed": error.possibly_billed,
-            "request_id": error.request_id,
-        },
     )

@@ -1,4 +1,4 @@
-"""The four tasks of one picture: validate, upload, generate, archive.
+"""The tasks of one picture: validate, upload, generate, archive, and publish where that is asked for.
 
 They pass small records to each other, never pixels. Each logs what the person who watches should know.
 """
@@ -13,7 +13,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import configuration
+from prefect_segmind import configuration, events
 from prefect_segmind.archiving import ArchivedImage, Archiving
 from prefect_segmind.generation import GeneratedImage
 from prefect_segmind.price import usd
@@ -21,7 +21,14 @@ from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
-from prefect_segmind.tasks.attempts import failed_attempts_reported, mention_conditions, run_id, run_name, task_policy
+from prefect_segmind.tasks.attempts import (
+    failures_reported,
+    mention_conditions,
+    refreshed_at,
+    run_id,
+    run_name,
+    task_policy,
+)
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
 from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob, validate
@@ -42,9 +49,10 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
         StoreError: The source lies in S3 and cannot be read.
     """
     log, settings = get_run_logger(), load_settings()
-    if not isinstance(job, Job):
-        job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
-    validated = validate(job, configuration.source_reader(credentials_block), price_usd=settings.price_usd)
+    with failures_reported(job):
+        if not isinstance(job, Job):
+            job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
+        validated = validate(job, configuration.source_reader(credentials_block), price_usd=settings.price_usd)
     for warning in validated.warnings:
         log.warning(warning)
     found = validated.source
@@ -73,8 +81,9 @@ def upload_image(
         StoreError: S3 refuses or does not answer.
     """
     log = get_run_logger()
-    reader = configuration.source_reader(credentials_block)
-    uploaded = configuration.open_uploads(upload_to).upload(job, reader)
+    with failures_reported(job):
+        reader = configuration.source_reader(credentials_block)
+        uploaded = configuration.open_uploads(upload_to).upload(job, reader)
     for warning in uploaded.warnings:
         log.warning(warning)
     log.info("%s %s", "uploaded to" if uploaded.uploaded else "nothing to upload, it is at", uploaded.uri)
@@ -117,11 +126,11 @@ def generate_image(
         StoreError: The record of the picture cannot be read or written; nothing was paid.
     """
     log = get_run_logger()
-    generation = configuration.open_generation(
-        archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
-    )
-    mention_conditions(generation.archive)
-    with failed_attempts_reported(job.name):
+    with failures_reported(job):
+        generation = configuration.open_generation(
+            archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
+        )
+        mention_conditions(generation.archive)
         generated = replace(generation, say=log.info, warn=log.warning).generate(job, lambda: uploaded, run_id())
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
@@ -138,8 +147,33 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
     Raises:
         ArchiveError: The archive cannot be written. The picture is safe; the same job run again archives it unpaid.
     """
-    opened = configuration.open_archive(generated.archive)
-    archiving = Archiving(opened, configuration.open_outbox(opened))
-    archived = archiving.archive_picture(generated, flow_run.id)
+    with failures_reported(generated):
+        opened = configuration.open_archive(generated.archive)
+        archived = Archiving(opened, configuration.open_outbox(opened)).archive_picture(generated, flow_run.id)
+    events.asset_archived(archived)
     get_run_logger().info("archived: %s (%s)", archived.image, archived.status)
     return archived
+
+
+@task(task_run_name=run_name)
+def publish_image(archived: ArchivedImage, publish_to: str, archive: str | None = None) -> ArchivedImage:
+    """Copies an archived picture to an address that stays, for a CDN or a CMS, unless a newer refresh is there.
+
+    Args:
+        archived: The picture.
+        publish_to: `s3://bucket/live` for `live/{name}.png`, or a pattern such as `s3://bucket/live/{name}.jpg`.
+        archive: Where it is archived; the setting if left out.
+
+    Returns:
+        The picture with where it is `published`.
+
+    Raises:
+        ConfigurationError: `publish_to` is no such place.
+        StoreError: The archive cannot be read, or the place cannot be written. The picture is archived; the same job
+            run again publishes it unpaid.
+    """
+    log = get_run_logger()
+    with failures_reported(archived):
+        publisher = configuration.open_publisher(publish_to, refreshed_at(), flow_run.id)
+        assert publisher is not None
+        return publisher.publish(archived, configuration.open_archive(archive), log.info)

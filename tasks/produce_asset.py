@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from prefect_segmind import configuration
+from prefect_segmind import configuration, events
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.errors import NotStartedError
 from prefect_segmind.price import usd
@@ -20,7 +20,14 @@ from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
-from prefect_segmind.tasks.attempts import failed_attempts_reported, mention_conditions, run_id, run_name, task_policy
+from prefect_segmind.tasks.attempts import (
+    failures_reported,
+    mention_conditions,
+    refreshed_at,
+    run_id,
+    run_name,
+    task_policy,
+)
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
 from prefect_segmind.validation import ValidatedJob, with_drawn_seed
 
@@ -39,8 +46,9 @@ def produce_asset(
     upload_to: str | None = None,
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
+    publish_to: str | None = None,
 ) -> ArchivedImage:
-    """Checks, uploads, generates and archives one asset, in one task run; see the four tasks for each stage.
+    """Checks, uploads, generates, archives and publishes one asset, in one task run; see the single tasks for each.
 
     In `refresh_assets` it works with what the batch shares; the other parameters matter elsewhere.
 
@@ -50,27 +58,30 @@ def produce_asset(
         upload_to: `s3://bucket/prefix`; the setting if left out.
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one that may have been billed.
+        publish_to: Where the picture is published, if it is to be.
 
     Raises:
         SegmindError: In one of its classes; its `stage` says where.
     """
     log, production = get_run_logger(), shared.get()
-    if production is None:
-        generation = configuration.open_generation(
-            archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
-        )
-        mention_conditions(generation.archive)
-        production = configuration.open_production(generation, upload_to, credentials_block)
-    if isinstance(job, Mapping):
-        job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
-    if isinstance(job, Job):
-        job = with_drawn_seed(job, run_id())  # a retry is for the same picture
     try:
-        with failed_attempts_reported(job.name):
+        with failures_reported(job):
+            if production is None:
+                generation = configuration.open_generation(
+                    archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
+                )
+                mention_conditions(generation.archive)
+                publisher = configuration.open_publisher(publish_to, refreshed_at(), flow_run.id)
+                production = configuration.open_production(generation, upload_to, credentials_block, publisher)
+            if isinstance(job, Mapping):
+                job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
+            if isinstance(job, Job):
+                job = with_drawn_seed(job, run_id())  # a retry is for the same picture
             archived = production.produce(job, run_id(), flow_run.id, say=log.info, warn=log.warning)
     except NotStartedError as stopped:
         if stopped.possibly_billed_usd:
             raise
         return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # nothing of it has failed
+    events.asset_archived(archived)
     log.info("%s: %s, %s USD", archived.status, archived.image, usd(archived.cost_usd))
     return archived

@@ -26,7 +26,7 @@ from prefect_segmind.sandbox import Answer, Sandbox
 pytestmark = pytest.mark.usefixtures("prefect_server")
 KEYS = {
     *("status", "name", "image", "sidecar", "fingerprint", "sha256", "width", "height", "seed"),
-    *("cost_usd", "possibly_billed_usd", "attempts"),
+    *("cost_usd", "possibly_billed_usd", "attempts", "published"),
 }
 
 

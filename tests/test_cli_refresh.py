@@ -29,7 +29,7 @@ KEYS = {
 }
 IMAGE_KEYS = {
     *("status", "name", "image", "sidecar", "fingerprint", "sha256", "width", "height", "seed"),
-    *("cost_usd", "possibly_billed_usd", "attempts"),
+    *("cost_usd", "possibly_billed_usd", "attempts", "published"),
 }
 
 
@@ -204,3 +204,74 @@ def test_a_bar_shows_done_reused_failed_money_and_time_left() -> None:
     assert "4/10" in text
     assert "1 reused, 1 failed, 0.10 USD" in text
     assert observer.get() is None
+
+
+class Typing(io.StringIO):
+    """A terminal at which somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "billed"),
+    [
+        ("yes\n", outcome.DONE, 3),
+        ("perhaps\n\n0.10\n", outcome.DONE, 2),
+        ("no\n", outcome.NO_MONEY, 0),
+    ],
+)
+def test_a_person_is_asked_in_the_terminal_and_the_answer_counts(
+    sandbox: Sandbox,
+    manifest: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+    code: int,
+    billed: int,
+) -> None:
+    monkeypatch.setattr("sys.stdin", Typing(typed))
+    found, told, people = refresh(capsys, manifest, "--approve-above-usd", "0.05")
+    assert (found, told["generated"], sandbox.ledger.billed) == (code, billed, billed)
+    assert "3, 0.15 USD" in people
+    assert "a mug, number 0, summer" in people
+    assert people.count("More than 0.05 USD") == typed.count("\n"), "what is no answer is asked again"
+    if not billed:
+        assert (told["not_started"], told["cost_usd"]) == (3, "0.00")
+        assert "not approved" in told["error"]
+
+
+def test_yes_asks_nobody(sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, people = refresh(capsys, manifest, "--approve-above-usd", "0", "--yes")
+    assert (code, told["generated"]) == (outcome.DONE, 3)
+    assert "Go on?" not in people
+
+
+def test_where_nobody_can_be_asked_nothing_is_paid(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
+    code, told, _ = refresh(capsys, manifest, "--approve-above-usd", "0.05")
+    assert code == outcome.BAD_INPUT
+    assert "with --yes" in told["error"]
+    assert sandbox.ledger.requests == ()
+
+
+def test_defaults_and_a_place_to_publish_to_are_options(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    live = tmp_path / "live"
+    _, told, _ = refresh(
+        capsys,
+        manifest,
+        "--default",
+        "style_type=ANIME",
+        "--default",
+        "seed=4711",
+        "--publish-to",
+        f"{live}/{{name}}.jpg",
+    )
+    assert {each["published"] for each in told["images"]} == {str(live / "mug" / f"{n}.jpg") for n in range(3)}
+    assert {each["seed"] for each in told["images"]} == {4711}
+    code, told, _ = refresh(capsys, manifest, "--default", "seed=many")
+    assert (code, "defaults.seed: 'many' is not allowed" in told["error"]) == (outcome.BAD_INPUT, True)

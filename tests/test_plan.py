@@ -190,9 +190,11 @@ def test_a_listing_of_the_archive_knows_its_own_files_only(house: House, tmp_pat
     stray.write_text("{}")
     (tmp_path / "archive" / ".segmind" / "readme.json").write_text("{}")
     wanted = {house.fingerprint(100), house.fingerprint(101), "ab" * 32}
-    assert house.archive.survey(wanted) == ({house.fingerprint(100)}, {house.fingerprint(100)})
+    recorded, archived, places = house.archive.survey(wanted)
+    assert recorded == archived == {house.fingerprint(100)}
+    assert f"notes/{'ab' * 8}" in places, "it is beside no record, so it counts for nothing"
 
 
 def test_an_archive_that_does_not_exist_yet_is_an_empty_one(house: House, tmp_path: Path) -> None:
     empty = Archive(open_store(str(tmp_path / "nowhere")))
-    assert empty.survey({"ab" * 32}) == (set(), set())
+    assert empty.survey({"ab" * 32}) == (set(), set(), set())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from prefect_segmind.errors import (
     RateLimitError,
     StoreError,
 )
+from prefect_segmind.flows import batch_run, dispatch
 from prefect_segmind.plan import Plan
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.spool import Spool
@@ -315,11 +317,8 @@ def test_there_is_one_task_run_for_each_asset_and_the_run_tells_plan_progress_an
 def test_a_run_that_is_cancelled_in_prefect_sends_nothing_new_and_ends_as_cancelled(
     sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
 
-    import prefect_segmind.flows.refresh_assets  # noqa: F401
-
-    monkeypatch.setattr(sys.modules["prefect_segmind.flows.refresh_assets"], "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.2)
     sandbox.play(*[Answer(delay=1.5)] * 200)
     ended: list[State[Any]] = []
     thread = threading.Thread(
@@ -402,7 +401,7 @@ def test_a_run_that_breaks_tells_what_it_has_paid(
     def broken(*_: Any) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(sys.modules["prefect_segmind.flows.refresh_assets"], "publish_batch", broken)
+    monkeypatch.setattr(batch_run, "publish_batch", broken)
     with pytest.raises(OSError, match="no space") as error:
         refresh_assets(campaign(3))
     told = outcome.batch_of(error.value)
@@ -442,3 +441,59 @@ def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
     tally.end(job, StoreError("gone"))
     assert tally.wait(0.0)
     assert "manifest of failures" in tally.result().failures[0].error
+
+
+def test_the_runs_defaults_win_over_the_manifests_and_give_way_to_an_assets(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    own = {"name": "own", "image": "mug.jpg", "prompt": "x", "style_type": "DESIGN"}
+    manifest = campaign(1, own, defaults={"style_type": "ANIME", "image_weight": 30})
+    result = run(manifest, defaults={"style_type": "REALISTIC"})
+    archive = configuration.open_archive(None)
+    sent = {each.name: json.loads(archive.content(each.sidecar) or b"")["request"] for each in result.images}
+    assert {name: (each["style_type"], each["image_weight"]) for name, each in sent.items()} == {
+        **{"mug/000": ("REALISTIC", 30), "own": ("DESIGN", 30)}
+    }
+    with pytest.raises(ManifestError, match="Did you mean REALISTIC"):
+        refresh_assets(manifest, defaults={"style_type": "realistic"})
+
+
+def test_each_finished_picture_is_published_and_one_that_cannot_be_is_published_by_the_next_run(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path
+) -> None:
+    live = tmp_path / "live"
+    (live / "mug").mkdir(parents=True)
+    (live / "mug" / "001.png").mkdir()  # in the way
+    first = run(campaign(2), publish_to=str(live))
+    assert (first.generated, first.failed, first.cost_usd) == (1, 1, Decimal("0.10"))
+    assert (first.failures[0].name, first.failures[0].stage) == ("mug/001", "publish")
+    (live / "mug" / "001.png").rmdir()
+    second = run(campaign(2), publish_to=str(live))
+    assert {each.published for each in second.images} == {str(live / "mug" / f"00{n}.png") for n in range(2)}
+    assert (second.cost_usd, sandbox.ledger.billed) == (Decimal(0), 2)
+    agrees(first, sandbox)
+
+
+def test_an_older_refresh_is_not_published_over_a_newer_one(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asset = {"name": "hero", "image": "mug.jpg", "prompt": "a mug in {{ season }}"}
+    manifest = campaign(0, asset)
+    newer = run(manifest, variables={"season": "autumn"}, publish_to=str(tmp_path / "live"))
+    live = (tmp_path / "live" / "hero.png").read_bytes()
+    due = datetime.now(timezone.utc) - timedelta(hours=2)  # it had to wait, for a worker or for an answer
+    monkeypatch.setattr(batch_run, "refreshed_at", lambda: due)
+    older = run(manifest, variables={"season": "summer"}, publish_to=str(tmp_path / "live"))
+    assert older.generated == 1
+    assert older.images[0].published is None
+    assert newer.images[0].published
+    assert (tmp_path / "live" / "hero.png").read_bytes() == live
+
+
+@pytest.mark.parametrize("wrong", ["https://cdn.example/live", "s3://b/live/{title}.png", "s3://b/live/{name}.gif"])
+def test_a_place_to_publish_to_that_is_none_is_told_before_anything_is_paid(
+    sandbox: Sandbox, campaign: Callable[..., str], wrong: str
+) -> None:
+    with pytest.raises(ConfigurationError, match="publish_to"):
+        refresh_assets(campaign(1), publish_to=wrong)
+    assert sandbox.ledger.requests == ()

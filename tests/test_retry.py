@@ -60,7 +60,7 @@ TABLE = [
     *((name, 1, 0, None) for name in ("ConfigurationError", "StoreError", "BucketNotFoundError", "StoreAccessError")),
     *((name, 1, 0, None) for name in ("StoreCredentialsError", "StoreUnreachableError", "PreconditionFailedError")),
     *((name, 1, 0, None) for name in ("ArchiveError", "ManifestError", "BudgetReachedError", "RunCancelledError")),
-    ("NotStartedError", 1, 0, None),
+    *((name, 1, 0, None) for name in ("NotStartedError", "NotApprovedError", "ApprovalTimeoutError")),
 ]
 
 

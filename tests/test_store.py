@@ -451,6 +451,27 @@ def test_a_folder_that_goes_away_while_listed_is_no_failure(tmp_path: Path) -> N
 # S3
 
 
+@pytest.mark.parametrize("server", ["rclone", "moto"])
+def test_caches_are_told_what_the_writer_says(server: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    endpoint = request.getfixturevalue(server)
+    made = client(endpoint if isinstance(endpoint, str) else endpoint[0])
+    store = S3Store(BUCKET, f"caches-{tmp_path.name}", made)
+
+    def told() -> str | None:
+        head = made.head_object(Bucket=BUCKET, Key=f"caches-{tmp_path.name}/k")
+        assert head["ContentType"] == "image/png"
+        return head.get("CacheControl")
+
+    etag = store.put("k", b"1", "image/png", if_absent=True, cache_control="no-cache")
+    assert told() == "no-cache"
+    store.put("k", b"2", "image/png", if_match=etag, cache_control="max-age=60")
+    assert told() == "max-age=60"
+    store.put("k", b"3", "image/png", cache_control="public")
+    assert told() == "public"
+    store.put("k", b"4", "image/png")
+    assert told() is None
+
+
 def test_whether_conditions_are_honoured_is_found_out_once(rclone: tuple[str, Path], moto: str) -> None:
     for endpoint, honoured in ((rclone[0], False), (moto, True)):
         store = S3Store(BUCKET, "probe", client(endpoint))

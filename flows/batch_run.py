@@ -1,0 +1,269 @@
+"""How a batch of jobs runs inside a flow: planned, approved, produced, reported, whatever ends it.
+
+Each flow of many pictures makes its jobs in its own way and hands them over here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from decimal import Decimal
+from typing import NamedTuple, TypeVar, cast
+
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from prefect_segmind import configuration
+from prefect_segmind.archive import Archive
+from prefect_segmind.asking import approve
+from prefect_segmind.batch import BatchError, BatchResult, Tally, planned
+from prefect_segmind.credentials import load_credentials
+from prefect_segmind.errors import (
+    ApiError,
+    ApprovalTimeoutError,
+    BudgetReachedError,
+    ConfigurationError,
+    InvalidKeyError,
+    NotApprovedError,
+    RunCancelledError,
+    SegmindError,
+    StoreError,
+)
+from prefect_segmind.events import run_stopped
+from prefect_segmind.flows.dispatch import POLICY, dispatch
+from prefect_segmind.gate import Gate
+from prefect_segmind.manifest import MAX_ASSETS
+from prefect_segmind.manifest_text import MAX_TEXT, write_manifest
+from prefect_segmind.outbox import Outbox
+from prefect_segmind.plan import Plan, make_plan
+from prefect_segmind.production import shared
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.report import publish_batch, publish_plan
+from prefect_segmind.request import Job
+from prefect_segmind.settings import load_settings
+from prefect_segmind.spool import Spool
+from prefect_segmind.tasks.attempts import mention_conditions, refreshed_at
+from prefect_segmind.validation import ValidatedJob
+
+R = TypeVar("R", bound=BatchResult)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a batch runs: the parameters that its flows share; they are explained there."""
+
+    archive: str | None
+    upload_to: str | None
+    publish_to: str | None
+    credentials_block: str | None
+    max_concurrency: int
+    requests_per_minute: int | None
+    budget_usd: Decimal | None
+    approve_above_usd: Decimal | None
+    on_unknown: OnUnknown
+    fail_run_on_failures: bool
+    dry_run: bool
+
+    def check(self) -> None:
+        """Refuses terms that make no sense, and what is not configured, before anything is read or done.
+
+        Raises:
+            ConfigurationError: The message names the parameter or the setting.
+        """
+        if not 1 <= self.max_concurrency <= 512:
+            raise ConfigurationError(f"max_concurrency: {self.max_concurrency} is not allowed; allowed is 1 to 512")
+        if self.requests_per_minute is not None and self.requests_per_minute < 1:
+            told = f"requests_per_minute: {self.requests_per_minute} is not allowed; allowed is 1 or more"
+            raise ConfigurationError(told)
+        for name in ("budget_usd", "approve_above_usd"):
+            amount: Decimal | None = getattr(self, name)
+            if amount is not None and not (amount.is_finite() and amount >= 0):
+                raise ConfigurationError(f"{name}: {amount} is not allowed; allowed is 0 or more")
+        if not self.dry_run:
+            load_credentials(self.credentials_block)
+        configuration.open_archive(self.archive)
+        configuration.open_publisher(self.publish_to)
+
+
+class Ended(NamedTuple):
+    """A batch that has ended.
+
+    Attributes:
+        result: What it came to.
+        stopped: What ended it early, if something did.
+        trimmed: Whether a person had limited what it may spend.
+        in_place: Names of jobs that were left out, for their pictures are in the archive already.
+    """
+
+    result: BatchResult
+    stopped: SegmindError | None = None
+    trimmed: bool = False
+    in_place: frozenset[str] = frozenset()
+
+
+def run_batch(jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool = False) -> Ended:
+    """Plans a batch, asks if its cost must be approved, produces it, and reports.
+
+    Args:
+        jobs: What is asked for, no name twice.
+        title: What people call it: the manifest, the inbox.
+        terms: How it runs.
+        skip_archived: Whether jobs whose picture is archived under their very name are left out, without a task run.
+
+    Raises:
+        SegmindError: Before anything was paid.
+        BaseException: What has interrupted it, with the sums so far in its `batch`.
+    """
+    opened, settings, log = configuration.open_archive(terms.archive), load_settings(), get_run_logger()
+    places: set[str] = set()
+    with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
+        plan = make_plan(
+            jobs,
+            entries,
+            reader=configuration.source_reader(terms.credentials_block),
+            archive=opened,
+            outbox=configuration.open_outbox(opened),
+            price_usd=settings.price_usd,
+            on_unknown=terms.on_unknown,
+            in_place=places if skip_archived else None,
+        )
+        limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(terms.credentials_block)}
+        left_out = {"total": plan.total - len(places), "reuse": plan.reuse - len(places)}
+        plan = plan.model_copy(update=limits | left_out)
+        in_place = frozenset(place.rpartition("/")[0] for place in places)
+        tally = Tally(plan, failed_jobs)
+        if in_place:
+            log.info("%s have their picture in the archive already", len(in_place))
+        if not plan.total:
+            return Ended(planned(plan) if terms.dry_run else tally.result(), in_place=in_place)
+        _tell(plan)
+        publish_plan(plan, title)
+        if terms.dry_run:
+            return Ended(planned(plan), in_place=in_place)
+
+        def wanted() -> Iterator[Job | ValidatedJob]:
+            return (each for each in entries if not (isinstance(each, ValidatedJob) and each.place in places))
+
+        try:
+            approved = approve(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block)
+        except (NotApprovedError, RunCancelledError) as refused:
+            return Ended(tally.result(stopped=refused), refused, in_place=in_place)
+        gate = Gate(
+            max_concurrency=terms.max_concurrency,
+            requests_per_minute=terms.requests_per_minute,
+            budget_usd=approved.budget_usd,
+            longest_wait_seconds=settings.longest_wait_seconds,
+            say=log.warning,
+        )
+        generation = configuration.open_generation(
+            *(terms.archive, terms.upload_to, terms.credentials_block),
+            on_unknown=terms.on_unknown,
+            policy=POLICY,
+            gate=gate,
+        )
+        mention_conditions(opened)
+        publisher = configuration.open_publisher(terms.publish_to, refreshed_at(), flow_run.id)
+        production = configuration.open_production(generation, terms.upload_to, terms.credentials_block, publisher)
+        token = shared.set(production)
+        try:
+            dispatch(wanted(), gate, tally, settings.grace_seconds)
+            result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
+            publish_batch(result, title, opened, terms.credentials_block)
+            if gate.stopped and not approved.trimmed:
+                run_stopped(gate.stopped, result)
+        except BaseException as error:
+            # Whatever ends the run, what it has paid is told.
+            tally.close(gate.budget)
+            result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
+            log.warning(result.sentence())
+            vars(error)["batch"] = BatchError(result.sentence(), result, gate.stopped)
+            raise
+        finally:
+            shared.reset(token)
+        return Ended(result, gate.stopped, approved.trimmed, in_place)
+
+
+def _credits(credentials_block: str | None) -> Decimal | None:
+    """What the account has; None where there is no key yet, or the API does not tell.
+
+    Raises:
+        InvalidKeyError: The key is refused.
+    """
+    try:
+        with load_credentials(credentials_block).get_client() as client:
+            return client.credits()
+    except InvalidKeyError:
+        raise  # every request would be refused like this one
+    except (ApiError, ConfigurationError) as error:
+        get_run_logger().info("the account's credits are not known: %s", error)
+        return None
+
+
+def _tell(plan: Plan) -> None:
+    """Puts the plan into the run's log."""
+    log = get_run_logger()
+    log.info("%s", "; ".join(f"{title}: {text}" for title, text in plan.facts().items()))
+    for warning, count in plan.warnings:
+        log.warning("%s asset%s: %s", count, "s" * (count != 1), warning)
+    for name, problem in plan.problems:
+        log.warning("%s will fail, unpaid: %s", name, problem)
+    for shortfall in plan.shortfalls():
+        log.warning(shortfall)
+
+
+def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | None:
+    """Writes the failed jobs as a manifest to run again, into the archive, or beside the outbox if that is down."""
+    log = get_run_logger()
+    if not len(jobs):
+        return None
+    name, kind, data = "failed.yaml", "application/yaml", b""
+    if len(jobs) <= MAX_ASSETS:
+        data = "".join(write_manifest(job.model_dump(mode="json") for job in jobs)).encode()
+    if not 0 < len(data) <= MAX_TEXT:  # more than is read of YAML
+        lines = ('{"templates": false}', *(job.model_dump_json() for job in jobs))
+        name, kind, data = "failed.jsonl", "application/jsonl", "\n".join(lines).encode()
+    key = f"runs/{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}/{name}"
+    try:
+        archive.store.put(f".segmind/{key}", data, kind, if_absent=True)
+        return archive.store.uri(f".segmind/{key}")
+    except StoreError as refused:
+        path = outbox.folder.parent / key
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        except OSError as error:
+            log.warning("the failed jobs cannot be written, neither to the archive (%s) nor here (%s)", refused, error)
+            return None
+        log.warning("the failed jobs are written to %s, for the archive says: %s", path, refused)
+        return str(path)
+
+
+def conclude(ended: Ended, result: R, terms: Terms) -> R:
+    """Ends the flow run as its batch deserves: what a flow returns.
+
+    Args:
+        ended: The batch.
+        result: Its result, or that of the flow, which may tell more.
+        terms: How it ran.
+
+    Returns:
+        The result: the run is Completed. Where it was cancelled, or not approved, a Cancelled state, from which the
+        caller of the flow gets the error.
+
+    Raises:
+        BatchError: The run is Failed.
+    """
+    stopped = ended.stopped
+    told = result.sentence() + (f"; {stopped}" if stopped else "")
+    told += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
+    error = BatchError(told, result, stopped)
+    if isinstance(stopped, RunCancelledError | NotApprovedError) and not isinstance(stopped, ApprovalTimeoutError):
+        return cast(R, Cancelled(message=told, data=error))
+    by_budget = isinstance(stopped, BudgetReachedError)
+    early = stopped and not (by_budget and ended.trimmed)
+    if (terms.fail_run_on_failures and (result.failed or early)) or (stopped and not by_budget):
+        raise error
+    get_run_logger().info(told)
+    return result

@@ -1,0 +1,206 @@
+"""The flow of one image in many variations: a grid of styles, weights and seeds, and a picture that shows them all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from decimal import Decimal
+from itertools import product
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from prefect_segmind import configuration
+from prefect_segmind.batch import BatchResult
+from prefect_segmind.contact_sheet import contact_sheet
+from prefect_segmind.errors import PreconditionFailedError, SegmindError, redact
+from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch
+from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
+from prefect_segmind.flows.dispatch import task_runner
+from prefect_segmind.manifest import Found, Row
+from prefect_segmind.manifest_source import expand
+from prefect_segmind.markdown import cell, picture
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.report import artifact_key
+from prefect_segmind.request import Job, name_from_image, parse_job
+from prefect_segmind.settings import load_settings
+from prefect_segmind.source import UnreadableSource
+from prefect_segmind.validation import validate
+
+SHEET_WIDTH = 1200
+"""Pixels of the contact sheet in Prefect's UI; the one in the archive is as large as it is."""
+
+
+class Exploration(BatchResult):
+    """What came of a grid of variations.
+
+    Attributes:
+        contact_sheet: Address of the picture that shows them all; None if nothing was made.
+    """
+
+    contact_sheet: str | None = None
+
+
+def _flow_run_name() -> str:
+    values = flow_run.parameters
+    return f"explore-variations {values.get('name') or name_from_image(str(values.get('image')))}"
+
+
+@flow(name="explore-variations", flow_run_name=_flow_run_name, task_runner=task_runner())  # type: ignore[arg-type]
+def explore_variations(
+    image: str,
+    prompt: str,
+    name: str | None = None,
+    styles: list[StyleChoice] = ["GENERAL", "REALISTIC", "DESIGN", "RENDER_3D", "ANIME"],  # noqa: B006
+    weights: list[int] = [25, 50, 75],  # noqa: B006
+    seeds: list[int] | None = None,
+    resolution: ResolutionChoice = "AUTO",
+    magic_prompt_option: MagicPromptChoice = "AUTO",
+    negative_prompt: str | None = None,
+    allow_extreme_ratio: bool = False,
+    archive: str | None = None,
+    upload_to: str | None = None,
+    max_concurrency: int = 16,
+    requests_per_minute: int | None = None,
+    budget_usd: Decimal | None = None,
+    approve_above_usd: Decimal | None = None,
+    dry_run: bool = False,
+    on_unknown: OnUnknown = "repay",
+    credentials_block: str | None = None,
+) -> Exploration:
+    """Makes one image in every combination of styles, weights and seeds, and a contact sheet of them.
+
+    The plan, with its price, is told before anything is paid; dry_run tells it and stops there.
+
+    Args:
+        image: The source image: a path on the worker, s3://bucket/key, or an http(s):// address.
+        prompt: What the pictures should show.
+        name: Where the pictures go in the archive; the image's name if left out.
+        styles: The styles to try, a row of the contact sheet each.
+        weights: The image weights to try, 1 to 100, a column each; higher keeps more of the source image.
+        seeds: The seeds to try, 100 to 999999. Left out, it is one, derived from image and prompt and the same for all.
+        resolution: Size of the pictures in pixels; AUTO chooses the one that crops the image least.
+        magic_prompt_option: Whether the model may rewrite the prompt; OFF makes variations that differ in nothing else.
+        negative_prompt: What the pictures should not show; the model may ignore it.
+        allow_extreme_ratio: Whether an image wider or taller than 3 to 1 is taken.
+        archive: Where pictures go: s3://bucket/prefix or a folder; the worker's setting if left out.
+        upload_to: Where the source image goes for the provider to read it: s3://bucket/prefix; the worker's setting if
+            left out.
+        max_concurrency: Requests to the API at once, at most.
+        requests_per_minute: Requests to the API in any minute, at most; the API's own limit is kept in any case.
+        budget_usd: What the run may spend.
+        approve_above_usd: A run that may cost more pauses and asks a person; the worker's setting if left out.
+        dry_run: Only plan: what would be made, and what it would cost.
+        on_unknown: Whether to send another request (repay) or not (fail) after one that may have been billed.
+        credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
+
+    Returns:
+        The counts, the cost, every picture, and where the contact sheet is.
+
+    Raises:
+        InvalidJobError: A parameter is wrong; nothing was paid.
+        SourceImageError: The image cannot be used; nothing was paid.
+        BatchError: Not all pictures were made; its `result` has the contact sheet of those that were.
+    """
+    terms = Terms(
+        archive=archive,
+        upload_to=upload_to,
+        publish_to=None,
+        credentials_block=credentials_block,
+        max_concurrency=max_concurrency,
+        requests_per_minute=requests_per_minute,
+        budget_usd=budget_usd,
+        approve_above_usd=approve_above_usd,
+        on_unknown=on_unknown,
+        fail_run_on_failures=True,
+        dry_run=dry_run,
+    )
+    terms.check()
+    title = name or name_from_image(image)
+    unlisted = load_settings().allow_unlisted_resolution
+    base = {
+        "name": title,
+        "image": image,
+        "prompt": prompt,
+        "resolution": resolution,
+        "magic_prompt_option": magic_prompt_option,
+        "negative_prompt": negative_prompt,
+        "allow_extreme_ratio": allow_extreme_ratio,
+    }
+    reader = configuration.source_reader(credentials_block)
+    # Also where the seed comes from: derived from each job it would differ, and so would more than style and weight.
+    derived = validate(parse_job(base, allow_unlisted_resolution=unlisted), reader).seed
+    axes: dict[str, list[Any]] = {
+        "style_type": list(dict.fromkeys(styles)),
+        "image_weight": list(dict.fromkeys(weights)),
+        "seed": list(dict.fromkeys(seeds or [derived])),
+    }
+    head = {"templates": False, "variants": axes}
+    with expand(
+        title, head, [Row("the grid", base)], {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted
+    ) as asked:
+        ended = run_batch(asked.jobs, title, terms)
+        cells = {_cell_of(job): job.name for job in asked.jobs}
+    sheet = None if dry_run or not ended.result.images else _publish_sheet(title, image, axes, cells, ended, terms)
+    return conclude(ended, Exploration(**dict(ended.result), contact_sheet=sheet), terms)
+
+
+def _cell_of(job: Job) -> tuple[Any, ...]:
+    return job.style_type.value, job.image_weight, job.seed
+
+
+def _publish_sheet(
+    title: str,
+    image: str,
+    axes: Mapping[str, list[Any]],
+    cells: Mapping[tuple[Any, ...], str],
+    ended: Ended,
+    terms: Terms,
+) -> str | None:
+    """Puts the contact sheet beside the pictures, and into an artifact; where that fails, the pictures are there."""
+    archive = configuration.open_archive(terms.archive)
+    found = {each.name: each.image for each in ended.result.images}
+    rows = list(product(axes["style_type"], axes["seed"]))
+    labels = [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows]
+
+    def read(row: int, column: int) -> bytes | None:
+        style, seed = rows[row]
+        uri = found.get(cells[style, axes["image_weight"][column], seed])
+        return archive.content(uri) if uri else None
+
+    try:
+        sheet = contact_sheet(
+            labels,
+            [f"weight {weight}" for weight in axes["image_weight"]],
+            read,
+            source=_source(image, terms),
+            title=title,
+        )
+        key = f"{title}/contact-sheet-{hashlib.sha256(sheet).hexdigest()[:16]}.jpg"
+        with suppress(PreconditionFailedError):  # the very same is there already
+            archive.store.put(key, sheet, "image/jpeg", if_absent=True)
+        uri = archive.store.uri(key)
+        lines = (f"### {cell(title)}", "", cell(uri), "", picture("contact sheet", sheet, SHEET_WIDTH))
+        create_markdown_artifact(
+            markdown="\n".join(lines), key=artifact_key(title, "contact-sheet"), description="all variations"
+        )
+    except Exception as error:  # noqa: BLE001
+        get_run_logger().warning("no contact sheet: %s", redact(str(error)))
+        return None
+    get_run_logger().info("contact sheet: %s", uri)
+    return uri
+
+
+def _source(image: str, terms: Terms) -> bytes | None:
+    try:
+        return configuration.source_reader(terms.credentials_block).read(image)
+    except (SegmindError, UnreadableSource):
+        return None
+
+
+if __name__ == "__main__":
+    explore_variations.serve(name="on-demand")

@@ -1,0 +1,189 @@
+"""The flow of an inbox: whatever images people put there become pictures, by one template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect_segmind.inbox import Inbox, InboxFile, open_inbox
+
+from prefect_segmind import configuration
+from prefect_segmind.batch import BatchResult
+from prefect_segmind.errors import InvalidJobError, StoreError
+from prefect_segmind.flows.batch_run import Terms, conclude, run_batch
+from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
+from prefect_segmind.flows.dispatch import task_runner
+from prefect_segmind.manifest import Found, Row
+from prefect_segmind.manifest_source import expand, named
+from prefect_segmind.record import OnUnknown
+from prefect_segmind.request import parse_job
+from prefect_segmind.settings import load_settings
+
+
+class InboxResult(BatchResult):
+    """What a visit to an inbox came to.
+
+    Attributes:
+        archived_before: Files whose picture was in the archive already, so that there was nothing to do.
+        still_written: Files that were still being written; the next visit looks again.
+        ignored: Files that are no images by their names.
+        moved: Where done files are now.
+    """
+
+    archived_before: int = 0
+    still_written: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
+
+
+@flow(
+    name="process-inbox",
+    flow_run_name=lambda: f"process-inbox {flow_run.parameters.get('inbox')}",
+    task_runner=task_runner(),  # type: ignore[arg-type]
+)
+def process_inbox(
+    inbox: str,
+    prompt: str,
+    name: str = "inbox",
+    image_weight: int = 50,
+    style_type: StyleChoice = "GENERAL",
+    resolution: ResolutionChoice = "AUTO",
+    seed: Seed = None,
+    magic_prompt_option: MagicPromptChoice = "AUTO",
+    negative_prompt: str | None = None,
+    allow_extreme_ratio: bool = False,
+    variables: dict[str, Any] | None = None,
+    move_done: bool = False,
+    settle_seconds: float = 10.0,
+    archive: str | None = None,
+    upload_to: str | None = None,
+    publish_to: str | None = None,
+    max_concurrency: int = 16,
+    requests_per_minute: int | None = None,
+    budget_usd: Decimal | None = None,
+    approve_above_usd: Decimal | None = None,
+    dry_run: bool = False,
+    on_unknown: OnUnknown = "repay",
+    fail_run_on_failures: bool = False,
+    credentials_block: str | None = None,
+) -> InboxResult:
+    """Makes a picture of each new image in an inbox. What the archive has is skipped, and bad files stay and are told.
+
+    A file that is still being written is left for the next visit.
+
+    Args:
+        inbox: Where people put images: s3://bucket/prefix or a folder on the worker. Folders in it are looked into.
+        prompt: What the pictures should show; a template, in which (stem) is the file's name: {{ (stem) }} on a table.
+        name: The folder of the archive where the pictures go, each under the path of its file.
+        image_weight: 1 to 100; higher keeps more of the source image.
+        style_type: The style of the pictures.
+        resolution: Size of the pictures in pixels; AUTO chooses the one that crops each image least.
+        seed: 100 to 999999; random draws a fresh one for each. Left out, it is derived from the job.
+        magic_prompt_option: Whether the model may rewrite the prompt; OFF is reproducible.
+        negative_prompt: What the pictures should not show; the model may ignore it.
+        allow_extreme_ratio: Whether an image wider or taller than 3 to 1 is taken.
+        variables: Values for the templates, such as {"season": "autumn"}.
+        move_done: Whether files are moved to done/ in the inbox when their picture is archived.
+        settle_seconds: A file counts as whole when it does not change for so long.
+        archive: Where pictures go: s3://bucket/prefix or a folder; the worker's setting if left out.
+        upload_to: Where source images go for the provider to read them: s3://bucket/prefix; the worker's setting if
+            left out.
+        publish_to: Where each finished picture is copied to, under an address that stays: s3://bucket/live gives
+            live/{name}.png.
+        max_concurrency: Requests to the API at once, at most.
+        requests_per_minute: Requests to the API in any minute, at most; the API's own limit is kept in any case.
+        budget_usd: What the run may spend; at the limit nothing new is sent, and the next visit goes on.
+        approve_above_usd: A run that may cost more pauses and asks a person; the worker's setting if left out.
+        dry_run: Only plan: what would be made, and what it would cost.
+        on_unknown: Whether to send another request (repay) or not (fail) after one that may have been billed.
+        fail_run_on_failures: Whether the run ends as Failed where files failed or the budget was reached; otherwise it
+            is Completed, and the result tells.
+        credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
+
+    Returns:
+        The counts, the cost, and what came of each file.
+
+    Raises:
+        ConfigurationError: There is no such inbox, or a setting is missing.
+        ManifestError: The template has mistakes; nothing was paid.
+        BatchError: Not all pictures were made, if that is to be a failure.
+    """
+    terms = Terms(
+        archive=archive,
+        upload_to=upload_to,
+        publish_to=publish_to,
+        credentials_block=credentials_block,
+        max_concurrency=max_concurrency,
+        requests_per_minute=requests_per_minute,
+        budget_usd=budget_usd,
+        approve_above_usd=approve_above_usd,
+        on_unknown=on_unknown,
+        fail_run_on_failures=fail_run_on_failures,
+        dry_run=dry_run,
+    )
+    terms.check()
+    log = get_run_logger()
+    place = open_inbox(inbox, configuration.s3_client)
+    look = place.look(settle_seconds)
+    log.info(
+        "%s: %s images, %s still being written, %s other files",
+        *(inbox, len(look.settled), len(look.unsettled), len(look.ignored)),
+    )
+    template = {
+        "image_weight": image_weight,
+        "style_type": style_type,
+        "resolution": resolution,
+        "seed": seed,
+        "magic_prompt_option": magic_prompt_option,
+        "negative_prompt": negative_prompt,
+        "allow_extreme_ratio": allow_extreme_ratio,
+        "prompt": prompt,
+    }
+    unlisted = load_settings().allow_unlisted_resolution
+    parse_job({**template, "image": "any.jpg"}, allow_unlisted_resolution=unlisted)  # a mistake is told at once
+    files: dict[str, InboxFile] = {}
+    found: list[Found] = []
+    for file, each in zip(look.settled, named([(each.location, each.below) for each in look.settled]), strict=True):
+        try:
+            parse_job({**template, "image": each.location, "name": f"{name}/{each.name}"})
+        except InvalidJobError as error:
+            log.warning("%s stays in the inbox: %s", file.below, error)
+        else:
+            files[f"{name}/{each.name}"] = file
+            found.append(each)
+    row = Row("the template", {**template, "name": name, "image": "*"})
+    with expand(inbox, {}, [row], variables or {}, lambda *_: found, allow_unlisted_resolution=unlisted) as asked:
+        # What is archived may still be unpublished, so then all of it is looked at again.
+        ended = run_batch(asked.jobs, inbox, terms, skip_archived=publish_to is None)
+    done = [*ended.in_place, *(each.name for each in ended.result.images)]
+    result = InboxResult(
+        **dict(ended.result),
+        archived_before=len(ended.in_place),
+        still_written=look.unsettled,
+        ignored=look.ignored,
+        moved=tuple(_moved(place, [files[each] for each in done])) if move_done and not dry_run else (),
+    )
+    return conclude(ended, result, terms)
+
+
+def _moved(place: Inbox, files: Iterable[InboxFile]) -> Iterable[str]:
+    """Moves done files; one that cannot be moved stays, and the next visit skips it."""
+    log = get_run_logger()
+    for file in files:
+        try:
+            moved = place.move_done(file)
+        except StoreError as error:
+            log.warning("%s stays in the inbox: %s", file.below, error)
+            continue
+        if moved is None:
+            log.info("%s has changed meanwhile and stays for the next visit", file.below)
+        else:
+            yield moved
+
+
+if __name__ == "__main__":
+    process_inbox.serve(name="every-15-minutes", interval=900)

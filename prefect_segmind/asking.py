@@ -1,0 +1,179 @@
+"""Asking a person before a run pays: the run pauses, and shows its plan in the form with which it is resumed.
+
+A command asks in its terminal instead; see `asker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from decimal import Decimal
+from itertools import islice
+from typing import Literal, NamedTuple
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Running
+from pydantic import Field
+
+from prefect_segmind import configuration
+from prefect_segmind.approval import Answer, Approved, must_ask, settle
+from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, RunCancelledError, SegmindError
+from prefect_segmind.markdown import cell, picture, table
+from prefect_segmind.plan import Plan
+from prefect_segmind.price import usd
+from prefect_segmind.request import Job
+from prefect_segmind.settings import load_settings
+from prefect_segmind.source import UnreadableSource
+from prefect_segmind.validation import ValidatedJob
+
+SHOWN_PROMPTS = 5
+SHOWN_SOURCES = 6
+LOOKED_THROUGH = 200
+"""Assets of the plan that are looked through for different source images."""
+THUMBNAIL_WIDTH = 150
+"""Pixels; two fit beside each other in the form."""
+POLL_SECONDS = 5
+"""Seconds between looks whether somebody has answered."""
+
+
+class Question(NamedTuple):
+    """What a person is asked.
+
+    Attributes:
+        title: What the run is of: its manifest, its inbox.
+        plan: What it is going to do and to cost.
+        above_usd: What needs no approval.
+        prompts: Name and prompt of the first assets.
+        sources: The first source images, no one twice.
+    """
+
+    title: str
+    plan: Plan
+    above_usd: Decimal
+    prompts: Sequence[tuple[str, str]]
+    sources: Sequence[str]
+
+
+asker: ContextVar[Callable[[Question], Answer] | None] = ContextVar("segmind_asker", default=None)
+"""Who asks instead of Prefect: the terminal of a command."""
+
+
+class Approval(RunInput):
+    """The form in which a person answers."""
+
+    answer: Literal["go on", "trim", "stop"] = Field(
+        description="go on: pay for the plan. trim: spend no more than the amount below. stop: pay nothing."
+    )
+    up_to_usd: float = Field(
+        default=0, ge=0, description="With trim: what the run may spend, in USD. 0 for what needs no approval."
+    )
+
+
+def approve(
+    plan: Plan,
+    entries: Iterable[Job | ValidatedJob],
+    title: str,
+    above_usd: Decimal | None,
+    credentials_block: str | None,
+) -> Approved:
+    """Asks a person if a plan may cost more than what needs no approval, and waits for the answer.
+
+    Args:
+        plan: What the run is going to do.
+        entries: Its assets.
+        title: What the run is of.
+        above_usd: What needs no approval; the setting if None, and if that is None nobody is asked.
+        credentials_block: As for `source_reader`.
+
+    Raises:
+        NotApprovedError: The answer is to stop, or nobody answers in time. Nothing was paid.
+        RunCancelledError: The run was cancelled while it waited. Nothing was paid.
+        ConfigurationError: Nobody could answer, for there is no Prefect server.
+    """
+    limit = above_usd if above_usd is not None else load_settings().approve_above_usd
+    if limit is None or not must_ask(plan.planned_usd, limit, plan.budget_usd):
+        return Approved(plan.budget_usd)
+    first = list(islice(entries, LOOKED_THROUGH))
+    jobs = [each if isinstance(each, Job) else each.job for each in first]
+    sources = list(dict.fromkeys(job.image for job in jobs))[:SHOWN_SOURCES]
+    prompts = [(job.name, job.prompt) for job in jobs[:SHOWN_PROMPTS]]
+    ask = asker.get() or (lambda question: _pause(question, credentials_block))
+    approved = settle(ask(Question(title, plan, limit, prompts, sources)), above_usd=limit, budget_usd=plan.budget_usd)
+    allowed = f"up to {usd(approved.budget_usd)} USD" if approved.budget_usd is not None else "as planned"
+    get_run_logger().info("approved: %s", allowed)
+    return approved
+
+
+def _pause(question: Question, credentials_block: str | None) -> Answer:
+    """Pauses the flow run until somebody answers in Prefect."""
+    if not PREFECT_API_URL.value():
+        raise ConfigurationError(
+            "approve_above_usd: nobody can approve this run, for it has no Prefect server; set PREFECT_API_URL, or "
+            "give a higher approve_above_usd"
+        )
+    seconds = load_settings().approval_timeout_seconds
+    get_run_logger().warning(
+        "the run may cost %s USD, more than the %s USD that need no approval: it is paused until somebody answers "
+        "(Resume in the UI), %.0f s at most",
+        usd(question.plan.planned_usd),
+        usd(question.above_usd),
+        seconds,
+    )
+    form = Approval.with_initial_data(description=description(question, credentials_block))
+    try:
+        given = pause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=min(POLL_SECONDS, seconds))
+    except FlowPauseTimeout:
+        _leave_pause()
+        raise ApprovalTimeoutError(
+            f"it was not approved: nobody answered within {seconds} s; nothing was paid"
+        ) from None
+    return Answer(given.answer, Decimal(str(given.up_to_usd)) or None)
+
+
+def _leave_pause() -> None:
+    """Has a run whose pause has timed out run again, for from there the server lets it end in its words only.
+
+    Raises:
+        RunCancelledError: Somebody has cancelled it meanwhile, which a paused run does not notice.
+    """
+    with get_client(sync_client=True) as client:
+        run = UUID(str(flow_run.id))
+        state = client.read_flow_run(run).state
+        if state is not None and (state.is_cancelling() or state.is_cancelled()):
+            raise RunCancelledError("the run was cancelled in Prefect; nothing was paid")
+        client.set_flow_run_state(run, Running(), force=True)
+
+
+def description(question: Question, credentials_block: str | None) -> str:
+    """The plan as the form shows it, in markdown: the amounts, the first prompts, pictures of the sources."""
+    plan, reader = question.plan, configuration.source_reader(credentials_block)
+    pictures = []
+    for source in question.sources:
+        try:
+            pictures.append(picture(cell(source), reader.read(source), THUMBNAIL_WIDTH))
+        except (SegmindError, UnreadableSource, ValueError):
+            pictures.append(f"{cell(source)}: cannot be read")
+    lines = [
+        f"### {cell(question.title)}: {plan.generate} picture{'s' * (plan.generate != 1)}, {usd(plan.planned_usd)} USD",
+        "",
+        f"More than {usd(question.above_usd)} USD need somebody's approval. Nothing is paid yet.",
+        "",
+        *table(plan.facts()),
+        *(f"\n- {cell(each)}" for each in plan.shortfalls()),
+        "",
+        "| asset | prompt |",
+        "| --- | --- |",
+        *(f"| {cell(name)} | {cell(prompt[:300])} |" for name, prompt in question.prompts),
+        "",
+        "| sources | |",
+        "| --- | --- |",
+        *(f"| {' | '.join(pictures[at : at + 2])} |" for at in range(0, len(pictures), 2)),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,349 @@
+"""An inbox: a folder or a prefix in a bucket, into which people put images, and its `done/`, into which they move.
+
+Nothing is remembered between two visits: what lies there is to be done, what lies in `done/` is done.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import stat
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+from prefect_segmind.errors import ConfigurationError, StoreError
+from prefect_segmind.place import open_store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+# By its name only, which must be one that can be written down.
+_IMAGE = re.compile(r"(?is)[^\ud800-\udfff]+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf])")
+_PASSED_OVER = re.compile(
+    r"(?is)[.~].*|.*~|.*\.(part|partial|filepart|tmp|crdownload|download)"  # hidden, or still on its way
+    r"|@eadir|@recycle|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__macosx"  # a system's
+    r"|thumbs\.db|desktop\.ini"
+)
+
+
+class InboxFile(NamedTuple):
+    """An image as it was looked at: an absolute path or `s3://bucket/key`, and its path below the inbox.
+
+    The version changes with the file: the size, with the time of its last change on disk, with its ETag in a bucket.
+    """
+
+    location: str
+    below: str
+    version: str
+
+
+class Look(NamedTuple):
+    """What one visit has found, each in the order of the paths below the inbox.
+
+    `unsettled` are images that are still being written, `ignored` what is visible and no image by its name, or a link.
+    """
+
+    settled: tuple[InboxFile, ...]
+    unsettled: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+class _Seen(NamedTuple):
+    file: InboxFile
+    size: int
+    written: float
+
+
+def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done") -> Inbox:
+    """The inbox at a place.
+
+    Args:
+        place: An existing folder (`~` is the home) or `s3://bucket/prefix`, where nothing has to be yet.
+        s3: Makes the S3 client, when one is needed.
+        done: The folder in it for what is done.
+
+    Raises:
+        ConfigurationError: The place is of no such kind, or there is no such folder.
+    """
+    if not done.strip(". ") or re.search(r"[/\\\0]", done):
+        raise ConfigurationError(f"inbox: {done!r} cannot be the folder for what is done; write one name, such as done")
+    try:
+        if place.lower().startswith("s3:"):
+            return _Bucket(place, s3, done)
+        return _Folder(place, Path(open_store(place).url), done)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"inbox: {error}") from None
+
+
+class Inbox(ABC):
+    """A place for images, subfolders included; hidden and temporary names and all of `done/` are passed over."""
+
+    def __init__(self, url: str, done: str) -> None:
+        self.url = url
+        self._done = done
+
+    def look(self, settle_seconds: float, pause: Callable[[float], object] = time.sleep) -> Look:
+        """Looks twice, so that nothing is taken that somebody is still writing.
+
+        Settled is what is not empty and the same in both looks. On disk it is also older than the time between them,
+        by this machine's clock; a date in the future, as of another machine's clock, says nothing and does not count.
+
+        Args:
+            settle_seconds: How long nothing may change.
+            pause: Waits that long; not called where there is no image.
+
+        Raises:
+            StoreError: The place cannot be listed.
+        """
+        first, ignored = self._list()
+        if not first:
+            return Look((), (), tuple(sorted(ignored)))
+        pause(settle_seconds)
+        second, ignored = self._list()
+        settled = {
+            below: seen.file
+            for below, seen in sorted(second.items())
+            if first.get(below) == seen and seen.size and not self._is_young(seen, settle_seconds)
+        }
+        return Look(tuple(settled.values()), tuple(sorted(second.keys() - settled)), tuple(sorted(ignored)))
+
+    @abstractmethod
+    def move_done(self, file: InboxFile) -> str | None:
+        """Moves a file into `done/`, there as deep as it was in the inbox; nothing is ever replaced.
+
+        Where its name is taken it gets the start of its SHA-256 as well, `cup-1a2b3c4d.jpg`; where that very content
+        lies there already, the file is just removed.
+
+        Returns:
+            Where it is now; None if it is gone or no longer what was looked at, and then what is there stays.
+
+        Raises:
+            StoreError: It cannot be moved.
+        """
+
+    @abstractmethod
+    def _list(self) -> tuple[dict[str, _Seen], list[str]]:
+        """The images by their paths below the inbox, and the paths of what is ignored."""
+
+    def _is_young(self, seen: _Seen, seconds: float) -> bool:
+        return False
+
+    def _passes_over(self, below: str) -> bool:
+        segments = below.split("/")
+        return not segments[-1] or segments[0] == self._done or any(map(_PASSED_OVER.fullmatch, segments))
+
+
+def _names(name: str, content: Callable[[], bytes]) -> Iterator[str]:
+    """`cup.jpg`, `cup-1a2b3c4d.jpg`, `cup-1a2b3c4d-2.jpg` and so on, short enough for any disk."""
+    yield name
+    stem, _, extension = name.rpartition(".")
+    stem = f"{stem[:50]}-{hashlib.sha256(content()).hexdigest()[:8]}"
+    yield f"{stem}.{extension}"
+    yield from (f"{stem}-{number}.{extension}" for number in count(2))
+
+
+class _Folder(Inbox):
+    def __init__(self, place: str, folder: Path, done: str) -> None:
+        _require_folder(place, folder)
+        super().__init__(str(folder), done)
+        self._folder = folder
+
+    def move_done(self, file: InboxFile) -> str | None:
+        source, target = Path(file.location), self._folder / self._done / file.below
+        held = target.with_name(f"moving-{uuid4().hex}{target.suffix}")
+        with _told(f"move {source} to {target}"):
+            try:
+                if _version(source.lstat()) != file.version:
+                    return None
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # What has that name at this moment is taken in one step to where only this run writes, then judged.
+                source.replace(held)
+            except FileNotFoundError:
+                return None
+        with _told(f"move {held} to {target}"):
+            if _version(held.lstat()) == file.version:
+                return str(_give_name(held, target))
+            _give_name(held, source, plain=False)  # a new upload goes back, beside one that may be even newer
+        return None
+
+    def _list(self) -> tuple[dict[str, _Seen], list[str]]:
+        images: dict[str, _Seen] = {}
+        ignored: list[str] = []
+        with _told(f"read the inbox {self.url}"):
+            for here, folders, names in os.walk(self._folder, onerror=self._unless_gone):
+                paths = {Path(here, name): name for name in (*folders, *names)}
+                folders.clear()
+                for path, name in paths.items():
+                    below = path.relative_to(self._folder).as_posix()
+                    if self._passes_over(below):
+                        continue
+                    with suppress(FileNotFoundError):
+                        facts = path.lstat()
+                        if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
+                            folders.append(name)
+                        elif stat.S_ISREG(facts.st_mode) and _IMAGE.fullmatch(below):
+                            file = InboxFile(str(path), below, _version(facts))
+                            images[below] = _Seen(file, facts.st_size, facts.st_mtime)
+                        else:
+                            ignored.append(below.encode(errors="backslashreplace").decode())
+        return images, ignored
+
+    def _unless_gone(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError) or error.filename == self.url:
+            raise error
+
+    def _is_young(self, seen: _Seen, seconds: float) -> bool:
+        return 0 <= time.time() - seen.written < seconds
+
+
+def _require_folder(place: str, folder: Path) -> None:
+    above = folder.parent
+    try:
+        if folder.is_dir():
+            return
+        if folder.exists():
+            raise ConfigurationError(f"{place} is a file; name the folder that it lies in")
+        names = [each.name for each in above.iterdir() if each.is_dir()] if above.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{place} cannot be read: {error}") from None
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"looked in {above}"
+    raise ConfigurationError(f"{place} does not exist ({hint}); create the folder or correct its path")
+
+
+def _version(facts: os.stat_result) -> str:
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
+    """Gives a file that only this run knows the wanted name or, where that is taken or not to be had, the next."""
+    names = islice(_names(wanted.name, held.read_bytes), 0 if plain else 1, None)
+    while True:
+        path = wanted.with_name(next(names))
+        try:
+            path.open("xb").close()  # from here on the name is ours; of several runs one gets it
+        except FileExistsError:
+            if path.is_file() and path.read_bytes() == held.read_bytes():
+                held.unlink()
+                return path
+        else:
+            return held.replace(path)
+
+
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = "check the owner and mode of the folders, and that they are on one disk"
+        raise StoreError(f"cannot {doing}: {error.strerror or error}; {advice}") from error
+
+
+class _Bucket(Inbox):
+    """Servers honour all conditions or some or none, and do not say which: so each is also looked at beforehand."""
+
+    def __init__(self, place: str, s3: Callable[[], S3Client], done: str) -> None:
+        from prefect_segmind.s3 import split_uri  # boto3 takes a second to import
+
+        self._bucket, prefix = split_uri(place)
+        self._root = f"{prefix.strip('/')}/".lstrip("/")
+        super().__init__(f"s3://{self._bucket}/{self._root}".rstrip("/"), done)
+        self._client = s3()
+
+    def move_done(self, file: InboxFile) -> str | None:
+        from prefect_segmind.s3_errors import explained
+
+        etag = f'"{file.version.partition(" ")[2]}"'
+        with explained(f"move {file.location} to {self.url}/{self._done}", self._client):
+            before = self._head(file.below)
+            if before is None or before.file != file:
+                return None
+            try:
+                target = self._copy(file.below, etag)
+            except self._client.exceptions.ClientError:
+                if self._head(file.below) != before:
+                    return None
+                raise
+            try:
+                if self._head(file.below) == before:
+                    self._ask(self._client.delete_object, {"IfMatch": etag}, Key=self._root + file.below)
+            except self._client.exceptions.ClientError:
+                if self._head(file.below) == before:
+                    raise
+        return f"{self.url}/{target}"
+
+    def _copy(self, below: str, etag: str) -> str:
+        source = {"Bucket": self._bucket, "Key": self._root + below}
+        folder, _, name = below.rpartition("/")
+        names = _names(name, lambda: self._read(below))
+        while True:
+            target = "/".join(filter(None, (self._done, folder, next(names))))
+            if self._head(target) is None:
+                copy = {"Key": self._root + target, "CopySource": source, "CopySourceIfMatch": etag}
+                try:
+                    self._ask(self._client.copy_object, {"IfNoneMatch": "*"}, **copy)
+                    return target
+                except self._client.exceptions.ClientError:
+                    if self._head(target) is None:  # else somebody was faster, or the answer to us was lost
+                        raise
+            if self._read(target) == self._read(below):
+                return target
+
+    def _list(self) -> tuple[dict[str, _Seen], list[str]]:
+        from prefect_segmind.s3_errors import explained
+
+        images: dict[str, _Seen] = {}
+        ignored: list[str] = []
+        with explained(f"read the inbox {self.url}", self._client):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root):
+                for entry in page.get("Contents", ()):
+                    below = entry.get("Key", "")[len(self._root) :]
+                    if self._passes_over(below):
+                        continue
+                    if _IMAGE.fullmatch(below):
+                        images[below] = self._seen(below, entry, entry.get("Size", 0))
+                    else:
+                        ignored.append(below)
+        return images, ignored
+
+    def _head(self, below: str) -> _Seen | None:
+        try:
+            head = self._client.head_object(Bucket=self._bucket, Key=self._root + below)
+        except self._client.exceptions.ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+        return self._seen(below, head, head["ContentLength"])
+
+    def _seen(self, below: str, entry: Any, size: int) -> _Seen:
+        etag = entry.get("ETag", "").strip('"')  # rclone quotes it for a HEAD and not in a list
+        return _Seen(InboxFile(f"{self.url}/{below}", below, f"{size} {etag}"), size, entry["LastModified"].timestamp())
+
+    def _ask(self, call: Callable[..., Any], condition: dict[str, str], **request: Any) -> None:
+        """Calls with a condition; without it where this boto3 does not have it, or the server does not know it."""
+        from botocore.exceptions import ParamValidationError
+
+        try:
+            call(Bucket=self._bucket, **request, **condition)
+        except (ParamValidationError, self._client.exceptions.ClientError) as error:
+            if _status(error) not in (400, 501):
+                raise
+            call(Bucket=self._bucket, **request)
+
+    def _read(self, below: str) -> bytes:
+        with self._client.get_object(Bucket=self._bucket, Key=self._root + below)["Body"] as body:
+            return body.read()
+
+
+def _status(error: Exception) -> int:
+    """The status of a refusal; 501, not implemented, where boto3 itself does not know what it is asked."""
+    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 501))

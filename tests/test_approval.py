@@ -1,0 +1,71 @@
+"""When a person is asked, and what the answers allow."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_segmind.approval import GO_ON, STOP, TRIM, Answer, Approved, must_ask, parse_answer, settle
+from prefect_segmind.errors import NotApprovedError
+
+money = st.decimals(min_value=0, max_value=10_000, places=2)
+
+
+@pytest.mark.parametrize(
+    ("planned", "above", "budget", "asks"),
+    [
+        ("5.00", None, None, False),
+        ("5.00", "5.00", None, False),
+        ("5.05", "5.00", None, True),
+        ("5.05", "5.00", "10.00", True),
+        ("5.05", "5.00", "5.00", False),  # the budget keeps it within what needs no approval
+        ("0.05", "0", None, True),
+        ("0.00", "0", None, False),
+    ],
+)
+def test_a_person_is_asked_if_the_run_may_cost_more_than_what_needs_no_approval(
+    planned: str, above: str | None, budget: str | None, asks: bool
+) -> None:
+    limits = [None if each is None else Decimal(each) for each in (above, budget)]
+    assert must_ask(Decimal(planned), *limits) is asks
+
+
+@given(above=money, budget=st.none() | money, up_to=st.none() | money)
+def test_an_answer_never_raises_the_budget(above: Decimal, budget: Decimal | None, up_to: Decimal | None) -> None:
+    approved = settle(Answer(TRIM, up_to), above_usd=above, budget_usd=budget)
+    assert approved.budget_usd is not None
+    assert approved.budget_usd == min(each for each in (budget, above if up_to is None else up_to) if each is not None)
+    assert approved.trimmed is (budget is None or approved.budget_usd < budget)
+
+
+@given(above=money, budget=st.none() | money)
+def test_to_go_on_is_to_go_on_as_planned(above: Decimal, budget: Decimal | None) -> None:
+    assert settle(Answer(GO_ON), above_usd=above, budget_usd=budget) == Approved(budget, trimmed=False)
+
+
+def test_to_stop_is_to_pay_nothing() -> None:
+    with pytest.raises(NotApprovedError, match="nothing was paid"):
+        settle(Answer(STOP), above_usd=Decimal(1), budget_usd=None)
+
+
+@pytest.mark.parametrize("text", ["y", "yes", " YES ", "go on"])
+def test_people_say_yes_in_several_ways(text: str) -> None:
+    assert parse_answer(text) == Answer(GO_ON)
+
+
+@pytest.mark.parametrize("text", ["n", "No", "stop"])
+def test_and_no(text: str) -> None:
+    assert parse_answer(text) == Answer(STOP)
+
+
+@pytest.mark.parametrize("text", ["2.5", "$2.5", "2.5 USD", "2.50usd"])
+def test_an_amount_trims(text: str) -> None:
+    assert parse_answer(text) == Answer(TRIM, Decimal("2.5"))
+
+
+@pytest.mark.parametrize("text", ["", "maybe", "-1", "nan", "inf", "1,5", "yes please"])
+def test_what_is_no_answer_is_asked_again(text: str) -> None:
+    assert parse_answer(text) is None

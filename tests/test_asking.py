@@ -1,0 +1,199 @@
+"""Asking first, on a real Prefect server: the run pauses, shows its plan, and does what it is answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import State, StateType
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling
+
+from prefect_segmind import BatchError, BatchResult, asking, refresh_assets
+from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, NotApprovedError
+from prefect_segmind.sandbox import Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def manifest(photo: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Five pictures, 0.25 USD."""
+    monkeypatch.setattr(asking, "POLL_SECONDS", 1)
+    assets = [
+        {"name": f"mug/{n}", "image": photo.name, "prompt": f"a red | mug, number {n}", "seed": 1000 + n}
+        for n in range(5)
+    ]
+    path = photo.parent / "campaign.yaml"
+    path.write_text(yaml.safe_dump({"assets": assets}))
+    return str(path)
+
+
+class Paused:
+    """A run that waits for an answer."""
+
+    def __init__(self, client: SyncPrefectClient, ended: Future[State[BatchResult]]) -> None:
+        self._client, self._ended = client, ended
+        self.id = self._find()
+
+    def _find(self) -> UUID:
+        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
+        for _ in range(300):
+            found = self._client.read_flow_runs(flow_run_filter=wanted)
+            if found:
+                return found[0].id
+            assert not self._ended.done(), self._ended.result()
+            time.sleep(0.1)
+        raise AssertionError("no run was paused")
+
+    @property
+    def form(self) -> str:
+        """What the person reads."""
+        found = self._client.read_flow_run(self.id).state
+        assert found is not None
+        keyset = found.state_details.run_input_keyset
+        assert keyset is not None
+        return self._client.request(
+            "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
+        ).json()
+
+    def answer(self, **answer: Any) -> str:
+        """Answers as the form does, and returns the server's word for it."""
+        found = self._client.request(
+            "POST", "/flow_runs/{id}/resume", path_params={"id": self.id}, json={"run_input": answer}
+        )
+        return str(found.json()["status"])
+
+    def ended(self) -> State[BatchResult]:
+        return self._ended.result(60)
+
+
+@pytest.fixture
+def paused(manifest: str) -> Iterator[Callable[..., Paused]]:
+    with get_client(sync_client=True) as client, ThreadPoolExecutor(1) as pool:
+
+        def start(**parameters: Any) -> Paused:
+            ended = pool.submit(refresh_assets, manifest, return_state=True, **parameters)
+            return Paused(client, ended)
+
+        yield start
+
+
+def test_a_run_that_costs_more_waits_and_shows_what_it_will_do(sandbox: Sandbox, paused: Callable[..., Paused]) -> None:
+    run = paused(approve_above_usd=Decimal("0.10"))
+    for told in ("5 pictures, 0.25 USD", "More than 0.10 USD", "mug/4", r"a red \| mug, number 0", "data:image/jpeg"):
+        assert told in run.form
+    time.sleep(2)
+    assert sandbox.ledger.requests == (), "nothing is paid while it waits"
+    assert run.answer(answer="go on") == "ACCEPT"
+    result = run.ended().result()
+    assert (result.generated, result.cost_usd) == (5, Decimal("0.25"))
+    assert sandbox.ledger.billed == 5
+
+
+def test_trimmed_it_spends_what_is_approved_and_is_completed(sandbox: Sandbox, paused: Callable[..., Paused]) -> None:
+    run = paused(approve_above_usd=Decimal("0.05"))
+    assert run.answer(answer="trim", up_to_usd=0.17) == "ACCEPT"
+    state = run.ended()
+    assert state.is_completed()
+    result = state.result()
+    assert (result.generated, result.not_started, result.cost_usd) == (3, 2, Decimal("0.15"))
+    assert sandbox.ledger.billed == 3
+
+
+def test_trimmed_without_an_amount_it_spends_what_needs_no_approval(
+    sandbox: Sandbox, paused: Callable[..., Paused]
+) -> None:
+    run = paused(approve_above_usd=Decimal("0.10"))
+    assert run.answer(answer="trim") == "ACCEPT"
+    assert run.ended().result().generated == sandbox.ledger.billed == 2
+
+
+def test_stopped_it_pays_nothing_and_is_cancelled(sandbox: Sandbox, paused: Callable[..., Paused]) -> None:
+    run = paused(approve_above_usd=Decimal(0))
+    assert run.answer(answer="stop") == "ACCEPT"
+    state = run.ended()
+    assert state.is_cancelled()
+    assert "not approved" in str(state.message)
+    with pytest.raises(BatchError) as error:
+        state.result()
+    assert isinstance(error.value.stopped, NotApprovedError)
+    assert (error.value.result.not_started, error.value.result.cost_usd) == (5, Decimal(0))
+    assert sandbox.ledger.requests == ()
+
+
+@pytest.mark.parametrize("answer", [{}, {"answer": "maybe"}, {"answer": "trim", "up_to_usd": -1}, {"up_to_usd": 1}])
+def test_what_is_no_answer_is_refused_and_the_run_waits_on(
+    sandbox: Sandbox, paused: Callable[..., Paused], answer: dict[str, Any]
+) -> None:
+    run = paused(approve_above_usd=Decimal(0))
+    assert run.answer(**answer) == "REJECT"
+    assert run.answer(answer="stop") == "ACCEPT"
+    assert run.ended().is_cancelled()
+    assert sandbox.ledger.requests == ()
+
+
+def test_unanswered_it_fails_unpaid(
+    sandbox: Sandbox, paused: Callable[..., Paused], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_APPROVAL_TIMEOUT_SECONDS", "2")
+    state = paused(approve_above_usd=Decimal(0)).ended()
+    assert state.is_failed()
+    with pytest.raises(BatchError, match="nobody answered within 2 s") as error:
+        state.result()
+    assert isinstance(error.value.stopped, ApprovalTimeoutError)
+    assert sandbox.ledger.requests == ()
+
+
+def test_cancelled_while_it_waits_it_ends_as_cancelled(
+    sandbox: Sandbox, paused: Callable[..., Paused], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_APPROVAL_TIMEOUT_SECONDS", "3")
+    run = paused(approve_above_usd=Decimal(0))
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Cancelling(), force=True)
+    assert run.ended().is_cancelled()
+    assert sandbox.ledger.requests == ()
+
+
+def test_nobody_is_asked_for_what_costs_no_more(sandbox: Sandbox, manifest: str) -> None:
+    assert refresh_assets(manifest, approve_above_usd=Decimal("0.25")).generated == 5
+    assert refresh_assets(manifest, approve_above_usd=Decimal(0)).reused == 5, "what is paid for costs nothing"
+
+
+def test_the_setting_counts_where_the_flow_names_none(
+    sandbox: Sandbox, paused: Callable[..., Paused], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_APPROVE_ABOVE_USD", "0.20")
+    run = paused()
+    assert run.answer(answer="stop") == "ACCEPT"
+    assert run.ended().is_cancelled()
+
+
+def test_where_nobody_could_answer_it_says_so_at_once(sandbox: Sandbox, manifest: str) -> None:
+    question = asking.Question("x", _plan(), Decimal(0), (), ())
+    with temporary_settings({PREFECT_API_URL: None}), pytest.raises(ConfigurationError, match="no Prefect server"):
+        asking._pause(question, None)
+
+
+def _plan() -> Any:
+    from prefect_segmind.plan import Plan
+
+    return Plan(total=1, generate=1, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
+
+
+def test_a_source_that_cannot_be_read_is_named_in_the_form(sandbox: Sandbox, photo: Path) -> None:
+    (photo.parent / "text.jpg").write_text("no picture")
+    sources = [str(photo), str(photo.parent / "text.jpg"), str(photo.parent / "lost.jpg")]
+    told = asking.description(asking.Question("x", _plan(), Decimal(0), (("a", "b"),), sources), None)
+    assert told.count("data:image/jpeg") == 1
+    assert told.count("cannot be read") == 2

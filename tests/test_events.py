@@ -1,0 +1,136 @@
+"""Events out: what a real Prefect server has been told, for automations and other people's tools."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+
+from prefect_segmind import events as our_events
+from prefect_segmind import image_to_image, refresh_assets
+from prefect_segmind.batch import BatchError
+from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
+from prefect_segmind.sandbox import Answer, Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+DOCUMENTED = {
+    event: set(re.findall(r"`(\w+)`", payload))
+    for events, payload in re.findall(
+        r"^\| (`prefect-segmind\..*?) \| (.*) \|$",
+        (Path(__file__).parents[1] / "docs" / "deployments.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    for event in re.findall(r"`(.+?)`", events)
+}
+Events = Callable[[int], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def events() -> Events:
+    """Our events since this test began, as soon as there are so many; they come to the server a moment later."""
+    since = datetime.now(timezone.utc) - timedelta(milliseconds=50)
+
+    def told(count: int) -> list[dict[str, Any]]:
+        wanted = {"occurred": {"since": since.isoformat()}, "event": {"prefix": ["prefect-segmind."]}}
+        with get_client(sync_client=True) as client:
+            for _ in range(300):
+                found = client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
+                if len(found) >= count:
+                    break
+                time.sleep(0.2)
+        assert len(found) == count, [each["event"] for each in found]
+        for each in found:
+            assert each["payload"].keys() == DOCUMENTED[each["event"]]
+        return sorted(found, key=lambda each: str(each["occurred"]))
+
+    return told
+
+
+@pytest.fixture
+def manifest(photo: Path) -> str:
+    assets = [
+        {"name": f"mug/{n}", "image": photo.name, "prompt": f"a red mug, {n}", "seed": 1000 + n} for n in range(4)
+    ]
+    path = photo.parent / "campaign.yaml"
+    path.write_text(yaml.safe_dump({"assets": assets}))
+    return str(path)
+
+
+def test_an_archived_picture_says_where_it_is_and_what_it_cost(
+    sandbox: Sandbox, photo: Path, events: Events, tmp_path: Path
+) -> None:
+    archived = image_to_image(str(photo), "a red mug", name="hero", publish_to=str(tmp_path / "live"))
+    (event,) = events(1)
+    assert event["event"] == "prefect-segmind.asset.archived"
+    assert event["resource"] == {
+        "prefect.resource.id": f"prefect-segmind.job.{archived.fingerprint}",
+        "prefect.resource.name": "hero",
+        "prefect-segmind.status": "generated",
+    }
+    payload = event["payload"]
+    assert (payload["status"], payload["image"], payload["cost_usd"]) == ("generated", archived.image, "0.05")
+    assert "flow-run" in {each.get("prefect.resource.role") for each in event["related"]}
+
+
+def test_a_failed_job_says_where_and_why(sandbox: Sandbox, photo: Path, events: Events) -> None:
+    with pytest.raises(InvalidJobError):
+        image_to_image(str(photo), "a red mug", name="hero", style_type="realistic")
+    (event,) = events(1)
+    assert event["event"] == "prefect-segmind.asset.failed"
+    assert event["resource"]["prefect.resource.name"] == "hero"
+    assert (event["payload"]["name"], event["payload"]["stage"]) == ("hero", "validate")
+    assert "Did you mean REALISTIC?" in event["payload"]["error"]
+
+
+def test_a_request_that_is_sent_again_is_no_failed_job(sandbox: Sandbox, photo: Path, events: Events) -> None:
+    sandbox.play(Answer(status=429, reset_in=0.1))
+    image_to_image(str(photo), "a red mug")
+    assert [each["event"] for each in events(2)] == ["prefect-segmind.attempt.failed", "prefect-segmind.asset.archived"]
+
+
+def test_no_credits_are_told_of_the_account(sandbox: Sandbox, photo: Path, events: Events) -> None:
+    sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
+    with pytest.raises(InsufficientCreditsError):
+        image_to_image(str(photo), "a red mug")
+    told = events(3)
+    assert [each["event"].removeprefix("prefect-segmind.") for each in told] == [
+        *("attempt.failed", "asset.failed", "credits.exhausted")
+    ]
+    assert told[-1]["resource"] == {"prefect.resource.id": "prefect-segmind.account"}
+    assert "Insufficient credits" in told[-1]["payload"]["error"]
+
+
+def test_a_batch_without_credits_tells_it_once(sandbox: Sandbox, manifest: str, events: Events) -> None:
+    sandbox.play(*[Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}')] * 4)
+    with pytest.raises(BatchError) as error:
+        refresh_assets(manifest, max_concurrency=1)
+    told = events(3)
+    assert [each["event"].removeprefix("prefect-segmind.") for each in told] == [
+        *("attempt.failed", "asset.failed", "credits.exhausted")
+    ]
+    assert told[-1]["payload"]["not_started"] == error.value.result.not_started == 3
+
+
+def test_a_budget_that_is_reached_is_told_of_the_run(sandbox: Sandbox, manifest: str, events: Events) -> None:
+    with pytest.raises(BatchError):
+        refresh_assets(manifest, max_concurrency=1, budget_usd=Decimal("0.10"))
+    *archived, reached = events(3)
+    assert {each["event"] for each in archived} == {"prefect-segmind.asset.archived"}
+    assert reached["event"] == "prefect-segmind.budget.exhausted"
+    assert reached["resource"]["prefect.resource.id"].startswith("prefect-segmind.run.")
+    assert (reached["payload"]["cost_usd"], reached["payload"]["not_started"]) == ("0.10", 2)
+
+
+def test_every_event_is_documented() -> None:
+    ours = {value for name, value in vars(our_events).items() if name.isupper() and isinstance(value, str)}
+    assert DOCUMENTED.keys() == ours
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(prefect-segmind\..*?)` \|", readme, re.M)) == ours

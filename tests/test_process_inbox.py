@@ -1,0 +1,176 @@
+"""The inbox on a real Prefect server: what people put there becomes pictures, once, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from prefect_segmind import BatchError, configuration, process_inbox
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, ManifestError
+from prefect_segmind.sandbox import Answer, Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+PROMPT = "{{ (stem) }} on a picnic blanket"
+
+
+@pytest.fixture
+def inbox(photo: Path) -> Path:
+    """Two images, of which one lies deeper, a picture that is none, and a note."""
+    folder = photo.parent / "inbox"
+    (folder / "summer").mkdir(parents=True)
+    shutil.copy(photo, folder / "cup.jpg")
+    shutil.copy(photo, folder / "summer" / "pot.jpg")
+    (folder / "broken.jpg").write_bytes(photo.read_bytes()[:3000])
+    (folder / "notes.txt").write_text("for Tuesday")
+    return folder
+
+
+def visit(inbox: Path | str, prompt: str = PROMPT, **parameters: object):
+    return process_inbox(str(inbox), prompt, **{"settle_seconds": 0.05, **parameters})  # type: ignore[arg-type]
+
+
+def test_each_new_image_becomes_a_picture_by_the_template(sandbox: Sandbox, inbox: Path) -> None:
+    result = visit(inbox, style_type="ANIME", name="shop")
+    assert {each.name for each in result.images} == {"shop/cup", "shop/summer/pot"}
+    sent = [
+        json.loads(configuration.open_archive(None).content(each.sidecar) or b"")["request"] for each in result.images
+    ]
+    assert {(each["prompt"], each["style_type"]) for each in sent} == {
+        ("cup on a picnic blanket", "ANIME"),
+        ("pot on a picnic blanket", "ANIME"),
+    }
+    assert (result.generated, result.cost_usd, result.ignored) == (2, Decimal("0.10"), ("notes.txt",))
+
+
+def test_a_bad_file_stays_and_is_told_and_stops_no_other(sandbox: Sandbox, inbox: Path) -> None:
+    result = visit(inbox, move_done=True)
+    (failure,) = result.failures
+    assert (failure.name, failure.stage) == ("inbox/broken", "validate")
+    assert "cut short" in failure.error
+    assert (inbox / "broken.jpg").exists()
+    assert result.generated == 2
+    with pytest.raises(BatchError):
+        visit(inbox, fail_run_on_failures=True)
+
+
+def test_what_the_archive_has_is_skipped_and_costs_nothing(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    visit(inbox)
+    shutil.copy(inbox / "cup.jpg", inbox / "bowl.jpg")
+    result = visit(inbox)
+    assert (result.total, result.generated, result.archived_before) == (1, 1, 2)
+    assert sandbox.ledger.requests[-1].prompt == "bowl on a picnic blanket"
+    again = visit(inbox)
+    assert (again.total, again.archived_before, again.cost_usd) == (0, 3, Decimal(0))
+    assert sandbox.ledger.billed == 3
+
+
+def test_the_same_picture_under_another_name_is_copied_and_not_paid_again(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    result = visit(inbox, "a red mug on a table")
+    assert {(each.name, each.status) for each in result.images} >= {("inbox/cup", "generated")} or result.reused == 1
+    assert (result.generated, result.reused, sandbox.ledger.billed) == (1, 1, 1)
+
+
+def test_a_file_that_changes_under_its_name_is_new(sandbox: Sandbox, inbox: Path, photo: Path) -> None:
+    visit(inbox)
+    from prefect_segmind.sandbox import sample_photo
+
+    (inbox / "cup.jpg").write_bytes(sample_photo((640, 480)))
+    assert visit(inbox).generated == 1
+    assert sandbox.ledger.billed == 3
+
+
+def test_done_files_move_and_those_of_an_earlier_visit_too(sandbox: Sandbox, inbox: Path) -> None:
+    visit(inbox)
+    result = visit(inbox, move_done=True)
+    assert {Path(each).relative_to(inbox).as_posix() for each in result.moved} == {
+        "done/cup.jpg",
+        "done/summer/pot.jpg",
+    }
+    assert not (inbox / "cup.jpg").exists()
+    assert (inbox / "done" / "summer" / "pot.jpg").exists()
+    assert visit(inbox).total == 1, "only the broken one is left"
+    assert sandbox.ledger.billed == 2
+
+
+def test_what_failed_is_not_moved_and_the_next_visit_makes_it(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    (inbox / "summer" / "pot.jpg").unlink()
+    sandbox.play(Answer(status=422, body='{"error": "unsafe"}'))
+    first = visit(inbox, move_done=True)
+    assert (first.failed, first.moved, (inbox / "cup.jpg").exists()) == (1, (), True)
+    second = visit(inbox, move_done=True)
+    assert (second.generated, len(second.moved), sandbox.ledger.billed) == (1, 1, 1)
+
+
+def test_an_inbox_in_s3_works_alike(sandbox: Sandbox, inbox: Path, tmp_path: Path) -> None:
+    place = f"s3://segmind/{tmp_path.name}/inbox"
+    store = configuration.open_store(place, configuration.s3_client())
+    for path in inbox.rglob("*.jpg"):
+        store.put(path.relative_to(inbox).as_posix(), path.read_bytes(), "image/jpeg")
+    result = visit(place, move_done=True)
+    assert (result.generated, result.failed) == (2, 1)
+    assert set(store.keys("")) == {"broken.jpg", "done/cup.jpg", "done/summer/pot.jpg"}
+    assert sandbox.ledger.billed == 2
+
+
+def test_an_empty_inbox_is_no_failure(sandbox: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "inbox").mkdir()
+    result = visit(tmp_path / "inbox")
+    assert (result.total, result.cost_usd, result.dry_run) == (0, Decimal(0), False)
+
+
+def test_a_dry_run_tells_and_moves_nothing(sandbox: Sandbox, inbox: Path) -> None:
+    result = visit(inbox, dry_run=True, move_done=True)
+    assert (result.generated, result.failed, result.planned_usd, result.dry_run) == (2, 1, Decimal("0.10"), True)
+    assert sandbox.ledger.requests == ()
+    assert not (inbox / "done").exists()
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_a_mistake_in_the_template_is_told_at_once_even_if_the_inbox_is_empty(
+    sandbox: Sandbox, inbox: Path, files: bool
+) -> None:
+    if not files:
+        shutil.rmtree(inbox)
+        inbox.mkdir()
+    with pytest.raises(InvalidJobError, match="Did you mean REALISTIC"):
+        visit(inbox, style_type="realistic")
+    assert sandbox.ledger.requests == ()
+
+
+def test_a_template_that_names_what_is_not_there_says_so(sandbox: Sandbox, inbox: Path) -> None:
+    with pytest.raises(ManifestError, match="season"):
+        visit(inbox, "{{ season }} light")
+
+
+def test_there_must_be_an_inbox(sandbox: Sandbox, inbox: Path) -> None:
+    with pytest.raises(ConfigurationError, match="did you mean inbox"):
+        visit(inbox.parent / "inbx")
+
+
+def test_a_budget_ends_the_visit_and_the_next_goes_on(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    first = visit(inbox, budget_usd=Decimal("0.05"), max_concurrency=1)
+    assert (first.generated, first.not_started) == (1, 1)
+    assert visit(inbox, budget_usd=Decimal("0.05")).generated == 1
+
+
+def test_published_pictures_are_published_again_and_not_paid_again(
+    sandbox: Sandbox, inbox: Path, tmp_path: Path
+) -> None:
+    live = tmp_path / "live"
+    first = visit(inbox, publish_to=str(live))
+    assert {each.published for each in first.images} == {
+        str(live / "inbox" / "cup.png"),
+        str(live / "inbox" / "summer" / "pot.png"),
+    }
+    (live / "inbox" / "cup.png").unlink()
+    again = visit(inbox, publish_to=str(live))
+    assert (again.reused, (live / "inbox" / "cup.png").exists()) == (2, True)
+    assert sandbox.ledger.billed == 2
