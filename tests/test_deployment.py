@@ -1,98 +1,349 @@
-"""The deployment, as a team would start it: a real server, a work pool, a worker, and a run from the API."""
+"""The deployments as a team starts them: the README's five commands in a fresh clone, then all that starts a run.
+
+A real server, a real worker in an environment of its own, and the sandbox for the API and S3.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.settings import PREFECT_API_URL
 
+from prefect_segmind import configuration
 from prefect_segmind.sandbox import Answer, Sandbox
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(840)]
 ROOT = Path(__file__).parents[1]
-PREFECT = str(Path(sys.executable).with_name("prefect"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HEADING = "## It runs by itself: schedules, events, an inbox"
+T = TypeVar("T")
+
+
+def block(start: str, kind: str) -> str:
+    """The first fenced block of a kind in the README below some text."""
+    found = re.search(rf"```{kind}\n(.*?)```", README.partition(start)[2], re.S)
+    assert found, start
+    return found[1]
+
+
+def commands() -> list[str]:
+    return re.findall(r"^\$ (.*?)(?:\s+#.*)?$", block(HEADING, "console"), re.M)
+
+
+def test_there_are_five_commands() -> None:
+    assert len(commands()) == 5
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """What a clone has of the deployment: the file and the flows at their place."""
+    """What a clone has: all that git knows or would take."""
     folder = tmp_path / "clone"
-    for name in ("deployments", "flows"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        source, target = ROOT / name, folder / name
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
     return folder
 
 
+class Patient(httpx.HTTPTransport):
+    """Asks again where the server's database was locked for a moment."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        for _ in range(40):
+            response = super().handle_request(request)
+            if response.status_code != 503:
+                break
+            time.sleep(0.25)
+        return response
+
+
+class Team:
+    """Somebody who has a shell in the clone, and a browser on the server's API."""
+
+    def __init__(self, clone: Path, environment: dict[str, str], port: int) -> None:
+        self.clone, self.environment, self.port = clone, environment, port
+        self.api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, transport=Patient())
+        self.worker: subprocess.Popen[bytes] | None = None
+
+    def shell(self, command: str) -> str:
+        done = subprocess.run(
+            command, shell=True, cwd=self.clone, env=self.environment, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}{self.log}"
+        return done.stdout
+
+    def start_worker(self, command: str) -> None:
+        with (self.clone / "worker.log").open("wb") as log:
+            self.worker = subprocess.Popen(
+                command.split(), cwd=self.clone, env=self.environment, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def log(self) -> str:
+        path = self.clone / "worker.log"
+        return path.read_text(errors="replace")[-20_000:] if path.exists() else ""
+
+    def until(self, look: Callable[[], T | None], seconds: float = 240) -> T:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if (found := look()) is not None:
+                    return found
+            except httpx.TransportError:
+                if time.monotonic() > end:
+                    raise
+            assert time.monotonic() < end, f"it did not happen in time\n{self.log}"
+            time.sleep(0.5)
+
+    def deployment(self, name: str) -> str:
+        return str(self.api.get(f"/deployments/name/{name}").raise_for_status().json()["id"])
+
+    def start(self, name: str, **parameters: Any) -> str:
+        url = f"/deployments/{self.deployment(name)}/create_flow_run"
+        return str(self.api.post(url, json={"parameters": parameters}).raise_for_status().json()["id"])
+
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        """The runs of a deployment that are not only planned for later, oldest first."""
+        wanted = {"deployments": {"id": {"any_": [self.deployment(name)]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        found = self.api.post("/flow_runs/filter", json=wanted).raise_for_status().json()
+        return [each for each in found if each["state"]["name"] != "Scheduled"]
+
+    def state(self, run: str) -> dict[str, Any]:
+        return dict(self.api.get(f"/flow_runs/{run}").raise_for_status().json()["state"])
+
+    def ended(self, run: str) -> dict[str, Any]:
+        """The final state of a run."""
+
+        def look() -> dict[str, Any] | None:
+            state = self.state(run)
+            return state if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+        return self.until(look)
+
+    def completed(self, run: str) -> None:
+        state = self.ended(run)
+        assert state["type"] == "COMPLETED", f"{state}\n{self.log}"
+
+
 @pytest.fixture
-def environment(sandbox: Sandbox, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Prefect server of its own, and the environment in which everything talks to it."""
+def team(sandbox: Sandbox, clone: Path, tmp_path: Path) -> Iterator[Team]:
+    """A shell in a new virtual environment and a new home, with the variables of the README's first picture."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    api = f"http://127.0.0.1:{port}/api"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
-    kept |= {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_SERVER_API_PORT": str(port)}
-    server = subprocess.Popen(
-        [PREFECT, "server", "start"], env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    venv.create(tmp_path / "venv", with_pip=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "PYTHON", "COV_"))}
+    environment = kept | {
+        "PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(tmp_path / "venv"),
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_API_PORT": str(port),
+        # Only so that the test does not wait as long as people may.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+    }
+    found = Team(clone, environment, port)
     try:
-        for _ in range(240):
-            try:
-                httpx.get(f"{api}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        yield {**kept, "PREFECT_API_URL": api}
+        yield found
+    finally:
+        if found.worker:
+            found.worker.terminate()
+            found.worker.wait(90)
+        if shutil.which("prefect", path=environment["PATH"]):
+            subprocess.run(["prefect", "server", "stop"], env=environment, cwd=clone, capture_output=True)
+
+
+def test_a_fresh_clone_runs_by_itself_after_five_commands(sandbox: Sandbox, team: Team) -> None:
+    install, server, config, worker, deploy = [each.replace("4200", str(team.port)) for each in commands()]
+    team.shell(install)
+    team.shell(server)
+    team.shell(config)
+    team.start_worker(worker)
+    team.until(lambda: team.api.get("/work_pools/local-process").is_success or None)
+    # Nobody waits here until half past three at night.
+    file = team.clone / "deployments" / "prefect.yaml"
+    assert '"30 3 * * *"' in file.read_text()
+    file.write_text(file.read_text().replace('"30 3 * * *"', '"* * * * *"'))
+    team.shell(deploy)
+
+    an_event_makes_the_picture_that_it_asks_for(sandbox, team)
+    the_schedule_runs_with_its_own_parameters(sandbox, team)
+    the_same_event_makes_no_other_picture(sandbox, team)
+    what_is_wrong_with_an_event_is_a_failed_run_that_names_it(team)
+    an_inbox_is_visited_one_visit_at_a_time(sandbox, team)
+    a_run_waits_for_an_answer_and_does_what_it_says(sandbox, team)
+    run_deployment_runs_once_for_each_key(team)
+    a_value_that_the_form_does_not_offer_is_refused(team)
+    every_picture_is_in_the_archive_and_billed_once(sandbox)
+    a_deployment_is_paused_when_the_credits_run_out(sandbox, team)
+
+
+def send(team: Team, **payload: Any) -> str:
+    """Sends the README's event, as it stands but for another payload; returns its id."""
+    command = block("<!-- webhook: a test sends this -->", "console").removeprefix("$ ")
+    command = command.replace("4200", str(team.port))
+    event_id = str(uuid4())
+    if payload:
+        command = re.sub(r'"payload": \{.*?\}', lambda _: f'"payload": {json.dumps(payload)}', command, flags=re.S)
+        command = re.sub(r'"id": "[0-9a-f-]{36}"', f'"id": "{event_id}"', command)
+    team.shell(command.rstrip() + " --fail --silent --show-error --retry 9")
+    return event_id
+
+
+def an_event_makes_the_picture_that_it_asks_for(sandbox: Sandbox, team: Team) -> None:
+    sandbox.play(Answer(status=429, reset_in=1), prompt="in the snow")
+    send(team)
+    (run,) = team.until(lambda: team.runs("image-to-image/on-asset-changed") or None)
+    team.completed(run["id"])
+    assert (run["parameters"]["seed"], run["parameters"]["style_type"]) == (4711, "GENERAL")
+    made = [each for each in sandbox.ledger.requests if each.prompt == "a red mug in the snow"]
+    assert [each.status for each in made] == [429, 200]
+    assert made[-1].seed == 4711
+
+
+def the_same_event_makes_no_other_picture(sandbox: Sandbox, team: Team) -> None:
+    send(team)  # with the same id: no other run
+    payload = json.loads(re.findall(r'"payload": (\{.*?\})', block("<!-- webhook", "console"), re.S)[0])
+    send(team, **payload)  # with another id: a run that finds the picture
+    before = len(sandbox.ledger.requests)
+    runs = team.until(lambda: found if len(found := team.runs("image-to-image/on-asset-changed")) == 2 else None)
+    team.completed(runs[-1]["id"])
+    assert len(team.runs("image-to-image/on-asset-changed")) == 2
+    assert len(sandbox.ledger.requests) == before
+
+
+def what_is_wrong_with_an_event_is_a_failed_run_that_names_it(team: Team) -> None:
+    good = {"name": "shop/bad", "image": "deployments/photos/mug.jpg", "prompt": "a mug"}
+    wrong = {
+        "image_weight": {**good, "image_weight": "heavy"},
+        "name": {"image": "deployments/photos/mug.jpg", "prompt": "a mug"},
+    }
+    known = {each["id"] for each in team.runs("image-to-image/on-asset-changed")}
+    for payload in wrong.values():
+        send(team, **payload)
+
+    def new() -> list[dict[str, Any]] | None:
+        found = [each for each in team.runs("image-to-image/on-asset-changed") if each["id"] not in known]
+        return found if len(found) == len(wrong) else None
+
+    runs = team.until(new)
+    messages = [team.ended(each["id"]) for each in runs]
+    assert {each["type"] for each in messages} == {"FAILED"}
+    for field in wrong:
+        assert any(f"{field}:" in each["message"] for each in messages), (field, messages)
+
+
+def an_inbox_is_visited_one_visit_at_a_time(sandbox: Sandbox, team: Team) -> None:
+    shutil.copy(team.clone / "deployments" / "photos" / "candle.jpg", team.clone / "deployments" / "inbox")
+    first, second = (team.start("process-inbox/every-15-minutes") for _ in range(2))
+    waiting = "AwaitingConcurrencySlot"
+    team.until(lambda: waiting in {team.state(each)["name"] for each in (first, second)} or None)
+    team.completed(first)
+    team.completed(second)
+    prompts = [each.prompt for each in sandbox.ledger.requests]
+    assert prompts.count("candle on a picnic blanket, soft morning light") == 1
+
+
+def a_run_waits_for_an_answer_and_does_what_it_says(sandbox: Sandbox, team: Team) -> None:
+    run = team.start("refresh-assets/scheduled", variables={"season": "winter"}, approve_above_usd=0.05)
+    team.until(lambda: team.state(run)["type"] == "PAUSED" or None)
+    assert not [each for each in sandbox.ledger.requests if each.prompt and "winter" in each.prompt]
+    answer = {"run_input": {"answer": "trim", "up_to_usd": 0.10}}
+    assert team.api.post(f"/flow_runs/{run}/resume", json=answer).json()["status"] == "ACCEPT"
+    team.completed(run)
+    assert len([each for each in sandbox.ledger.requests if each.prompt and "winter" in each.prompt]) == 2
+
+
+def run_deployment_runs_once_for_each_key(team: Team) -> None:
+    code = block("<!-- run_deployment: a test runs this -->", "python") + "print(run.id)\n"
+    (team.clone / "order.py").write_text(code)
+    first, second = (team.shell(f"{Path(sys.executable).name} order.py").split()[-1] for _ in range(2))
+    assert first == second
+    team.completed(first)
+
+
+def a_value_that_the_form_does_not_offer_is_refused(team: Team) -> None:
+    url = f"/deployments/{team.deployment('image-to-image/on-demand')}/create_flow_run"
+    parameters = {"image": "deployments/photos/mug.jpg", "prompt": "a mug", "style_type": "realistic"}
+    assert team.api.post(url, json={"parameters": parameters}).status_code == 409
+
+
+def the_schedule_runs_with_its_own_parameters(sandbox: Sandbox, team: Team) -> None:
+    def scheduled() -> str | None:
+        runs = [each for each in team.runs("refresh-assets/scheduled") if each["auto_scheduled"]]
+        return next((each["id"] for each in runs if each["state"]["type"] == "COMPLETED"), None)
+
+    run = team.api.get(f"/flow_runs/{team.until(scheduled)}").json()
+    assert run["parameters"]["variables"] == {"season": "summer"}
+    assert run["parameters"]["manifest"] == "deployments/campaign.yaml"
+    assert len([each for each in sandbox.ledger.requests if each.prompt and "summer" in each.prompt]) == 3
+    url = f"/deployments/{team.deployment('refresh-assets/scheduled')}/schedules"
+    for each in team.api.get(url).raise_for_status().json():  # it has shown that it runs; once a minute is for the test
+        team.api.patch(f"{url}/{each['id']}", json={"active": False}).raise_for_status()
+
+
+def every_picture_is_in_the_archive_and_billed_once(sandbox: Sandbox) -> None:
+    archive = configuration.open_archive(None)
+    names = {key.rpartition("/")[0] for key in archive.store.keys("") if key.endswith((".jpg", ".png", ".webp"))}
+    pictures = {"shop/mug", "shop/blue", "inbox/candle", *(f"summer/{each}" for each in ("mug", "candle", "bowl"))}
+    assert pictures <= names
+    assert len({each for each in names if each.startswith("winter/")}) == 2
+    assert len(names) == sandbox.ledger.billed == 8
+
+
+def a_deployment_is_paused_when_the_credits_run_out(sandbox: Sandbox, team: Team) -> None:
+    team.shell(block("### Events and automations", "console").removeprefix("$ "))
+    sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
+    parameters = {"image": "deployments/photos/bowl.jpg", "prompt": "a bowl"}
+    assert team.ended(team.start("image-to-image/on-demand", **parameters))["type"] == "FAILED"
+    team.until(lambda: team.api.get("/deployments/name/image-to-image/on-demand").json()["paused"] or None)
+    assert not team.api.get("/deployments/name/refresh-assets/scheduled").json()["paused"]
+
+
+def test_without_a_work_pool_one_process_serves_the_same(
+    sandbox: Sandbox, clone: Path, prefect_server: None, tmp_path: Path
+) -> None:
+    api = str(PREFECT_API_URL.value())
+    environment = {**os.environ, "PREFECT_API_URL": api, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    with (tmp_path / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "deployments/serve.py"], cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    team = Team(clone, environment, int(api.rpartition(":")[2].partition("/")[0]))
+    try:
+        team.until(lambda: team.api.get("/deployments/name/explore-variations/on-demand").is_success or None)
+        grid = {
+            "styles": ["ANIME", "DESIGN"],
+            "weights": [50],
+            "image": "deployments/photos/mug.jpg",
+            "prompt": "a mug",
+        }
+        run = team.start("explore-variations/on-demand", **grid)
+        assert team.ended(run)["type"] == "COMPLETED", (tmp_path / "serve.log").read_text()
     finally:
         server.terminate()
-        server.wait(30)
-
-
-def test_on_demand_is_deployed_and_run_by_a_worker(
-    sandbox: Sandbox, photo: Path, clone: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    def prefect(*arguments: str) -> str:
-        done = subprocess.run(
-            [PREFECT, *arguments], cwd=clone, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    prefect("--no-prompt", "work-pool", "create", "local-process", "--type", "process")
-    prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-    sandbox.play(Answer(status=429, reset_in=1))
-    with (tmp_path / "worker.log").open("w") as log:
-        worker = subprocess.Popen(
-            [PREFECT, "worker", "start", "--pool", "local-process"], cwd=clone, env=environment, stdout=log, stderr=log
-        )
-    try:
-        api = environment["PREFECT_API_URL"]
-        deployment = httpx.get(f"{api}/deployments/name/image-to-image/on-demand").json()
-        parameters = {"image": str(photo), "prompt": "a red mug", "style_type": "DESIGN"}
-        url = f"{api}/deployments/{deployment['id']}/create_flow_run"
-        run = httpx.post(url, json={"parameters": parameters, "state": {"type": "SCHEDULED"}}).raise_for_status().json()
-        for _ in range(240):
-            state = httpx.get(f"{api}/flow_runs/{run['id']}").json()["state"]
-            if state["type"] in ("COMPLETED", "FAILED", "CRASHED"):
-                break
-            time.sleep(0.5)
-        assert state["type"] == "COMPLETED", (state, (tmp_path / "worker.log").read_text())
-    finally:
-        worker.terminate()
-        worker.wait(60)
-    assert [each.status for each in sandbox.ledger.requests] == [429, 200]
-    assert sandbox.ledger.billed == 1
-    bucket = sandbox.folder / "s3" / os.environ["PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"].removeprefix("s3://")
-    sidecar = json.loads(next((bucket / "mug").glob("*.json")).read_text())
-    assert sidecar["flow_run_id"] == run["id"]
-    assert sidecar["request"]["style_type"] == "DESIGN"
-    refused = httpx.post(url, json={"parameters": {**parameters, "style_type": "realistic"}})
-    assert refused.status_code == 409, "a value that the form does not offer is refused before a run is made"
+        server.wait(60)
+    assert sandbox.ledger.billed == 2
+    keys = set(configuration.open_archive(None).store.keys("mug/"))
+    assert [each for each in keys if "contact-sheet" in each]

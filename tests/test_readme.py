@@ -162,9 +162,9 @@ def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_settings_are_all_there_with_their_defaults() -> None:
     told = {}
-    for names, defaults, _ in table("Settings"):
-        values = defaults.split(", ") if ", " in defaults else [defaults]
-        told.update(zip(re.findall(r"`(\w+)`", names), values, strict=True))
+    for row, defaults, _ in table("Settings"):
+        names = re.findall(r"`(\w+)`", row)
+        told.update(zip(names, defaults.split(", ") if len(names) > 1 else [defaults], strict=True))
     real = {name.upper(): field.default for name, field in SegmindSettings.model_fields.items()}
     assert told.keys() == real.keys()
     for name, default in real.items():
