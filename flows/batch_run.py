@@ -103,7 +103,9 @@ class Ended(NamedTuple):
     in_place: frozenset[str] = frozenset()
 
 
-def run_batch(jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool = False) -> Ended:
+def run_batch(
+    jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool = False, keep_failed: bool = True
+) -> Ended:
     """Plans a batch, asks if its cost must be approved, produces it, and reports.
 
     Args:
@@ -111,6 +113,7 @@ def run_batch(jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool
         title: What people call it: the manifest, the inbox.
         terms: How it runs.
         skip_archived: Whether jobs whose picture is archived under their very name are left out, without a task run.
+        keep_failed: Whether the jobs that fail are written as a manifest to run again.
 
     Raises:
         SegmindError: Before anything was paid.
@@ -133,11 +136,10 @@ def run_batch(jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool
         left_out = {"total": plan.total - len(places), "reuse": plan.reuse - len(places)}
         plan = plan.model_copy(update=limits | left_out)
         in_place = frozenset(place.rpartition("/")[0] for place in places)
-        tally = Tally(plan, failed_jobs)
         if in_place:
             log.info("%s have their picture in the archive already", len(in_place))
         if not plan.total:
-            return Ended(planned(plan) if terms.dry_run else tally.result(), in_place=in_place)
+            return Ended(planned(plan) if terms.dry_run else Tally(plan, failed_jobs).result(), in_place=in_place)
         _tell(plan)
         publish_plan(plan, title)
         if terms.dry_run:
@@ -149,7 +151,7 @@ def run_batch(jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool
         try:
             approved = approve(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block)
         except (NotApprovedError, RunCancelledError) as refused:
-            return Ended(tally.result(stopped=refused), refused, in_place=in_place)
+            return Ended(Tally(plan, failed_jobs).result(stopped=refused), refused, in_place=in_place)
         gate = Gate(
             max_concurrency=terms.max_concurrency,
             requests_per_minute=terms.requests_per_minute,
@@ -167,16 +169,22 @@ def run_batch(jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool
         publisher = configuration.open_publisher(terms.publish_to, refreshed_at(), flow_run.id)
         production = configuration.open_production(generation, terms.upload_to, terms.credentials_block, publisher)
         token = shared.set(production)
+        tally = Tally(plan, failed_jobs)
+
+        def summed() -> BatchResult:
+            failed = _keep_failed(failed_jobs, opened, generation.outbox) if keep_failed else None
+            return tally.result(failed, gate.stopped)
+
         try:
             dispatch(wanted(), gate, tally, settings.grace_seconds)
-            result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
+            result = summed()
             publish_batch(result, title, opened, terms.credentials_block)
-            if gate.stopped and not approved.trimmed:
+            if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
                 run_stopped(gate.stopped, result)
         except BaseException as error:
             # Whatever ends the run, what it has paid is told.
             tally.close(gate.budget)
-            result = tally.result(_keep_failed(failed_jobs, opened, generation.outbox), gate.stopped)
+            result = summed()
             log.warning(result.sentence())
             vars(error)["batch"] = BatchError(result.sentence(), result, gate.stopped)
             raise

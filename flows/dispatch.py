@@ -99,7 +99,7 @@ def _watch(gate: Gate, tally: Tally, ended: threading.Event) -> None:
             if progress.sentence() != last and (not over or artifact):
                 last, percent = progress.sentence(), 100 * progress.done / max(1, progress.total)
                 if artifact is None:
-                    key = f"refresh-assets-{str(run_id)[:8]}"
+                    key = f"{flow_run.flow_name}-{str(run_id)[:8]}"
                     artifact = cast(UUID, create_progress_artifact(percent, key, last))
                 else:
                     update_progress_artifact(artifact, percent, description=last)

@@ -16,8 +16,8 @@ from prefect.runtime import flow_run
 
 from prefect_segmind import configuration
 from prefect_segmind.batch import BatchResult
-from prefect_segmind.contact_sheet import contact_sheet
-from prefect_segmind.errors import PreconditionFailedError, SegmindError, redact
+from prefect_segmind.contact_sheet import MAX_LABELS, contact_sheet
+from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
 from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch
 from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
@@ -139,13 +139,17 @@ def explore_variations(
         "image_weight": list(dict.fromkeys(weights)),
         "seed": list(dict.fromkeys(seeds or [derived])),
     }
+    if max(len(axes["style_type"]) * len(axes["seed"]), len(axes["image_weight"])) > MAX_LABELS:
+        raise ConfigurationError(f"the contact sheet has room for {MAX_LABELS} rows and columns; give fewer variations")
     head = {"templates": False, "variants": axes}
     with expand(
         title, head, [Row("the grid", base)], {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted
     ) as asked:
         ended = run_batch(asked.jobs, title, terms)
         cells = {_cell_of(job): job.name for job in asked.jobs}
-    sheet = None if dry_run or not ended.result.images else _publish_sheet(title, image, axes, cells, ended, terms)
+    sheet = (
+        None if dry_run or not ended.result.images else _publish_sheet(title, image, prompt, axes, cells, ended, terms)
+    )
     return conclude(ended, Exploration(**dict(ended.result), contact_sheet=sheet), terms)
 
 
@@ -156,6 +160,7 @@ def _cell_of(job: Job) -> tuple[Any, ...]:
 def _publish_sheet(
     title: str,
     image: str,
+    prompt: str,
     axes: Mapping[str, list[Any]],
     cells: Mapping[tuple[Any, ...], str],
     ended: Ended,
@@ -178,7 +183,7 @@ def _publish_sheet(
             [f"weight {weight}" for weight in axes["image_weight"]],
             read,
             source=_source(image, terms),
-            title=title,
+            title=f"{title}: {prompt}",
         )
         key = f"{title}/contact-sheet-{hashlib.sha256(sheet).hexdigest()[:16]}.jpg"
         with suppress(PreconditionFailedError):  # the very same is there already

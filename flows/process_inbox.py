@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect_segmind.inbox import Inbox, InboxFile, open_inbox
 
 from prefect_segmind import configuration
-from prefect_segmind.batch import BatchResult
-from prefect_segmind.errors import InvalidJobError, StoreError
+from prefect_segmind.batch import BatchResult, Failure
+from prefect_segmind.errors import ConfigurationError, StoreError
 from prefect_segmind.flows.batch_run import Terms, conclude, run_batch
-from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
+from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
-from prefect_segmind.manifest import Found, Row
-from prefect_segmind.manifest_source import expand, named
+from prefect_segmind.inbox import Inbox, InboxFile, open_inbox
+from prefect_segmind.manifest import Expansion, Found, Notes, Row
+from prefect_segmind.manifest_source import named
 from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import parse_job
+from prefect_segmind.request import Job, parse_job
 from prefect_segmind.settings import load_settings
+from prefect_segmind.spool import Spool
 
 
 class InboxResult(BatchResult):
@@ -52,7 +53,7 @@ def process_inbox(
     image_weight: int = 50,
     style_type: StyleChoice = "GENERAL",
     resolution: ResolutionChoice = "AUTO",
-    seed: Seed = None,
+    seed: int | None = None,
     magic_prompt_option: MagicPromptChoice = "AUTO",
     negative_prompt: str | None = None,
     allow_extreme_ratio: bool = False,
@@ -78,11 +79,12 @@ def process_inbox(
     Args:
         inbox: Where people put images: s3://bucket/prefix or a folder on the worker. Folders in it are looked into.
         prompt: What the pictures should show; a template, in which (stem) is the file's name: {{ (stem) }} on a table.
-        name: The folder of the archive where the pictures go, each under the path of its file.
+        name: The folder of the archive where the pictures go, each under the path of its file; a template too.
         image_weight: 1 to 100; higher keeps more of the source image.
         style_type: The style of the pictures.
         resolution: Size of the pictures in pixels; AUTO chooses the one that crops each image least.
-        seed: 100 to 999999; random draws a fresh one for each. Left out, it is derived from the job.
+        seed: 100 to 999999, the same for all; derived from each job if left out. There is no random one here: every
+            visit would pay again for the files that are still there.
         magic_prompt_option: Whether the model may rewrite the prompt; OFF is reproducible.
         negative_prompt: What the pictures should not show; the model may ignore it.
         allow_extreme_ratio: Whether an image wider or taller than 3 to 1 is taken.
@@ -109,7 +111,7 @@ def process_inbox(
 
     Raises:
         ConfigurationError: There is no such inbox, or a setting is missing.
-        ManifestError: The template has mistakes; nothing was paid.
+        InvalidJobError: The template has mistakes; nothing was paid.
         BatchError: Not all pictures were made, if that is to be a failure.
     """
     terms = Terms(
@@ -126,6 +128,8 @@ def process_inbox(
         dry_run=dry_run,
     )
     terms.check()
+    if not 0 <= settle_seconds <= 3600:
+        raise ConfigurationError(f"settle_seconds: {settle_seconds} is not allowed; allowed is 0 to 3600")
     log = get_run_logger()
     place = open_inbox(inbox, configuration.s3_client)
     look = place.look(settle_seconds)
@@ -144,30 +148,56 @@ def process_inbox(
         "prompt": prompt,
     }
     unlisted = load_settings().allow_unlisted_resolution
-    parse_job({**template, "image": "any.jpg"}, allow_unlisted_resolution=unlisted)  # a mistake is told at once
-    files: dict[str, InboxFile] = {}
-    found: list[Found] = []
-    for file, each in zip(look.settled, named([(each.location, each.below) for each in look.settled]), strict=True):
-        try:
-            parse_job({**template, "image": each.location, "name": f"{name}/{each.name}"})
-        except InvalidJobError as error:
-            log.warning("%s stays in the inbox: %s", file.below, error)
-        else:
-            files[f"{name}/{each.name}"] = file
-            found.append(each)
-    row = Row("the template", {**template, "name": name, "image": "*"})
-    with expand(inbox, {}, [row], variables or {}, lambda *_: found, allow_unlisted_resolution=unlisted) as asked:
-        # What is archived may still be unpublished, so then all of it is looked at again.
-        ended = run_batch(asked.jobs, inbox, terms, skip_archived=publish_to is None)
+    # A mistake of the template is told at once, whatever lies in the inbox.
+    any_name = f"{name}/any" if "{" not in name else "any"
+    parse_job({**template, "image": "any.jpg", "name": any_name}, allow_unlisted_resolution=unlisted)
+    with Spool(Job) as jobs:
+        files: dict[str, InboxFile] = {}
+        bad: list[Failure] = []
+        warnings: dict[str, None] = {}
+        found = named([(each.location, each.below) for each in look.settled])
+        for file, image in zip(look.settled, found, strict=True):
+            job, mistake = _job(image, {**template, "name": name}, variables or {}, unlisted, warnings)
+            if job is not None and job.name in files:
+                mistake = f"name: {job.name} is taken already, by {files[job.name].below}"
+            if job is None or mistake:
+                log.warning("%s stays in the inbox: %s", file.below, mistake)
+                bad.append(Failure(name=f"{name}/{image.name}", stage="validate", error=mistake))
+            else:
+                files[job.name] = file
+                jobs.append(job)
+        for warning in warnings:
+            log.warning(warning)
+        # What is archived may still be unpublished, so then all of it is looked at again. What fails is still there.
+        ended = run_batch(jobs, inbox, terms, skip_archived=publish_to is None, keep_failed=False)
     done = [*ended.in_place, *(each.name for each in ended.result.images)]
+    told = dict(ended.result) | {
+        "total": ended.result.total + len(bad),
+        "failed": ended.result.failed + len(bad),
+        "failures": (*bad, *ended.result.failures),
+    }
     result = InboxResult(
-        **dict(ended.result),
+        **told,
         archived_before=len(ended.in_place),
         still_written=look.unsettled,
         ignored=look.ignored,
         moved=tuple(_moved(place, [files[each] for each in done])) if move_done and not dry_run else (),
     )
     return conclude(ended, result, terms)
+
+
+def _job(
+    found: Found, template: Mapping[str, Any], variables: Mapping[str, Any], unlisted: bool, warnings: dict[str, None]
+) -> tuple[Job | None, str]:
+    """The job of one file by the template, or what is wrong with it; no file stands in the way of another."""
+    wrong, odd = Notes(), Notes()
+    expansion = Expansion(
+        {}, variables, lambda *_: [found], mistakes=wrong, warnings=odd, allow_unlisted_resolution=unlisted
+    )
+    jobs = list(expansion.jobs(Row("the template", {**template, "image": "*"})))
+    expansion.warn_of_unused()
+    warnings.update(dict.fromkeys(odd.lines))
+    return (jobs[0], "") if jobs else (None, "; ".join(wrong.lines))
 
 
 def _moved(place: Inbox, files: Iterable[InboxFile]) -> Iterable[str]:
@@ -186,4 +216,4 @@ def _moved(place: Inbox, files: Iterable[InboxFile]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    process_inbox.serve(name="every-15-minutes", interval=900)
+    process_inbox.serve(name="on-demand")

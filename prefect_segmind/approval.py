@@ -47,11 +47,14 @@ def must_ask(planned_usd: Decimal, above_usd: Decimal | None, budget_usd: Decima
     return above_usd is not None and may_cost > above_usd
 
 
-def settle(answer: Answer, *, above_usd: Decimal, budget_usd: Decimal | None) -> Approved:
+def settle(answer: Answer, *, planned_usd: Decimal, above_usd: Decimal, budget_usd: Decimal | None) -> Approved:
     """What an answer allows.
+
+    To go on allows the plan and, for each of its pictures, the one more request that may follow one of unknown outcome.
 
     Args:
         answer: The person's.
+        planned_usd: What the plan costs.
         above_usd: What needs no approval.
         budget_usd: The run's own budget; an answer never raises it.
 
@@ -61,7 +64,7 @@ def settle(answer: Answer, *, above_usd: Decimal, budget_usd: Decimal | None) ->
     if answer.answer == STOP:
         raise NotApprovedError("it was not approved: the answer was to stop; nothing was paid")
     if answer.answer == GO_ON:
-        return Approved(budget_usd)
+        return Approved(2 * planned_usd if budget_usd is None else min(2 * planned_usd, budget_usd))
     limit = above_usd if answer.up_to_usd is None else max(Decimal(0), answer.up_to_usd)
     if budget_usd is not None and budget_usd <= limit:
         return Approved(budget_usd)
@@ -72,7 +75,7 @@ def parse_answer(text: str) -> Answer | None:
     """An answer as people type it: yes, no, or an amount in USD; None if it is none of these.
 
     Example:
-        >>> parse_answer("y"), amount_from("2.50").up_to_usd
+        >>> parse_answer("y"), parse_answer("2.50").up_to_usd
         (Answer(answer='go on', up_to_usd=None), Decimal('2.50'))
     """
     word = text.strip().lower().removesuffix("usd").removeprefix("$").strip()

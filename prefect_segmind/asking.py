@@ -1,6 +1,8 @@
-"""Asking a person before a run pays: the run pauses, and shows its plan in the form with which it is resumed.
+"""Asking a person before a run pays: the run waits, and shows its plan in the form with which it is resumed.
 
-A command asks in its terminal instead; see `asker`.
+A run of a deployment is suspended: its process ends, and after the answer another one plans anew. It keeps no place of
+its worker and none of its deployment's concurrency limit, which Prefect takes from a paused run (and then ends it, four
+minutes later). A run without a deployment pauses where it is. A command asks in its terminal; see `asker`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Literal, NamedTuple
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.exceptions import FlowPauseTimeout
-from prefect.flow_runs import pause_flow_run
+from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -85,6 +88,8 @@ def approve(
 ) -> Approved:
     """Asks a person if a plan may cost more than what needs no approval, and waits for the answer.
 
+    What nobody has approved is not paid, even if the world has changed since the plan: the limit is the run's budget.
+
     Args:
         plan: What the run is going to do.
         entries: Its assets.
@@ -98,43 +103,57 @@ def approve(
         ConfigurationError: Nobody could answer, for there is no Prefect server.
     """
     limit = above_usd if above_usd is not None else load_settings().approve_above_usd
-    if limit is None or not must_ask(plan.planned_usd, limit, plan.budget_usd):
+    if limit is None:
         return Approved(plan.budget_usd)
+    if not must_ask(plan.planned_usd, limit, plan.budget_usd):
+        return Approved(limit if plan.budget_usd is None else min(limit, plan.budget_usd))
     first = list(islice(entries, LOOKED_THROUGH))
     jobs = [each if isinstance(each, Job) else each.job for each in first]
     sources = list(dict.fromkeys(job.image for job in jobs))[:SHOWN_SOURCES]
     prompts = [(job.name, job.prompt) for job in jobs[:SHOWN_PROMPTS]]
-    ask = asker.get() or (lambda question: _pause(question, credentials_block))
-    approved = settle(ask(Question(title, plan, limit, prompts, sources)), above_usd=limit, budget_usd=plan.budget_usd)
-    allowed = f"up to {usd(approved.budget_usd)} USD" if approved.budget_usd is not None else "as planned"
-    get_run_logger().info("approved: %s", allowed)
+    ask = asker.get() or (lambda question: _ask_in_prefect(question, credentials_block))
+    approved = settle(
+        ask(Question(title, plan, limit, prompts, sources)),
+        planned_usd=plan.planned_usd,
+        above_usd=limit,
+        budget_usd=plan.budget_usd,
+    )
+    get_run_logger().info("approved: up to %s USD", usd(approved.budget_usd or Decimal(0)))
     return approved
 
 
-def _pause(question: Question, credentials_block: str | None) -> Answer:
-    """Pauses the flow run until somebody answers in Prefect."""
+def _ask_in_prefect(question: Question, credentials_block: str | None) -> Answer:
+    """Has the flow run wait until somebody answers in Prefect."""
     if not PREFECT_API_URL.value():
         raise ConfigurationError(
             "approve_above_usd: nobody can approve this run, for it has no Prefect server; set PREFECT_API_URL, or "
             "give a higher approve_above_usd"
         )
-    seconds = load_settings().approval_timeout_seconds
+    seconds, plan, context = load_settings().approval_timeout_seconds, question.plan, FlowRunContext.get()
     get_run_logger().warning(
-        "the run may cost %s USD, more than the %s USD that need no approval: it is paused until somebody answers "
+        "the run may cost %s USD, more than the %s USD that need no approval: it waits until somebody answers "
         "(Resume in the UI), %.0f s at most",
-        usd(question.plan.planned_usd),
+        usd(plan.planned_usd if plan.budget_usd is None else min(plan.planned_usd, plan.budget_usd)),
         usd(question.above_usd),
         seconds,
     )
     form = Approval.with_initial_data(description=description(question, credentials_block))
+    if context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None:
+        # An answer is to this plan: with another number of pictures the key is another one, and it is asked again.
+        given = suspend_flow_run(wait_for_input=form, timeout=seconds, key=f"approve-{plan.generate}")
+    else:
+        given = _pause(form, seconds)
+    return Answer(given.answer, Decimal(str(given.up_to_usd)) or None)
+
+
+def _pause(form: type[Approval], seconds: int) -> Approval:
     try:
-        given = pause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=min(POLL_SECONDS, seconds))
+        return pause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=min(POLL_SECONDS, seconds))
     except FlowPauseTimeout:
         _leave_pause()
         raise ApprovalTimeoutError(
             f"it was not approved: nobody answered within {seconds} s; nothing was paid"
         ) from None
-    return Answer(given.answer, Decimal(str(given.up_to_usd)) or None)
 
 
 def _leave_pause() -> None:
@@ -168,9 +187,8 @@ def description(question: Question, credentials_block: str | None) -> str:
         *table(plan.facts()),
         *(f"\n- {cell(each)}" for each in plan.shortfalls()),
         "",
-        "| asset | prompt |",
-        "| --- | --- |",
-        *(f"| {cell(name)} | {cell(prompt[:300])} |" for name, prompt in question.prompts),
+        *(f"- **{cell(name)}**: {cell(prompt[:300])}" for name, prompt in question.prompts),
+        *([f"- and {plan.total - len(question.prompts)} more"] if plan.total > len(question.prompts) else ()),
         "",
         "| sources | |",
         "| --- | --- |",

@@ -28,7 +28,7 @@ class Failure(BaseModel):
 
     Attributes:
         name: The job's.
-        stage: `validate`, `upload`, `generate` or `archive`.
+        stage: `validate`, `upload`, `generate`, `archive` or `publish`.
         error: What was wrong and what to do.
     """
 

@@ -48,7 +48,7 @@ class SegmindError(Exception):
         cost_usd: What this run has paid for the job for certain.
         possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
         decision: What is to follow a failed request: wait or stop.
-        stage: Where a job of a batch failed: `validate`, `upload`, `generate` or `archive`.
+        stage: Where a job of a batch failed: `validate`, `upload`, `generate`, `archive` or `publish`.
     """
 
     def __init__(

@@ -8,9 +8,9 @@
 | `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |
 | `prefect-segmind.credits.exhausted` | the account | the provider refuses for want of credits |
 
-The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, `prefect-segmind.run.{flow run}` or
-`prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect adds the flow run, its flow, deployment and tags
-as related resources.
+The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name of a job that is too wrong to have one;
+`prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect adds the
+flow run, its flow, deployment and tags as related resources.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.events import emit_event
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.batch import BatchResult
-from prefect_segmind.errors import BudgetReachedError, InsufficientCreditsError, SegmindError
+from prefect_segmind.errors import BudgetReachedError, InsufficientCreditsError, SegmindError, redact
 from prefect_segmind.price import usd
 
 ASSET_ARCHIVED = "prefect-segmind.asset.archived"
@@ -95,9 +96,12 @@ _ACCOUNT = {"prefect.resource.id": "prefect-segmind.account"}
 
 
 def _job(name: str, fingerprint: str | None, **labels: str) -> dict[str, str]:
-    resource = {"prefect.resource.id": f"prefect-segmind.job.{fingerprint}", "prefect.resource.name": name}
+    resource = {"prefect.resource.id": f"prefect-segmind.job.{fingerprint or name}", "prefect.resource.name": name}
     return resource | {f"prefect-segmind.{label}": value for label, value in labels.items()}
 
 
 def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
-    emit_event(event=event, resource=resource, payload=payload)
+    try:
+        emit_event(event=event, resource=resource, payload=payload)
+    except Exception as error:  # noqa: BLE001 - what is paid for does not depend on it
+        get_run_logger().warning("no event %s: %s", event, redact(str(error)))

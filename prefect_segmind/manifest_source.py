@@ -6,6 +6,7 @@ A manifest is read once, from a file or through a temporary copy of an object, a
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import posixpath
 import re
@@ -85,15 +86,9 @@ def load_manifest(
         except UnreadableManifest as error:
             mistakes.add(str(error))
             raise mistakes.error(place) from None
-        return expand(
-            place,
-            _with_defaults(head, defaults),
-            rows,
-            variables or {},
-            Images(place, s3).find,
-            mistakes=mistakes,
-            allow_unlisted_resolution=allow_unlisted_resolution,
-        )
+        head, find = _with_defaults(head, defaults), Images(place, s3).find
+        unlisted = allow_unlisted_resolution
+        return expand(place, head, rows, variables or {}, find, mistakes=mistakes, allow_unlisted_resolution=unlisted)
 
 
 def expand(
@@ -240,13 +235,16 @@ def _in_folder(fixed: Path, pattern: str) -> list[tuple[str, str]]:
 def named(matches: Sequence[tuple[str, str]]) -> list[Found]:
     """Each match with its name: its path without the extension, each segment made safe.
 
-    Matches that would get the same name all get their extension as well.
+    Matches that would get the same name get their extension as well, and what is still alike a hash of its path.
     """
     plain = [_safe_path(below) for _, below in matches]
+    full = [_safe_path(re.sub(r"\.(?=[^./]*$)", "-", below) + ".x") for _, below in matches]
     many = Counter(plain)
+    names = [name if many[name] == 1 else longer for name, longer in zip(plain, full, strict=True)]
+    many = Counter(names)
     return [
-        Found(location, name if many[name] == 1 else _safe_path(re.sub(r"\.(?=[^./]*$)", "-", below) + ".x"))
-        for (location, below), name in zip(matches, plain, strict=True)
+        Found(location, name if many[name] == 1 else f"{name}-{hashlib.sha256(below.encode()).hexdigest()[:8]}")
+        for (location, below), name in zip(matches, names, strict=True)
     ]
 
 

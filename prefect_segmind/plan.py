@@ -116,7 +116,8 @@ def make_plan(
         outbox: Has pictures that are not archived yet.
         price_usd: What a picture costs.
         on_unknown: As for `Generation`.
-        in_place: Takes the `place` of each picture that is archived under the very name that is asked for.
+        in_place: Takes the `place` of each picture that is archived under the very name that is asked for, and that
+            leaves nothing to be done: what is still in the outbox is not.
 
     Raises:
         StoreError: The archive cannot be listed or read.
@@ -142,11 +143,13 @@ def make_plan(
             entries.append(entry)
     needs: Counter[Verdict] = Counter()
     survey = archive.survey(wanted.keys())
+    kept = outbox.fingerprints()
     if in_place is not None:
+        done = survey.archived - kept
         for each in entries:
-            if isinstance(each, ValidatedJob) and each.fingerprint in survey.archived and each.place in survey.places:
+            if isinstance(each, ValidatedJob) and each.fingerprint in done and each.place in survey.places:
                 in_place.add(each.place)
-    for fingerprint, need in _verdicts(wanted, survey, archive, outbox, on_unknown):
+    for fingerprint, need in _verdicts(wanted, survey, kept, archive, on_unknown):
         needs[need] += 1
         # Whatever else wants the same picture finds it archived.
         needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
@@ -191,11 +194,10 @@ def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, In
 
 
 def _verdicts(
-    wanted: Counter[str], survey: Survey, archive: Archive, outbox: Outbox, on_unknown: OnUnknown
+    wanted: Counter[str], survey: Survey, kept: set[str], archive: Archive, on_unknown: OnUnknown
 ) -> Iterator[tuple[str, Verdict]]:
     """What is to be done for each picture. Only records of pictures that are not archived yet are read."""
     recorded, archived, _ = survey
-    kept = outbox.fingerprints()
 
     def look(fingerprint: str) -> tuple[str, Verdict]:
         found = archive.read(fingerprint)

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 from prefect_segmind.archive import Archive
 from prefect_segmind.archiving import ArchivedImage, Archiving
-from prefect_segmind.errors import SegmindError, StoreError
+from prefect_segmind.errors import SegmindError, StoreError, redact
 from prefect_segmind.generation import Generation
 from prefect_segmind.publishing import Publishing
 from prefect_segmind.request import Job
@@ -47,7 +47,8 @@ class Publisher:
             The picture with where it is published.
 
         Raises:
-            StoreError: It cannot be read from the archive, converted or written. It stays in the archive.
+            StoreError: It cannot be read from the archive, converted or written. It stays in the archive; the same job
+                run again publishes it unpaid.
         """
         try:
             picture = archive.content(archived.image)
@@ -59,11 +60,12 @@ class Publisher:
                 refreshed_at=self.refreshed_at,
                 run=self.run,
             )
-        except SegmindError as error:
-            for each in ("fingerprint", "cost_usd", "possibly_billed_usd"):
-                setattr(error, each, getattr(archived, each))
-            error.requests_sent = archived.attempts
-            raise
+        except Exception as error:
+            known = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
+            failed = StoreError(f"{archived.image} is archived, but not published: {known}")
+            failed.fingerprint, failed.requests_sent = archived.fingerprint, archived.attempts
+            failed.cost_usd, failed.possibly_billed_usd = archived.cost_usd, archived.possibly_billed_usd
+            raise failed from error
         say(f"published: {published.uri}" if published.published else f"not published: {published.why}")
         return archived.model_copy(update={"published": published.uri if published.published else None})
 
@@ -122,6 +124,7 @@ class Production:
         *,
         say: Callable[[str], None] = print,
         warn: Callable[[str], None] = print,
+        unpublished: Callable[[ArchivedImage], None] = lambda _: None,
     ) -> ArchivedImage:
         """Takes a job through all its stages.
 
@@ -131,6 +134,7 @@ class Production:
             flow_run_id: The Prefect flow run, for the sidecar.
             say: Takes a line for the log.
             warn: Takes a line that a person should see.
+            unpublished: Takes what is archived where publishing it fails.
 
         Raises:
             SegmindError: In one of its classes; its `stage` says where.
@@ -155,7 +159,11 @@ class Production:
         if self.publisher is None:
             return archived
         with _stage("publish"):
-            return self.publisher.publish(archived, self.archiving.archive, say)
+            try:
+                return self.publisher.publish(archived, self.archiving.archive, say)
+            except SegmindError:
+                unpublished(archived)
+                raise
 
 
 @contextmanager

@@ -77,7 +77,9 @@ def produce_asset(
                 job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
             if isinstance(job, Job):
                 job = with_drawn_seed(job, run_id())  # a retry is for the same picture
-            archived = production.produce(job, run_id(), flow_run.id, say=log.info, warn=log.warning)
+            archived = production.produce(
+                *(job, run_id(), flow_run.id), say=log.info, warn=log.warning, unpublished=events.asset_archived
+            )
     except NotStartedError as stopped:
         if stopped.possibly_billed_usd:
             raise

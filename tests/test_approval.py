@@ -35,20 +35,23 @@ def test_a_person_is_asked_if_the_run_may_cost_more_than_what_needs_no_approval(
 
 @given(above=money, budget=st.none() | money, up_to=st.none() | money)
 def test_an_answer_never_raises_the_budget(above: Decimal, budget: Decimal | None, up_to: Decimal | None) -> None:
-    approved = settle(Answer(TRIM, up_to), above_usd=above, budget_usd=budget)
+    approved = settle(Answer(TRIM, up_to), planned_usd=Decimal(50), above_usd=above, budget_usd=budget)
     assert approved.budget_usd is not None
     assert approved.budget_usd == min(each for each in (budget, above if up_to is None else up_to) if each is not None)
     assert approved.trimmed is (budget is None or approved.budget_usd < budget)
 
 
-@given(above=money, budget=st.none() | money)
-def test_to_go_on_is_to_go_on_as_planned(above: Decimal, budget: Decimal | None) -> None:
-    assert settle(Answer(GO_ON), above_usd=above, budget_usd=budget) == Approved(budget, trimmed=False)
+@given(planned=money, budget=st.none() | money)
+def test_to_go_on_allows_the_plan_and_a_second_request_for_each_of_its_pictures(
+    planned: Decimal, budget: Decimal | None
+) -> None:
+    approved = settle(Answer(GO_ON), planned_usd=planned, above_usd=Decimal(0), budget_usd=budget)
+    assert approved == Approved(min(each for each in (2 * planned, budget) if each is not None), trimmed=False)
 
 
 def test_to_stop_is_to_pay_nothing() -> None:
     with pytest.raises(NotApprovedError, match="nothing was paid"):
-        settle(Answer(STOP), above_usd=Decimal(1), budget_usd=None)
+        settle(Answer(STOP), planned_usd=Decimal(2), above_usd=Decimal(1), budget_usd=None)
 
 
 @pytest.mark.parametrize("text", ["y", "yes", " YES ", "go on"])

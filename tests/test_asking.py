@@ -170,6 +170,22 @@ def test_nobody_is_asked_for_what_costs_no_more(sandbox: Sandbox, manifest: str)
     assert refresh_assets(manifest, approve_above_usd=Decimal(0)).reused == 5, "what is paid for costs nothing"
 
 
+def test_what_nobody_has_approved_is_not_paid_even_if_the_world_has_changed_since_the_plan(
+    sandbox: Sandbox, paused: Callable[..., Paused], manifest: str, photo: Path
+) -> None:
+    late = [{"name": f"late/{n}", "image": "late.jpg", "prompt": f"a mug, {n}", "seed": 2000 + n} for n in range(20)]
+    assets = yaml.safe_load(Path(manifest).read_text())["assets"]
+    Path(manifest).write_text(yaml.safe_dump({"assets": [*assets, *late]}))
+    run = paused(approve_above_usd=Decimal("0.05"))
+    (photo.parent / "late.jpg").write_bytes(photo.read_bytes())
+    assert run.answer(answer="go on") == "ACCEPT"
+    run.ended()
+    assert sandbox.ledger.billed_usd <= 2 * Decimal("0.25"), "the plan, and as much again for second requests"
+    (photo.parent / "late.jpg").unlink()
+    result = refresh_assets(manifest, approve_above_usd=Decimal("0.50"), fail_run_on_failures=False)
+    assert result.plan.planned_usd <= Decimal("0.50")
+
+
 def test_the_setting_counts_where_the_flow_names_none(
     sandbox: Sandbox, paused: Callable[..., Paused], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +198,7 @@ def test_the_setting_counts_where_the_flow_names_none(
 def test_where_nobody_could_answer_it_says_so_at_once(sandbox: Sandbox, manifest: str) -> None:
     question = asking.Question("x", _plan(), Decimal(0), (), ())
     with temporary_settings({PREFECT_API_URL: None}), pytest.raises(ConfigurationError, match="no Prefect server"):
-        asking._pause(question, None)
+        asking._ask_in_prefect(question, None)
 
 
 def _plan() -> Any:

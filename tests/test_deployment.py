@@ -266,13 +266,23 @@ def an_inbox_is_visited_one_visit_at_a_time(sandbox: Sandbox, team: Team) -> Non
 
 
 def a_run_waits_for_an_answer_and_does_what_it_says(sandbox: Sandbox, team: Team) -> None:
-    run = team.start("refresh-assets/scheduled", variables={"season": "winter"}, approve_above_usd=0.05)
-    team.until(lambda: team.state(run)["type"] == "PAUSED" or None)
-    assert not [each for each in sandbox.ledger.requests if each.prompt and "winter" in each.prompt]
-    answer = {"run_input": {"answer": "trim", "up_to_usd": 0.10}}
-    assert team.api.post(f"/flow_runs/{run}/resume", json=answer).json()["status"] == "ACCEPT"
-    team.completed(run)
-    assert len([each for each in sandbox.ledger.requests if each.prompt and "winter" in each.prompt]) == 2
+    shutil.copy(team.clone / "deployments" / "photos" / "bowl.jpg", team.clone / "deployments" / "inbox")
+    batch = team.start("refresh-assets/scheduled", variables={"season": "winter"}, approve_above_usd=0.05)
+    visit = team.start("process-inbox/every-15-minutes", approve_above_usd=0)
+    answers = {batch: {"answer": "trim", "up_to_usd": 0.10}, visit: {"answer": "go on"}}
+    for run in answers:
+        team.until(lambda run=run: team.state(run)["type"] == "PAUSED" or None)
+        assert not [
+            each for each in sandbox.ledger.requests if each.prompt and re.search("winter|bowl on", each.prompt)
+        ]
+        assert team.state(run)["name"] == "Suspended", "it keeps no place of the worker, nor of its deployment"
+    for run, answer in answers.items():
+        assert team.api.post(f"/flow_runs/{run}/resume", json={"run_input": answer}).json()["status"] == "ACCEPT"
+    for run in answers:
+        team.completed(run)
+    prompts = [each.prompt or "" for each in sandbox.ledger.requests]
+    assert len([each for each in prompts if "winter" in each]) == 2
+    assert len([each for each in prompts if "bowl on a picnic blanket" in each]) == 1
 
 
 def run_deployment_runs_once_for_each_key(team: Team) -> None:
@@ -306,10 +316,16 @@ def the_schedule_runs_with_its_own_parameters(sandbox: Sandbox, team: Team) -> N
 def every_picture_is_in_the_archive_and_billed_once(sandbox: Sandbox) -> None:
     archive = configuration.open_archive(None)
     names = {key.rpartition("/")[0] for key in archive.store.keys("") if key.endswith((".jpg", ".png", ".webp"))}
-    pictures = {"shop/mug", "shop/blue", "inbox/candle", *(f"summer/{each}" for each in ("mug", "candle", "bowl"))}
+    pictures = {
+        "shop/mug",
+        "shop/blue",
+        "inbox/candle",
+        "inbox/bowl",
+        *(f"summer/{each}" for each in ("mug", "candle", "bowl")),
+    }
     assert pictures <= names
     assert len({each for each in names if each.startswith("winter/")}) == 2
-    assert len(names) == sandbox.ledger.billed == 8
+    assert len(names) == sandbox.ledger.billed == 9
 
 
 def a_deployment_is_paused_when_the_credits_run_out(sandbox: Sandbox, team: Team) -> None:
@@ -333,13 +349,8 @@ def test_without_a_work_pool_one_process_serves_the_same(
     team = Team(clone, environment, int(api.rpartition(":")[2].partition("/")[0]))
     try:
         team.until(lambda: team.api.get("/deployments/name/explore-variations/on-demand").is_success or None)
-        grid = {
-            "styles": ["ANIME", "DESIGN"],
-            "weights": [50],
-            "image": "deployments/photos/mug.jpg",
-            "prompt": "a mug",
-        }
-        run = team.start("explore-variations/on-demand", **grid)
+        grid = {"image": "deployments/photos/mug.jpg", "prompt": "a mug", "styles": ["ANIME", "DESIGN"]}
+        run = team.start("explore-variations/on-demand", **grid, weights=[50])
         assert team.ended(run)["type"] == "COMPLETED", (tmp_path / "serve.log").read_text()
     finally:
         server.terminate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -14,8 +15,9 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 
+from prefect_segmind import asking, image_to_image, refresh_assets
 from prefect_segmind import events as our_events
-from prefect_segmind import image_to_image, refresh_assets
+from prefect_segmind.approval import Answer as Answered
 from prefect_segmind.batch import BatchError
 from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -117,6 +119,34 @@ def test_a_batch_without_credits_tells_it_once(sandbox: Sandbox, manifest: str, 
         *("attempt.failed", "asset.failed", "credits.exhausted")
     ]
     assert told[-1]["payload"]["not_started"] == error.value.result.not_started == 3
+
+
+def test_credits_that_end_a_trimmed_batch_are_told_too(
+    sandbox: Sandbox, manifest: str, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
+    token = asking.asker.set(lambda _: Answered("trim", Decimal("0.10")))
+    try:
+        with pytest.raises(BatchError):
+            refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
+    finally:
+        asking.asker.reset(token)
+    assert events(3)[-1]["event"] == "prefect-segmind.credits.exhausted"
+
+
+def test_a_picture_that_is_archived_and_not_published_is_told_as_both(
+    sandbox: Sandbox, manifest: str, events: Events, tmp_path: Path
+) -> None:
+    (tmp_path / "live" / "mug" / "0.png").mkdir(parents=True)  # in the way
+    with pytest.raises(BatchError):
+        refresh_assets(manifest, publish_to=str(tmp_path / "live"))
+    told = events(5)
+    assert Counter(each["event"].removeprefix("prefect-segmind.") for each in told) == {
+        **{"asset.archived": 4, "asset.failed": 1}
+    }
+    (failed,) = (each for each in told if each["event"].endswith("failed"))
+    assert (failed["payload"]["stage"], failed["payload"]["cost_usd"]) == ("publish", "0.05")
+    assert "is archived, but not published" in failed["payload"]["error"]
 
 
 def test_a_budget_that_is_reached_is_told_of_the_run(sandbox: Sandbox, manifest: str, events: Events) -> None:

@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_segmind import BatchError, configuration, explore_variations
-from prefect_segmind.errors import InvalidJobError, ManifestError, SourceImageError
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, ManifestError, SourceImageError
 from prefect_segmind.report import artifact_key
 from prefect_segmind.sandbox import Answer, Sandbox
 
@@ -91,6 +91,11 @@ def test_what_is_wrong_is_told_before_anything_is_paid(
     with pytest.raises((InvalidJobError, ManifestError), match=told):
         explore_variations(**{"image": str(photo), "prompt": "a red mug", **wrong})  # type: ignore[arg-type]
     assert sandbox.ledger.requests == ()
+
+
+def test_more_than_a_contact_sheet_holds_is_refused(sandbox: Sandbox, photo: Path) -> None:
+    with pytest.raises(ConfigurationError, match="500 rows"):
+        explore_variations(str(photo), "a red mug", styles=["ANIME"], weights=[50], seeds=list(range(100, 601)))
 
 
 def test_an_image_that_cannot_be_used_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_each_failed_request_is_an_event_that_says_what_happened(sandbox: Sandbo
     since = (datetime.now(timezone.utc) - timedelta(minutes=5)).isoformat()
     resource = f"prefect-segmind.job.{archived.fingerprint}"
     wanted = {"occurred": {"since": since}, "resource": {"id": [resource]}}
+    wanted |= {"event": {"name": ["prefect-segmind.attempt.failed"]}}
 
     def look(client: SyncPrefectClient) -> list[dict[str, Any]] | None:
         answer = client.request("POST", "/events/filter", json={"filter": wanted})
@@ -125,7 +126,6 @@ def test_each_failed_request_is_an_event_that_says_what_happened(sandbox: Sandbo
         return events if len(events) == 2 else None
 
     first, second = until(look)
-    assert first["event"] == second["event"] == "prefect-segmind.attempt.failed"
     assert {key: first["payload"][key] for key in ("name", "attempt", "status", "possibly_billed", "request_id")} == {
         **{"name": "mug", "attempt": 1, "status": 429, "possibly_billed": False, "request_id": "abc"}
     }

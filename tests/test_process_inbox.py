@@ -8,10 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from prefect.exceptions import ParameterTypeError
 
 from prefect_segmind import BatchError, configuration, process_inbox
-from prefect_segmind.errors import ConfigurationError, InvalidJobError, ManifestError
-from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.errors import ConfigurationError, InvalidJobError
+from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 PROMPT = "{{ (stem) }} on a picnic blanket"
@@ -78,8 +79,6 @@ def test_the_same_picture_under_another_name_is_copied_and_not_paid_again(sandbo
 
 def test_a_file_that_changes_under_its_name_is_new(sandbox: Sandbox, inbox: Path, photo: Path) -> None:
     visit(inbox)
-    from prefect_segmind.sandbox import sample_photo
-
     (inbox / "cup.jpg").write_bytes(sample_photo((640, 480)))
     assert visit(inbox).generated == 1
     assert sandbox.ledger.billed == 3
@@ -144,9 +143,72 @@ def test_a_mistake_in_the_template_is_told_at_once_even_if_the_inbox_is_empty(
     assert sandbox.ledger.requests == ()
 
 
-def test_a_template_that_names_what_is_not_there_says_so(sandbox: Sandbox, inbox: Path) -> None:
-    with pytest.raises(ManifestError, match="season"):
-        visit(inbox, "{{ season }} light")
+def test_a_template_that_names_what_is_not_there_is_told_for_each_file(sandbox: Sandbox, inbox: Path) -> None:
+    result = visit(inbox, "{{ season }} light")
+    assert result.failed == len(result.failures) == result.total == 3
+    assert "season" in result.failures[0].error
+    assert sandbox.ledger.requests == ()
+
+
+def test_a_file_to_which_the_template_does_not_fit_stands_in_no_others_way(sandbox: Sandbox, inbox: Path) -> None:
+    shutil.copy(inbox / "cup.jpg", inbox / "shop_vase.jpg")
+    result = visit(inbox, "{{ stem.split('_')[1] }} on a table", move_done=True)
+    assert [each.name for each in result.images] == ["inbox/shop_vase"]
+    assert {each.name for each in result.failures} == {"inbox/broken", "inbox/cup", "inbox/summer/pot"}
+    assert (inbox / "cup.jpg").exists()
+
+
+def test_files_with_nearly_one_name_are_all_made(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    long = "a-cosy-mug-" * 12
+    for n, name in enumerate(("-cup.jpg", f"{long}1.jpg", f"{long}2.jpg")):
+        photo = sample_photo((600, 400 + n))
+        (inbox / name).write_bytes(photo)
+    result = visit(inbox)
+    assert (result.generated + result.reused, result.failed) == (5, 0)
+    assert len({each.image for each in result.images}) == 5
+
+
+def test_the_folder_of_the_archive_may_be_a_template_too(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    result = visit(inbox, name="{{ season | lower }}", variables={"season": "AUTUMN"}, move_done=True)
+    assert {each.name for each in result.images} == {"autumn/cup", "autumn/summer/pot"}
+    assert len(result.moved) == 2
+
+
+@pytest.mark.parametrize("wrong", ["shop/", "/shop", "..", ".hidden"])
+def test_a_folder_that_cannot_be_is_told_at_once(sandbox: Sandbox, inbox: Path, wrong: str) -> None:
+    with pytest.raises(InvalidJobError, match="name"):
+        visit(inbox, name=wrong)
+
+
+def test_unlisted_resolutions_are_let_through_where_the_setting_does(
+    sandbox: Sandbox, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ALLOW_UNLISTED_RESOLUTION", "true")
+    assert visit(inbox, resolution="RESOLUTION_800_800", dry_run=True).generated == 2
+
+
+def test_a_random_seed_is_refused_for_every_visit_would_pay_again(sandbox: Sandbox, inbox: Path) -> None:
+    with pytest.raises(ParameterTypeError, match="seed"):
+        visit(inbox, seed="random")
+
+
+def test_a_wait_that_cannot_be_is_refused(sandbox: Sandbox, inbox: Path) -> None:
+    with pytest.raises(ConfigurationError, match="settle_seconds"):
+        visit(inbox, settle_seconds=-1)
+
+
+def test_a_variable_that_no_template_names_is_told(
+    sandbox: Sandbox, inbox: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    visit(inbox, variables={"seson": "autumn"}, dry_run=True)
+    assert caplog.text.count("variable seson") == 1
+
+
+def test_a_bad_file_leaves_no_manifest_behind_at_each_visit(sandbox: Sandbox, inbox: Path) -> None:
+    assert visit(inbox).failed_manifest is None
+    assert not list(configuration.open_archive(None).store.keys(".segmind/runs/"))
 
 
 def test_there_must_be_an_inbox(sandbox: Sandbox, inbox: Path) -> None:
