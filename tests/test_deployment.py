@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -353,8 +354,12 @@ def test_without_a_work_pool_one_process_serves_the_same(
         run = team.start("explore-variations/on-demand", **grid, weights=[50])
         assert team.ended(run)["type"] == "COMPLETED", (tmp_path / "serve.log").read_text()
     finally:
-        server.terminate()
-        server.wait(60)
+        server.send_signal(signal.SIGINT)  # Ctrl-C
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:  # Prefect's runner may hang where a run's process ends at the same moment
+            server.kill()
+            server.wait()
     assert sandbox.ledger.billed == 2
     keys = set(configuration.open_archive(None).store.keys("mug/"))
     assert [each for each in keys if "contact-sheet" in each]
