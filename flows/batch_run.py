@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import NamedTuple, TypeVar, cast
 
@@ -232,7 +232,7 @@ def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | No
     if not 0 < len(data) <= MAX_TEXT:  # more than is read of YAML
         lines = ('{"templates": false}', *(job.model_dump_json() for job in jobs))
         name, kind, data = "failed.jsonl", "application/jsonl", "\n".join(lines).encode()
-    key = f"runs/{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}/{name}"
+    key = f"runs/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}/{name}"
     try:
         archive.store.put(f".segmind/{key}", data, kind, if_absent=True)
         return archive.store.uri(f".segmind/{key}")

@@ -8,7 +8,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
 from ipaddress import ip_address
@@ -153,7 +153,7 @@ class SegmindClient:
             cost_usd=self._list_price if cost is None else cost,
             cost_source="list price" if cost is None else "x-cost",
             request_id=header(answer.headers, "x-request-id"),
-            paid_at=datetime.now(timezone.utc),
+            paid_at=datetime.now(UTC),
             notices=tuple(notices),
         )
 
@@ -187,7 +187,7 @@ class SegmindClient:
                     break
         except httpx.HTTPError:
             pass  # the status says enough
-        raise answer_error(answer.status_code, answer.headers, body, now=datetime.now(timezone.utc), secret=self._key)
+        raise answer_error(answer.status_code, answer.headers, body, now=datetime.now(UTC), secret=self._key)
 
     def _picture(self, answer: httpx.Response, part: Path) -> Picture:
         """The picture in a finished file, after replacing JSON by what it holds or links to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -149,7 +149,7 @@ def open_publisher(
     place, pattern = split_publish_to(publish_to)
     store = open_store(place, s3_client() if place.startswith("s3://") else None)
     publishing = Publishing(store, pattern, load_settings().publish_cache_control)
-    return Publisher(publishing, refreshed_at or datetime.now(timezone.utc), run or "")
+    return Publisher(publishing, refreshed_at or datetime.now(UTC), run or "")
 
 
 def open_production(

@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -271,7 +271,7 @@ class Generation:
         if held is None or held.run != run:
             return claim(self.archive, found, job.fingerprint, run)
         try:
-            held.write(lambda record: record.claimed_by(this_process(run), datetime.now(timezone.utc)))
+            held.write(lambda record: record.claimed_by(this_process(run), datetime.now(UTC)))
         except PreconditionFailedError:
             held.release()
             return None
@@ -289,7 +289,7 @@ class Generation:
             error,
             attempts=len(alike) + 1,
             unknown=sum(1 for each in mine if each.possibly_billed) + error.possibly_billed,
-            elapsed=(datetime.now(timezone.utc) - counted_from).total_seconds(),
+            elapsed=(datetime.now(UTC) - counted_from).total_seconds(),
             jitter=random.random(),
             policy=policy,
         )

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -140,7 +140,7 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: str
         _claiming.add(key)
     try:
         before = found.record if found else Record(fingerprint=fingerprint)
-        record = before.claimed_by(this_process(run), datetime.now(timezone.utc))
+        record = before.claimed_by(this_process(run), datetime.now(UTC))
         try:
             etag = archive.write(record, found.etag if found else None)
         except PreconditionFailedError:

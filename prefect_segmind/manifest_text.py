@@ -121,7 +121,9 @@ def _yaml(lines: Iterable[str], mistakes: Notes) -> Parsed:
         value = _yaml_value(text, places, mistakes)
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
-        raise _broken(text, mark.line, mark.column, error.problem or "cannot be read") from None
+        problem = error.problem or "cannot be read"
+        # PyYAML reads ahead, and from 6.0.4 on stops at a depth of its own.
+        raise _broken(text, mark.line, mark.column, "nested too deeply" if "nesting" in problem else problem) from None
     return _document(value, lambda n: f"line {places[n]}" if n < len(places) else f"asset {n + 1}", mistakes)
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -151,7 +151,7 @@ class Outbox:
         for path in (*paths, *received):
             try:
                 picture = read_picture(path)
-                written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+                written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             except FileNotFoundError:
                 continue  # its run has renamed it, or the archive has it by now
             except OSError as error:

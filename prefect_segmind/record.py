@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from decimal import Decimal
-from enum import Enum
+from enum import StrEnum
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -198,7 +198,7 @@ def possibly_billed_count(run: str, attempts: tuple[Attempt, ...]) -> int:
     return sum(1 for each in attempts if each.possibly_billed and each.reported_by == run)
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     """What is to be done for a job."""
 
     REUSE = "reuse"

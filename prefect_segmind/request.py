@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import PurePath, PurePosixPath
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -29,7 +29,7 @@ from prefect_segmind.errors import InvalidJobError, redact
 from prefect_segmind.resolution import AUTO, DEFAULT_RESOLUTION, Resolution, resolution_size, similar_resolution
 
 
-class MagicPromptOption(str, Enum):
+class MagicPromptOption(StrEnum):
     """Whether the model may rewrite the prompt. A rewritten prompt is not returned; `OFF` is reproducible."""
 
     AUTO = "AUTO"
@@ -37,7 +37,7 @@ class MagicPromptOption(str, Enum):
     OFF = "OFF"
 
 
-class StyleType(str, Enum):
+class StyleType(StrEnum):
     """The style of the picture."""
 
     GENERAL = "GENERAL"

@@ -7,7 +7,7 @@ resolution before it works, so the ratio decides how much of the source is lost.
 from __future__ import annotations
 
 import re
-from enum import Enum
+from enum import StrEnum
 
 AUTO = "AUTO"
 """A job's way of saying: the resolution whose ratio is nearest to the source image's."""
@@ -16,7 +16,7 @@ DEFAULT_RESOLUTION = "RESOLUTION_1024_1024"
 """The API's own default."""
 
 
-class Resolution(str, Enum):
+class Resolution(StrEnum):
     """A size in pixels that the model can make, named `RESOLUTION_<width>_<height>`."""
 
     RESOLUTION_512_1536 = "RESOLUTION_512_1536"

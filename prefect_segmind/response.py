@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -75,14 +75,14 @@ def _time(text: str) -> datetime | None:
     try:
         if re.fullmatch(r"\d{10,13}(\.\d+)?", text):
             seconds = float(text)
-            return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, timezone.utc)
+            return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, UTC)
         if re.match(r"\d{4}-", text):
             iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.upper().replace("Z", "+00:00"))
             iso = re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", iso.replace(" UTC", "+00:00"))
             time = datetime.fromisoformat(iso)
         else:
             time = parsedate_to_datetime(text)
-        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, TypeError, OverflowError):
         return None
 

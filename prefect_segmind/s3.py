@@ -10,7 +10,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,7 @@ def credentials_expire_in(client: S3Client) -> float | None:
     with explained("refresh the S3 credentials", client):
         credentials.get_frozen_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
-    return (expiry - datetime.now(timezone.utc)).total_seconds() if isinstance(expiry, datetime) else None
+    return (expiry - datetime.now(UTC)).total_seconds() if isinstance(expiry, datetime) else None
 
 
 class S3Store:
@@ -191,7 +191,7 @@ class S3Store:
             if answer is None:
                 return None
             date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-            now = parsedate_to_datetime(date) if date else datetime.now(timezone.utc)
+            now = parsedate_to_datetime(date) if date else datetime.now(UTC)
             age = max(0.0, (now - answer["LastModified"]).total_seconds())
             return StoredObject(answer["Body"].read(), answer["ETag"], age)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from uuid import uuid4
 
 from prefect.context import FlowRunContext, TaskRunContext
@@ -55,7 +55,7 @@ def refreshed_at() -> datetime:
     """When the refresh that a run is was due: what decides which of two runs publishes the newer picture."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
-    return (run and (run.expected_start_time or run.created)) or datetime.now(timezone.utc)
+    return (run and (run.expected_start_time or run.created)) or datetime.now(UTC)
 
 
 def task_policy() -> RetryPolicy:

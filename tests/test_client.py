@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
@@ -196,7 +196,7 @@ class TestRefusals:
             assert key[:10] not in str(error), "nor half of it, where a long text is cut"
 
     def test_the_wait_that_a_server_asks_for_is_told(self, part: Path) -> None:
-        until = datetime.now(timezone.utc) + timedelta(seconds=30)
+        until = datetime.now(UTC) + timedelta(seconds=30)
         for headers in ({"Retry_After": "30"}, {"x_rate_limit_reset_at_utc": json.dumps([until.isoformat()])}):
             asked = failure(part, http(b"", "429 Slow Down", **headers)).retry_after
             assert asked == pytest.approx(30, abs=3)

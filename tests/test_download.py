@@ -392,7 +392,7 @@ def authority(folder: Path, name: str) -> Iterator[ssl.SSLContext]:
     """A self-signed certificate for a name, as a server's context; `folder/ca.pem` is what trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ Events = Callable[[int], list[dict[str, Any]]]
 @pytest.fixture
 def events() -> Events:
     """Our events since this test began, as soon as there are so many; they come to the server a moment later."""
-    since = datetime.now(timezone.utc) - timedelta(milliseconds=50)
+    since = datetime.now(UTC) - timedelta(milliseconds=50)
 
     def told(count: int) -> list[dict[str, Any]]:
         wanted = {"occurred": {"since": since.isoformat()}, "event": {"prefix": ["prefect-segmind."]}}

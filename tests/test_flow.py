@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,7 +115,7 @@ def test_a_rate_limit_and_a_gateway_error_are_waited_for_by_prefect_in_front_of_
 def test_each_failed_request_is_an_event_that_says_what_happened(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(Answer(status=429, reset_in=0.2, headers={"x-request-id": "abc"}), Answer(status=504))
     archived = run(photo, seed=777).result()
-    since = (datetime.now(timezone.utc) - timedelta(minutes=5)).isoformat()
+    since = (datetime.now(UTC) - timedelta(minutes=5)).isoformat()
     resource = f"prefect-segmind.job.{archived.fingerprint}"
     wanted = {"occurred": {"since": since}, "resource": {"id": [resource]}}
     wanted |= {"event": {"name": ["prefect-segmind.attempt.failed"]}}

@@ -224,7 +224,7 @@ def test_an_alias_stands_for_what_was_said_before():
             "assets:\n- prompt: {{ a }} in b",
             r"line 2, column \d+: .*; a text that begins with \{\{ must stand in quotes",
         ),
-        ("[" * 5000, "line 1, column 101: nested too deeply"),
+        ("[" * 5000, "line 1, column (101|1001): nested too deeply"),  # by us, or by a PyYAML that reads so far ahead
         ("a: " + "[" * 120 + "]" * 120, "line 1, column 103: nested too deeply"),
         (
             "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"

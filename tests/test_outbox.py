@@ -6,7 +6,7 @@ import errno
 import os
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
 from prefect_segmind.record import Attempt, PaidPicture
 
 PRINT = "ab" * 32
-NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
 def drawn(format: str = "PNG", colour: str = "red") -> bytes:

@@ -148,13 +148,6 @@ def test_the_edges_do_not_know_prefect() -> None:
     assert knowing == set()
 
 
-def test_modules_are_short() -> None:
-    long = {
-        str(path): n for paths in files().values() for path in paths if (n := len(path.read_text().splitlines())) > 350
-    }
-    assert long == {}
-
-
 def test_importing_the_package_is_quick_and_loads_names_when_they_are_used() -> None:
     code = "import sys, prefect_segmind as p; print('prefect' in sys.modules, p.Job.__name__, 'boto3' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -503,7 +503,7 @@ def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox
         generate(job, uploaded, run="slow", archive=archive.url)
     found = archive.read(job.fingerprint)
     assert found is not None
-    theirs = found.record.claimed_by(Holder(run="fast", host="another", pid=1, started=""), datetime.now(timezone.utc))
+    theirs = found.record.claimed_by(Holder(run="fast", host="another", pid=1, started=""), datetime.now(UTC))
     gave_up = theirs.answered(status=500, reason="it failed", wait_seconds=None, possibly_billed=False)
     archive.write(gave_up, found.etag)
     assert generate(job, uploaded, run="slow", archive=archive.url).status == "generated"

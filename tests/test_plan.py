@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from prefect_segmind.spool import Spool
 from prefect_segmind.store import LocalStore
 from prefect_segmind.validation import ValidatedJob, validate
 
-NOW = datetime(2025, 3, 1, 12, 0, tzinfo=timezone.utc)
+NOW = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 PICTURE = PaidPicture.model_validate(
     {
         **{"sha256": "cd" * 32, "format": "JPEG", "content_type": "image/jpeg", "extension": "jpg", "width": 8},

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +31,7 @@ from prefect_segmind.s3 import S3Store
 from prefect_segmind.store import LocalStore, Store, StoredObject
 from tests.test_store import BUCKET, client, moto  # noqa: F401
 
-NOON = datetime(2026, 7, 1, 12, tzinfo=timezone.utc)
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

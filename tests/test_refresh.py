@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -481,7 +481,7 @@ def test_an_older_refresh_is_not_published_over_a_newer_one(
     manifest = campaign(0, asset)
     newer = run(manifest, variables={"season": "autumn"}, publish_to=str(tmp_path / "live"))
     live = (tmp_path / "live" / "hero.png").read_bytes()
-    due = datetime.now(timezone.utc) - timedelta(hours=2)  # it had to wait, for a worker or for an answer
+    due = datetime.now(UTC) - timedelta(hours=2)  # it had to wait, for a worker or for an answer
     monkeypatch.setattr(batch_run, "refreshed_at", lambda: due)
     older = run(manifest, variables={"season": "summer"}, publish_to=str(tmp_path / "live"))
     assert older.generated == 1

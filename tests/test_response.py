@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import httpx
@@ -21,7 +21,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.response import TEXT_LIMIT, Link, answer_error, error_text, header, picture_or_link, wait_asked
 
-NOW = datetime(2025, 3, 1, 12, 0, 0, tzinfo=timezone.utc)
+NOW = datetime(2025, 3, 1, 12, 0, 0, tzinfo=UTC)
 RESET = "x-rate-limit-reset-at-utc"
 KEY = "SG_0123456789abcdef"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) + b"!"

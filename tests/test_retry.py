@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
@@ -86,7 +86,7 @@ def test_rate_limits_may_be_counted_apart_for_they_are_no_fault_of_the_job():
 
 
 def test_of_all_statuses_three_are_retried():
-    now = datetime(2025, 3, 1, tzinfo=timezone.utc)
+    now = datetime(2025, 3, 1, tzinfo=UTC)
     answers = {status: answer_error(status, {}, b"", now=now, secret="") for status in range(201, 600)}
     retried = [
         status

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
@@ -360,7 +360,7 @@ def test_a_rate_limit_tells_when_it_ends(tmp_path: Path, source: str, window: fl
         answer = ask(sandbox, source)
         assert answer.status_code == 429
         ends = datetime.fromisoformat(answer.headers["x-rate-limit-reset-at-utc"])
-        assert window - 20 < (ends - datetime.now(timezone.utc)).total_seconds() <= window
+        assert window - 20 < (ends - datetime.now(UTC)).total_seconds() <= window
         assert words in answer.json()["error"]
         sandbox._api._accepted[0] -= window
         assert ask(sandbox, source).status_code == 200
@@ -420,7 +420,7 @@ def test_a_scripted_answer_says_when_to_come_back(sandbox: Sandbox, source: str)
     answer = ask(sandbox, source)
     ends = answer.headers["x-rate-limit-reset-at-utc"]
     assert re.search(r"\.\d{6}\+00:00$", ends)
-    assert 3 < (datetime.fromisoformat(ends) - datetime.now(timezone.utc)).total_seconds() <= 5
+    assert 3 < (datetime.fromisoformat(ends) - datetime.now(UTC)).total_seconds() <= 5
     assert (answer.headers["retry-after"], answer.headers["x-cost"], answer.text) == ("7", '["0.05"]', "slow down")
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -709,7 +709,7 @@ def credential_process(tmp_path: Path, prints: str, exits: int = 0) -> None:
 
 
 def given(expires_in: float) -> str:
-    expiry = (datetime.now(timezone.utc) + timedelta(seconds=expires_in)).isoformat()
+    expiry = (datetime.now(UTC) + timedelta(seconds=expires_in)).isoformat()
     return json.dumps({"Version": 1, "AccessKeyId": KEY_ID, "SecretAccessKey": SECRET, "Expiration": expiry})
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -181,7 +181,7 @@ def credentials_for(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.Monkey
     def set_up(seconds: int) -> None:
         assert sandbox.s3
         said = tmp_path / "credentials.json"
-        until = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+        until = datetime.now(UTC) + timedelta(seconds=seconds)
         keys = {"AccessKeyId": sandbox.s3.access_key, "SecretAccessKey": sandbox.s3.secret_key}
         said.write_text(json.dumps({"Version": 1, "Expiration": until.isoformat(), **keys}))
         script = tmp_path / "say.py"

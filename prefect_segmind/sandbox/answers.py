@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 
 from starlette.responses import Response
@@ -49,7 +49,7 @@ def reset_header(moment: datetime) -> dict[str, str]:
     Args:
         moment: Aware.
     """
-    return {"x-rate-limit-reset-at-utc": moment.astimezone(timezone.utc).isoformat(timespec="microseconds")}
+    return {"x-rate-limit-reset-at-utc": moment.astimezone(UTC).isoformat(timespec="microseconds")}
 
 
 def without_picture(answer: Answer) -> Response:
@@ -91,7 +91,7 @@ def with_picture(answer: Answer, picture: bytes, link: str) -> Response:
 def _dressed(answer: Answer, response: type[Response], body: bytes | str, content_type: str) -> Response:
     made = response(body, answer.status, {"content-type": answer.content_type or content_type})
     if answer.reset_in is not None:
-        made.headers.update(reset_header(datetime.now(timezone.utc) + timedelta(seconds=answer.reset_in)))
+        made.headers.update(reset_header(datetime.now(UTC) + timedelta(seconds=answer.reset_in)))
     if answer.retry_after is not None:
         made.headers["retry-after"] = answer.retry_after
     return made

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -127,7 +127,7 @@ class SandboxApi:
 
     async def generate(self, request: Request) -> Response:
         """Answers one request for a picture, and records it."""
-        received, started = datetime.now(timezone.utc), time.monotonic()
+        received, started = datetime.now(UTC), time.monotonic()
         request_id = secrets.token_hex(16)
         content = await request.body()
         prompt = _prompt_of(content)
@@ -197,7 +197,7 @@ class SandboxApi:
         while self._accepted and self._accepted[0] <= now - self._window:
             self._accepted.popleft()
         if len(self._accepted) >= self._per_window:
-            free_again = datetime.now(timezone.utc) + timedelta(seconds=self._accepted[0] + self._window - now)
+            free_again = datetime.now(UTC) + timedelta(seconds=self._accepted[0] + self._window - now)
             period = "a minute" if self._window == 60 else f"in {self._window:g} s"
             raise Refusal(429, f"Rate limit of {self._per_window} {period} exceeded", answers.reset_header(free_again))
         self._accepted.append(now)
