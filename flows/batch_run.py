@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import reduce
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -37,14 +38,16 @@ from prefect_segmind.gate import Gate
 from prefect_segmind.manifest import MAX_ASSETS
 from prefect_segmind.manifest_text import MAX_TEXT, write_manifest
 from prefect_segmind.outbox import Outbox
-from prefect_segmind.plan import Plan, make_plan
+from prefect_segmind.plan import Plan, earlier_tries, make_plan
+from prefect_segmind.price import usd
 from prefect_segmind.production import shared
-from prefect_segmind.record import OnUnknown
+from prefect_segmind.record import OnUnknown, Sums
 from prefect_segmind.report import publish_batch, publish_plan
 from prefect_segmind.request import Job
 from prefect_segmind.settings import load_settings
 from prefect_segmind.spool import Spool
-from prefect_segmind.tasks.attempts import mention_conditions, refreshed_at
+from prefect_segmind.sums import inherited, wanted_before
+from prefect_segmind.tasks.attempts import flow_runs, mention_conditions, refreshed_at
 from prefect_segmind.validation import ValidatedJob
 
 R = TypeVar("R", bound=BatchResult)
@@ -121,6 +124,7 @@ def run_batch(
     """
     opened, settings, log = configuration.open_archive(terms.archive), load_settings(), get_run_logger()
     places: set[str] = set()
+    runs = flow_runs()
     with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
         plan = make_plan(
             jobs,
@@ -131,15 +135,28 @@ def run_batch(
             price_usd=settings.price_usd,
             on_unknown=terms.on_unknown,
             in_place=places if skip_archived else None,
+            flow_runs=runs,
         )
+        wanted_ever = wanted_before(
+            runs[-1][0], frozenset(e.fingerprint for e in entries if isinstance(e, ValidatedJob))
+        )
+        earlier = earlier_tries(opened, wanted_ever, runs, settings.price_usd)
+        spent_before = reduce(Sums.plus, earlier.values(), Sums())
+        if spent_before.requests_sent:
+            log.info(
+                "earlier tries of this run have paid %s USD and may have been billed %s USD more, which counts",
+                *(usd(spent_before.cost_usd), usd(spent_before.possibly_billed_usd)),
+            )
         limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(terms.credentials_block)}
         left_out = {"total": plan.total - len(places), "reuse": plan.reuse - len(places)}
         plan = plan.model_copy(update=limits | left_out)
         in_place = frozenset(place.rpartition("/")[0] for place in places)
         if in_place:
             log.info("%s have their picture in the archive already", len(in_place))
+        tally = Tally(plan, failed_jobs)
+        tally.carry(spent_before)
         if not plan.total:
-            return Ended(planned(plan) if terms.dry_run else Tally(plan, failed_jobs).result(), in_place=in_place)
+            return Ended(planned(plan) if terms.dry_run else tally.result(), in_place=in_place)
         _tell(plan)
         publish_plan(plan, title)
         if terms.dry_run:
@@ -151,11 +168,12 @@ def run_batch(
         try:
             approved = approve(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block)
         except (NotApprovedError, RunCancelledError) as refused:
-            return Ended(Tally(plan, failed_jobs).result(stopped=refused), refused, in_place=in_place)
+            return Ended(tally.result(stopped=refused), refused, in_place=in_place)
         gate = Gate(
             max_concurrency=terms.max_concurrency,
             requests_per_minute=terms.requests_per_minute,
             budget_usd=approved.budget_usd,
+            earlier=spent_before,
             longest_wait_seconds=settings.longest_wait_seconds,
             say=log.warning,
         )
@@ -169,7 +187,10 @@ def run_batch(
         publisher = configuration.open_publisher(terms.publish_to, refreshed_at(), flow_run.id)
         production = configuration.open_production(generation, terms.upload_to, terms.credentials_block, publisher)
         token = shared.set(production)
-        tally = Tally(plan, failed_jobs)
+
+        def carry() -> None:
+            told = inherited(opened.url, runs)
+            tally.carry(reduce(Sums.plus, (sent for each, sent in earlier.items() if each not in told), Sums()))
 
         def summed() -> BatchResult:
             failed = _keep_failed(failed_jobs, opened, generation.outbox) if keep_failed else None
@@ -177,12 +198,14 @@ def run_batch(
 
         try:
             dispatch(wanted(), gate, tally, settings.grace_seconds)
+            carry()
             result = summed()
             publish_batch(result, title, opened, terms.credentials_block)
             if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
                 run_stopped(gate.stopped, result)
         except BaseException as error:
             # Whatever ends the run, what it has paid is told.
+            carry()
             tally.close(gate.budget)
             result = summed()
             log.warning(result.sentence())

@@ -18,6 +18,7 @@ from prefect_segmind.budget import Budget
 from prefect_segmind.errors import NotStartedError, SegmindError, redact
 from prefect_segmind.plan import Plan
 from prefect_segmind.price import usd
+from prefect_segmind.record import Sums
 from prefect_segmind.request import Job
 from prefect_segmind.spool import Spool
 from prefect_segmind.validation import ValidatedJob
@@ -49,7 +50,7 @@ class BatchResult(BaseModel):
         recovered: Pictures that were paid for before and are archived now.
         failed: Jobs that failed.
         not_started: Jobs for which nothing was sent because the run had stopped.
-        cost_usd: What this run has paid.
+        cost_usd: What this run has paid, in all tries of its flow run.
         possibly_billed_usd: What requests of unknown outcome may have cost besides.
         planned_usd: What the plan came to before anything was paid.
         images: The archived pictures, as they were finished.
@@ -160,6 +161,7 @@ class Tally:
         self._images: list[ArchivedImage] = []
         self._failures: list[Failure] = []
         self._under_way: dict[str, Job | ValidatedJob] = {}
+        self._carried = Sums()
         self._closed = False
         self._started = time.monotonic()
         self._changed = threading.Condition()
@@ -193,6 +195,11 @@ class Tally:
             with suppress(Exception):  # whoever watches does not change what is counted
                 self._observer(progress)
 
+    def carry(self, earlier: Sums) -> None:
+        """Adds what earlier tries of the flow run came to, as far as no asset of this one reports it."""
+        with self._changed:
+            self._carried = earlier
+
     def close(self, budget: Budget) -> None:
         """Counts what is still under way as failed, and takes nothing more down.
 
@@ -206,9 +213,9 @@ class Tally:
             for entry in self._under_way.values():
                 self._fail(entry, late)
             if self._under_way:
-                self._cost_usd = max(self._cost_usd, budget.spent_usd)
-                possibly_usd = self._possibly_billed_usd + budget.in_flight_usd
-                self._possibly_billed_usd = max(possibly_usd, budget.unknown_usd + budget.in_flight_usd)
+                self._cost_usd = max(self._cost_usd, budget.spent_usd - self._carried.cost_usd)
+                unknown_usd = budget.unknown_usd - self._carried.possibly_billed_usd
+                self._possibly_billed_usd = max(self._possibly_billed_usd, unknown_usd) + budget.in_flight_usd
             self._under_way.clear()
             self._closed = True
 
@@ -238,8 +245,8 @@ class Tally:
                 recovered=counts["recovered"],
                 failed=counts["failed"],
                 not_started=self._plan.total - self._progress().done,
-                cost_usd=self._cost_usd,
-                possibly_billed_usd=self._possibly_billed_usd,
+                cost_usd=self._cost_usd + self._carried.cost_usd,
+                possibly_billed_usd=self._possibly_billed_usd + self._carried.possibly_billed_usd,
                 planned_usd=self._plan.planned_usd,
                 images=tuple(self._images),
                 failures=tuple(self._failures),
@@ -252,12 +259,13 @@ class Tally:
         return Progress(self._plan.total, self._counts.copy(), self._cost_usd, time.monotonic() - self._started)
 
     def _fail(self, entry: Job | ValidatedJob, outcome: object) -> None:
+        cost_usd = getattr(outcome, "cost_usd", Decimal(0))
         possibly_billed_usd = getattr(outcome, "possibly_billed_usd", Decimal(0))
-        if isinstance(outcome, NotStartedError) and not possibly_billed_usd:
+        if isinstance(outcome, NotStartedError) and not (cost_usd or possibly_billed_usd):
             self._counts["not_started"] += 1
             return
         self._counts["failed"] += 1
-        self._cost_usd += getattr(outcome, "cost_usd", Decimal(0))
+        self._cost_usd += cost_usd
         self._possibly_billed_usd += possibly_billed_usd
         error = str(outcome) if isinstance(outcome, SegmindError) else redact(f"{type(outcome).__name__}: {outcome}")
         try:

@@ -23,6 +23,11 @@ class Budget:
     Their sum never exceeds the limit, as long as no answer costs more than was reserved for it. A price that rises is
     noticed with the first answer that names it; what is in flight at that moment may exceed the limit by the rise.
 
+    Args:
+        limit_usd: The limit; None for none.
+        spent_usd: What was paid before.
+        unknown_usd: What may have been billed before.
+
     Attributes:
         limit_usd: The limit; None for none.
         spent_usd: Paid for certain.
@@ -39,11 +44,17 @@ class Budget:
         (Decimal('0.04'), Decimal('0.00'))
     """
 
-    def __init__(self, limit_usd: Decimal | None = None) -> None:
+    def __init__(
+        self,
+        limit_usd: Decimal | None = None,
+        *,
+        spent_usd: Decimal = Decimal("0.00"),
+        unknown_usd: Decimal = Decimal("0.00"),
+    ) -> None:
         self.limit_usd = limit_usd
-        self.spent_usd = Decimal("0.00")
+        self.spent_usd = spent_usd
         self.in_flight_usd = Decimal("0.00")
-        self.unknown_usd = Decimal("0.00")
+        self.unknown_usd = unknown_usd
         self._dearest = Decimal("0.00")
 
     def price_of(self, list_price: Decimal) -> Decimal:

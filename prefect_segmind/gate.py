@@ -24,6 +24,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.pace import Pace
 from prefect_segmind.price import usd
+from prefect_segmind.record import Sums
 
 PARKED = 256
 """Assets that may wait outside the window at once; each of them keeps a thread."""
@@ -65,6 +66,7 @@ class Gate:
         look_ahead: Assets under way beyond those, so that uploads and archiving overlap; `max_concurrency` if None.
         requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
         budget_usd: What the run may spend; None for no limit.
+        earlier: What earlier tries of the run have spent of it.
         longest_wait_seconds: A rate limit that lasts longer stops the run.
         say: Takes a line for the log; by default none is said.
 
@@ -87,10 +89,12 @@ class Gate:
         look_ahead: int | None = None,
         requests_per_minute: int | None = None,
         budget_usd: Decimal | None = None,
+        earlier: Sums | None = None,
         longest_wait_seconds: float = 120.0,
         say: Callable[[str], None] = _silence,
     ) -> None:
-        self.budget = Budget(budget_usd)
+        before = earlier or Sums()
+        self.budget = Budget(budget_usd, spent_usd=before.cost_usd, unknown_usd=before.possibly_billed_usd)
         self._pace = Pace(requests_per_minute)
         self._max_concurrency = max_concurrency
         self._window = max_concurrency + (max_concurrency if look_ahead is None else look_ahead)

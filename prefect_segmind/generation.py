@@ -22,16 +22,18 @@ from prefect_segmind.outbox import Outbox, OutboxEntry
 from prefect_segmind.record import (
     LEASE_SECONDS,
     Attempt,
+    FlowRuns,
     OnUnknown,
     PaidPicture,
     Record,
+    Run,
+    Sums,
     Verdict,
-    possibly_billed_count,
-    sent_by,
+    sums,
     verdict,
 )
 from prefect_segmind.retry import RetryPolicy, decide
-from prefect_segmind.sums import Sums, forget, remember
+from prefect_segmind.sums import forget, inherit, remember
 from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob
 
@@ -53,10 +55,14 @@ class GeneratedImage(BaseModel):
         source_uri: Where the source image lies: where it was uploaded to, if this run has paid.
         archive: The archive that has its record.
         run: The run that got it.
-        status: `generated` by this run; `recovered` from the outbox, `reused` from the archive: paid for before.
-        path: The picture in the outbox; None when reused.
+        status: `generated` by this run, an earlier try of its flow run included; `recovered` from the outbox, `reused`
+            from the archive: paid for before.
+        path: The picture in the outbox; None where the archive has it.
         picture: Its facts.
         attempts: Every request that was ever sent for it.
+        requests_sent: How many of them this run has to report.
+        cost_usd: What this run paid for it.
+        possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,26 +75,14 @@ class GeneratedImage(BaseModel):
     path: Path | None
     picture: PaidPicture
     attempts: tuple[Attempt, ...]
+    requests_sent: int
+    cost_usd: Decimal
+    possibly_billed_usd: Decimal
 
     @property
     def name(self) -> str:
         """The job's name."""
         return self.job.name
-
-    @property
-    def cost_usd(self) -> Decimal:
-        """What this run paid for it."""
-        return self.picture.cost_usd if self.status == "generated" else Decimal("0.00")
-
-    @property
-    def requests_sent(self) -> int:
-        """How many requests this run has sent for it."""
-        return len(sent_by(self.run, self.attempts))
-
-    @property
-    def possibly_billed_usd(self) -> Decimal:
-        """What requests of unknown outcome may have cost, as far as this run has to report them."""
-        return self.job.price_usd * possibly_billed_count(self.run, self.attempts)
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,9 @@ class Generation:
     say: Callable[[str], None] = print
     warn: Callable[[str], None] = print
 
-    def generate(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str) -> GeneratedImage:
+    def generate(
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str, flow_runs: FlowRuns = ()
+    ) -> GeneratedImage:
         """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
 
         Call it again with the same `run` to retry: what happened before stands in the record. A picture that another
@@ -128,17 +124,20 @@ class Generation:
             job: What is asked for.
             upload: Puts its source image where the provider can read it; called only if there is something to pay.
             run: Identifies the run across its retries.
+            flow_runs: The flow run that it is in. What may be sent and what is reported is counted by flow run, however
+                often that is run again.
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
             NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
-            OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`.
+            OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`; or as many of this
+                flow run may have been as are allowed.
             SegmindError: As `upload` raises it; or the record could not be read or written. Nothing was paid now; what
                 earlier requests of the run came to stands on the error, as on all others.
         """
         try:
-            generated = self._picture(job, upload, run)
+            generated = self._picture(job, upload, Run(run, flow_runs))
         except BaseException as error:
             if getattr(error, "decision", None) is None:
                 self._ended(job, run, error)
@@ -146,17 +145,20 @@ class Generation:
         forget(self.archive.url, job.fingerprint, run)
         return generated
 
-    def _picture(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str) -> GeneratedImage:
+    def _picture(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run) -> GeneratedImage:
         told, pauses = False, 0
+        left = held_claim(self.archive, job.fingerprint)
+        if left is not None and left.record.holder and run.follows(left.record.holder.flow_runs):
+            left.release()  # nobody is going to archive for an earlier try of this flow run
         while True:
-            found = self.archive.read(job.fingerprint)
-            elsewhere = held_elsewhere(self.archive, found, run)
+            found = self._read(job, run)
+            elsewhere = held_elsewhere(self.archive, found, run.id)
             done = found and found.record.state == "done"
             kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
             what = verdict(
                 found.record if found else None,
                 run=run,
-                in_outbox=kept is not None and not held_beside(self.archive, found, run),
+                in_outbox=kept is not None and not held_beside(self.archive, found, run.id),
                 held_elsewhere=elsewhere,
                 on_unknown=self.on_unknown,
             )
@@ -183,20 +185,37 @@ class Generation:
                 pauses = self._pause(pauses)
             else:
                 kept_at = _kept_elsewhere(found)
-                refused = OutcomeUnknownError(
-                    f"{job.name} was paid for, and its picture lies in {kept_at}: run the same job there; "
-                    'on_unknown="repay" pays once more'
-                    if kept_at
-                    else f"{job.name}: an earlier request may have been billed though no picture came of it, and "
-                    'on_unknown is "fail" (look at the provider\'s usage page; on_unknown="repay" pays once more)'
-                )
-                refused.fingerprint = job.fingerprint
-                raise refused
+                if kept_at:
+                    why = f'was paid for, and its picture lies in {kept_at}: run the same job there; on_unknown="repay"'
+                elif self.on_unknown == "repay":
+                    why = "requests of this flow run may have been billed though no picture came of them, and it sends "
+                    why += "no more (look at the provider's usage page); a new run"
+                else:
+                    why = "an earlier request may have been billed though no picture came of it, and on_unknown is "
+                    why += '"fail" (look at the provider\'s usage page); on_unknown="repay"'
+                raise OutcomeUnknownError(f"{job.name}: {why} pays once more")
+
+    def _read(self, job: ValidatedJob, run: Run) -> RecordRead | None:
+        """The record of the picture; what this run has to report of it so far is remembered."""
+        found = self.archive.read(job.fingerprint)
+        if found is None:
+            return None
+        held = held_claim(self.archive, job.fingerprint)
+        if held is not None and held.run == run.id:  # which may know more than the archive could be told
+            found = replace(found, record=held.record)
+        if so_far := self._sums(job, run, found.record.attempts):
+            remember(self.archive.url, job.fingerprint, run.id, so_far)
+        return found
+
+    def _sums(self, job: ValidatedJob, run: Run, attempts: tuple[Attempt, ...]) -> Sums:
+        earlier = any(run.follows(each.flow_runs) for each in attempts)
+        inherits = earlier and inherit(self.archive.url, job.fingerprint, run)
+        return sums(run, attempts, job.price_usd, inherits=inherits)
 
     def _in_outbox(self, job: ValidatedJob, *, unfinished: bool) -> tuple[Path, OutboxEntry] | None:
         return self.outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=unfinished)
 
-    def _warn_of_paying_again(self, job: ValidatedJob, found: RecordRead | None, run: str) -> None:
+    def _warn_of_paying_again(self, job: ValidatedJob, found: RecordRead | None, run: Run) -> None:
         if kept_at := _kept_elsewhere(found):
             self.warn(
                 f"an earlier run paid for {job.name}, and its picture lies in {kept_at}, out of reach: paying again"
@@ -213,7 +232,7 @@ class Generation:
         return pauses + 1
 
     def _pay(
-        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: str, found: RecordRead | None
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, found: RecordRead | None
     ) -> GeneratedImage | None:
         """Sends one request; None where another run was faster to claim the picture.
 
@@ -222,14 +241,14 @@ class Generation:
         uploaded = upload()
         with (
             self.gate.admit(job.price_usd) as admission,
-            self.outbox.receive(job.fingerprint, run) as part,
+            self.outbox.receive(job.fingerprint, run.id) as part,
             self.open_client() as client,
         ):
             request = job.request(self.address(uploaded.uri))
             held = self._claim(job, found, run)
             if held is None:
                 return None
-            if len(sent_by(run, held.record.attempts)) == 1:
+            if sum(map(run.owns, held.record.attempts)) == 1:
                 self._warn_of_paying_again(job, found, run)
             held.hold(REQUEST_SECONDS)
             try:
@@ -250,7 +269,12 @@ class Generation:
         self._note(
             held,
             lambda record: record.answered(
-                status=200, reason=None, wait_seconds=None, possibly_billed=False, kept=kept_at
+                status=200,
+                reason=None,
+                wait_seconds=None,
+                possibly_billed=False,
+                kept=kept_at,
+                cost_usd=paid.cost_usd,
             ),
         )
         held.hold(ARCHIVE_SECONDS)
@@ -266,9 +290,9 @@ class Generation:
         if held is not None and held.run == run:
             held.give_up()
 
-    def _claim(self, job: ValidatedJob, found: RecordRead | None, run: str) -> Claim | None:
+    def _claim(self, job: ValidatedJob, found: RecordRead | None, run: Run) -> Claim | None:
         held = held_claim(self.archive, job.fingerprint)
-        if held is None or held.run != run:
+        if held is None or held.run != run.id:
             return claim(self.archive, found, job.fingerprint, run)
         try:
             held.write(lambda record: record.claimed_by(this_process(run), datetime.now(UTC)))
@@ -277,14 +301,15 @@ class Generation:
             return None
         return held
 
-    def _failed(self, job: ValidatedJob, run: str, held: Claim, error: SegmindError) -> None:
+    def _failed(self, job: ValidatedJob, run: Run, held: Claim, error: SegmindError) -> None:
         """Decides what follows a failed request, and notes it in the record and on the error."""
-        mine = sent_by(run, held.record.attempts)
+        mine = tuple(filter(run.owns, held.record.attempts))
         alike = mine[:-1]
         if self.policy.rate_limit_retries is not None:
             alike = tuple(each for each in alike if (each.status == 429) == (error.status == 429))
         policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
-        counted_from = next(each.sent_at for each in mine if each.status != 429)  # the failed one has no status yet
+        # The failed one has no status yet. A flow run may be run again days later.
+        counted_from = next(each.sent_at for each in mine if each.run == run.id and each.status != 429)
         decision = decide(
             error,
             attempts=len(alike) + 1,
@@ -304,14 +329,14 @@ class Generation:
 
         error.decision = decision
         error.fingerprint = job.fingerprint
-        error.requests_sent = len(mine)
-        error.possibly_billed_usd = job.price_usd * possibly_billed_count(run, outcome(held.record).attempts)
+        so_far = self._sums(job, run, outcome(held.record).attempts)
+        vars(error).update(so_far._asdict())
         self._note(held, outcome)
         if decision.wait_seconds is None:
-            forget(self.archive.url, job.fingerprint, run)
+            forget(self.archive.url, job.fingerprint, run.id)
             held.release()
         else:
-            remember(self.archive.url, job.fingerprint, run, Sums(len(mine), error.possibly_billed_usd))
+            remember(self.archive.url, job.fingerprint, run.id, so_far)
             held.hold(decision.wait_seconds + LEASE_SECONDS)
 
     def _note(self, held: Claim, outcome: Callable[[Record], Record]) -> None:
@@ -326,21 +351,27 @@ class Generation:
         self,
         job: ValidatedJob,
         uploaded: UploadedImage | None,
-        run: str,
+        run: Run,
         status: Literal["generated", "recovered", "reused"],
         path: Path | None,
         picture: PaidPicture,
         attempts: tuple[Attempt, ...],
     ) -> GeneratedImage:
+        known = Record(fingerprint=job.fingerprint, attempts=attempts).archived(picture, "-", "-").attempts
+        brought = next((each for each in reversed(known) if each.status == 200 and each.reason is None), None)
+        reported = self._sums(job, run, known)
+        if brought and run.follows(brought.flow_runs) and inherit(self.archive.url, job.fingerprint, run):
+            status = "generated"
         return GeneratedImage(
             job=job,
             source_uri=uploaded.uri if uploaded else job.job.image,
             archive=self.archive.url,
-            run=run,
+            run=run.id,
             status=status,
             path=path,
             picture=picture,
             attempts=attempts,
+            **reported._asdict(),
         )
 
 

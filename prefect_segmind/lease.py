@@ -22,7 +22,7 @@ from queue import SimpleQueue
 
 from prefect_segmind.archive import Archive, RecordRead
 from prefect_segmind.errors import PreconditionFailedError, StoreError
-from prefect_segmind.record import LEASE_SECONDS, Holder, Record
+from prefect_segmind.record import LEASE_SECONDS, Holder, Record, Run
 
 RENEW_SECONDS = 15.0
 """A record that was written longer ago is written again."""
@@ -120,7 +120,7 @@ class Claim:
         self.record, self._written = record, began
 
 
-def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: str) -> Claim | None:
+def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run) -> Claim | None:
     """Claims a picture for its next request, or says that another run was faster.
 
     Args:
@@ -149,7 +149,7 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: str
         again = archive.read(fingerprint)
         if again is None or again.record.holder != record.holder:
             return None
-        claimed = Claim(archive, record, etag, run)
+        claimed = Claim(archive, record, etag, run.id)
         with _lock:
             _claims[key] = claimed
     finally:
@@ -196,9 +196,10 @@ def held_beside(archive: Archive, found: RecordRead | None, run: str) -> bool:
     return holder is not None and holder.host == host_id() and held_elsewhere(archive, found, run)
 
 
-def this_process(run: str) -> Holder:
+def this_process(run: Run) -> Holder:
     """The holder of a claim that a run in this process makes."""
-    return Holder(run=run, host=host_id(), pid=os.getpid(), started=_process_started(os.getpid()) or "")
+    started = _process_started(os.getpid()) or ""
+    return Holder(run=run.id, host=host_id(), pid=os.getpid(), started=started, flow_runs=run.flow_runs)
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
 
@@ -14,7 +14,7 @@ from prefect_segmind.errors import SegmindError
 from prefect_segmind.lease import held_beside, held_elsewhere
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.price import usd
-from prefect_segmind.record import OnUnknown, Verdict, verdict
+from prefect_segmind.record import FlowRuns, OnUnknown, Run, Sums, Verdict, sums_of_earlier_tries, verdict
 from prefect_segmind.request import Job
 from prefect_segmind.source import SourceReader
 from prefect_segmind.spool import Spool
@@ -105,6 +105,7 @@ def make_plan(
     price_usd: Decimal,
     on_unknown: OnUnknown = "repay",
     in_place: set[str] | None = None,
+    flow_runs: FlowRuns = (),
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -118,6 +119,7 @@ def make_plan(
         on_unknown: As for `Generation`.
         in_place: Takes the `place` of each picture that is archived under the very name that is asked for, and that
             leaves nothing to be done: what is still in the outbox is not.
+        flow_runs: The flow run that is planned for: it may have sent requests before, and its seeds are drawn by it.
 
     Raises:
         StoreError: The archive cannot be listed or read.
@@ -126,16 +128,18 @@ def make_plan(
     warnings: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
     failing = 0
+    draw_by = f"{flow_runs[-1][0]} " if flow_runs else None
     for job, found in _inspected(jobs, reader):
+        drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
         try:
             if isinstance(found, str):
                 raise SegmindError(found)
-            entry = settle(job, found, price_usd=price_usd)
+            entry = settle(drawn, found, price_usd=price_usd)
         except SegmindError as error:
             failing += 1
             if len(problems) < 20:
                 problems.append((job.name, str(error)))
-            entries.append(with_drawn_seed(job))
+            entries.append(drawn)
         else:
             wanted[entry.fingerprint] += 1
             if len(warnings) < 1000:
@@ -149,7 +153,7 @@ def make_plan(
         for each in entries:
             if isinstance(each, ValidatedJob) and each.fingerprint in done and each.place in survey.places:
                 in_place.add(each.place)
-    for fingerprint, need in _verdicts(wanted, survey, kept, archive, on_unknown):
+    for fingerprint, need in _verdicts(wanted, survey, kept, archive, on_unknown, flow_runs):
         needs[need] += 1
         # Whatever else wants the same picture finds it archived.
         needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
@@ -164,6 +168,32 @@ def make_plan(
         warnings=tuple(warnings.most_common(10)),
         problems=tuple(problems),
     )
+
+
+def earlier_tries(
+    archive: Archive, fingerprints: Collection[str], flow_runs: FlowRuns, price_usd: Decimal
+) -> dict[str, Sums]:
+    """What earlier tries of a flow run have sent for each picture, by its record; nothing is read in the first try.
+
+    Args:
+        archive: Has the records.
+        fingerprints: Of the pictures.
+        flow_runs: The flow run.
+        price_usd: What a request of unknown outcome may have cost.
+
+    Raises:
+        StoreError: A record cannot be read.
+    """
+    if all(number == 1 for _, number in flow_runs):
+        return {}
+    run = Run("", flow_runs)
+
+    def look(fingerprint: str) -> tuple[str, Sums]:
+        found = archive.read(fingerprint)
+        return fingerprint, sums_of_earlier_tries(run, found.record.attempts if found else (), price_usd)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
+        return {fingerprint: sent for fingerprint, sent in pool.map(look, fingerprints) if sent.requests_sent}
 
 
 def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | str]]:
@@ -194,7 +224,12 @@ def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, In
 
 
 def _verdicts(
-    wanted: Counter[str], survey: Survey, kept: set[str], archive: Archive, on_unknown: OnUnknown
+    wanted: Counter[str],
+    survey: Survey,
+    kept: set[str],
+    archive: Archive,
+    on_unknown: OnUnknown,
+    flow_runs: FlowRuns,
 ) -> Iterator[tuple[str, Verdict]]:
     """What is to be done for each picture. Only records of pictures that are not archived yet are read."""
     recorded, archived, _ = survey
@@ -203,7 +238,7 @@ def _verdicts(
         found = archive.read(fingerprint)
         need = verdict(
             found.record if found else None,
-            run="",
+            run=Run("", flow_runs),
             in_outbox=fingerprint in kept and not held_beside(archive, found, ""),
             held_elsewhere=held_elsewhere(archive, found, ""),
             on_unknown=on_unknown,

@@ -17,6 +17,7 @@ from prefect_segmind.archiving import ArchivedImage, Archiving
 from prefect_segmind.errors import SegmindError, StoreError, redact
 from prefect_segmind.generation import Generation
 from prefect_segmind.publishing import Publishing
+from prefect_segmind.record import FlowRuns
 from prefect_segmind.request import Job
 from prefect_segmind.source import SourceReader
 from prefect_segmind.upload import UploadedImage, Uploads
@@ -121,6 +122,7 @@ class Production:
         job: Job | ValidatedJob,
         run: str,
         flow_run_id: str | None = None,
+        flow_runs: FlowRuns = (),
         *,
         say: Callable[[str], None] = print,
         warn: Callable[[str], None] = print,
@@ -132,6 +134,7 @@ class Production:
             job: What is asked for. One that is validated already has told its warnings.
             run: Identifies the run across its retries.
             flow_run_id: The Prefect flow run, for the sidecar.
+            flow_runs: The flow run, as `Generation.generate` takes it.
             say: Takes a line for the log.
             warn: Takes a line that a person should see.
             unpublished: Takes what is archived where publishing it fails.
@@ -153,7 +156,7 @@ class Production:
             return uploaded
 
         with _stage("generate"):
-            generated = replace(self.generation, say=say, warn=warn).generate(job, upload, run)
+            generated = replace(self.generation, say=say, warn=warn).generate(job, upload, run, flow_runs)
         with _stage("archive"):
             archived = self.archiving.archive_picture(generated, flow_run_id)
         if self.publisher is None:

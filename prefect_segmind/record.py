@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -18,6 +18,9 @@ OnUnknown = Literal["repay", "fail"]
 
 LEASE_SECONDS = 60.0
 """How long a claim holds since the record was last written, by the store's own clock."""
+
+FlowRuns = tuple[tuple[str, int], ...]
+"""A flow run and those that it is in, the outermost first, each with the number of its try: Prefect's `run_count`."""
 
 _MODEL = ConfigDict(frozen=True, extra="allow")
 """What a newer version has noted is kept when this one writes a record again."""
@@ -35,6 +38,8 @@ class Attempt(BaseModel):
         possibly_billed: Whether it may have been paid though no picture came of it; None while no outcome is known.
         reported_by: The run whose report counts it as possibly billed.
         kept: Where the picture that it brought lies until it is archived: host and path of an outbox.
+        flow_runs: The flow run that it was sent in.
+        cost_usd: What it was paid with for certain; None while nothing is known.
     """
 
     model_config = _MODEL
@@ -47,6 +52,8 @@ class Attempt(BaseModel):
     possibly_billed: bool | None = None
     reported_by: str | None = None
     kept: str | None = None
+    flow_runs: FlowRuns = ()
+    cost_usd: Decimal | None = None
 
 
 class Holder(BaseModel):
@@ -59,6 +66,36 @@ class Holder(BaseModel):
     pid: int
     started: str
     renewals: int = 0
+    flow_runs: FlowRuns = ()
+
+
+class Run(NamedTuple):
+    """Who wants a picture: a task run, which holds claims, in a flow run, by which requests and money are counted.
+
+    Whatever has a flow run run again, the requests of its earlier tries are its own.
+
+    Attributes:
+        id: The task run.
+        flow_runs: The flow run that it is in.
+
+    Example:
+        >>> again = Run("task 2", (("flow", 2),))
+        >>> again.follows((("flow", 1),)), again.follows((("flow", 2),)), again.follows((("another", 1),))
+        (True, False, False)
+    """
+
+    id: str
+    flow_runs: FlowRuns = ()
+
+    def follows(self, flow_runs: FlowRuns) -> bool:
+        """Whether it is in a later try of a flow run: of its own, or of one around it."""
+        theirs = dict(flow_runs)
+        return any(theirs.get(flow_run, number) < number for flow_run, number in self.flow_runs)
+
+    def owns(self, attempt: Attempt) -> bool:
+        """Whether a request counts as sent by it or its flow run, tries before this one included."""
+        same = self.flow_runs and attempt.flow_runs and self.flow_runs[-1][0] == attempt.flow_runs[-1][0]
+        return attempt.run == self.id or bool(same) or self.follows(attempt.flow_runs)
 
 
 class PaidPicture(BaseModel):
@@ -116,9 +153,9 @@ class Record(BaseModel):
             raise ValueError("a record that is done names its picture")
         return self
 
-    def outcome_unknown(self, run: str) -> bool:
+    def outcome_unknown(self, run: Run) -> bool:
         """Whether another run may have paid for a picture that is not at hand here."""
-        return any(each.run != run and (each.kept or each.possibly_billed is not False) for each in self.attempts)
+        return any(not run.owns(each) and (each.kept or each.possibly_billed is not False) for each in self.attempts)
 
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
@@ -136,7 +173,8 @@ class Record(BaseModel):
             else each
             for each in self.attempts
         )
-        return self.model_copy(update={"holder": holder, "attempts": (*closed, Attempt(run=holder.run, sent_at=now))})
+        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs)
+        return self.model_copy(update={"holder": holder, "attempts": (*closed, attempt)})
 
     def answered(
         self,
@@ -146,6 +184,7 @@ class Record(BaseModel):
         wait_seconds: float | None,
         possibly_billed: bool,
         kept: str | None = None,
+        cost_usd: Decimal | None = None,
     ) -> Record:
         """The record with the outcome of the last request; a run that is not going to wait lets go of its claim."""
         last = self.attempts[-1].model_copy(
@@ -155,6 +194,7 @@ class Record(BaseModel):
                 "wait_seconds": wait_seconds,
                 "possibly_billed": possibly_billed,
                 "kept": kept,
+                "cost_usd": cost_usd,
                 "reported_by": self.attempts[-1].run if possibly_billed else None,
             }
         )
@@ -172,9 +212,9 @@ class Record(BaseModel):
 
     def archived(self, picture: PaidPicture, image: str, sidecar: str) -> Record:
         """The record once the picture is in the archive. A request without an outcome was the one that brought it."""
+        brought = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
         attempts = tuple(
-            each.model_copy(update={"status": 200, "possibly_billed": False}) if each.possibly_billed is None else each
-            for each in self.attempts
+            each.model_copy(update=brought) if each.possibly_billed is None else each for each in self.attempts
         )
         return self.model_copy(
             update={
@@ -188,14 +228,53 @@ class Record(BaseModel):
         )
 
 
-def sent_by(run: str, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
-    """The requests that a run has sent."""
-    return tuple(each for each in attempts if each.run == run)
+class Sums(NamedTuple):
+    """What requests came to.
+
+    Attributes:
+        requests_sent: How many there were.
+        cost_usd: What was paid for certain.
+        possibly_billed_usd: What those of unknown outcome may have cost.
+    """
+
+    requests_sent: int = 0
+    cost_usd: Decimal = Decimal("0.00")
+    possibly_billed_usd: Decimal = Decimal("0.00")
+
+    def plus(self, other: Sums) -> Sums:
+        """Both together."""
+        return Sums(
+            self.requests_sent + other.requests_sent,
+            self.cost_usd + other.cost_usd,
+            self.possibly_billed_usd + other.possibly_billed_usd,
+        )
 
 
-def possibly_billed_count(run: str, attempts: tuple[Attempt, ...]) -> int:
-    """How many requests a run must report as possibly billed: its own, and those of dead runs that it found."""
-    return sum(1 for each in attempts if each.possibly_billed and each.reported_by == run)
+def sums(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal, *, inherits: bool = False) -> Sums:
+    """What a run has to report of the requests for a picture: its own, and those of dead runs that it has taken over.
+
+    Args:
+        run: The run.
+        attempts: All requests for the picture.
+        price_usd: What one of unknown outcome may have cost.
+        inherits: Whether it also reports what earlier tries of its flow run have sent, whose own reports are lost.
+    """
+    flow_runs = {each.run: each.flow_runs for each in attempts}
+
+    def counts(other: str | None) -> bool:
+        return other == run.id or (inherits and other is not None and run.follows(flow_runs.get(other, ())))
+
+    mine = [each for each in attempts if counts(each.run)]
+    unknown = sum(1 for each in attempts if each.possibly_billed and counts(each.reported_by))
+    return Sums(len(mine), sum((each.cost_usd or Decimal(0) for each in mine), Decimal("0.00")), price_usd * unknown)
+
+
+def sums_of_earlier_tries(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -> Sums:
+    """What earlier tries of a run's flow run have to be charged with: a request without an outcome may be billed."""
+    earlier = [each for each in attempts if run.follows(each.flow_runs)]
+    unknown = sum(1 for each in earlier if each.possibly_billed is not False)
+    cost_usd = sum((each.cost_usd or Decimal(0) for each in earlier), Decimal("0.00"))
+    return Sums(len(earlier), cost_usd, price_usd * unknown)
 
 
 class Verdict(StrEnum):
@@ -208,8 +287,12 @@ class Verdict(StrEnum):
     PAY = "pay"
 
 
+UNKNOWN_RETRIES = 1
+"""Requests that a flow run sends, at most, after one of its own that may have been billed."""
+
+
 def verdict(
-    record: Record | None, *, run: str, in_outbox: bool, held_elsewhere: bool, on_unknown: OnUnknown
+    record: Record | None, *, run: Run, in_outbox: bool, held_elsewhere: bool, on_unknown: OnUnknown
 ) -> Verdict:
     """Decides whether a job is to be paid for. Pure: the caller has read the record and the outbox.
 
@@ -221,7 +304,7 @@ def verdict(
         on_unknown: The policy for a request that may have been paid.
 
     Example:
-        >>> verdict(None, run="a", in_outbox=False, held_elsewhere=False, on_unknown="repay").value
+        >>> verdict(None, run=Run("a"), in_outbox=False, held_elsewhere=False, on_unknown="repay").value
         'pay'
     """
     if record is not None and record.state == "done":
@@ -234,4 +317,8 @@ def verdict(
         return Verdict.WAIT
     if on_unknown == "fail" and record.outcome_unknown(run):
         return Verdict.REFUSE
-    return Verdict.PAY
+    # Of this very run it is decided after each request; here of the others that count as its flow run's.
+    own = sum(
+        1 for each in record.attempts if each.run != run.id and run.owns(each) and each.possibly_billed is not False
+    )
+    return Verdict.REFUSE if own > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY

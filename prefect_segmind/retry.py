@@ -15,6 +15,7 @@ from prefect_segmind.errors import (
     RateLimitError,
     SegmindError,
 )
+from prefect_segmind.record import UNKNOWN_RETRIES
 
 RETRIED = (RateLimitError, BadGatewayError, GatewayTimeoutError, ApiUnreachableError, AnswerCutError)
 """The errors that pass by themselves. All others would fail again, or would pay again."""
@@ -39,7 +40,7 @@ class RetryPolicy:
     rate_limit_retries: int | None = None
     base_seconds: float = 1.0
     longest_backoff_seconds: float = 60.0
-    unknown_retries: int = 1
+    unknown_retries: int = UNKNOWN_RETRIES
     longest_wait_seconds: float = 120.0
     longest_run_seconds: float = 1800.0
 

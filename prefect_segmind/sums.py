@@ -1,28 +1,21 @@
-"""What failed requests of runs that go on came to, for their reports: the archive may be out of reach when one ends."""
+"""What requests of this process came to, for the reports of runs: the archive may be out of reach when one ends."""
 
 from __future__ import annotations
 
 import threading
-from decimal import Decimal
-from typing import NamedTuple
+
+from prefect_segmind.record import FlowRuns, Run, Sums
 
 KEPT = 10_000
 """Runs that are remembered; each is forgotten when it ends."""
-
-
-class Sums(NamedTuple):
-    """What the requests of a run for one picture came to.
-
-    Attributes:
-        requests_sent: How many there were.
-        possibly_billed_usd: What those of unknown outcome may have cost, as far as the run has to report them.
-    """
-
-    requests_sent: int = 0
-    possibly_billed_usd: Decimal = Decimal("0.00")
-
+TRIES = 64
+"""Tries of flow runs whose heirs are remembered."""
+FLOW_RUNS = 8
+"""Flow runs whose pictures are remembered."""
 
 _sums: dict[tuple[str, str, str], Sums] = {}
+_heirs: dict[tuple[str, FlowRuns], dict[str, str]] = {}
+_wanted: dict[str, frozenset[str]] = {}
 _lock = threading.Lock()
 
 
@@ -45,3 +38,31 @@ def forget(archive: str, fingerprint: str, run: str) -> Sums:
     """What the requests of a run came to, for the last time: it has ended."""
     with _lock:
         return _sums.pop((archive, fingerprint, run), Sums())
+
+
+def inherit(archive: str, fingerprint: str, run: Run) -> bool:
+    """Whether a run reports what earlier tries of its flow run have sent for a picture: the first that asks does."""
+    with _lock:
+        heirs = _heirs.setdefault((archive, run.flow_runs), {})
+        if len(_heirs) > TRIES:
+            del _heirs[next(iter(_heirs))]
+        return heirs.setdefault(fingerprint, run.id) == run.id
+
+
+def inherited(archive: str, flow_runs: FlowRuns) -> frozenset[str]:
+    """The pictures of which a run in this try of a flow run reports what earlier tries have sent."""
+    with _lock:
+        return frozenset(_heirs.get((archive, flow_runs), ()))
+
+
+def wanted_before(flow_run: str, fingerprints: frozenset[str]) -> frozenset[str]:
+    """The pictures that this try of a flow run wants, and those that earlier ones wanted in this process.
+
+    An inbox is emptied as its pictures are made, so that a later try no longer asks for them.
+    """
+    with _lock:
+        before = _wanted.pop(flow_run, frozenset())
+        _wanted[flow_run] = before | fingerprints
+        if len(_wanted) > FLOW_RUNS:
+            del _wanted[next(iter(_wanted))]
+        return _wanted[flow_run]

@@ -107,7 +107,7 @@ def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE
     """Settles a job's seed, resolution, fingerprint and price.
 
     Args:
-        job: What was asked for.
+        job: What was asked for; a `random` seed is drawn by chance.
         source: What its source image is.
         price_usd: What a picture costs.
 

@@ -1,13 +1,16 @@
-"""What a task that pays tells of itself: the name of its run, its failed requests, and a store that cannot do all."""
+"""What a task that pays tells of itself: its run and flow run, its failed requests, and a store that cannot do all."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from uuid import uuid4
+from functools import lru_cache
+from uuid import UUID, uuid4
 
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
@@ -16,7 +19,8 @@ from prefect_segmind import events
 from prefect_segmind.archive import Archive
 from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, RateLimitError, SegmindError
 from prefect_segmind.production import shared
-from prefect_segmind.request import name_from_image
+from prefect_segmind.record import FlowRuns
+from prefect_segmind.request import Job, name_from_image
 from prefect_segmind.retry import RetryPolicy
 
 STAGES = {
@@ -49,6 +53,61 @@ def run_id() -> str:
     """What identifies a run across its retries: the task run's id."""
     context = TaskRunContext.get()
     return str(context.task_run.id) if context else uuid4().hex
+
+
+def flow_runs() -> FlowRuns:
+    """The flow run that a task is in, and those around it: by them is counted what was sent and paid.
+
+    The id of a flow run stays when it is retried or run again; that of one inside another does not, when it is the
+    outer one that is retried.
+    """
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    if run is None:
+        return ()
+    return (*_around(run.parent_task_run_id, (str(run.id), run.run_count)), (str(run.id), run.run_count))
+
+
+@lru_cache(maxsize=256)
+def _around(parent: UUID | None, _inner: tuple[str, int]) -> FlowRuns:
+    """The flow runs around one, which are read once for each of its tries."""
+    found: FlowRuns = ()
+    try:
+        with get_client(sync_client=True) as client:
+            while parent is not None:
+                outer_id = client.read_task_run(parent).flow_run_id
+                if outer_id is None:
+                    break
+                outer = client.read_flow_run(outer_id)
+                found = ((str(outer.id), outer.run_count), *found)
+                parent = outer.parent_task_run_id
+    except Exception as error:  # noqa: BLE001 - whatever ails the server, the run itself is known
+        get_run_logger().warning("the flow runs around this one are not known, nor what they have sent: %s", error)
+    return found
+
+
+_drawn: dict[tuple[FlowRuns, str], list[str]] = {}
+_drawing = threading.Lock()
+DRAWN = 10_000
+"""Jobs with a random seed that are remembered."""
+
+
+def draw_by(job: Job) -> str:
+    """What a random seed is drawn by: the same in each try of a flow run, another for each task that asks for the job.
+
+    Args:
+        job: With the seed `random`.
+    """
+    runs, run = flow_runs(), run_id()
+    if not runs:
+        return run
+    with _drawing:
+        asking = _drawn.setdefault((runs, job.model_dump_json()), [])
+        if run not in asking:
+            asking.append(run)
+        if len(_drawn) > DRAWN:
+            del _drawn[next(iter(_drawn))]
+        return f"{runs[-1][0]} {asking.index(run)}"
 
 
 def refreshed_at() -> datetime:

@@ -22,7 +22,9 @@ from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
 from prefect_segmind.tasks.attempts import (
+    draw_by,
     failures_reported,
+    flow_runs,
     mention_conditions,
     refreshed_at,
     run_id,
@@ -31,7 +33,7 @@ from prefect_segmind.tasks.attempts import (
 )
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
 from prefect_segmind.upload import UploadedImage
-from prefect_segmind.validation import ValidatedJob, validate
+from prefect_segmind.validation import ValidatedJob, validate, with_drawn_seed
 
 
 @task(task_run_name=run_name)
@@ -52,7 +54,11 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
     with failures_reported(job):
         if not isinstance(job, Job):
             job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
-        validated = validate(job, configuration.source_reader(credentials_block), price_usd=settings.price_usd)
+        validated = validate(
+            with_drawn_seed(job, draw_by(job)),
+            configuration.source_reader(credentials_block),
+            price_usd=settings.price_usd,
+        )
     for warning in validated.warnings:
         log.warning(warning)
     found = validated.source
@@ -131,7 +137,9 @@ def generate_image(
             archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
         )
         mention_conditions(generation.archive)
-        generated = replace(generation, say=log.info, warn=log.warning).generate(job, lambda: uploaded, run_id())
+        generated = replace(generation, say=log.info, warn=log.warning).generate(
+            *(job, lambda: uploaded, run_id(), flow_runs())
+        )
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated

@@ -11,17 +11,18 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from prefect_segmind import configuration, events
+from prefect_segmind import configuration, events, production
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.errors import NotStartedError
 from prefect_segmind.price import usd
-from prefect_segmind.production import shared
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
 from prefect_segmind.tasks.attempts import (
+    draw_by,
     failures_reported,
+    flow_runs,
     mention_conditions,
     refreshed_at,
     run_id,
@@ -63,22 +64,25 @@ def produce_asset(
     Raises:
         SegmindError: In one of its classes; its `stage` says where.
     """
-    log, production = get_run_logger(), shared.get()
+    log, produces = get_run_logger(), production.shared.get()
     try:
         with failures_reported(job):
-            if production is None:
+            if produces is None:
                 generation = configuration.open_generation(
                     archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
                 )
                 mention_conditions(generation.archive)
                 publisher = configuration.open_publisher(publish_to, refreshed_at(), flow_run.id)
-                production = configuration.open_production(generation, upload_to, credentials_block, publisher)
+                produces = configuration.open_production(generation, upload_to, credentials_block, publisher)
             if isinstance(job, Mapping):
                 job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
             if isinstance(job, Job):
-                job = with_drawn_seed(job, run_id())  # a retry is for the same picture
-            archived = production.produce(
-                *(job, run_id(), flow_run.id), say=log.info, warn=log.warning, unpublished=events.asset_archived
+                job = with_drawn_seed(job, draw_by(job))  # a retry is for the same picture
+            archived = produces.produce(
+                *(job, run_id(), flow_run.id, flow_runs()),
+                say=log.info,
+                warn=log.warning,
+                unpublished=events.asset_archived,
             )
     except NotStartedError as stopped:
         if stopped.possibly_billed_usd:

@@ -16,7 +16,7 @@ import pytest
 from prefect_segmind import configuration, lease
 from prefect_segmind.archive import Archive
 from prefect_segmind.errors import PreconditionFailedError, StoreError
-from prefect_segmind.record import Record
+from prefect_segmind.record import Record, Run
 from prefect_segmind.s3 import S3Store
 from prefect_segmind.sandbox import Sandbox
 from tests.walk import archive_picture, generate, up_to_upload, walk
@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def claimed(archive: Archive, fingerprint: str, run: str = "a run") -> lease.Claim:
-    claim = lease.claim(archive, archive.read(fingerprint), fingerprint, run)
+    claim = lease.claim(archive, archive.read(fingerprint), fingerprint, Run(run))
     assert claim is not None
     return claim
 
@@ -157,9 +157,10 @@ def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
 HANGS = """
 import sys, threading, time
 from prefect_segmind import configuration, lease
+from prefect_segmind.record import Run
 lease.RENEW_SECONDS = lease.LOOK_SECONDS = 0.05
 archive = configuration.open_archive(sys.argv[1])
-claim = lease.claim(archive, None, "ab" * 32, "a run")
+claim = lease.claim(archive, None, "ab" * 32, Run("a run"))
 hanging = threading.Event()
 def hang(*_):
     hanging.set()

@@ -37,10 +37,10 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.gate import Gate
 from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.record import Holder, Record
+from prefect_segmind.record import Holder, Record, Run, Sums
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.sandbox import Answer, Sandbox
-from prefect_segmind.sums import Sums, forget
+from prefect_segmind.sums import forget
 from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob
 from tests.walk import archive_picture, generate, up_to_upload, walk
@@ -465,7 +465,7 @@ def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, mon
     archive = configuration.open_archive(None)
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(lease, "host_id", lambda: "another host")
-        claimed = lease.claim(archive, None, job.fingerprint, "their run")
+        claimed = lease.claim(archive, None, job.fingerprint, Run("their run"))
     assert claimed is not None
     claimed.release()
     assert lease.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
@@ -479,7 +479,7 @@ def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
 ) -> None:
     job, _ = up_to_upload(photo)
     archive = configuration.open_archive(None)
-    claimed = lease.claim(archive, None, job.fingerprint, "a run")
+    claimed = lease.claim(archive, None, job.fingerprint, Run("a run"))
     assert claimed is not None
     before = archive.read(job.fingerprint)
     time.sleep(1.1)
@@ -513,8 +513,8 @@ def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox
 def test_only_one_of_two_claims_on_one_version_of_a_record_wins(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
     archive: Archive = configuration.open_archive(str(tmp_path / "archive"))
     job, _ = up_to_upload(photo)
-    assert lease.claim(archive, None, job.fingerprint, "one") is not None
-    assert lease.claim(archive, None, job.fingerprint, "two") is None
+    assert lease.claim(archive, None, job.fingerprint, Run("one")) is not None
+    assert lease.claim(archive, None, job.fingerprint, Run("two")) is None
 
 
 def never() -> UploadedImage:

@@ -17,7 +17,7 @@ from prefect_segmind.lease import this_process
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.place import open_store
 from prefect_segmind.plan import Plan, make_plan
-from prefect_segmind.record import Holder, OnUnknown, PaidPicture, Record
+from prefect_segmind.record import Holder, OnUnknown, PaidPicture, Record, Run
 from prefect_segmind.request import Job
 from prefect_segmind.source import SourceReader
 from prefect_segmind.spool import Spool
@@ -148,7 +148,7 @@ def test_a_picture_in_the_outbox_is_recovered(house: House) -> None:
 
 def test_a_picture_that_a_living_run_pays_for_is_waited_for_and_one_of_a_dead_run_is_paid(house: House) -> None:
     house.claimed(100, Holder(run="other", host="another", pid=1, started=""))
-    house.claimed(101, this_process("dead").model_copy(update={"pid": 2**22 - 1}))
+    house.claimed(101, this_process(Run("dead")).model_copy(update={"pid": 2**22 - 1}))
     jobs = house.job(100), house.job(101)
     assert counts(house.plan(*jobs)[0]) == {"wait": 1, "generate": 1}
     assert counts(house.plan(*jobs, on_unknown="fail")[0]) == {"wait": 1, "fail": 1}

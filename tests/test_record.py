@@ -16,13 +16,16 @@ from prefect_segmind.record import (
     Holder,
     PaidPicture,
     Record,
+    Run,
+    Sums,
     Verdict,
-    possibly_billed_count,
-    sent_by,
+    sums,
+    sums_of_earlier_tries,
     verdict,
 )
 
 NOW = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
+PRICE = Decimal("0.05")
 ME = Holder(run="me", host="here", pid=1, started="now")
 PICTURE = PaidPicture(
     sha256="cd" * 32,
@@ -86,7 +89,7 @@ def expected(record: str, in_outbox: bool, held_elsewhere: bool, on_unknown: str
 )
 def test_the_verdict_in_every_situation(record, in_outbox, held_elsewhere, on_unknown):
     found = verdict(
-        RECORDS[record], run="me", in_outbox=in_outbox, held_elsewhere=held_elsewhere, on_unknown=on_unknown
+        RECORDS[record], run=Run("me"), in_outbox=in_outbox, held_elsewhere=held_elsewhere, on_unknown=on_unknown
     )
     assert found.value == expected(record, in_outbox, held_elsewhere, on_unknown)
 
@@ -110,7 +113,7 @@ def test_the_verdict_in_every_situation(record, in_outbox, held_elsewhere, on_un
 )
 def test_the_situations_that_people_ask_about(record, in_outbox, held_elsewhere, on_unknown, what):
     found = verdict(
-        RECORDS[record], run="me", in_outbox=in_outbox, held_elsewhere=held_elsewhere, on_unknown=on_unknown
+        RECORDS[record], run=Run("me"), in_outbox=in_outbox, held_elsewhere=held_elsewhere, on_unknown=on_unknown
     )
     assert found is what
 
@@ -119,13 +122,13 @@ def test_the_situations_that_people_ask_about(record, in_outbox, held_elsewhere,
 def test_an_unknown_outcome_is_one_of_another_run(record):
     found = RECORDS[record]
     assert found is not None
-    assert found.outcome_unknown("me") is (record in UNKNOWN)
+    assert found.outcome_unknown(Run("me")) is (record in UNKNOWN)
 
 
 def test_every_run_but_the_own_is_another_run():
     record = claimed(sent("me", True))
-    assert not record.outcome_unknown("me")
-    assert record.outcome_unknown("somebody else")
+    assert not record.outcome_unknown(Run("me"))
+    assert record.outcome_unknown(Run("somebody else"))
 
 
 # --- its life ---------------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def test_the_picture_and_both_its_keys_stand_in_a_record_that_is_done():
 def test_a_picture_from_the_outbox_of_a_run_that_died_closes_the_request_that_brought_it():
     record = claimed(sent("dead")).archived(PICTURE, "x.png", "x.json")
     assert (record.attempts[0].status, record.attempts[0].possibly_billed) == (200, False)
-    assert not record.outcome_unknown("me")
+    assert not record.outcome_unknown(Run("me"))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -226,11 +229,15 @@ def test_the_counts_of_a_run():
         sent("me", False),
         sent("me"),
     )
-    assert sent_by("me", attempts) == attempts[2:]
+    assert sums(Run("me"), attempts, PRICE).requests_sent == 3
     assert possibly_billed_count("me", attempts) == 2
     assert possibly_billed_count("other", attempts) == 1
     assert possibly_billed_count("dead", attempts) == 0
-    assert sent_by("nobody", attempts) == ()
+    assert sums(Run("nobody"), attempts, PRICE) == Sums()
+
+
+def possibly_billed_count(run, attempts):
+    return sums(Run(run), attempts, PRICE).possibly_billed_usd / PRICE
 
 
 ENDINGS = st.sampled_from(["refused", "waits", "billed", "dies", "stopped"])
@@ -264,6 +271,89 @@ def test_every_possibly_billed_request_is_reported_by_exactly_one_run(story):
     assert sum(possibly_billed_count(run, record.attempts) for run in ("a", "b", "c", "me")) == lost
     assert [each.run for each in record.attempts] == [*(run for run, _ in story), "me"]
     assert all(each.possibly_billed is not None for each in record.attempts)
+
+
+# --- flow runs that are run again -----------------------------------------------------------------------------------
+
+FIRST, SECOND = (("flow", 1),), (("flow", 2),)
+AGAIN = Run("me", SECOND)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "owned", "earlier"),
+    [
+        ((), False, False),  # no flow run is known: another run
+        ((("another", 1),), False, False),
+        (FIRST, True, True),
+        (SECOND, True, False),  # another task of the same try
+        ((("around", 1), ("flow", 2)), True, False),
+    ],
+)
+def test_the_requests_of_all_tries_of_a_flow_run_are_its_own(theirs, owned, earlier):
+    assert AGAIN.owns(sent("other", flow_runs=theirs)) is owned
+    assert AGAIN.follows(theirs) is earlier
+
+
+def test_the_requests_of_a_flow_run_in_an_earlier_try_of_the_one_around_it_are_its_own():
+    inner = Run("me", (("around", 2), ("inner 2", 1)))
+    assert inner.owns(sent("other", flow_runs=(("around", 1), ("inner 1", 3))))
+    assert not inner.owns(sent("other", flow_runs=(("around", 2), ("inner 1", 1)))), "that is no retry, but two calls"
+
+
+@pytest.mark.parametrize(
+    ("billed", "on_unknown", "what"),
+    [
+        ([True], "repay", Verdict.PAY),
+        ([None], "repay", Verdict.PAY),
+        ([True, True], "repay", Verdict.REFUSE),
+        ([True, None], "repay", Verdict.REFUSE),
+        ([False] * 9, "repay", Verdict.PAY),
+        ([True], "fail", Verdict.REFUSE),
+        ([False] * 9, "fail", Verdict.PAY),
+    ],
+)
+def test_a_flow_run_sends_one_more_after_one_that_may_be_billed_whatever_has_it_run_again(billed, on_unknown, what):
+    record = claimed(*(sent(f"task {n}", each, flow_runs=FIRST) for n, each in enumerate(billed)))
+    known = {"in_outbox": False, "held_elsewhere": False, "on_unknown": on_unknown}
+    assert verdict(record, run=AGAIN, **known) is what
+    if on_unknown == "repay":
+        assert verdict(record, run=Run("me", (("a new run", 1),)), **known) is Verdict.PAY
+
+
+def test_earlier_tries_are_reported_by_the_one_that_inherits_them_alone():
+    attempts = (
+        sent("one", True, flow_runs=FIRST, reported_by="one"),
+        sent("one", False, flow_runs=FIRST, cost_usd=PRICE),
+        sent("dead", True, reported_by="one"),  # of somebody else, which the first try had taken over
+        sent("sibling", True, flow_runs=SECOND, reported_by="sibling"),
+        sent("other", True, reported_by="other"),
+        sent("me", True, flow_runs=SECOND, reported_by="me"),
+    )
+    assert sums(AGAIN, attempts, PRICE) == Sums(1, Decimal("0.00"), PRICE)
+    assert sums(AGAIN, attempts, PRICE, inherits=True) == Sums(3, PRICE, 3 * PRICE)
+    assert sums_of_earlier_tries(AGAIN, attempts, PRICE) == Sums(2, PRICE, PRICE)
+
+
+def test_a_request_of_an_earlier_try_without_an_outcome_is_charged_as_one_that_may_be_billed():
+    assert sums_of_earlier_tries(AGAIN, (sent("one", flow_runs=FIRST),), PRICE) == Sums(1, Decimal("0.00"), PRICE)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4), st.sampled_from([True, False, None]), st.sampled_from(["0.05", None])), max_size=9
+    )
+)
+def test_over_all_its_tries_a_flow_run_reports_each_request_once(story):
+    """The last try inherits; what it and its siblings report is what was sent."""
+    last = max([number for number, *_ in story], default=1)
+    attempts = tuple(
+        sent(f"task {number}", billed, flow_runs=(("flow", number),), cost_usd=cost, reported_by=f"task {number}")
+        for number, billed, cost in sorted(story, key=lambda each: each[0])
+    )
+    told = sums(Run(f"task {last}", (("flow", last),)), attempts, PRICE, inherits=True)
+    assert told.requests_sent == len(story)
+    assert told.cost_usd == sum(Decimal(cost) for *_, cost in story if cost)
+    assert told.possibly_billed_usd == PRICE * sum(1 for _, billed, _ in story if billed)
 
 
 # --- as JSON in the archive -------------------------------------------------------------------------------------------

@@ -1,0 +1,292 @@
+"""Whatever has a flow run run again: one policy, one budget, and sums that tell all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.runtime import flow_run
+from prefect.states import Pending
+from prefect.task_runners import ProcessPoolTaskRunner
+
+from prefect_segmind import (
+    ArchivedImage,
+    BatchError,
+    BatchResult,
+    archive_image,
+    generate_image,
+    image_to_image,
+    produce_asset,
+    refresh_assets,
+    upload_image,
+    validate_job,
+)
+from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLimitError, SegmindError
+from prefect_segmind.sandbox import Answer, Sandbox
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+LOST = Answer(status=502, billed=True)
+"""The picture is made and billed, and the answer is lost."""
+
+
+def agrees(ended: Any, sandbox: Sandbox) -> None:
+    """What a run tells at its end is what the provider has billed, to the cent."""
+    assert ended.cost_usd <= sandbox.ledger.billed_usd == ended.cost_usd + ended.possibly_billed_usd
+
+
+def picture(photo: Path, name: str = "mug", **fields: Any) -> ArchivedImage:
+    """The four tasks, as in a flow of one's own."""
+    job = validate_job({"image": str(photo), "prompt": "a red mug", "name": name, **fields})
+    return archive_image(generate_image(job, upload_image(job)))
+
+
+def again(run: UUID) -> None:
+    """What the button Retry in Prefect's UI does."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run, Pending(), force=True)
+
+
+def test_a_flow_that_is_retried_by_a_setting_sends_one_more_request_after_one_that_may_be_billed(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.play(*[LOST] * 12)
+    retried = image_to_image.with_options(retries=3, retry_delay_seconds=0)
+    with pytest.raises(OutcomeUnknownError, match="requests of this flow run may have been billed") as ended:
+        retried(image=str(photo), prompt="a red mug")
+    assert len(sandbox.ledger.requests) == 2
+    agrees(ended.value, sandbox)
+    assert (ended.value.requests_sent, ended.value.possibly_billed_usd) == (2, Decimal("0.10"))
+
+
+def test_a_flow_of_ones_own_around_the_tasks_sends_no_more_and_tells_all(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(LOST, LOST, LOST, LOST, LOST, LOST)
+    ends: list[SegmindError] = []
+
+    @flow(retries=2, retry_delay_seconds=0)
+    def mine() -> ArchivedImage:
+        try:
+            return picture(photo)
+        except SegmindError as error:
+            ends.append(error)
+            raise
+
+    with pytest.raises(OutcomeUnknownError):
+        mine()
+    assert [type(each) for each in ends] == [BadGatewayError, OutcomeUnknownError, OutcomeUnknownError]
+    for each in ends:
+        agrees(each, sandbox)
+    assert len(sandbox.ledger.requests) == 2
+
+
+def test_a_flow_around_a_flow_that_is_retried_sends_no_more(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(*[LOST] * 12)
+
+    @flow(retries=2, retry_delay_seconds=0)
+    def around() -> ArchivedImage:
+        return image_to_image(image=str(photo), prompt="a red mug")
+
+    with pytest.raises(OutcomeUnknownError) as ended:
+        around()
+    agrees(ended.value, sandbox)
+    assert len(sandbox.ledger.requests) == 2
+
+
+def test_a_flow_that_asks_for_a_picture_twice_in_one_try_is_no_retry(sandbox: Sandbox, photo: Path) -> None:
+    """A flow that calls others again and again, each night for example, is not held to the night before."""
+    sandbox.play(LOST, LOST)
+
+    @flow
+    def nightly() -> ArchivedImage:
+        with pytest.raises(BadGatewayError):
+            image_to_image(image=str(photo), prompt="a red mug")
+        return image_to_image(image=str(photo), prompt="a red mug")
+
+    assert nightly().status == "generated"
+    assert len(sandbox.ledger.requests) == 3
+
+
+def test_a_flow_run_that_is_run_again_by_hand_sends_no_more_and_a_new_run_does(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(LOST, LOST)
+    parameters = {"image": str(photo), "prompt": "a red mug"}
+    first = image_to_image(**parameters, return_state=True)
+    run = first.state_details.flow_run_id
+    assert run is not None
+    again(run)
+    with get_client(sync_client=True) as client, pytest.raises(OutcomeUnknownError) as ended:
+        run_flow(image_to_image, flow_run=client.read_flow_run(run), parameters=parameters)
+    agrees(ended.value, sandbox)
+    assert len(sandbox.ledger.requests) == 2
+    assert image_to_image(**parameters).status == "generated"
+
+
+def test_refusals_that_cost_nothing_are_retried_as_often_as_the_policy_says_and_once_in_each_further_try(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.play(*[Answer(status=429, reset_in=0.01)] * 20)
+
+    @flow(retries=2, retry_delay_seconds=0)
+    def mine() -> None:
+        job = validate_job({"image": str(photo), "prompt": "a red mug"})
+        generate_image.with_options(retries=1)(job, upload_image(job))
+
+    with pytest.raises(RateLimitError) as ended:
+        mine()
+    assert (len(sandbox.ledger.requests), ended.value.requests_sent, ended.value.possibly_billed_usd) == (4, 4, 0)
+
+
+def test_what_an_earlier_try_paid_is_told_once_though_a_later_one_finds_it(sandbox: Sandbox, photo: Path) -> None:
+    @flow(retries=1, retry_delay_seconds=0)
+    def mine() -> list[ArchivedImage]:
+        made = [picture(photo), picture(photo, name="copy"), picture(photo, name="other", seed=200)]
+        if flow_run.run_count == 1:
+            raise RuntimeError("something of the user's own")
+        return made
+
+    made = mine()
+    assert [each.status for each in made] == ["generated", "reused", "generated"]
+    assert [each.cost_usd for each in made] == [Decimal("0.05"), Decimal("0.00"), Decimal("0.05")]
+    assert sum(each.cost_usd for each in made) == sandbox.ledger.billed_usd
+    assert sum(each.attempts for each in made) == len(sandbox.ledger.requests) == 2
+
+
+def test_a_picture_that_an_earlier_try_paid_and_did_not_archive_is_taken_up_at_once_and_told_as_paid(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    @flow(retries=1, retry_delay_seconds=0)
+    def mine() -> ArchivedImage:
+        job = validate_job({"image": str(photo), "prompt": "a red mug"})
+        generated = generate_image(job, upload_image(job))
+        if flow_run.run_count == 1:
+            raise RuntimeError("something of the user's own, between the two")
+        return archive_image(generated)
+
+    made = mine()
+    assert (made.status, made.cost_usd, made.attempts) == ("generated", Decimal("0.05"), 1)
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_random_seed_is_drawn_once_for_all_tries_of_a_flow_run_and_anew_for_the_next(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    @flow(retries=2, retry_delay_seconds=0)
+    def mine() -> list[ArchivedImage]:
+        made = [picture(photo, seed="random") for _ in range(2)]
+        made.append(produce_asset({"image": str(photo), "prompt": "a red mug", "seed": "random"}))
+        if flow_run.run_count < 3:
+            raise RuntimeError("something of the user's own")
+        return made
+
+    first, second = mine(), mine()
+    seeds = [each.seed for each in (*first, *second)]
+    assert len(set(seeds)) == len(seeds) == sandbox.ledger.billed == 6
+
+
+@pytest.fixture
+def campaign(photo: Path) -> Callable[..., str]:
+    def write(count: int, **fields: Any) -> str:
+        assets = [{"name": f"mug/{n}", "image": photo.name, "prompt": f"mug {n}", **fields} for n in range(count)]
+        path = photo.parent / "campaign.yaml"
+        path.write_text(yaml.safe_dump({"assets": assets}))
+        return str(path)
+
+    return write
+
+
+def run(manifest: str, retries: int, **parameters: Any) -> BatchResult:
+    try:
+        return refresh_assets.with_options(retries=retries, retry_delay_seconds=0)(manifest, **parameters)
+    except BatchError as error:
+        return error.result
+
+
+def test_a_budget_holds_for_all_tries_of_a_flow_run(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    sandbox.play(*[LOST] * 12)
+    result = run(campaign(3), 3, budget_usd=Decimal("0.10"), max_concurrency=1)
+    assert (result.cost_usd, result.possibly_billed_usd) == (Decimal("0.00"), Decimal("0.10"))
+    agrees(result, sandbox)
+    assert result.stopped is not None
+    assert "the budget of 0.10 USD is reached" in result.stopped
+
+
+def test_a_batch_tells_what_all_its_tries_have_paid(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    sandbox.play(Answer(), LOST, LOST, Answer(status=400), Answer(status=400))
+    result = run(campaign(4), 2, max_concurrency=1)
+    assert (result.generated, result.failed) == (4, 0)
+    assert (result.cost_usd, result.possibly_billed_usd) == (Decimal("0.20"), Decimal("0.10"))
+    agrees(result, sandbox)
+
+
+def test_random_seeds_of_a_batch_stay_in_all_its_tries(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    sandbox.play(Answer(), Answer(status=400))
+    result = run(campaign(2, seed="random", image_weight=70), 1, max_concurrency=1)
+    assert (result.generated, result.cost_usd, sandbox.ledger.billed) == (2, Decimal("0.10"), 2)
+
+
+def test_a_batch_in_a_flow_that_is_retried_keeps_to_one_budget(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
+    sandbox.play(*[LOST] * 12)
+    manifest, ends = campaign(3), []
+
+    @flow(retries=2, retry_delay_seconds=0)
+    def around() -> BatchResult:
+        try:
+            return refresh_assets(manifest, budget_usd=Decimal("0.10"), max_concurrency=1)
+        except BatchError as error:
+            ends.append(error.result)
+            raise
+
+    with pytest.raises(BatchError):
+        around()
+    assert len(ends) == 3
+    for each in ends:
+        agrees(each, sandbox)
+    assert sandbox.ledger.billed_usd == Decimal("0.10")
+
+
+def test_two_tasks_of_a_flow_run_that_want_the_same_picture_at_once_pay_once(sandbox: Sandbox, photo: Path) -> None:
+    @flow
+    def mine() -> list[ArchivedImage]:
+        job = {"image": str(photo), "prompt": "a red mug"}
+        return [each.result() for each in [produce_asset.submit({**job, "name": name}) for name in "abc"]]
+
+    made = mine()
+    assert sorted(each.status for each in made) == ["generated", "reused", "reused"]
+    assert sandbox.ledger.billed == 1
+
+
+def test_the_tasks_run_in_processes_too(sandbox: Sandbox, photo: Path) -> None:
+    @flow(task_runner=ProcessPoolTaskRunner(max_workers=2))
+    def mine() -> list[ArchivedImage]:
+        job = validate_job.submit({"image": str(photo), "prompt": "a red mug"})
+        one = archive_image.submit(generate_image.submit(job, upload_image.submit(job)))
+        more = produce_asset.submit({"image": str(photo), "prompt": "a blue mug"})
+        return [one.result(), more.result()]
+
+    assert [each.status for each in mine()] == ["generated", "generated"]
+    assert sandbox.ledger.billed == 2
+
+
+def test_prefects_own_setting_pays_no_more_on_the_command_line(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(*[LOST] * 12)
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect_segmind", "generate", str(photo), "a red mug", "--json"],
+        env={**os.environ, "PREFECT_FLOWS_DEFAULT_RETRIES": "3"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["attempts"], told["possibly_billed_usd"]) == (1, 2, "0.10"), done.stderr
+    assert len(sandbox.ledger.requests) == 2
