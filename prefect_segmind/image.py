@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,14 @@ from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from pydantic import BaseModel, ConfigDict
 
+from prefect_segmind.container import (
+    PNG_END,
+    describe_tiff,
+    full_pages,
+    is_cut,
+    split_png,
+    without_odd_metadata,
+)
 from prefect_segmind.errors import SourceImageError
 
 MAX_BYTES: Final = 10_000_000
@@ -36,7 +45,8 @@ MAX_RATIO: Final = 3
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
 _EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 _HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_PNG_END: Final = b"IEND\xaeB`\x82"
+_UNKNOWN: Final = re.compile(r"(?i)unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|compression)")
+# Pillow's words for what it does not read, whole as it may be.
 
 Image.init()  # registers the readers once, at import, instead of in whichever thread comes first
 
@@ -45,7 +55,7 @@ class BrokenPicture(ValueError):
     """Bytes that do not decode to a picture.
 
     Attributes:
-        truncated: True where a picture begins but its data ends early; False where it is something else or damaged.
+        truncated: True where a picture provably lacks its end; False where it is something else, damaged, or whole.
         remedy: What somebody who has such a source image can do.
     """
 
@@ -100,9 +110,7 @@ def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> So
     """
     try:
         image = open_picture(data)
-        with decoding(data):
-            several = image.format != "MPO" and getattr(image, "is_animated", False)
-        if several:
+        if _has_several(image, data):
             raise BrokenPicture(
                 f"is animated or has several pages ({image.format})", "save the one to use as JPEG or PNG"
             )
@@ -129,10 +137,21 @@ def read_picture(path: Path) -> Picture:
         path: Of the file.
 
     Raises:
-        BrokenPicture: It does not decode; `truncated` says whether it begins as a picture and ends early.
+        BrokenPicture: It does not decode; `truncated` says whether it provably lacks its end.
         OSError: The file cannot be read.
     """
-    data = path.read_bytes()
+    return picture_of(path.read_bytes())
+
+
+def picture_of(data: bytes) -> Picture:
+    """Decodes all the data of a picture that the API answered, and says what it is.
+
+    Args:
+        data: The file.
+
+    Raises:
+        BrokenPicture: As `read_picture`.
+    """
     image = open_picture(data)
     facts = _facts(image, data)
     content_type, extension = file_type(facts.format)
@@ -167,11 +186,41 @@ def open_picture(data: bytes) -> ImageFile.ImageFile:
         # `accepts` answers with a string, a reason, where this build of Pillow lacks the format.
         if reader is not None and accepts is not None and accepts(data[:16]) is True:
             with decoding(data):
-                image = reader(BytesIO(data), "")
+                image = _opened(reader, data)
                 if image.width * image.height > BOMB_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}×{image.height}")
                 return image
     raise BrokenPicture("is empty" if not data else "is not an image of a kind that can be read")
+
+
+def _opened(reader: Callable[[BytesIO, str], ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
+    """What a reader of Pillow makes of a file, whatever its metadata is like, and of its own pictures the first."""
+    if data.startswith(b"\x89PNG"):
+        parts = split_png(data)
+        image = reader(BytesIO(parts.pixels), "")
+        for name, value in parts.info.items():
+            image.info[name] = value
+        return image
+    try:
+        image = reader(BytesIO(data), "")
+    except Exception:
+        plain = without_odd_metadata(data)
+        if plain == data:
+            raise
+        return reader(BytesIO(plain), "")
+    if isinstance(image, TiffImageFile) and (page := next(iter(full_pages(data)), 0)):
+        image.seek(page)  # those before it are previews
+    return image
+
+
+def _has_several(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether a file holds several pictures that count; a phone's JPEG does not, nor does a TIFF with a preview."""
+    if image.format == "PNG":
+        with decoding(data):
+            return split_png(data).animated
+    if image.format == "TIFF":
+        return len(full_pages(data)) > 1
+    return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def load_picture(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
@@ -183,7 +232,7 @@ def load_picture(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile
         image.load()
         if _is_deep_png(image, data):
             image.info.pop("transparency", None)  # a 16-bit colour, which Pillow would look for among 8-bit ones
-        if image.format == "PNG" and _PNG_END not in data:
+        if image.format == "PNG" and PNG_END not in data:
             raise EOFError("no IEND")  # Pillow forgives a missing end once the pixels are there
     return image
 
@@ -204,21 +253,15 @@ def decoding(data: bytes) -> Iterator[None]:
         raise  # says nothing about the picture
     except Exception as error:
         why = str(error) or type(error).__name__
-        if _ends_early(data):
+        if is_cut(data):
             message = f"is cut short (truncated: {why})"
             raise BrokenPicture(message, "copy or export it again", truncated=True) from error
-        raise BrokenPicture(f"is damaged ({why})") from error
-
-
-def _ends_early(data: bytes) -> bool:
-    """Whether a picture that does not decode lacks its end; where a format does not tell, it is taken to."""
-    if data.startswith(b"\xff\xd8"):
-        return not data.rstrip(b"\0").endswith(b"\xff\xd9")
-    if data.startswith(b"\x89PNG"):
-        return _PNG_END not in data
-    if data.startswith(b"RIFF"):
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    return True
+        if data[:2] in (b"II", b"MM") and isinstance(error, (SyntaxError, KeyError)):
+            why = describe_tiff(data)  # Pillow knows no mode for such pixels, or not their compression
+        elif not _UNKNOWN.search(why):
+            what = f"; {describe_tiff(data)}" if data[:2] in (b"II", b"MM") else ""
+            raise BrokenPicture(f"is damaged ({why}{what})") from error
+        raise BrokenPicture(f"is of a kind that is not read here ({why})", "export it as JPEG or PNG in RGB") from error
 
 
 def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], orientation: int) -> Iterator[str]:

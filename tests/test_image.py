@@ -168,6 +168,15 @@ class TestInspect:
         assert "is cut short (truncated" in text
         assert text.endswith("; copy or export it again")
 
+    @pytest.mark.parametrize("kind", sorted(FILES))
+    def test_what_is_cut_anywhere_is_told_so_where_it_cannot_be_read(self, kind: str) -> None:
+        data = FILES[kind]
+        for length in {*range(16, len(data), max(1, len(data) // 40)), len(data) - 1}:
+            with suppress(SourceImageError):
+                inspect(data[:length], "ad.jpg", allow_extreme_ratio=True)
+                continue  # what is missing is no part of the picture
+            assert "is cut short (truncated" in refusal(data[:length], allow_extreme_ratio=True)
+
     def test_a_png_without_its_end_is_truncated(self) -> None:
         assert "truncated" in refusal(FILES["png"][:-12])
 

@@ -24,6 +24,7 @@ FLOORS = [
         *(
             "approval",
             "budget",
+            "container",
             "errors",
             "fingerprint",
             "manifest",

@@ -1,0 +1,319 @@
+"""What the containers of pictures tell without a decoder: where a file ends, what in it is metadata, which page counts.
+
+Pure: bytes go in, and no bytes make it fail unless it says so. Pixels are `image`'s business.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Final, Literal, NamedTuple
+
+PNG_END: Final = b"IEND\xaeB`\x82"
+"""The last chunk of every PNG, without its length."""
+METADATA_LIMIT: Final = 64_000_000
+"""Bytes that a compressed profile or text of a PNG may unpack to; one that holds more is left out."""
+
+_JPEG_END: Final = b"\xff\xd9"  # of JPEG 2000 too; neither has it anywhere in its compressed pixels
+_TIFF: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PAGES: Final = 1_000  # of a TIFF that are looked at; their chain may lead in a circle
+_TIFF_NUMBERS: Final = {1: 1, 3: 2, 4: 4, 13: 4, 16: 8}  # sizes of the types that are whole numbers
+_TIFF_PIXELS: Final = (256, 257, 258, 273, 277, 279, 320, 324, 325, 339)  # tags without which there are none
+_PHOTOMETRIC: Final = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab", 32803: "raw"}
+_WEBP_PICTURE: Final = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"ANIM", b"ANMF")
+_BOXES: Final = frozenset(
+    (b"ftyp", b"meta", b"mdat", b"moov", b"moof", b"free", b"skip", b"wide", b"uuid", b"jP  ", b"jp2h", b"jp2c")
+)
+
+
+def is_cut(data: bytes) -> bool:
+    r"""Whether a file provably lacks its end: it has less than it says, or no end mark where its format demands one.
+
+    What proves nothing is not cut: it may be damaged, or of a kind that a decoder does not know.
+
+    Example:
+        >>> is_cut(b"RIFF\x20\0\0\0WEBPVP8 "), is_cut(b"whatever")
+        (True, False)
+    """
+    kinds: tuple[tuple[bool, Callable[[bytes], bool]], ...] = (
+        (data.startswith(b"\xff\xd8"), _jpeg_is_cut),
+        (data.startswith(b"\x89PNG"), lambda data: PNG_END not in data),
+        (data.startswith(b"RIFF"), lambda data: len(data) < 8 + int.from_bytes(data[4:8], "little")),
+        (data.startswith((b"GIF87a", b"GIF89a")), _gif_is_cut),
+        (data.startswith(_TIFF), _tiff_is_cut),
+        (data.startswith(b"BM"), _bmp_is_cut),
+        (data.startswith(b"\xff\x4f\xff\x51"), lambda data: _JPEG_END not in data),
+        (data[4:8] in (b"ftyp", b"jP  "), _boxes_are_cut),
+    )
+    return next((cut(data) for found, cut in kinds if found), False)
+
+
+class PngParts(NamedTuple):
+    """A PNG taken apart.
+
+    Attributes:
+        pixels: The same picture with nothing but what its pixels need.
+        info: Its colour profile, EXIF and XMP as far as they are intact, under the names that Pillow gives them.
+        animated: Whether it holds more pictures than that one.
+    """
+
+    pixels: bytes
+    info: dict[str, bytes | str]
+    animated: bool
+
+
+def split_png(data: bytes) -> PngParts:
+    """Takes a PNG apart, so that nothing that is said about a picture keeps its pixels from being read.
+
+    A chunk that the file ends in stays as it is, for a decoder to find.
+
+    Raises:
+        ValueError: A chunk that the pixels need is damaged.
+    """
+    needed, info, frames = [data[:8]], dict[str, bytes | str](), 0
+    kinds: set[bytes] = set()
+    in_animation = False  # whether the picture is also the first one of an animation
+    at = 8
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        kind, content = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        if end > len(data) or not kind.isalpha():
+            needed.append(data[at:])
+            break
+        intact = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        if kind[:1].isupper():
+            if not intact:
+                raise ValueError(f"wrong checksum in {kind.decode()}")
+            needed.append(data[at:end])
+        elif kind == b"tRNS" and intact and len(content) >= {0: 2, 2: 6}.get(data[25], 0):
+            needed.append(data[at:end])
+        elif kind == b"acTL" and intact:
+            frames = int.from_bytes(content[:4])
+        elif kind == b"fcTL":
+            in_animation |= b"IDAT" not in kinds
+        elif intact:
+            info |= _png_info(kind, content)
+        kinds.add(kind)
+        at = end
+        if kind == b"IEND":
+            break
+    return PngParts(b"".join(needed), info, frames > in_animation)
+
+
+def _png_info(kind: bytes, content: bytes) -> dict[str, bytes | str]:
+    """What Pillow takes orientation and colours from, read here: its own limits make other text fail the picture."""
+    if kind == b"eXIf":
+        return {"exif": b"Exif\0\0" + content}
+    key, _, rest = content.partition(b"\0")
+    if kind == b"iCCP":
+        profile = _inflated(rest[1:])
+        return {"icc_profile": profile} if profile else {}
+    if kind == b"iTXt" and key == b"XML:com.adobe.xmp":
+        text = rest[2:].split(b"\0", 2)[-1]
+        xmp = _inflated(text) if rest[:1] == b"\1" else text
+        return {"xmp": xmp} if xmp else {}
+    if kind in (b"tEXt", b"zTXt") and key == b"Raw profile type exif":
+        text = rest if kind == b"tEXt" else _inflated(rest[1:]) or b""
+        return {key.decode(): text.decode("latin-1")}
+    return {}
+
+
+def _inflated(packed: bytes) -> bytes | None:
+    """What zlib has packed; None where that is broken or too much."""
+    unpacker = zlib.decompressobj()
+    try:
+        unpacked = unpacker.decompress(packed, METADATA_LIMIT)
+    except zlib.error:
+        return None
+    return unpacked if unpacker.eof else None
+
+
+def without_odd_metadata(data: bytes) -> bytes:
+    """A JPEG, WebP or AVIF without the metadata that a reader may fail over; all other data as it is.
+
+    What the colours need stays, and so do EXIF and XMP of a JPEG, for a broken one does no harm there.
+    """
+    if data.startswith(b"\xff\xd8"):
+        kept, at = [data[:2]], 2
+        for marker, start, end in _jpeg_segments(data):
+            length = end - start
+            sane = {0xE0: length >= 18, 0xE1: True, 0xEE: length >= 16}.get(marker, False)
+            if marker == 0xE2 and data[start + 4 : start + 16] == b"ICC_PROFILE\0":
+                sane = length >= 18
+            if sane or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+                kept.append(data[start:end])
+            at = end
+        return b"".join((*kept, data[at:]))
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        chunks, at = [data[8:12]], 12
+        while (kind := data[at : at + 4]) in _WEBP_PICTURE:
+            end = at + 8 + (int.from_bytes(data[at + 4 : at + 8], "little") + 1) // 2 * 2
+            chunk = bytearray(data[at:end])
+            if kind == b"VP8X" and len(chunk) > 8:
+                chunk[8] &= 0b1111_0011  # neither EXIF nor XMP
+            chunks.append(bytes(chunk))
+            at = end
+        plain = b"".join(chunks)
+        return b"RIFF" + len(plain).to_bytes(4, "little") + plain
+    if data[4:8] == b"ftyp":  # an item of a type that nobody knows is passed over
+        return re.sub(rb"(infe[\2\3].{7,9}?)Exif", rb"\1none", data, flags=re.DOTALL)
+    return data
+
+
+def full_pages(data: bytes) -> list[int]:
+    """Which pages of a TIFF are pictures of their own, the first two at most: previews and masks are not.
+
+    Example:
+        >>> full_pages(b"no TIFF")
+        []
+    """
+    found: list[int] = []
+    for number, page in enumerate(_tiff_pages(data)):
+        kind, old_kind = (page.tags.get(tag, (0,))[:1] for tag in (254, 255))
+        if not page.is_cut and not (kind and kind[0] & 0b101) and old_kind != (2,):
+            found.append(number)
+        if len(found) == 2:
+            break
+    return found
+
+
+def describe_tiff(data: bytes) -> str:
+    """What the pixels of a TIFF are, for somebody who has one that cannot be read."""
+    pages = list(_tiff_pages(data))
+    number = next(iter(full_pages(data)), 0)
+    if number >= len(pages):
+        return "TIFF"
+    tags = pages[number].tags
+    bits = tags.get(258, (1,))
+    channels = tags.get(277, (len(bits),))[0]
+    colours = _PHOTOMETRIC.get(tags.get(262, (-1,))[0], "unknown colours")
+    alpha = " and alpha" if any(tags.get(338, ())) else ""
+    numbers = {2: "signed ", 3: "floating-point "}.get(tags.get(339, (1,))[0], "")
+    compression = tags.get(259, (1,))[0]
+    packed = f", compression {compression}" if compression != 1 else ""
+    return f"TIFF, {colours}{alpha}: {channels} channel{'s' * (channels != 1)} of {bits[0]} {numbers}bits{packed}"
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment up to the first scan; the last one may reach beyond the end."""
+    at = 2
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
+        marker = data[at + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # padding, or a marker that stands alone
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xD9:
+            return
+        end = at + 2 + (int.from_bytes(data[at + 2 : at + 4]) if len(data) >= at + 4 else 2)
+        yield marker, at, end
+        if marker == 0xDA:
+            return
+        at = end
+
+
+def _jpeg_is_cut(data: bytes) -> bool:
+    """No end behind the first scan; a preview inside the metadata has an end of its own, which does not count."""
+    start = max((end for _, _, end in _jpeg_segments(data)), default=2)
+    return _JPEG_END not in data[start:]
+
+
+def _gif_is_cut(data: bytes) -> bool:
+    """Whether its blocks reach beyond the end, or no trailer follows them."""
+
+    def palette(flags: int) -> int:
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    if len(data) < 13:
+        return True
+    at = 13 + palette(data[10])
+    while at < len(data):
+        if data[at] == 0x21:
+            at += 2
+        elif data[at] == 0x2C and at + 9 < len(data):
+            at += 11 + palette(data[at + 9])
+        else:
+            return data[at] == 0x2C  # the trailer, or damage
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+    return True
+
+
+def _bmp_is_cut(data: bytes) -> bool:
+    """Whether it is shorter than its header says, or than its plain rows are."""
+    if len(data) < 34:
+        return True
+    if len(data) < int.from_bytes(data[2:6], "little"):
+        return True
+    width, height = (abs(int.from_bytes(data[at : at + 4], "little", signed=True)) for at in (18, 22))
+    bits, packed = int.from_bytes(data[28:30], "little"), int.from_bytes(data[30:34], "little")
+    rows = height * ((width * bits + 31) // 32 * 4) if packed in (0, 3) and data[14] >= 40 else 0
+    return len(data) < int.from_bytes(data[10:14], "little") + rows
+
+
+def _boxes_are_cut(data: bytes) -> bool:
+    """Whether the boxes of an AVIF or JPEG 2000 reach beyond the end, or what holds the pixels is missing."""
+    at, kinds = 0, set[bytes]()
+    while at + 8 <= len(data):
+        size, kind, head = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], 8
+        if kind not in _BOXES:
+            return False  # nothing that tells where it should end
+        if size == 1:
+            size, head = int.from_bytes(data[at + 8 : at + 16]), 16
+        if size == 0:  # it reaches to the end, wherever that is
+            return kind == b"jp2c" and _JPEG_END not in data[at:]
+        if size < head:
+            return False
+        kinds.add(kind)
+        at += size
+    if at > len(data):
+        return True
+    return b"mdat" not in kinds and b"jp2c" not in kinds and b"idat" not in data
+
+
+class _TiffPage(NamedTuple):
+    tags: dict[int, tuple[int, ...]]
+    is_cut: bool
+
+
+def _tiff_pages(data: bytes) -> Iterator[_TiffPage]:
+    """The whole numbers that each page says of itself, and whether a part of it lies beyond the end."""
+    if not data.startswith(_TIFF):
+        return
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    big = 43 in data[2:4]
+    count_size, entry_size, offset_size = (8, 20, 8) if big else (2, 12, 4)
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], order)
+
+    at, seen = number(8 if big else 4, offset_size), set[int]()
+    while at and at not in seen and len(seen) < _PAGES:
+        seen.add(at)
+        count, first = number(at, count_size), at + count_size
+        end = first + count * entry_size
+        cut, tags = end + offset_size > len(data), dict[int, tuple[int, ...]]()
+        for entry in range(first, min(end, len(data) - entry_size + 1), entry_size):
+            size, length = _TIFF_NUMBERS.get(number(entry + 2, 2), 0), number(entry + 4, offset_size)
+            place = entry + 4 + offset_size
+            if size * length > offset_size:
+                place = number(place, offset_size)
+            if place + size * length > len(data):
+                cut = cut or number(entry, 2) in _TIFF_PIXELS
+                continue
+            tags[number(entry, 2)] = tuple(number(place + size * each, size) for each in range(length if size else 0))
+        for offsets, lengths in ((273, 279), (324, 325)):
+            starts = tags.get(offsets, ())
+            sizes = tags.get(lengths, (0,) * len(starts))
+            cut = cut or any(start + size > len(data) for start, size in zip(starts, sizes, strict=False))
+        yield _TiffPage(tags, cut)
+        at = number(end, offset_size)
+
+
+def _tiff_is_cut(data: bytes) -> bool:
+    """Whether the directory or the pixels of its picture lie beyond the end."""
+    page = next(iter(full_pages(data)), None)
+    if page is not None:
+        return False
+    return any(each.is_cut for each in _tiff_pages(data)) or len(data) < 8
