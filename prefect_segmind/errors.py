@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
 # Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one where the
 # text closes behind it. A question mark in `s3://` belongs to the key.
-_QUERY = re.compile(r"""(?<!s3)(:(?:\\?/){2}[^\s?"<>]+)\?(?:[^\s"'<>]|'(?![\s,.;:)\]}>"']|$))*""")
+_QUERY = re.compile(r"""(?<![sS]3)(:(?:\\?/){2}[^\s?"<>]+)\?(?:[^\s"'<>]|'(?![\s,.;:)\]}>"']|$))*""")
 _USERINFO = re.compile(r"""(:(?:\\?/){2})[^\s/"<>]*@""")
 # Wherever they stand: an address with a space in it is not seen as one.
 _SIGNATURE = re.compile(r"""(?i)((?:signature|security-token|x-\w+-credential|\bsig)=)[^\s&"'<>]+""")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import posixpath
 import re
 import tempfile
 from collections import Counter
@@ -154,7 +153,7 @@ class Images:
         self._folder = Path()
         if _in_s3(manifest):
             self._bucket, _, key = manifest[5:].partition("/")
-            self._prefix = posixpath.dirname(key)
+            self._prefix = key.rpartition("/")[0]
         else:
             self._folder = Path(manifest).expanduser().absolute().parent
 
@@ -163,7 +162,7 @@ class Images:
 
         Args:
             image: What the manifest says.
-            wildcards: Whether `*`, `?` and `**` stand for others; a local file of that very name comes first.
+            wildcards: Whether `*`, `?` and `**` stand for others; a file or key of that very name comes first.
 
         Raises:
             InvalidJobError: It cannot be a location.
@@ -178,7 +177,8 @@ class Images:
         start = image.rfind("/", 0, len(re.split(r"[*?]", image)[0])) + 1
         fixed, pattern = self._absolute(image[:start]), image[start:]
         if _in_s3(fixed):
-            return named(self._in_bucket(fixed, pattern))
+            matches = self._in_bucket(fixed, pattern)
+            return [Found(location)] if any(each == location for each, _ in matches) else named(matches)
         if _is_there(Path(location)):
             return [Found(location)]
         return named(_in_folder(Path(fixed), pattern))
@@ -193,10 +193,15 @@ class Images:
                 raise InvalidJobError(f"{image!r} is no path: {error}") from None
         if not self._bucket or Path(image).is_absolute():
             return str(self._folder / image)
-        inside = posixpath.normpath(posixpath.join(self._prefix, image))
-        if inside.split("/")[0] == "..":
-            raise InvalidJobError(f"{image!r} leads out of the bucket {self._bucket}")
-        return f"s3://{self._bucket}/{inside}".removesuffix("/.")
+        segments = self._prefix.split("/") if self._prefix else []
+        for segment in image.split("/"):
+            if segment == "..":
+                if not segments:
+                    raise InvalidJobError(f"{image!r} leads out of the bucket {self._bucket}")
+                segments.pop()
+            elif segment != ".":
+                segments.append(segment)  # an empty one too: a key may hold `//`
+        return f"s3://{self._bucket}/{'/'.join(segments)}"
 
     def _in_bucket(self, fixed: str, pattern: str) -> list[tuple[str, str]]:
         from prefect_segmind.s3 import S3Store, split_uri  # boto3 takes a second to import

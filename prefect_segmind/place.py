@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from prefect_segmind.errors import ConfigurationError
@@ -35,8 +34,8 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         bucket, prefix = split_uri(url)
         return S3Store(bucket, prefix, client or s3_client())
     allowed = "use s3://bucket/prefix, a folder, or file:///folder"
-    if re.match(r"(?i)file://(localhost)?/", url):
-        url = url2pathname(urlsplit(url).path)
+    if found := re.match(r"(?i)file://(localhost)?(?=/)", url):
+        url = url2pathname(url[found.end() :])
     elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) or not url.strip():
         raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
     try:

@@ -26,7 +26,6 @@ from datetime import datetime
 from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from PIL import Image
@@ -249,8 +248,8 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         ('/srv/live/mugs', '{name}/large.webp')
     """
     path = publish_to.strip()
-    if re.match(r"(?i)file://(localhost)?/", path):
-        path = url2pathname(urlsplit(path).path)
+    if found := re.match(r"(?i)file://(localhost)?(?=/)", path):
+        path = url2pathname(path[found.end() :])
     if not (in_s3 := path.lower().startswith("s3:")):
         path = path.replace(os.sep, "/")
     place, pattern = path.rstrip("/") or path[:1], f"{_NAME}.png"

@@ -104,12 +104,19 @@ def _image_location(image: object) -> object:
         raise ValueError("not a text")
     if "://" not in text:
         return text
-    parts = urlsplit(text)
-    if parts.scheme not in ("s3", "http", "https") or not parts.netloc or not parts.path.strip("/"):
+    scheme, _, rest = text.partition("://")
+    if (scheme := scheme.lower()) == "s3":
+        host, _, path = rest.partition("/")
+        secret = "@" in host
+    else:
+        parts = urlsplit(text)
+        host, path = parts.netloc, parts.path.strip("/")
+        secret = "@" in host or any(_SIGNATURE.fullmatch(name) for name, _ in parse_qsl(parts.query))
+    if scheme not in ("s3", "http", "https") or not host or not path:
         raise ValueError("not a kind of address that is read")
-    if parts.username or parts.password or any(_SIGNATURE.fullmatch(name) for name, _ in parse_qsl(parts.query)):
+    if secret:
         raise ValueError("holds a secret, which the run's parameters would keep; give the s3:// address instead")
-    return parts.scheme + text[len(parts.scheme) :]
+    return f"{scheme}://{rest}"
 
 
 def _listed_resolution(value: str, info: ValidationInfo) -> str:
@@ -215,17 +222,26 @@ class Job(BaseModel):
 def name_from_image(image: str) -> str:
     r"""The name of a job that has none: the image's stem made safe.
 
+    A key in S3 is no URL: each character of it is its own.
+
     Example:
-        >>> name_from_image("s3://bucket/inbox/Summer%20mug?.jpg")
+        >>> name_from_image("s3://bucket/inbox/Summer mug #1?.jpg")
+        'Summer mug #1'
+        >>> name_from_image("https://b.example/Summer%20mug.jpg?size=large")
         'Summer mug'
         >>> name_from_image("C:\\photos\\.hidden.png")
         'hidden'
     """
-    try:
-        path = unquote(urlsplit(image).path) if "://" in image else image
-    except ValueError:  # no address at all, which the check of `image` says
-        path = ""
-    stem = _UNSAFE.sub("-", PurePosixPath(path.replace("\\", "/")).stem).strip(". -")
+    if image[:5].lower() == "s3://":
+        path = image[5:].partition("/")[2]
+    elif "://" in image:
+        try:
+            path = unquote(urlsplit(image).path)
+        except ValueError:  # no address at all, which the check of `image` says
+            path = ""
+    else:
+        path = image.replace("\\", "/")
+    stem = _UNSAFE.sub("-", PurePosixPath(path).stem).strip(". -")
     return stem.encode(errors="ignore")[:120].decode(errors="ignore").strip(". -") or "image"
 
 

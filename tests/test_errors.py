@@ -262,6 +262,7 @@ def test_the_rest_of_a_text_stays_readable(text, shown):
     [
         "is this a question? Yes: https://b.example/k",
         "s3://bucket/inbox/why?.jpg does not exist",
+        "S3://bucket/inbox/why?token=5.jpg",
         "write to a@b.example",
         "s3://bucket/a@b.jpg",
         "SG_ is how keys begin",

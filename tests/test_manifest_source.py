@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import boto3
+import httpx
 import pytest
+from botocore.config import Config
 from moto.server import ThreadedMotoServer
 from pydantic import BaseModel
 
@@ -278,7 +280,8 @@ def moto() -> Iterator[Any]:
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     pair = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
-    client = boto3.session.Session().client("s3", endpoint_url=endpoint, **pair)
+    signed = Config(signature_version="s3v4")
+    client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=signed, **pair)
     client.create_bucket(Bucket="pictures")
     for key in (
         "a/in/mug.jpg",
@@ -318,6 +321,47 @@ def test_images_are_found_from_the_manifest_s_place_in_its_bucket(moto):
         images.find("s3://nowhere/*.jpg", True)
     top = Images("s3://pictures/m.yaml", lambda: moto)
     assert [each.location for each in top.find("*/*.png", True)] == ["s3://pictures/a/cup.png"]
+
+
+KEYS = [
+    "mug #1.jpg",
+    "mug #2.jpg",
+    "50%25 off?.jpg",
+    "a b+c;d=e&f.jpg",
+    "x?token=1.jpg",
+    "deep//é.jpg",
+    "back\\slash.jpg",
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "q?#/", "/a//b/"])
+def test_a_key_is_a_key_wherever_it_is_named(moto, prefix):
+    from prefect_segmind.s3 import presign_uri, read
+
+    bucket = f"keys-{len(prefix)}"
+    moto.create_bucket(Bucket=bucket)
+    for key in KEYS:
+        moto.put_object(Bucket=bucket, Key=prefix + key, Body=key.encode())
+    moto.put_object(Bucket=bucket, Key=prefix + "50%25 off!.jpg", Body=b"not asked for")
+    absolute = [f"s3://{bucket}/{prefix}{key}" for key in KEYS]
+    assets = [{"name": str(n), "image": image, "prompt": "{{ stem }}"} for n, image in enumerate((*KEYS, *absolute))]
+    place = f"s3://{bucket}/{prefix}m #?%25.json"
+    moto.put_object(Bucket=bucket, Key=place.removeprefix(f"s3://{bucket}/"), Body=json.dumps({"assets": assets}))
+    jobs = load(place, lambda: moto)
+    assert [job.image for job in jobs] == [*absolute, *absolute]
+    assert [job.name for job in jobs] == [str(n) for n in range(len(assets))]
+    stems = ["mug #1", "mug #2", "50%25 off", "a b+c;d=e&f", "x-token=1", "é", "back-slash"]
+    assert [job.prompt for job in jobs] == [*stems, *stems]
+    for key, uri in zip(KEYS, absolute, strict=True):
+        assert read(uri, moto, 100) == key.encode()
+        assert httpx.get(presign_uri(uri, moto, 60), trust_env=False).content == key.encode()
+
+
+def test_two_keys_that_differ_behind_a_hash_are_two_jobs(moto, tmp_path):
+    place = write(tmp_path, "m.csv", "image,prompt\ns3://bucket/mug #1.jpg,a mug\ns3://bucket/mug #2.jpg,a mug\n")
+    assert [(job.name, job.image) for job in load(place)] == [
+        (f"mug #{n}", f"s3://bucket/mug #{n}.jpg") for n in (1, 2)
+    ]
 
 
 def test_a_manifest_in_a_bucket(moto):

@@ -240,6 +240,7 @@ def test_what_a_format_cannot_hold_says_so(tmp_path: Path) -> None:
         ("live", "live", "{name}.png"),
         ("~/live v1.2/{name}.png", "~/live v1.2", "{name}.png"),
         ("file:///srv/live", "/srv/live", "{name}.png"),
+        ("file:///srv/live #1?", "/srv/live #1?", "{name}.png"),
         ("file:///srv/a%20b/" + quote("{name}.jpg"), "/srv/a b", "{name}.jpg"),
     ],
 )

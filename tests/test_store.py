@@ -292,10 +292,11 @@ def test_folders_and_buckets_are_opened_by_their_address(
     monkeypatch.chdir(tmp_path)
     for address in ("~/my archive", "my archive", str(tmp_path / "my archive"), (tmp_path / "my archive").as_uri()):
         assert open_store(address).url == str(tmp_path / "my archive")
+    assert open_store(f"{tmp_path.as_uri()}/a #1?").url == str(tmp_path / "a #1?")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    for address, url in {f"s3://{BUCKET}": f"s3://{BUCKET}", f"s3://{BUCKET}/a/b/": f"s3://{BUCKET}/a/b"}.items():
+    for address, url in {f"s3://{BUCKET}": f"s3://{BUCKET}", f"s3://{BUCKET}/a/#1?/": f"s3://{BUCKET}/a/#1?"}.items():
         assert open_store(address).url == url
     opened = open_store(f"s3://{BUCKET}", client(moto))
     assert opened.uri("k") == f"s3://{BUCKET}/k"
