@@ -1,7 +1,7 @@
 """The text of a manifest: YAML, JSON, JSON Lines or CSV to plain values with their places, and jobs back to YAML.
 
 Scalars of YAML are read as YAML 1.2 has them: only true and false are booleans, so `OFF` stays a text, and there are
-no dates, octal or sexagesimal numbers.
+no dates, octal or sexagesimal numbers. Those of `vars` remember how they were written, for they end up in prompts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 
 from prefect_segmind.manifest import FIELDS, HEAD, MAX_ASSETS, TEXTS, Notes, Row, UnreadableManifest, shown, unknown
 from prefect_segmind.request import Job
+from prefect_segmind.template import Written, meant, written
 
 KINDS = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".csv": "CSV"} | dict.fromkeys(
     (".jsonl", ".ndjson"), "JSON Lines"
@@ -184,10 +185,10 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
     if event.tag in ("!", "tag:yaml.org,2002:str") or (event.tag is None and not event.implicit[0]):
         return value  # said to be a text, or in quotes, or a block
     if value in _WORDS:
-        return _WORDS[value]
+        return written(value, _WORDS[value])
     if _INTEGER.fullmatch(value):
-        return int(value)
-    return float(value) if _FLOAT.fullmatch(value) else value
+        return written(value, int(value))
+    return written(value, float(value)) if _FLOAT.fullmatch(value) else value
 
 
 def _broken(text: str, line: int, column: int, what: str) -> UnreadableManifest:
@@ -215,7 +216,9 @@ def _json_value(text: str, where: str, mistakes: Notes) -> Any:
         mistakes.add(f"{where}{word} is no JSON")
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_int=_integer)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=no_number, parse_int=_integer, parse_float=_float
+        )
     except json.JSONDecodeError as error:
         at = where.removesuffix(": ") or f"line {error.lineno}"
         raise UnreadableManifest(f"{at}, column {error.colno}: {error.msg}") from None
@@ -226,8 +229,12 @@ def _json_value(text: str, where: str, mistakes: Notes) -> Any:
     return value
 
 
-def _integer(digits: str) -> int | str:
-    return int(digits) if len(digits) <= 1000 else digits  # Python refuses to read very long ones
+def _integer(digits: str) -> Written | str:
+    return written(digits, int(digits)) if len(digits) <= 1000 else digits  # Python refuses to read very long ones
+
+
+def _float(digits: str) -> Written:
+    return written(digits, float(digits))
 
 
 def _too_deep(value: Any) -> bool:
@@ -255,7 +262,7 @@ def _document(value: Any, where: Callable[[int], str], mistakes: Notes) -> Parse
     if not isinstance(value, dict):
         bare = "it is a bare list; put it" if isinstance(value, list) else "it has no assets; put a list of them"
         raise UnreadableManifest(f"{bare} under `assets:`")
-    assets = value.get("assets", [])
+    assets = meant(value.get("assets", []))
     if "assets" not in value:
         mistakes.add("assets: missing; needed is a list of assets")
     elif not isinstance(assets, list):
@@ -264,15 +271,40 @@ def _document(value: Any, where: Callable[[int], str], mistakes: Notes) -> Parse
     elif len(assets) > MAX_ASSETS:
         raise UnreadableManifest(f"it has {len(assets):,} assets, more than {MAX_ASSETS:,}: {_STREAMS}")
     head = {key: inner for key, inner in value.items() if key not in ("assets", "$schema")}
-    return Parsed(head, _rows(((where(number), asset) for number, asset in enumerate(assets)), mistakes))
+    return Parsed(_section(head), _rows(((where(number), asset) for number, asset in enumerate(assets)), mistakes))
 
 
 def _rows(items: Iterable[tuple[str, Any]], mistakes: Notes) -> Iterator[Row]:
     for where, asset in items:
         if isinstance(asset, dict):
-            yield Row(where, asset)
+            yield Row(where, _section(asset))
         else:
-            mistakes.add(f"{where}: {shown(asset)} is no asset; an asset is a mapping of fields to values")
+            mistakes.add(f"{where}: {shown(meant(asset))} is no asset; an asset is a mapping of fields to values")
+
+
+def _section(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The head or an asset: its variables with how each was written, all else without."""
+    return {
+        key: _each(value, _as_written if key == "vars" and isinstance(value, dict) else meant, {})
+        for key, value in values.items()
+    }
+
+
+def _as_written(value: Any) -> Any:
+    """JSON's reader does not tell these three, but they are written in one way only."""
+    return written(json.dumps(value), value) if value is None or isinstance(value, bool) else value
+
+
+def _each(value: Any, change: Callable[[Any], Any], known: dict[int, Any]) -> Any:
+    """A copy with each scalar changed. What aliases repeat is copied once."""
+    if not isinstance(value, dict | list):
+        return change(value)
+    if id(value) not in known:
+        if isinstance(value, dict):
+            known[id(value)] = {meant(key): _each(inner, change, known) for key, inner in value.items()}
+        else:
+            known[id(value)] = [_each(inner, change, known) for inner in value]
+    return known[id(value)]
 
 
 # --- streams: JSON Lines and CSV --------------------------------------------------------------------------------------
@@ -293,7 +325,7 @@ def _json_lines(lines: Iterable[str], mistakes: Notes) -> Parsed:
         raise UnreadableManifest("it has no assets; each line is one")
     value = first[0][1] if first else None
     if isinstance(value, dict) and value.keys() & {*HEAD} and not value.keys() & {"image", "prompt", "name"}:
-        return Parsed({key: inner for key, inner in value.items() if key != "$schema"}, _rows(rest, mistakes))
+        return Parsed(_section({key: inner for key, inner in value.items() if key != "$schema"}), _rows(rest, mistakes))
     return Parsed({}, _rows(chain(first, rest), mistakes))
 
 

@@ -3,16 +3,92 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
-_SANDBOX = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _MARK = re.compile(r"\{[{%#]")
+
+
+class Written:
+    """A scalar of a manifest that prints as it was written there, `1.10` or `~`, and is what it means otherwise."""
+
+    text: str
+    value: int | float | bool | None
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+class _Integer(Written, int):
+    """An integer; a boolean too, which cannot be subclassed."""
+
+
+class _Float(Written, float):
+    """A number with a fraction or an exponent."""
+
+
+class _Null(Written):
+    """Nothing, however it was written."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return meant(other) is None
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+
+def written(text: str, value: int | float | bool | None) -> Written:
+    """A scalar that remembers how it was written.
+
+    Example:
+        >>> price = written("1.10", 1.10)
+        >>> f"{price} EUR, {price * 2} EUR"
+        '1.10 EUR, 2.2 EUR'
+    """
+    made = _Null() if value is None else _Float(value) if isinstance(value, float) else _Integer(value)
+    made.text, made.value = text, value
+    return made
+
+
+def meant(value: object) -> Any:
+    """What a scalar means, without how it was written; anything else as it is."""
+    return value.value if isinstance(value, Written) else value
+
+
+def _sandbox() -> SandboxedEnvironment:
+    """Jinja's sandbox, where `is none`, `is boolean` and their like look at what a scalar means, as `tojson` does."""
+    made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+    def of_meaning(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: test(meant(value))
+
+    for name in ("none", "boolean", "true", "false", "integer", "number"):
+        made.tests[name] = of_meaning(made.tests[name])
+    made.policies["json.dumps_function"] = _json
+    return made
+
+
+def _json(value: object, **options: Any) -> str:
+    def plain(value: object) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else meant(value)
+
+    return json.dumps(plain(value), **options)
+
+
+_SANDBOX = _sandbox()
 
 
 class TemplateMistake(ValueError):

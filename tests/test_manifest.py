@@ -33,7 +33,7 @@ from prefect_segmind.manifest import (
 )
 from prefect_segmind.manifest_text import read_text, write_manifest
 from prefect_segmind.request import Job, MagicPromptOption, parse_job
-from prefect_segmind.template import TemplateMistake, render, template_names
+from prefect_segmind.template import TemplateMistake, meant, render, template_names
 
 DOCS = Path(__file__).parents[1] / "docs"
 ASSET = {"image": "mug.jpg", "prompt": "a red mug"}
@@ -188,9 +188,9 @@ def test_a_line_of_a_head_alone_is_the_head_and_any_other_an_asset():
     ],
 )
 def test_scalars_are_those_of_yaml_1_2(written, value):
-    head, _ = read_text("YAML", [f"vars:\n  x: {written}\nassets: []"], Notes())
-    assert head["vars"] == {"x": value}
-    assert type(head["vars"]["x"]) is type(value)
+    head, _ = read_text("YAML", [f"vars:\n  x: {written}\ndefaults:\n  x: {written}\nassets: []"], Notes())
+    assert head["vars"] == head["defaults"] == {"x": value}
+    assert type(head["defaults"]["x"]) is type(meant(head["vars"]["x"])) is type(value)
 
 
 def test_off_stays_a_text():
@@ -418,6 +418,102 @@ assets:
         ("007/007/prompt1-negative1", "photos/007.jpg", "007 in light", "blur, text"),
         ("007/007/prompt2-negative1", "photos/007.jpg", "in rain", "blur, text"),
     ]
+
+
+SCALARS = [
+    *("1.10", "3.10", "2.0", "1e3", "1.5E+3", "-.5", "2.", "+1", "007", "1_000", "0x1F", "0o17", "5", "1" * 30),
+    *(
+        "no",
+        "yes",
+        "on",
+        "off",
+        "NO",
+        "true",
+        "True",
+        "FALSE",
+        "~",
+        "null",
+        "Null",
+        "12:30",
+        "2026-11-26",
+        "2026-11-26",
+    ),
+    *("1.2.3", "12e", ".5e-3", "1.10 EUR", "50%", ".inf", ".NaN"),
+]
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_a_template_sees_a_scalar_of_yaml_as_it_was_written(scalar):
+    text = f"""
+vars: {{a: {scalar}, list: [{scalar}, {{b: {scalar}}}]}}
+assets:
+- {{image: m, prompt: '{{{{ a }}}} {{{{ list[1].b }}}} {{{{ own }}}} {{{{ list[:1] | join }}}}', vars: {{own: {scalar}}}}}
+"""
+    assert jobs(text)[0].prompt == " ".join([scalar] * 4)
+
+
+def test_what_has_no_text_is_written_as_nothing():
+    assert jobs("vars: {a: }\nassets: [{image: m, prompt: 'a{{ a }}b'}]")[0].prompt == "ab"
+
+
+@pytest.mark.parametrize("kind", ["JSON", "JSON Lines"])
+@pytest.mark.parametrize("number", ["1.10", "1e3", "1.5E+3", "-0.50", "0", "12", "1" * 30, "true", "false", "null"])
+def test_a_template_sees_a_scalar_of_json_as_it_was_written(kind, number):
+    own = '{"image": "m", "prompt": "{{ a }} {{ list[0][0] }} {{ own }}", "vars": {"own": %s}}' % number
+    head = '"vars": {"a": %s, "list": [[%s]]}' % (number, number)
+    text = f'{{{head}, "assets": [{own}]}}' if kind == "JSON" else f"{{{head}}}\n{own}"
+    assert jobs(text, kind)[0].prompt == " ".join([number] * 3)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("{{ price * 2 }}", "2.2"),
+        ("{{ price + count }}", "4.1"),
+        ("{{ count + 1 }} {{ -count }} {{ count // 2 }}", "4 -3 1"),
+        ("{% if count > 2 and price < 2 %}many{% endif %}", "many"),
+        ("{{ price | round(1) }} {{ price | int }} {{ '%.3f' | format(price) }}", "1.1 1 1.100"),
+        ("{{ prices | sum }} {{ prices | max }} {{ prices | join(', ') }}", "3.6 2.50 1.10, 2.50"),
+        ("{% for n in range(count) %}{{ n }}{% endfor %}", "012"),
+        ("{% if sale %}sale{% endif %}{% if not full %} here{% endif %}", "sale here"),
+        ("{{ sale is true }} {{ sale is boolean }} {{ sale == true }} {{ full is false }}", "True True True True"),
+        ("{{ gone is none }} {{ gone == none }} {{ gone | default('x', true) }} {{ 'y' if gone else 'n' }}",
+         "True True x n"),
+        ("{{ count is number }} {{ count is integer }} {{ sale is integer }} {{ gone is number }}",
+         "True True False False"),
+        ("{{ facts | tojson }}", '{"a": [1.1, true, null]}'),
+        ("{{ sale }} {{ full }} {{ gone }} {{ price ~ ' EUR' }}", "true False ~ 1.10 EUR"),
+    ],
+)  # fmt: skip
+def test_what_was_written_goes_on_to_be_what_it_means(template, rendered):
+    variables = (
+        "price: 1.10, prices: [1.10, 2.50], count: 3, sale: true, full: False, gone: ~, facts: {a: [1.10, true, ~]}"
+    )
+    assert jobs(f"vars: {{{variables}}}\nassets: [{{image: m, prompt: {json.dumps(template)}}}]")[0].prompt == rendered
+
+
+def test_outside_of_vars_a_scalar_is_what_it_means():
+    text = """
+vars: {w: &w 0.7e2, flag: &flag true, nothing: &nothing ~}
+defaults: {image_weight: *w, allow_extreme_ratio: *flag, negative_prompt: *nothing}
+variants: {seed: [1e3, +200]}
+assets: [{image: m, prompt: "{{ w }} {{ flag }} {{ nothing }}"}]
+"""
+    made = jobs(text)
+    assert [(job.image_weight, job.allow_extreme_ratio, job.negative_prompt) for job in made] == [(70, True, None)] * 2
+    assert [(job.name, job.seed, job.prompt) for job in made] == [
+        ("m/seed1000-0", 1000, "0.7e2 true ~"),
+        ("m/seed200", 200, "0.7e2 true ~"),
+    ]
+    assert mistake(asset(prompt=3.5)) == "line 1: prompt: 3.5 is no text; a number must stand in quotes"
+
+
+def test_a_price_and_a_country_are_those_of_the_manifest():
+    text = """
+vars: {country: no, price: 1.10}
+assets: [{image: m, prompt: 'made in {{ country }}, {{ price }} EUR'}]
+"""
+    assert jobs(text)[0].prompt == "made in no, 1.10 EUR"
 
 
 def test_stem_may_be_given_another_meaning():
