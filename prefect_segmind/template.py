@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
@@ -70,11 +70,11 @@ def _sandbox() -> SandboxedEnvironment:
     """Jinja's sandbox, where `is none`, `is boolean` and their like look at what a scalar means, as `tojson` does."""
     made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
-    def of_meaning(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def of_meaning(test: Callable[..., bool]) -> Callable[[Any], bool]:
         return lambda value: test(meant(value))
 
     for name in ("none", "boolean", "true", "false", "integer", "number"):
-        made.tests[name] = of_meaning(made.tests[name])
+        made.tests[name] = of_meaning(cast(Callable[..., bool], made.tests[name]))
     made.policies["json.dumps_function"] = _json
     return made
 

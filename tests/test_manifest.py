@@ -447,7 +447,8 @@ def test_a_template_sees_a_scalar_of_yaml_as_it_was_written(scalar):
     text = f"""
 vars: {{a: {scalar}, list: [{scalar}, {{b: {scalar}}}]}}
 assets:
-- {{image: m, prompt: '{{{{ a }}}} {{{{ list[1].b }}}} {{{{ own }}}} {{{{ list[:1] | join }}}}', vars: {{own: {scalar}}}}}
+- {{image: m, prompt: '{{{{ a }}}} {{{{ list[1].b }}}} {{{{ own }}}} {{{{ list[0] ~ '' }}}}',
+   vars: {{own: {scalar}}}}}
 """
     assert jobs(text)[0].prompt == " ".join([scalar] * 4)
 
@@ -459,8 +460,8 @@ def test_what_has_no_text_is_written_as_nothing():
 @pytest.mark.parametrize("kind", ["JSON", "JSON Lines"])
 @pytest.mark.parametrize("number", ["1.10", "1e3", "1.5E+3", "-0.50", "0", "12", "1" * 30, "true", "false", "null"])
 def test_a_template_sees_a_scalar_of_json_as_it_was_written(kind, number):
-    own = '{"image": "m", "prompt": "{{ a }} {{ list[0][0] }} {{ own }}", "vars": {"own": %s}}' % number
-    head = '"vars": {"a": %s, "list": [[%s]]}' % (number, number)
+    own = '{"image": "m", "prompt": "{{ a }} {{ list[0][0] }} {{ own }}", "vars": {"own": NUMBER}}'
+    own, head = (text.replace("NUMBER", number) for text in (own, '"vars": {"a": NUMBER, "list": [[NUMBER]]}'))
     text = f'{{{head}, "assets": [{own}]}}' if kind == "JSON" else f"{{{head}}}\n{own}"
     assert jobs(text, kind)[0].prompt == " ".join([number] * 3)
 
