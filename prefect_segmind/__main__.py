@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
+from prefect_segmind.terminal import begin_in_utf8, unfailing_output
+
 
 def main() -> None:
     """Runs `prefect-segmind` and exits with its code."""
+    begin_in_utf8()
     # Prefect reads these when it is imported. Its temporary server gives up after 20 s, too soon for a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # And it records task runs one by one, too slow for a batch, and drops those that it has no time for.
@@ -19,12 +22,13 @@ def main() -> None:
     if sys.argv[1:2] == ["demo"]:
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # no request of a demo leaves the machine
         os.environ.setdefault("DO_NOT_TRACK", "1")
-    try:
-        from prefect_segmind.cli import run
+    with unfailing_output():
+        try:
+            from prefect_segmind.cli import run
 
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before a command began, or after
-        code = 130
+            code = run(sys.argv[1:])
+        except KeyboardInterrupt:  # before a command began, or after
+            code = 130
     sys.exit(code)
 
 

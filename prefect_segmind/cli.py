@@ -47,6 +47,7 @@ from prefect_segmind.request import name_from_image, parse_job
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
 from prefect_segmind.settings import load_settings
 from prefect_segmind.temporary_server import shield_temporary_server
+from prefect_segmind.terminal import unreadable
 
 app = App(
     name="prefect-segmind",
@@ -80,6 +81,10 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     try:
+        if (found := unreadable(arguments)) is not None:
+            raise CycloptsError(
+                f"{found!r} is not text in the encoding of this terminal: rename the file, or type it in a UTF-8 locale"
+            )
         result = app(list(arguments), exit_on_error=False, print_error=False)
     except CycloptsError as error:
         text = str(error)

@@ -67,6 +67,7 @@ FLOORS = [
         "progress",
         "sandbox",
         "temporary_server",
+        "terminal",
         "__main__",
     },
 ]
