@@ -20,7 +20,7 @@ from prefect_segmind.inbox import Inbox, InboxFile, open_inbox
 from prefect_segmind.manifest import Expansion, Found, Notes, Row
 from prefect_segmind.manifest_source import named
 from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import Job, parse_job
+from prefect_segmind.request import Job, parse_job, suffix_from_image
 from prefect_segmind.settings import load_settings
 from prefect_segmind.spool import Spool
 
@@ -79,7 +79,9 @@ def process_inbox(
     Args:
         inbox: Where people put images: s3://bucket/prefix or a folder on the worker. Folders in it are looked into.
         prompt: What the pictures should show; a template, in which (stem) is the file's name: {{ (stem) }} on a table.
-        name: The folder of the archive where the pictures go, each under the path of its file; a template too.
+        name: The folder of the archive where the pictures go, each under the path of its file; a template too. Of two
+            files with one name, such as cup.jpg and cup.png, the later one is passed over and told, unless (stem) and
+            (suffix) tell them apart: {{ (stem) }}-{{ (suffix) }}.
         image_weight: 1 to 100; higher keeps more of the source image.
         style_type: The style of the pictures.
         resolution: Size of the pictures in pixels; AUTO chooses the one that crops each image least.
@@ -155,11 +157,12 @@ def process_inbox(
         files: dict[str, InboxFile] = {}
         bad: list[Failure] = []
         warnings: dict[str, None] = {}
-        found = named([(each.location, each.below) for each in look.settled])
-        for file, image in zip(look.settled, found, strict=True):
+        arrived = sorted(look.settled, key=lambda file: (file.arrived, file.below))
+        found = named([(each.location, each.below) for each in arrived])
+        for file, image in zip(arrived, found, strict=True):
             job, mistake = _job(image, {**template, "name": name}, variables or {}, unlisted, warnings)
-            if job is not None and job.name in files:
-                mistake = f"name: {job.name} is taken already, by {files[job.name].below}"
+            if job is not None and job.name in files:  # the first keeps the address that it has
+                mistake = _taken(job.name, files[job.name], file)
             if job is None or mistake:
                 log.warning("%s stays in the inbox: %s", file.below, mistake)
                 bad.append(Failure(name=f"{name}/{image.name}", stage="validate", error=mistake))
@@ -198,6 +201,13 @@ def _job(
     expansion.warn_of_unused()
     warnings.update(dict.fromkeys(odd.lines))
     return (jobs[0], "") if jobs else (None, "; ".join(wrong.lines))
+
+
+def _taken(name: str, first: InboxFile, later: InboxFile) -> str:
+    """The mistake of a file whose picture would have the name of another one's."""
+    apart = suffix_from_image(first.below) != suffix_from_image(later.below)
+    remedy = ", or put {{ (stem) }}-{{ (suffix) }} into the flow's name" if apart else ""
+    return f"name: {name} is the name of {first.below}, which came first; rename this file{remedy}"
 
 
 def _moved(place: Inbox, files: Iterable[InboxFile]) -> Iterable[str]:

@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,15 +35,22 @@ _PASSED_OVER = re.compile(
 )
 
 
-class InboxFile(NamedTuple):
-    """An image as it was looked at: an absolute path or `s3://bucket/key`, and its path below the inbox.
+@dataclass(frozen=True)
+class InboxFile:
+    """An image as it was looked at.
 
-    The version changes with the file: the size, with the time of its last change on disk, with its ETag in a bucket.
+    Attributes:
+        location: An absolute path or `s3://bucket/key`.
+        below: Its path below the inbox.
+        version: Changes with the file: the size, with the time of its last change on disk, with its ETag in a bucket.
+        arrived: When it came there as it is, in seconds since 1970. On disk that is no date that a copy takes along
+            from where it was before. How finely a bucket tells it differs, so it is no part of what a file is.
     """
 
     location: str
     below: str
     version: str
+    arrived: float = field(default=0.0, compare=False)
 
 
 class Look(NamedTuple):
@@ -190,7 +198,7 @@ class _Folder(Inbox):
                         if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
                             folders.append(name)
                         elif stat.S_ISREG(facts.st_mode) and _IMAGE.fullmatch(below):
-                            file = InboxFile(str(path), below, _version(facts))
+                            file = InboxFile(str(path), below, _version(facts), facts.st_ctime)
                             images[below] = _Seen(file, facts.st_size, facts.st_mtime)
                         else:
                             ignored.append(below.encode(errors="backslashreplace").decode())
@@ -326,7 +334,8 @@ class _Bucket(Inbox):
 
     def _seen(self, below: str, entry: Any, size: int) -> _Seen:
         etag = entry.get("ETag", "").strip('"')  # rclone quotes it for a HEAD and not in a list
-        return _Seen(InboxFile(f"{self.url}/{below}", below, f"{size} {etag}"), size, entry["LastModified"].timestamp())
+        written = entry["LastModified"].timestamp()
+        return _Seen(InboxFile(f"{self.url}/{below}", below, f"{size} {etag}", written), size, written)
 
     def _ask(self, call: Callable[..., Any], condition: dict[str, str], **request: Any) -> None:
         """Calls with a condition; without it where this boto3 does not have it, or the server does not know it."""

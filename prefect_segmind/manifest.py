@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from prefect_segmind.errors import InvalidJobError, ManifestError, redact
-from prefect_segmind.request import ALLOWED, Job, name_from_image, parse_job
+from prefect_segmind.request import ALLOWED, Job, name_from_image, parse_job, suffix_from_image
 from prefect_segmind.resolution import AUTO, Resolution, resolution_size
 from prefect_segmind.template import TemplateMistake, render, template_names
 
@@ -160,23 +160,30 @@ class Expansion:
             if not found:
                 self._warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
         names_each = self._templates and "stem" in template_names(str(fields.get("name")))  # else it names their folder
+        first: dict[str, Found] = {}  # of the matches, by the name that it gets
+        alike: dict[str, None] = {}
         for each in found:
             if each.location:
                 fields["image"] = each.location
-            scope = {"stem": name_from_image(each.location), **variables}
+            stem, suffix = name_from_image(each.location), suffix_from_image(each.location)
+            scope = {"stem": stem, "suffix": suffix, **variables}
             texts: dict[str, Any] = {
                 field: self._text(field, fields[field], scope, told)
                 for field in ("name", "prompt", "negative_prompt")
                 if field in fields and field not in axes
             }
+            base = "/".join(filter(None, (texts.get("name"), "" if names_each else each.name)))
+            other = first.setdefault(base, each)
+            if other is not each and not any(line.startswith("name:") for line in told):
+                alike[_alike(base, other, each, names_each)] = None
+                continue
             rendered = [[self._text(field, value, scope, told) for value in values] for field, values in axes.items()]
             labels = [_labels(field, values) for field, values in axes.items()]
-            for picks, suffix in zip(product(*rendered), product(*labels), strict=True):
-                name = "/".join(filter(None, (texts.get("name"), "" if names_each else each.name)))
-                if suffix:
-                    name = f"{name or name_from_image(each.location)}/{'-'.join(suffix)}"
+            for picks, label in zip(product(*rendered), product(*labels), strict=True):
+                name = f"{base or stem}/{'-'.join(label)}" if label else base
                 picked = dict(zip(axes, picks, strict=True))
                 yield from self._job(row, {**fields, **texts, **picked, "name": name}, told)
+        told.update(alike)
 
     def _job(self, row: Row, values: Mapping[str, Any], told: dict[str, None]) -> Iterator[Job]:
         name = values["name"] or (name_from_image(str(values["image"])) if "image" in values else "")
@@ -251,6 +258,25 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
+def _alike(name: str, one: Found, other: Found, names_each: bool) -> str:
+    """The mistake of two matches of a pattern that get one name.
+
+    Args:
+        name: What both would be called.
+        one: The first.
+        other: The second.
+        names_each: Whether the asset's `name` is all of their names, and not the folder that they go to.
+    """
+    if suffix_from_image(one.location) != suffix_from_image(other.location):
+        remedy = "put {{ stem }}-{{ suffix }} into name" + ("" if names_each else ", or {{ suffix }} for a folder each")
+    elif names_each and one.name != other.name:
+        remedy = "leave {{ stem }} out of name, so that they keep their folders"
+    else:
+        remedy = "rename one of them"
+    both = " and ".join(each if each.isprintable() else repr(each) for each in (one.location, other.location))
+    return f"name: {shown(name)} would be both {both}; {remedy}"
+
+
 def unknown(field: object, known: Iterable[str]) -> str:
     """The mistake of a field that does not exist, with the nearest that does.
 
@@ -311,6 +337,7 @@ def json_schema() -> dict[str, Any]:
     types = {field: _plain(schema) for field, schema in job["properties"].items()}
     for field, schema in types.items():
         schema["description"] = f"{told[field]} Allowed is {ALLOWED[field]}."
+    types["name"]["description"] += " {{ stem }} is the image's name, {{ suffix }} its extension, such as jpg."
     types["image"]["description"] += " Relative to the manifest's folder; * ? and ** make a job of each match."
     types["resolution"]["enum"] = [AUTO, *(each.value for each in Resolution)]
     fields = {field: {"$ref": f"#/$defs/{field}"} for field in FIELDS}

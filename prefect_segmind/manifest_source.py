@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.manifest import Expansion, Found, Notes, Row, UnreadableManifest
 from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
-from prefect_segmind.request import Job, name_from_image
+from prefect_segmind.request import LONGEST_NAME, Job, name_from_image
 from prefect_segmind.spool import Spool
 
 if TYPE_CHECKING:
@@ -240,22 +239,21 @@ def _in_folder(fixed: Path, pattern: str) -> list[tuple[str, str]]:
 def named(matches: Sequence[tuple[str, str]]) -> list[Found]:
     """Each match with its name: its path without the extension, each segment made safe.
 
-    Matches that would get the same name get their extension as well, and what is still alike a hash of its path.
+    A name depends on nothing but its own path, so that no neighbour that comes or goes moves the address of a picture.
+    Two matches may get one name, which is then the mistake of whoever asks for both.
     """
-    plain = [_safe_path(below) for _, below in matches]
-    full = [_safe_path(re.sub(r"\.(?=[^./]*$)", "-", below) + ".x") for _, below in matches]
-    many = Counter(plain)
-    names = [name if many[name] == 1 else longer for name, longer in zip(plain, full, strict=True)]
-    many = Counter(names)
-    return [
-        Found(location, name if many[name] == 1 else f"{name}-{hashlib.sha256(below.encode()).hexdigest()[:8]}")
-        for (location, below), name in zip(matches, names, strict=True)
-    ]
+    return [Found(location, "/".join(_safe_segment(each) for each in _segments(below))) for location, below in matches]
 
 
-def _safe_path(path: str) -> str:
-    *folders, file = (segment for segment in path.replace("\\", "-").split("/") if segment)
-    return "/".join([*(name_from_image(f"{folder}.x") for folder in folders), name_from_image(file)])
+def _segments(below: str) -> list[str]:
+    *folders, file = (segment for segment in below.replace("\\", "-").split("/") if segment)
+    return [*(f"{folder}.x" for folder in folders), file]  # a folder has no extension to be taken off
+
+
+def _safe_segment(segment: str) -> str:
+    """A segment without its extension, made safe; a long one is cut, and ends in the start of its SHA-256."""
+    name, stem = name_from_image(segment), PurePosixPath(segment).stem.encode(errors="replace")
+    return name if len(stem) <= LONGEST_NAME else f"{name}-{hashlib.sha256(stem).hexdigest()[:8]}"
 
 
 def _wanted(pattern: str) -> re.Pattern[str]:

@@ -63,6 +63,8 @@ ALLOWED = {
 }
 """What each field takes, in the words of an error message."""
 
+LONGEST_NAME = 120
+"""Bytes of an image's stem that a name takes over."""
 _NAME_BYTES = 200  # a folder's name takes 255 at most
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
 _SIGNATURE = re.compile(r"(?i).*(signature|token|sig)|key-pair-id")
@@ -232,17 +234,30 @@ def name_from_image(image: str) -> str:
         >>> name_from_image("C:\\photos\\.hidden.png")
         'hidden'
     """
+    stem = _UNSAFE.sub("-", PurePosixPath(_path_of(image)).stem).strip(". -")
+    return stem.encode(errors="ignore")[:LONGEST_NAME].decode(errors="ignore").strip(". -") or "image"
+
+
+def suffix_from_image(image: str) -> str:
+    """The extension of an image, without its dot and in lower case; empty where there is none.
+
+    Example:
+        >>> suffix_from_image("s3://bucket/inbox/mug #1.JPEG"), suffix_from_image("https://b.example/mug.png?size=1")
+        ('jpeg', 'png')
+    """
+    return _UNSAFE.sub("-", PurePosixPath(_path_of(image)).suffix).lower().strip(". -")
+
+
+def _path_of(image: str) -> str:
+    """The path or the key of an image: a key in S3 is no URL."""
     if image[:5].lower() == "s3://":
-        path = image[5:].partition("/")[2]
-    elif "://" in image:
-        try:
-            path = unquote(urlsplit(image).path)
-        except ValueError:  # no address at all, which the check of `image` says
-            path = ""
-    else:
-        path = image.replace("\\", "/")
-    stem = _UNSAFE.sub("-", PurePosixPath(path).stem).strip(". -")
-    return stem.encode(errors="ignore")[:120].decode(errors="ignore").strip(". -") or "image"
+        return image[5:].partition("/")[2]
+    if "://" not in image:
+        return image.replace("\\", "/")
+    try:
+        return unquote(urlsplit(image).path)
+    except ValueError:  # no address at all, which the check of `image` says
+        return ""
 
 
 def parse_job(values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False) -> Job:

@@ -378,6 +378,47 @@ def test_a_match_of_a_pattern_gets_its_name_below_that_of_the_asset():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "matches", "remedy"),
+    [
+        ("in", ["cup.jpg", "cup.PNG"], "put {{ stem }}-{{ suffix }} into name, or {{ suffix }} for a folder each"),
+        ("{{ stem }}", ["cup.jpg", "cup.png"], "put {{ stem }}-{{ suffix }} into name"),
+        ("{{ stem }}", ["a/cup.jpg", "b/cup.jpg"], "leave {{ stem }} out of name, so that they keep their folders"),
+        ("in", ["cup.jpg", "cup.JPG"], "rename one of them"),
+        ("in", ["a:b.jpg", "a?b.jpg"], "rename one of them"),
+        ("{{ stem }}-{{ suffix }}", ["cup.jpg", "cup.JPG"], "rename one of them"),
+    ],
+)
+def test_matches_that_get_one_name_are_a_mistake_for_each_two_whatever_varies(name, matches, remedy):
+    def find(image: str, wildcards: bool) -> list[Found]:
+        return [Found(f"/{each}", re.sub("[:?]", "-", each.rpartition(".")[0])) for each in matches]
+
+    text = asset(name=name, image="*", variants={"image_weight": [40, 70], "seed": [100, 200]})
+    told = mistake(text, find=find)
+    assert told.endswith(f" would be both /{matches[0]} and /{matches[1]}; {remedy}")
+
+
+def test_each_image_beside_the_first_of_its_name_is_told():
+    def find(image: str, wildcards: bool) -> list[Found]:
+        return [Found(f"s3://bucket/{name}", name[:-4]) for name in ("a.jpg", "a.png", "a.gif", "b.jpg", "b.png")]
+
+    told = mistakes(asset(name="in", image="*"), find=find)
+    assert [re.findall(r"bucket/([\w.]+)", line) for line in told] == [
+        ["a.jpg", "a.png"],
+        ["a.jpg", "a.gif"],
+        ["b.jpg", "b.png"],
+    ]
+
+
+def test_suffix_is_the_image_s_extension_in_templates():
+    def find(image: str, wildcards: bool) -> list[Found]:
+        return [Found("/in/cup.JPEG", "cup"), Found("/in/cup", "cup")]
+
+    text = asset(name="{{ stem }}-{{ suffix or 'none' }}", image="*", prompt="{{ suffix }}!")
+    assert [(job.name, job.prompt) for job in jobs(text, find=find)] == [("cup-jpeg", "jpeg!"), ("cup-none", "!")]
+    assert jobs(asset(prompt="{{ suffix }}", vars={"suffix": "of the plant"}))[0].prompt == "of the plant"
+
+
 def test_a_pattern_without_matches_is_a_warning():
     assert load(asset(), find=lambda image, wildcards: []) == (
         [],

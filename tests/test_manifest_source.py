@@ -200,7 +200,7 @@ def test_images_are_found_from_the_manifest_s_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("pattern", "matches"),
     [
-        ("photos/*", [("photos/mug.jpg", "mug-jpg"), ("photos/mug.png", "mug-png")]),
+        ("photos/*", [("photos/mug.jpg", "mug"), ("photos/mug.png", "mug")]),
         ("photos/*.jpg", [("photos/mug.jpg", "mug")]),
         ("photos/m?g.jpg", [("photos/mug.jpg", "mug")]),
         ("photos/*/*", [("photos/a/mug.jpg", "a/mug"), ("photos/b/[x].jpg", "b/[x]"), ("photos/b/plain", "b/plain")]),
@@ -223,17 +223,63 @@ def test_a_pattern_finds_files_in_order_with_a_name_each(photos, pattern, matche
 
 
 @posix
-def test_names_of_matches_are_safe_and_differ(tmp_path):
-    for name in ("what?.jpg", "a\\b.jpg", " .jpg", "v1.2.jpg", "v1.2.png", "v1.2"):
+def test_names_of_matches_are_safe(tmp_path):
+    for name in ("what?.jpg", "a\\b.jpg", " .jpg", "v1.2.jpg", "v1.2"):
         write(tmp_path, f"in/{name}", b"")
     assert found(tmp_path, "in/*") == [
         ("in/ .jpg", "image"),
         ("in/a\\b.jpg", "a-b"),
         ("in/v1.2", "v1"),
-        ("in/v1.2.jpg", "v1.2-jpg"),
-        ("in/v1.2.png", "v1.2-png"),
+        ("in/v1.2.jpg", "v1.2"),
         ("in/what?.jpg", "what"),
     ]
+
+
+LONG = "a-cosy-mug-" * 12
+
+
+@posix
+@pytest.mark.parametrize(
+    ("name", "neighbours"),
+    [
+        ("cup.jpg", ["cup.png", "cup.JPG", "cup", "cup-jpg.gif", "-cup.jpg", "sub/cup.jpg", "Cup.jpg"]),
+        ("a:b.jpg", ["a?b.jpg", "a-b.jpg"]),
+        (f"{LONG}1.jpg", [f"{LONG}2.jpg", f"{LONG}.jpg", f"{LONG[:119]}.jpg"]),
+        (f"{LONG}/cup.jpg", [f"{LONG}2/cup.jpg", f"{LONG}/cup.png"]),
+    ],
+)
+def test_the_name_of_a_match_does_not_depend_on_its_neighbours(tmp_path, name, neighbours):
+    write(tmp_path, f"in/{name}", b"")
+    ((_, alone),) = found(tmp_path, "in/**")
+    for each in neighbours:
+        write(tmp_path, f"in/{each}", b"")
+    assert dict(found(tmp_path, "in/**"))[f"in/{name}"] == alone
+
+
+@posix
+def test_long_names_stay_apart(tmp_path):
+    for name in (f"{LONG}1.jpg", f"{LONG}2.jpg", f"{LONG}1/cup.jpg", f"{LONG}2/cup.jpg"):
+        write(tmp_path, f"in/{name}", b"")
+    names = [name for _, name in found(tmp_path, "in/**")]
+    assert len(set(names)) == 4
+    assert all(len(name.encode()) < 200 and name.startswith(LONG[:120].rstrip("-")) for name in names)
+
+
+@posix
+def test_two_matches_of_one_name_are_a_mistake_that_names_both_and_the_way_out(tmp_path):
+    for name in ("cup.jpg", "cup.png", "mug.jpg"):
+        write(tmp_path, f"in/{name}", b"")
+    place = write(tmp_path, "m.yaml", "assets:\n- {name: shop, image: in/*, prompt: a}")
+    assert mistake(place) == (
+        f"line 2 (shop): name: shop/cup would be both {tmp_path}/in/cup.jpg and {tmp_path}/in/cup.png; "
+        "put {{ stem }}-{{ suffix }} into name, or {{ suffix }} for a folder each"
+    )
+    for name, made in {
+        "shop/{{ stem }}-{{ suffix }}": ["shop/cup-jpg", "shop/cup-png", "shop/mug-jpg"],
+        "shop/{{ suffix }}": ["shop/jpg/cup", "shop/png/cup", "shop/jpg/mug"],
+    }.items():
+        place = write(tmp_path, "m.yaml", f"assets:\n- {{name: '{name}', image: in/*, prompt: a}}")
+        assert [job.name for job in load(place)] == made
 
 
 @posix

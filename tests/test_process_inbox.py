@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -158,15 +160,48 @@ def test_a_file_to_which_the_template_does_not_fit_stands_in_no_others_way(sandb
     assert (inbox / "cup.jpg").exists()
 
 
-def test_files_with_nearly_one_name_are_all_made(sandbox: Sandbox, inbox: Path) -> None:
+def test_long_names_that_differ_at_their_end_are_all_made(sandbox: Sandbox, inbox: Path) -> None:
     (inbox / "broken.jpg").unlink()
     long = "a-cosy-mug-" * 12
-    for n, name in enumerate(("-cup.jpg", f"{long}1.jpg", f"{long}2.jpg")):
-        photo = sample_photo((600, 400 + n))
-        (inbox / name).write_bytes(photo)
+    for n, name in enumerate((f"{long}1.jpg", f"{long}2.jpg")):
+        (inbox / name).write_bytes(sample_photo((600, 400 + n)))
     result = visit(inbox)
-    assert (result.generated + result.reused, result.failed) == (5, 0)
-    assert len({each.image for each in result.images}) == 5
+    assert (result.generated + result.reused, result.failed) == (4, 0)
+    assert len({each.image for each in result.images}) == 4
+
+
+@pytest.mark.parametrize("first", ["cup.jpg", "cup.png"])
+def test_of_two_files_of_one_name_the_later_is_told_and_skipped_and_the_address_stays(
+    sandbox: Sandbox, inbox: Path, tmp_path: Path, first: str
+) -> None:
+    shutil.rmtree(inbox)
+    inbox.mkdir()
+    later = {"cup.jpg": "cup.png", "cup.png": "cup.jpg"}[first]
+    (inbox / first).write_bytes(sample_photo((600, 400)))
+    live = str(tmp_path / "live")
+    alone = visit(inbox, publish_to=live).images[0]
+    time.sleep(0.02)  # the clock of the file system is that coarse
+    (inbox / later).write_bytes(sample_photo((600, 402)))
+    os.utime(inbox / later, (1.7e9, 1.7e9))  # copied with its date: it has come later all the same
+    result = visit(inbox, publish_to=live)
+    assert [(each.name, each.published) for each in result.images] == [("inbox/cup", alone.published)]
+    (failure,) = result.failures
+    assert (failure.name, failure.stage, result.failed) == ("inbox/cup", "validate", 1)
+    assert failure.error == (
+        f"name: inbox/cup is the name of {first}, which came first; rename this file, or put "
+        "{{ (stem) }}-{{ (suffix) }} into the flow's name"
+    )
+    assert sandbox.ledger.billed == 1
+    both = visit(inbox, name="inbox/{{ (stem) }}-{{ (suffix) }}")
+    assert {each.name for each in both.images} == {"inbox/cup-jpg", "inbox/cup-png"}
+
+
+def test_a_done_and_moved_file_stands_in_no_other_one_s_way(sandbox: Sandbox, inbox: Path) -> None:
+    visit(inbox, move_done=True)
+    (inbox / "cup.png").write_bytes(sample_photo((600, 402)))
+    result = visit(inbox)
+    assert {each.name for each in result.images} == {"inbox/cup"}
+    assert sandbox.ledger.billed == 3
 
 
 def test_the_folder_of_the_archive_may_be_a_template_too(sandbox: Sandbox, inbox: Path) -> None:

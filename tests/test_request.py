@@ -23,6 +23,7 @@ from prefect_segmind.request import (
     name_from_image,
     nearest_value,
     parse_job,
+    suffix_from_image,
 )
 from prefect_segmind.resolution import Resolution
 
@@ -503,6 +504,24 @@ def test_folders_for_names_can_be_made_on_any_disk(tmp_path):
 )
 def test_a_name_left_out_is_the_image_s_stem_made_safe(image, name):
     assert name_from_image(image) == name
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix"),
+    [
+        ("photos/cup.JPG", "jpg"),
+        ("C:\\v1.2\\cup", ""),
+        ("photos.d/cup", ""),
+        (".hidden", ""),
+        ("cup.tar.gz", "gz"),
+        ("a.p?g ", "p-g"),
+        ("s3://bucket.d/a#b?c.d/cup.PNG", "png"),
+        ("https://b.example/cup%2Ewebp?x=.png", "webp"),
+        ("http://[", ""),
+    ],
+)
+def test_the_suffix_of_an_image_is_safe_in_a_name(image, suffix):
+    assert suffix_from_image(image) == suffix
 
 
 @settings(deadline=None)
