@@ -31,13 +31,15 @@ class InboxResult(BatchResult):
     Attributes:
         archived_before: Files whose picture was in the archive already, so that there was nothing to do.
         still_written: Files that were still being written; the next visit looks again.
-        ignored: Files that are no images by their names.
+        ignored: What is no image by its name, is a link, or cannot be read.
+        unreadable: Files and folders that cannot be read, each with the reason.
         moved: Where done files are now.
     """
 
     archived_before: int = 0
     still_written: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
 
 
@@ -139,6 +141,8 @@ def process_inbox(
         "%s: %s images, %s still being written, %s other files",
         *(inbox, len(look.settled), len(look.unsettled), len(look.ignored)),
     )
+    for line in look.unreadable:
+        log.warning("skipped: %s", line)
     template = {
         "image_weight": image_weight,
         "style_type": style_type,
@@ -184,6 +188,7 @@ def process_inbox(
         archived_before=len(ended.in_place),
         still_written=look.unsettled,
         ignored=look.ignored,
+        unreadable=look.unreadable,
         moved=tuple(_moved(place, [files[each] for each in done])) if move_done and not dry_run else (),
     )
     return conclude(ended, result, terms)

@@ -22,8 +22,18 @@ _USERINFO = re.compile(r"""(:(?:\\?/){2})[^\s/"<>]*@""")
 _SIGNATURE = re.compile(r"""(?i)((?:signature|security-token|x-\w+-credential|\bsig)=)[^\s&"'<>]+""")
 
 
+def writable(text: str) -> str:
+    r"""A text that can be written anywhere: the bytes of a file's name that are no UTF-8 are shown as escapes.
+
+    Example:
+        >>> writable("caf\udce9.jpg")
+        'caf\\udce9.jpg'
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
 def redact(text: str, *secrets: str) -> str:
-    """A text without API keys, the given secrets, and what is secret in a URL: its query and its password.
+    """A text without API keys, the given secrets, and what is secret in a URL, its query and its password; `writable`.
 
     Example:
         >>> redact("GET https://b.example/k?X-Amz-Signature=ab with SG_0123456789abcdef")
@@ -31,7 +41,7 @@ def redact(text: str, *secrets: str) -> str:
     """
     for secret in filter(None, secrets):
         text = text.replace(secret, "…")
-    text = _SIGNATURE.sub(r"\1…", _KEY.sub("SG_…", text))
+    text = _SIGNATURE.sub(r"\1…", _KEY.sub("SG_…", writable(text)))
     return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", text))
 
 

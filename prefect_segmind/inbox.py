@@ -12,22 +12,21 @@ import re
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from prefect_segmind.errors import ConfigurationError, StoreError
+from prefect_segmind.errors import ConfigurationError, StoreError, writable
 from prefect_segmind.place import open_store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-# By its name only, which must be one that can be written down.
-_IMAGE = re.compile(r"(?is)[^\ud800-\udfff]+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf])")
+_IMAGE = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf])")
 _PASSED_OVER = re.compile(
     r"(?is)[.~].*|.*~|.*\.(part|partial|filepart|tmp|crdownload|download)"  # hidden, or still on its way
     r"|@eadir|@recycle|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__macosx"  # a system's
@@ -56,12 +55,34 @@ class InboxFile:
 class Look(NamedTuple):
     """What one visit has found, each in the order of the paths below the inbox.
 
-    `unsettled` are images that are still being written, `ignored` what is visible and no image by its name, or a link.
+    `unsettled` are images that are still being written; `ignored` what is visible and no image by its name, a link, or
+    cannot be read; `unreadable` the last of these, each with the reason.
     """
 
     settled: tuple[InboxFile, ...]
     unsettled: tuple[str, ...]
     ignored: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+
+
+class _Listing:
+    """What one look shows, by the paths below the inbox: the images, what is ignored, and why if it is unreadable."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, _Seen] = {}
+        self.ignored: set[str] = set()
+        self._unreadable: dict[str, str] = {}
+
+    def skip(self, below: str, why: str = "") -> None:
+        """Notes what is passed over, and says so if it may be an image."""
+        self.ignored.add(writable(below))
+        if why:
+            self._unreadable[writable(below)] = why
+
+    def look(self, settled: Iterable[InboxFile] = (), unsettled: Iterable[str] = ()) -> Look:
+        """The look, where this is the last listing of it."""
+        unreadable = tuple(f"{below}: {why}" for below, why in sorted(self._unreadable.items()))
+        return Look(tuple(settled), tuple(unsettled), tuple(sorted(self.ignored)), unreadable)
 
 
 class _Seen(NamedTuple):
@@ -111,17 +132,17 @@ class Inbox(ABC):
         Raises:
             StoreError: The place cannot be listed.
         """
-        first, ignored = self._list()
-        if not first:
-            return Look((), (), tuple(sorted(ignored)))
+        first = self._list()
+        if not first.images:
+            return first.look()
         pause(settle_seconds)
-        second, ignored = self._list()
+        second = self._list()
         settled = {
             below: seen.file
-            for below, seen in sorted(second.items())
-            if first.get(below) == seen and seen.size and not self._is_young(seen, settle_seconds)
+            for below, seen in sorted(second.images.items())
+            if first.images.get(below) == seen and seen.size and not self._is_young(seen, settle_seconds)
         }
-        return Look(tuple(settled.values()), tuple(sorted(second.keys() - settled)), tuple(sorted(ignored)))
+        return second.look(settled.values(), sorted(second.images.keys() - settled))
 
     @abstractmethod
     def move_done(self, file: InboxFile) -> str | None:
@@ -138,8 +159,8 @@ class Inbox(ABC):
         """
 
     @abstractmethod
-    def _list(self) -> tuple[dict[str, _Seen], list[str]]:
-        """The images by their paths below the inbox, and the paths of what is ignored."""
+    def _list(self) -> _Listing:
+        """What lies there now."""
 
     def _is_young(self, seen: _Seen, seconds: float) -> bool:
         return False
@@ -182,31 +203,39 @@ class _Folder(Inbox):
             _give_name(held, source, plain=False)  # a new upload goes back, beside one that may be even newer
         return None
 
-    def _list(self) -> tuple[dict[str, _Seen], list[str]]:
-        images: dict[str, _Seen] = {}
-        ignored: list[str] = []
+    def _list(self) -> _Listing:
+        listing = _Listing()
+
+        def skip(error: OSError) -> None:
+            if error.filename == self.url:
+                raise error
+            if not isinstance(error, FileNotFoundError):
+                listing.skip(Path(error.filename).relative_to(self._folder).as_posix(), _reason(error))
+
         with _told(f"read the inbox {self.url}"):
-            for here, folders, names in os.walk(self._folder, onerror=self._unless_gone):
+            for here, folders, names in os.walk(self._folder, onerror=skip):
                 paths = {Path(here, name): name for name in (*folders, *names)}
                 folders.clear()
                 for path, name in paths.items():
                     below = path.relative_to(self._folder).as_posix()
                     if self._passes_over(below):
                         continue
-                    with suppress(FileNotFoundError):
+                    try:
                         facts = path.lstat()
-                        if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
-                            folders.append(name)
-                        elif stat.S_ISREG(facts.st_mode) and _IMAGE.fullmatch(below):
-                            file = InboxFile(str(path), below, _version(facts), facts.st_ctime)
-                            images[below] = _Seen(file, facts.st_size, facts.st_mtime)
-                        else:
-                            ignored.append(below.encode(errors="backslashreplace").decode())
-        return images, ignored
-
-    def _unless_gone(self, error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError) or error.filename == self.url:
-            raise error
+                    except OSError as error:
+                        if not isinstance(error, FileNotFoundError):
+                            listing.skip(below, _reason(error))
+                        continue
+                    if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
+                        folders.append(name)
+                    elif not stat.S_ISREG(facts.st_mode) or not _IMAGE.fullmatch(writable(below)):
+                        listing.skip(below)
+                    elif writable(below) != below:
+                        listing.skip(below, "its name is no UTF-8; rename it")
+                    else:
+                        file = InboxFile(str(path), below, _version(facts), facts.st_ctime)
+                        listing.images[below] = _Seen(file, facts.st_size, facts.st_mtime)
+        return listing
 
     def _is_young(self, seen: _Seen, seconds: float) -> bool:
         return 0 <= time.time() - seen.written < seconds
@@ -244,6 +273,10 @@ def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
                 return path
         else:
             return held.replace(path)
+
+
+def _reason(error: OSError) -> str:
+    return f"it cannot be read: {error.strerror or error}; check its owner and mode"
 
 
 @contextmanager
@@ -305,11 +338,10 @@ class _Bucket(Inbox):
             if self._read(target) == self._read(below):
                 return target
 
-    def _list(self) -> tuple[dict[str, _Seen], list[str]]:
+    def _list(self) -> _Listing:
         from prefect_segmind.s3_errors import explained
 
-        images: dict[str, _Seen] = {}
-        ignored: list[str] = []
+        listing = _Listing()
         with explained(f"read the inbox {self.url}", self._client):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._root):
@@ -318,10 +350,10 @@ class _Bucket(Inbox):
                     if self._passes_over(below):
                         continue
                     if _IMAGE.fullmatch(below):
-                        images[below] = self._seen(below, entry, entry.get("Size", 0))
+                        listing.images[below] = self._seen(below, entry, entry.get("Size", 0))
                     else:
-                        ignored.append(below)
-        return images, ignored
+                        listing.skip(below)
+        return listing
 
     def _head(self, below: str) -> _Seen | None:
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError, writable
 from prefect_segmind.manifest import Expansion, Found, Notes, Row, UnreadableManifest
 from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
 from prefect_segmind.request import LONGEST_NAME, Job, name_from_image
@@ -84,9 +84,17 @@ def load_manifest(
         except UnreadableManifest as error:
             mistakes.add(str(error))
             raise mistakes.error(place) from None
-        head, find = _with_defaults(head, defaults), Images(place, s3).find
-        unlisted = allow_unlisted_resolution
-        return expand(place, head, rows, variables or {}, find, mistakes=mistakes, allow_unlisted_resolution=unlisted)
+        warnings = Notes()
+        return expand(
+            place,
+            _with_defaults(head, defaults),
+            rows,
+            variables or {},
+            Images(place, s3, warnings.add).find,
+            mistakes=mistakes,
+            warnings=warnings,
+            allow_unlisted_resolution=allow_unlisted_resolution,
+        )
 
 
 def expand(
@@ -97,6 +105,7 @@ def expand(
     find: Callable[[str, bool], Sequence[Found]],
     *,
     mistakes: Notes | None = None,
+    warnings: Notes | None = None,
     allow_unlisted_resolution: bool = False,
 ) -> Manifest:
     """Makes the jobs of assets that are read or made already; see `Expansion` for what it is given.
@@ -105,7 +114,7 @@ def expand(
         ManifestError: There are mistakes; the message has a line for each.
         StoreError: A folder in which a pattern looks cannot be read; or there is no room for the jobs.
     """
-    mistakes, warnings = Notes() if mistakes is None else mistakes, Notes()
+    mistakes, warnings = Notes() if mistakes is None else mistakes, Notes() if warnings is None else warnings
     with ExitStack() as stack:
         jobs = stack.enter_context(Spool(Job))
         expansion = Expansion(
@@ -144,10 +153,14 @@ class Images:
     Args:
         manifest: Where the manifest lies.
         s3: Makes the S3 client, when a pattern in a bucket needs one.
+        warn: Takes a line for each thing that a pattern has to skip, once.
     """
 
-    def __init__(self, manifest: str, s3: Callable[[], S3Client]) -> None:
+    def __init__(
+        self, manifest: str, s3: Callable[[], S3Client], warn: Callable[[str], object] = lambda _: None
+    ) -> None:
         self._s3 = s3
+        self._warn, self._warned = warn, set[str]()
         self._bucket, self._prefix = "", ""
         self._folder = Path()
         if _in_s3(manifest):
@@ -180,7 +193,13 @@ class Images:
             return [Found(location)] if any(each == location for each, _ in matches) else named(matches)
         if _is_there(Path(location)):
             return [Found(location)]
-        return named(_in_folder(Path(fixed), pattern))
+        skipped: list[str] = []
+        matches = _in_folder(Path(fixed), pattern, skipped)
+        for line in skipped:
+            if line not in self._warned:
+                self._warned.add(line)
+                self._warn(line)
+        return named(matches)
 
     def _absolute(self, image: str) -> str:
         if _in_s3(image):
@@ -223,17 +242,37 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _in_folder(fixed: Path, pattern: str) -> list[tuple[str, str]]:
-    """The files that match, each with its path below the folder."""
+def _in_folder(fixed: Path, pattern: str, skipped: list[str]) -> list[tuple[str, str]]:
+    """The files that match, each with its path below the folder.
+
+    Args:
+        fixed: The folder in which the pattern begins; that it can be listed is needed.
+        pattern: Names of what lies in it, with wildcards.
+        skipped: Takes a line for each folder that cannot be listed, and each match whose name is no UTF-8.
+
+    Raises:
+        StoreError: The folder in which the pattern begins cannot be listed.
+    """
     wanted, everywhere = _wanted(pattern), "**" in pattern.split("/")
     matches: list[str] = []
+
+    def skip(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return
+        what = f"cannot list {error.filename}: {error.strerror or error}; check its owner and mode"
+        if Path(error.filename) == fixed:
+            raise StoreError(what) from error
+        skipped.append(f"{what}; what lies in it is skipped")
+
     # Links to folders are followed where the pattern says how deep; else a circle of them would have no end.
-    for folder, folders, files in os.walk(fixed, onerror=_unless_gone, followlinks=not everywhere):
+    for folder, folders, files in os.walk(fixed, onerror=skip, followlinks=not everywhere):
         here = Path(folder).relative_to(fixed)
         deepest = not everywhere and len(here.parts) == pattern.count("/")
         folders[:] = [] if deepest else [each for each in folders if not each.startswith(".")]
         matches += [each for name in files if wanted.fullmatch(each := (here / name).as_posix())]
-    return [(str(fixed / each), each) for each in sorted(matches)]
+    unwritable = [each for each in matches if writable(each) != each]
+    skipped += [f"{fixed / each} is skipped: its name is no UTF-8; rename it" for each in sorted(unwritable)]
+    return [(str(fixed / each), each) for each in sorted(set(matches) - set(unwritable))]
 
 
 def named(matches: Sequence[tuple[str, str]]) -> list[Found]:
@@ -268,13 +307,6 @@ def _wanted(pattern: str) -> re.Pattern[str]:
             text = re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
             parts.append(rf"(?!\.){text}" + ("" if last else "/"))
     return re.compile("".join(parts), re.DOTALL)
-
-
-def _unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise StoreError(
-            f"cannot list {error.filename}: {error.strerror or error}; check its owner and mode"
-        ) from error
 
 
 # --- the manifest's own text ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -632,6 +633,14 @@ def test_a_name_that_cannot_be_written_down_is_told(tmp_path):
     place = Disk(tmp_path / "inbox")
     (place.folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
     assert opened(place).look(10, no_pause).ignored == ("caf\\udce9.jpg",)
+    place.put("cup.jpg")
+    (place.folder / os.fsdecode(b"caf\xe9")).mkdir()
+    (place.folder / os.fsdecode(b"caf\xe9") / "mug.jpg").write_bytes(b"x")
+    (place.folder / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"x")
+    found = look(place)
+    assert [file.below for file in found.settled] == ["cup.jpg"]
+    assert found.ignored == ("caf\\udce9.jpg", "caf\\udce9.txt", "caf\\udce9/mug.jpg")
+    assert found.unreadable == tuple(f"caf\\udce9{each}.jpg: its name is no UTF-8; rename it" for each in ("", "/mug"))
 
 
 def test_an_inbox_that_is_none_is_told_with_what_to_do(tmp_path, monkeypatch):
@@ -684,20 +693,69 @@ def test_folders_and_files_that_go_away_while_they_are_listed_are_gone(tmp_path,
         assert settled(place) == ["cup.jpg"]
 
 
-def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+def refusing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """A folder that this user may not list, though root may list each."""
+    real = os.scandir
+
+    def scandir(which: Any) -> Any:
+        if str(which) == str(path):
+            raise PermissionError(13, "Permission denied", str(which))
+        return real(which)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_a_folder_in_it_that_cannot_be_listed_is_told_and_stands_in_no_others_way(tmp_path, monkeypatch):
+    place = Disk(tmp_path / "inbox")
+    for below in ("a/cup.jpg", "sub/deep/mug.jpg", "sub/pot.jpg", "z.jpg"):
+        place.put(below)
+    with monkeypatch.context() as patch:
+        refusing(patch, place.folder / "sub" / "deep")
+        found = look(place)
+    assert [file.below for file in found.settled] == ["a/cup.jpg", "sub/pot.jpg", "z.jpg"]
+    assert found.ignored == ("sub/deep",)
+    assert found.unreadable == ("sub/deep: it cannot be read: Permission denied; check its owner and mode",)
+    assert len(settled(place)) == 4
+
+
+def test_an_inbox_of_which_nothing_else_is_there_is_told_too(tmp_path, monkeypatch):
     place = Disk(tmp_path / "inbox")
     place.put("sub/cup.jpg")
-    inbox, real = opened(place), os.scandir
-
-    def scandir(path: Any) -> Any:
-        if str(path).endswith("sub"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", scandir)
+        refusing(patch, place.folder / "sub")
+        assert opened(place).look(10, no_pause).ignored == ("sub",)
+
+
+def test_an_inbox_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    place = Disk(tmp_path / "inbox")
+    place.put("sub/cup.jpg")
+    with monkeypatch.context() as patch:
+        refusing(patch, place.folder)
         with pytest.raises(StoreError, match=r"cannot read the inbox .*: Permission denied; check the owner and mode"):
-            inbox.look(10, no_pause)
+            opened(place).look(10, no_pause)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX only")
+def test_real_permissions_hide_what_they_hide_and_nothing_else():
+    with tempfile.TemporaryDirectory() as name:  # one that everybody may enter
+        Path(name).chmod(0o755)
+        place = Disk(Path(name) / "inbox")
+        for below in ("cup.jpg", "closed/mug.jpg", "names only/pot.jpg", "open/bowl.jpg"):
+            place.put(below)
+        (place.folder / "closed").chmod(0o000)
+        (place.folder / "names only").chmod(0o444)
+        root = os.geteuid()
+        if root == 0:
+            os.seteuid(65534)
+        try:
+            found = look(place)
+        finally:
+            os.seteuid(root)
+            for each in ("closed", "names only"):
+                (place.folder / each).chmod(0o755)
+    assert [file.below for file in found.settled] == ["cup.jpg", "open/bowl.jpg"]
+    assert found.ignored == ("closed", "names only/pot.jpg")
+    assert [line.partition(": ")[0] for line in found.unreadable] == list(found.ignored)
 
 
 def test_a_move_that_the_disk_refuses_is_told_and_loses_nothing(tmp_path, monkeypatch):

@@ -312,6 +312,49 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(photos):
 
 
 @posix
+def test_a_folder_below_that_cannot_be_listed_is_a_warning_and_stands_in_no_others_way():
+    with tempfile.TemporaryDirectory() as name:  # one that everybody may enter
+        folder = Path(name)
+        folder.chmod(0o755)
+        for below in ("in/cup.jpg", "in/closed/mug.jpg", "in/open/bowl.jpg"):
+            write(folder, below, b"x")
+        (folder / "in" / "closed").chmod(0o000)
+        assets = "".join(f"- {{name: {n}, image: 'in/**/*.jpg', prompt: x}}\n" for n in "ab")
+        place = write(folder, "m.yaml", f"assets:\n{assets}")
+        root = os.geteuid()
+        if root == 0:
+            os.seteuid(65534)
+        try:
+            with load_manifest(place, {}, s3=no_s3) as manifest:
+                made = [job.name for job in manifest.jobs]
+        finally:
+            os.seteuid(root)
+            (folder / "in" / "closed").chmod(0o755)
+    assert made == ["a/cup", "a/open/bowl", "b/cup", "b/open/bowl"]
+    assert manifest.warnings == (
+        f"cannot list {folder}/in/closed: Permission denied; check its owner and mode; what lies in it is skipped",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf8_is_a_warning_and_stands_in_no_others_way(tmp_path):
+    for below in (b"in/caf\xe9.jpg", b"in/caf\xe9/mug.jpg", b"in/caf\xe9.txt", b"in/cup.jpg"):
+        write(tmp_path, os.fsdecode(below), b"x")
+    place = write(tmp_path, "m.yaml", "assets:\n- {name: shop, image: 'in/**/*.jpg', prompt: x}")
+    with load_manifest(place, {}, s3=no_s3) as manifest:
+        assert [job.name for job in manifest.jobs] == ["shop/cup"]
+    assert manifest.warnings == tuple(
+        f"{tmp_path}/in/caf\\udce9{each}.jpg is skipped: its name is no UTF-8; rename it" for each in ("", "/mug")
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_neighbour_whose_name_is_no_utf8_can_be_told(tmp_path):
+    write(tmp_path, os.fsdecode(b"caf\xe9s.yaml"), "assets: []")
+    assert mistake(str(tmp_path / "cafes.yaml")) == "it does not exist (did you mean caf\\udce9s.yaml?)"
+
+
+@posix
 def test_a_folder_with_an_impossible_name_is_told(tmp_path):
     with pytest.raises(StoreError, match=r"cannot list .*: File name too long"):
         found(tmp_path, "x" * 300 + "/*")

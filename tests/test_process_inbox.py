@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -194,6 +195,29 @@ def test_of_two_files_of_one_name_the_later_is_told_and_skipped_and_the_address_
     assert sandbox.ledger.billed == 1
     both = visit(inbox, name="inbox/{{ (stem) }}-{{ (suffix) }}")
     assert {each.name for each in both.images} == {"inbox/cup-jpg", "inbox/cup-png"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_what_cannot_be_read_is_told_by_name_and_stands_in_no_others_way(
+    sandbox: Sandbox, inbox: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(inbox / "cup.jpg", inbox / os.fsdecode(b"caf\xe9.jpg"))
+    (inbox / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path: object) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = visit(inbox)
+    assert (result.generated, result.failed) == (2, 1)
+    assert result.ignored == ("caf\\udce9.jpg", "closed", "notes.txt")
+    assert [line.partition(": ")[0] for line in result.unreadable] == ["caf\\udce9.jpg", "closed"]
+    for line in result.unreadable:
+        assert f"skipped: {line}" in caplog.text
+    assert json.loads(result.model_dump_json())["ignored"] == list(result.ignored)
 
 
 def test_a_done_and_moved_file_stands_in_no_other_one_s_way(sandbox: Sandbox, inbox: Path) -> None:
