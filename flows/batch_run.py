@@ -86,7 +86,7 @@ class Terms:
                 raise ConfigurationError(f"{name}: {amount} is not allowed; allowed is 0 or more")
         if not self.dry_run:
             load_credentials(self.credentials_block)
-        configuration.open_archive(self.archive)
+        configuration.open_outbox(configuration.open_archive(self.archive))
         configuration.open_publisher(self.publish_to)
 
 

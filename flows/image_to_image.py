@@ -72,7 +72,7 @@ def image_to_image(
         SegmindError: In one of its classes; the message says what was wrong and what to do.
     """
     load_credentials(credentials_block)  # what is not configured is said before anything is done
-    configuration.open_archive(archive)
+    configuration.open_outbox(configuration.open_archive(archive))
     configuration.open_publisher(publish_to)
     job = validate_job(
         {

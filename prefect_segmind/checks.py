@@ -18,9 +18,9 @@ from prefect.settings import PREFECT_API_URL
 from prefect_segmind import configuration
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError
-from prefect_segmind.place import open_store
+from prefect_segmind.place import is_relative, open_store
 from prefect_segmind.price import usd
-from prefect_segmind.settings import load_settings
+from prefect_segmind.settings import PREFIX, load_settings
 
 
 class Found(NamedTuple):
@@ -81,6 +81,9 @@ def _upload_place(place: str | None) -> Found:
 def _archive(place: str | None) -> Found:
     store = configuration.open_archive(place).store
     store.put(".segmind/check", secrets.token_bytes(16), "application/octet-stream")
+    named = place or load_settings().archive or ""
+    if is_relative(named):
+        return _relative(f"{store.url} can be written", "--archive" if place else f"{PREFIX}ARCHIVE", named)
     if store.conditional:
         return Found(f"{store.url} can be written, and honours conditional writes")
     return Found(
@@ -90,8 +93,11 @@ def _archive(place: str | None) -> Found:
 
 
 def _outbox() -> Found:
-    outbox = configuration.open_outbox()
+    outbox, named = configuration.open_outbox(), load_settings()
     outbox.check()
+    if is_relative(str(named.outbox_folder)):
+        variable = f"{PREFIX}OUTBOX" if named.outbox else "PREFECT_HOME"
+        return _relative(f"{outbox.folder} can take pictures", variable, str(named.outbox_folder))
     if _in_container() and not _on_volume(outbox.folder):
         return Found(
             f"{outbox.folder} can take pictures, but lies in this container and is lost with it: mount a volume there, "
@@ -99,6 +105,14 @@ def _outbox() -> Found:
             "mind",
         )
     return Found(f"{outbox.folder} can take pictures")
+
+
+def _relative(works: str, named: str, place: str) -> Found:
+    return Found(
+        f"{works}, but {place!r} is taken from the working directory, and runs of deployments refuse it: name an "
+        f"absolute folder in {named}, or the same one in prefect.toml, which counts from that file's folder",
+        "mind",
+    )
 
 
 def _in_container() -> bool:

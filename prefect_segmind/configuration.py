@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect.blocks.core import Block
+from prefect.context import FlowRunContext
+from prefect.runtime import deployment
 
 from prefect_segmind.archive import Archive
 from prefect_segmind.archiving import Archiving
@@ -19,17 +23,20 @@ from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.gate import Gate
 from prefect_segmind.generation import Generation
 from prefect_segmind.outbox import Outbox
-from prefect_segmind.place import open_store
+from prefect_segmind.place import is_relative, open_store
 from prefect_segmind.production import Production, Publisher
 from prefect_segmind.publishing import Publishing, split_publish_to
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.retry import RetryPolicy
-from prefect_segmind.settings import load_settings
+from prefect_segmind.settings import PREFIX, load_settings
 from prefect_segmind.source import SourceReader
 from prefect_segmind.upload import Uploads
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+_DELETED = re.compile(r"[/\\](tmp[a-z0-9_]{8}prefect|runner_storage)([/\\]|$)")
+"""Where a process worker and a runner keep the code of a run, and its working directory."""
 
 
 def s3_client() -> S3Client:
@@ -49,7 +56,7 @@ def open_archive(url: str | None) -> Archive:
         url: `s3://bucket/prefix` or a folder.
 
     Raises:
-        ConfigurationError: None is named.
+        ConfigurationError: None is named, or in a run of a deployment one that may not outlast it.
     """
     settings = load_settings()
     place = url or settings.archive
@@ -58,6 +65,7 @@ def open_archive(url: str | None) -> Archive:
             "archive: no place for the pictures is named; name s3://bucket/prefix or a folder with --archive, the "
             "flow's archive or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
         )
+    place = lasting(place, "archive" if url else f"{PREFIX}ARCHIVE")
     return _archive(place, settings.s3_block, _aws_environment())
 
 
@@ -76,9 +84,12 @@ def open_outbox(archive: Archive | None = None) -> Outbox:
     """The outbox for an archive, a folder in the one that the settings name; that one itself for no archive.
 
     Each archive has its own, so that no picture that one of them waits for is taken by another.
+
+    Raises:
+        ConfigurationError: In a run of a deployment, the folder may not outlast it.
     """
     settings = load_settings()
-    folder = settings.outbox_folder
+    folder = Path(lasting(str(settings.outbox_folder), f"{PREFIX}OUTBOX" if settings.outbox else "PREFECT_HOME"))
     if archive is not None:
         folder /= hashlib.sha256(archive.url.encode()).hexdigest()[:16]
     return Outbox(folder, settings.outbox_min_free_bytes)
@@ -142,11 +153,12 @@ def open_publisher(
         run: The flow run.
 
     Raises:
-        ConfigurationError: The address is of no such kind.
+        ConfigurationError: The address is of no such kind, or in a run of a deployment one that may not outlast it.
     """
     if publish_to is None:
         return None
     place, pattern = split_publish_to(publish_to)
+    place = lasting(place, "publish_to")
     store = open_store(place, s3_client() if place.startswith("s3://") else None)
     publishing = Publishing(store, pattern, load_settings().publish_cache_control)
     return Publisher(publishing, refreshed_at or datetime.now(UTC), run or "")
@@ -174,6 +186,36 @@ def open_production(
         publisher=publisher,
         price_usd=load_settings().price_usd,
     )
+
+
+def lasting(place: str, named: str) -> str:
+    """A place that is there when the run is over; a relative folder as an absolute one.
+
+    A worker may run a deployment in a folder that it deletes afterwards, with whatever lies there.
+
+    Args:
+        place: A bucket or a folder.
+        named: The parameter or the variable that names it.
+
+    Raises:
+        ConfigurationError: In a run of a deployment, the folder is relative or in one that Prefect deletes.
+    """
+    relative = is_relative(place)
+    folder = str(Path(place).absolute()) if relative else place
+    if (relative or _DELETED.search(folder)) and in_deployment():
+        why = "a relative folder" if relative else "in a folder that Prefect deletes"
+        raise ConfigurationError(
+            f"{named}: {place!r} is {why}, and may be gone with the pictures in it when this deployment's run is "
+            "over; nothing was paid: name s3://bucket/prefix or an absolute folder, such as /srv/pictures or ~/pictures"
+        )
+    return folder
+
+
+def in_deployment() -> bool:
+    """Whether this is a run of a deployment, or within one."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    return bool(run and run.deployment_id) or deployment.id is not None
 
 
 def _aws_environment() -> tuple[tuple[str, str], ...]:

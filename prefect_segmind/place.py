@@ -34,11 +34,22 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         bucket, prefix = split_uri(url)
         return S3Store(bucket, prefix, client or s3_client())
     allowed = "use s3://bucket/prefix, a folder, or file:///folder"
-    if found := re.match(r"(?i)file://(localhost)?(?=/)", url):
+    if found := re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", url):
         url = url2pathname(url[found.end() :])
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) or not url.strip():
+    elif re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", url) or not url.strip():
         raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
     try:
         return LocalStore(Path(url).expanduser())
     except RuntimeError as error:  # pathlib's word for a home that nobody has
         raise ConfigurationError(f"{url!r} is no place for a store ({error}): {allowed}") from error
+
+
+def is_relative(url: str) -> bool:
+    """Whether an address is a folder that depends on the working directory; `~` and a `file:` URL do not.
+
+    Example:
+        >>> is_relative("pictures"), is_relative("~/pictures"), is_relative("s3://bucket/pictures")
+        (True, False, False)
+    """
+    url = url.strip()
+    return bool(url) and not re.match(r"(?i)s3:|file:|[a-z][a-z0-9+.-]+://|~", url) and not Path(url).is_absolute()

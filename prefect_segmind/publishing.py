@@ -248,7 +248,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         ('/srv/live/mugs', '{name}/large.webp')
     """
     path = publish_to.strip()
-    if found := re.match(r"(?i)file://(localhost)?(?=/)", path):
+    if found := re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", path):
         path = url2pathname(path[found.end() :])
     if not (in_s3 := path.lower().startswith("s3:")):
         path = path.replace(os.sep, "/")
@@ -261,7 +261,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         mistake = "it is empty"
     elif re.search("[{}]", path.replace(_NAME, "", 1)):
         mistake = "it has another placeholder than one {name}"
-    elif not in_s3 and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+    elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", path):
         mistake = "nothing can be written there"
     elif in_s3 and not re.match(r"(?i)s3://[^/]", place):
         mistake = "it has no bucket before {name}"

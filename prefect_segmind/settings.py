@@ -1,22 +1,37 @@
 """The plugin's settings, read as Prefect reads its own: environment, `.env`, `prefect.toml`, `pyproject.toml`.
 
 The variable of a setting is `PREFECT_INTEGRATIONS_SEGMIND_` and its name in capitals; an empty one is as good as none.
+A relative folder in one of the files is taken from the file's own folder.
 The S3 connection has no settings here: boto3 reads its own (`AWS_PROFILE`, `AWS_ENDPOINT_URL_S3`, …).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from prefect.settings import PREFECT_HOME
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
+from prefect.settings.sources import TomlConfigSettingsSourceBase
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.place import is_relative
 from prefect_segmind.price import LIST_PRICE_USD
+
+PREFIX: Final = "PREFECT_INTEGRATIONS_SEGMIND_"
+"""What the variables begin with."""
+_FOLDERS: Final = ("archive", "outbox")
+"""The settings that may name a folder."""
 
 
 class SegmindSettings(PrefectBaseSettings):
@@ -64,6 +79,16 @@ class SegmindSettings(PrefectBaseSettings):
     allow_private_sources: bool = False
     allow_unlisted_resolution: bool = False
 
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *given: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Prefect's sources, and before its files the folders that these name, each from its file."""
+        sources = super().settings_customise_sources(settings_cls, *given, **named)
+        files = [each for each in sources if isinstance(each, (DotEnvSettingsSource, TomlConfigSettingsSourceBase))]
+        at = sources.index(files[0])
+        return (*sources[:at], _FoldersOfFiles(settings_cls, files), *sources[at:])
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_not_set(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +100,32 @@ class SegmindSettings(PrefectBaseSettings):
         return (self.outbox or Path(PREFECT_HOME.value()) / "segmind" / "outbox").expanduser()
 
 
+class _FoldersOfFiles(PydanticBaseSettingsSource):
+    """The relative folders that `.env`, `prefect.toml` and `pyproject.toml` name, as absolute ones.
+
+    Args:
+        settings_cls: The settings.
+        files: What reads the files, the first one wins. Prefect reads all of them in the working directory.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings], files: Sequence[PydanticBaseSettingsSource]) -> None:
+        super().__init__(settings_cls)
+        self._files = files
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """What the first file that has the field says, as it stands there."""
+        values = (each.get_field_value(field, field_name) for each in self._files)
+        return next((value for value in values if value[0] is not None), (None, field_name, False))
+
+    def __call__(self) -> dict[str, Any]:
+        found = {name: self.get_field_value(self.settings_cls.model_fields[name], name)[0] for name in _FOLDERS}
+        return {
+            name: str(Path.cwd() / value.strip())
+            for name, value in found.items()
+            if isinstance(value, str) and is_relative(value)
+        }
+
+
 def load_settings() -> SegmindSettings:
     """The settings as they are now.
 
@@ -84,8 +135,5 @@ def load_settings() -> SegmindSettings:
     try:
         return SegmindSettings()
     except ValidationError as error:
-        lines = [
-            f"PREFECT_INTEGRATIONS_SEGMIND_{str(each['loc'][0]).upper()}: {each['input']!r}: {each['msg']}"
-            for each in error.errors()
-        ]
+        lines = [f"{PREFIX}{str(each['loc'][0]).upper()}: {each['input']!r}: {each['msg']}" for each in error.errors()]
         raise ConfigurationError("\n  ".join(["Settings are wrong; nothing was uploaded or paid.", *lines])) from None
