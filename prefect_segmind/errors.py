@@ -227,6 +227,10 @@ class GatewayTimeoutError(ApiError):
     """504: timed out on the way; the picture may have been made and billed."""
 
 
+class OverloadedError(ApiError):
+    """503 or 529: the provider is overloaded; it has made nothing and bills nothing."""
+
+
 class UnexpectedStatusError(ApiError):
     """A status that the contract does not name."""
 
@@ -263,7 +267,9 @@ STATUS_ERRORS: dict[int, type[ApiError]] = {
     429: RateLimitError,
     500: InternalServerError,
     502: BadGatewayError,
+    503: OverloadedError,
     504: GatewayTimeoutError,
+    529: OverloadedError,
 }
 
 ADVICE: dict[type[ApiError], str] = {
@@ -282,6 +288,7 @@ ADVICE: dict[type[ApiError], str] = {
     InternalServerError: "check the parameters; if they are right, run again later",
     BadGatewayError: "run again later; the provider's usage page tells whether it was billed",
     GatewayTimeoutError: "run again later; the provider's usage page tells whether it was billed",
+    OverloadedError: "the provider is overloaded and has made nothing; run again later",
     UnexpectedStatusError: "check SEGMIND_BASE_URL and any proxy on the way",
 }
 """What a user can do about each status, in the words of an error message."""

@@ -25,6 +25,7 @@ from prefect_segmind.errors import (
 from prefect_segmind.pace import Pace
 from prefect_segmind.price import usd
 from prefect_segmind.record import Sums
+from prefect_segmind.retry import holds_all
 
 PARKED = 256
 """Assets that may wait outside the window at once; each of them keeps a thread."""
@@ -67,7 +68,7 @@ class Gate:
         requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
         budget_usd: What the run may spend; None for no limit.
         earlier: What earlier tries of the run have spent of it.
-        longest_wait_seconds: A rate limit that lasts longer stops the run.
+        longest_wait_seconds: A rate limit or an overload that lasts longer stops the run.
         say: Takes a line for the log; by default none is said.
 
     Attributes:
@@ -255,7 +256,7 @@ class Gate:
                 self._next()
 
     def _let_out(self, admission: Admission, error: BaseException | None) -> None:
-        held: float | None = None
+        told: str | None = None
         with self._lock:
             if admission.is_over:
                 return
@@ -263,7 +264,7 @@ class Gate:
             self._admitted -= 1
             if admission.is_sent:
                 self._in_flight -= 1
-                held = self._answered(admission, error)
+                told = self._answered(admission, error)
             else:
                 self._pace.release(admission.ticket)
             self._settle(admission, error)
@@ -271,24 +272,28 @@ class Gate:
                 self.stop(error)
             self._room.notify_all()
             self._next()
-        if held is not None:
-            self._say(
-                f"the provider limits the rate: all workers wait {math.ceil(held)} s, then one goes ahead; "
-                "no retry is spent on it"
-            )
+        if told is not None:
+            self._say(told)
 
-    def _answered(self, admission: Admission, error: BaseException | None) -> float | None:
-        """Tells the pace; returns the seconds of a hold that begins with this answer."""
-        if not isinstance(error, RateLimitError):
+    def _answered(self, admission: Admission, error: BaseException | None) -> str | None:
+        """Tells the pace; returns what is to be said where a hold begins with this answer."""
+        if not isinstance(error, SegmindError) or not holds_all(error):
             self._pace.answered(admission.ticket)
             return None
-        now = monotonic()
-        seconds = self._pace.limited(admission.ticket, now, error.retry_after)
+        now, asked = monotonic(), error.retry_after or 0.0
+        if isinstance(error, RateLimitError):
+            why, seconds = "limits the rate", self._pace.limited(admission.ticket, now, error.retry_after)
+        else:
+            why, seconds = "is overloaded", self._pace.overloaded(now, asked)
         begins = seconds > 0 and now >= self._held_until
         self._held_until = now + seconds
-        if (error.retry_after or 0.0) > self._longest_wait_seconds:
+        if asked > self._longest_wait_seconds:
             self.stop(error)
-        return seconds if begins and not self._stopped else None
+        if not begins or self._stopped:
+            return None
+        return (
+            f"the provider {why}: all workers wait {math.ceil(seconds)} s, then one goes ahead; no retry is spent on it"
+        )
 
     def _settle(self, admission: Admission, error: BaseException | None) -> None:
         price = admission.reserved_usd

@@ -32,7 +32,7 @@ from prefect_segmind.record import (
     sums,
     verdict,
 )
-from prefect_segmind.retry import RetryPolicy, decide
+from prefect_segmind.retry import RetryPolicy, decide, holds_all
 from prefect_segmind.sums import forget, inherit, remember
 from prefect_segmind.upload import UploadedImage
 from prefect_segmind.validation import ValidatedJob
@@ -306,10 +306,10 @@ class Generation:
         mine = tuple(filter(run.owns, held.record.attempts))
         alike = mine[:-1]
         if self.policy.rate_limit_retries is not None:
-            alike = tuple(each for each in alike if (each.status == 429) == (error.status == 429))
+            alike = tuple(each for each in alike if each.held_all == holds_all(error))
         policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
-        # The failed one has no status yet. A flow run may be run again days later.
-        counted_from = next(each.sent_at for each in mine if each.run == run.id and each.status != 429)
+        # Of the failed one it is not noted yet. A flow run may be run again days later.
+        counted_from = next(each.sent_at for each in mine if each.run == run.id and not each.held_all)
         decision = decide(
             error,
             attempts=len(alike) + 1,
@@ -325,6 +325,7 @@ class Generation:
                 reason=f"{type(error).__name__}: {error}",
                 wait_seconds=decision.wait_seconds,
                 possibly_billed=error.possibly_billed,
+                held_all=holds_all(error),
             )
 
         error.decision = decision

@@ -25,7 +25,8 @@ class Pace:
 
     A configured limit holds for every 60 s, refused requests included. After a 429 all wait until the reset that the
     server told, else for a time that doubles. Then one request goes ahead as a probe. When it is not refused, the
-    others follow at the rate that the server was seen to allow, and that rate grows slowly until the next 429.
+    others follow at the rate that the server was seen to allow, and that rate grows slowly until the next 429. An
+    overloaded provider that names a time is waited for likewise, but no rate is learned from it.
 
     Args:
         requests_per_minute: The limit of the account's plan; None where it is not known.
@@ -48,7 +49,8 @@ class Pace:
         self._accepted: OrderedDict[int, float] = OrderedDict()  # the same without the refused; for the learned one
         # The hold after a 429, and the probe after the hold.
         self._held_until = -math.inf
-        self._burst = 0  # tickets below it were out when the hold began: their 429s say nothing new
+        self._burst = 0  # tickets below it were out when the hold began: their answers do not end it
+        self._refused = 0  # tickets below it were out when a limit was met: their 429s say nothing new
         self._streak = 0  # holds since a request was last accepted
         self._probing = False
         self._probe: int | None = None
@@ -129,21 +131,38 @@ class Pace:
             The seconds for which all are held back now.
         """
         self._accepted.pop(ticket, None)
-        fresh = ticket >= self._burst
+        fresh = ticket >= self._refused
         if fresh:
             self._streak += 1
-        reset = self._held_until
-        if retry_after:
-            reset = max(reset, now + retry_after)
-        elif fresh:
-            reset = now + min(FIRST_HOLD_SECONDS * 2 ** min(self._streak - 1, 10), LONGEST_HOLD_SECONDS)
-        if reset > now >= self._held_until:
-            self._burst = self._next
-            self._probing, self._probe = True, None
-        self._held_until = reset
+            self._refused = self._next
+        wait = retry_after or 0.0
+        if fresh and not retry_after:
+            wait = min(FIRST_HOLD_SECONDS * 2 ** min(self._streak - 1, 10), LONGEST_HOLD_SECONDS)
+        held = self._hold(now, wait)
         if self._streak:
             self._learn()
-        return max(0.0, reset - now)
+        return held
+
+    def overloaded(self, now: float, retry_after: float) -> float:
+        """Notes that a request was refused by a provider that is overloaded. That says nothing about the rate.
+
+        Args:
+            now: When the answer came.
+            retry_after: Seconds until the provider wants to be asked again.
+
+        Returns:
+            The seconds for which all are held back now.
+        """
+        return self._hold(now, retry_after)
+
+    def _hold(self, now: float, wait: float) -> float:
+        """Holds all back for so many seconds at least; returns for how many they are held."""
+        until = max(self._held_until, now + wait) if wait else self._held_until
+        if until > now >= self._held_until:
+            self._burst = self._next
+            self._probing, self._probe = True, None
+        self._held_until = until
+        return max(0.0, until - now)
 
     def _learn(self) -> None:
         """Learns the rate: what was accepted, in the time from the first of it to the reset.

@@ -33,6 +33,7 @@ class Attempt(BaseModel):
         run: The run that sent it.
         sent_at: When it was about to be sent, UTC.
         status: HTTP status of the answer, if there was one.
+        held_all: Whether it was refused for a time for which every request of the run was held back.
         reason: What went wrong, in a few words; None for the one that brought the picture.
         wait_seconds: Seconds waited before the next one; None if none followed.
         possibly_billed: Whether it may have been paid though no picture came of it; None while no outcome is known.
@@ -47,6 +48,7 @@ class Attempt(BaseModel):
     run: str
     sent_at: datetime
     status: int | None = None
+    held_all: bool = False
     reason: str | None = None
     wait_seconds: float | None = None
     possibly_billed: bool | None = None
@@ -183,6 +185,7 @@ class Record(BaseModel):
         reason: str | None,
         wait_seconds: float | None,
         possibly_billed: bool,
+        held_all: bool = False,
         kept: str | None = None,
         cost_usd: Decimal | None = None,
     ) -> Record:
@@ -190,6 +193,7 @@ class Record(BaseModel):
         last = self.attempts[-1].model_copy(
             update={
                 "status": status,
+                "held_all": held_all,
                 "reason": reason,
                 "wait_seconds": wait_seconds,
                 "possibly_billed": possibly_billed,

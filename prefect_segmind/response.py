@@ -30,6 +30,9 @@ SPACE = b"\xef\xbb\xbf \t\r\n"
 """What may stand before JSON: a byte order mark and white space."""
 TEXT_LIMIT = 300
 """Characters of a provider's error text that a message shows."""
+BEFORE_THE_MODEL = frozenset({501, 505, 511, 521, 523, 525, 526, 530})
+"""Statuses that no table of errors names and that rule a picture out: the request was not understood, or the edge found
+no way to the provider (521: refused; 523, 530: no address; 525, 526: no TLS)."""
 
 
 def header(headers: Mapping[str, str], name: str) -> str | None:
@@ -131,11 +134,12 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
     text = error_text(body, secret)
     kind = status_error(status, text)
     message = f"the API answered {status}" + (f": {text}" if text else "")
+    unnamed = kind is UnexpectedStatusError and not 300 <= status < 500 and status not in BEFORE_THE_MODEL
     return kind(
         f"{message} ({ADVICE[kind]})",
         status=status,
         retry_after=wait_asked(headers, now),
-        possibly_billed=status in (502, 504) or (kind is UnexpectedStatusError and not 300 <= status < 500),
+        possibly_billed=status in (502, 504) or unnamed,
         request_id=header(headers, "x-request-id"),
     )
 

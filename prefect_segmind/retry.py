@@ -12,13 +12,27 @@ from prefect_segmind.errors import (
     ApiUnreachableError,
     BadGatewayError,
     GatewayTimeoutError,
+    OverloadedError,
     RateLimitError,
     SegmindError,
 )
 from prefect_segmind.record import UNKNOWN_RETRIES
 
-RETRIED = (RateLimitError, BadGatewayError, GatewayTimeoutError, ApiUnreachableError, AnswerCutError)
+RETRIED = (
+    *(RateLimitError, OverloadedError, BadGatewayError, GatewayTimeoutError),
+    *(ApiUnreachableError, AnswerCutError),
+)
 """The errors that pass by themselves. All others would fail again, or would pay again."""
+
+
+def holds_all(error: BaseException | None) -> bool:
+    """Whether an error concerns every request of a run: a rate limit, or an overload that the provider puts a time to.
+
+    Example:
+        >>> holds_all(OverloadedError("…", status=503, retry_after=5.0)), holds_all(OverloadedError("…", status=503))
+        (True, False)
+    """
+    return isinstance(error, RateLimitError) or (isinstance(error, OverloadedError) and bool(error.retry_after))
 
 
 @dataclass(frozen=True)
@@ -27,13 +41,13 @@ class RetryPolicy:
 
     Attributes:
         retries: Requests after the first one, at most.
-        rate_limit_retries: Requests after those that a rate limit refused, at most, where these are counted apart; None
-            if they are not.
+        rate_limit_retries: Requests after those of which `holds_all` is true, at most, where these are counted apart;
+            None if they are not.
         base_seconds: The first wait; it doubles with each attempt.
         longest_backoff_seconds: It doubles no further than to this.
         unknown_retries: Requests after one that may have been billed, at most.
         longest_wait_seconds: A server that asks for more is not waited for.
-        longest_run_seconds: No retry begins later than this after the first request that no rate limit refused.
+        longest_run_seconds: No retry begins later than this after the first request that did not hold all.
     """
 
     retries: int = 5
@@ -79,10 +93,10 @@ def decide(
 
     Args:
         error: What the last request ended with.
-        attempts: Requests this run has sent for the job, the failed one included; only those that a rate limit
-            refused, or only the others, where the policy counts them apart.
+        attempts: Requests this run has sent for the job, the failed one included; only those of which `holds_all` is
+            true, or only the others, where the policy counts them apart.
         unknown: How many of them may have been billed, the failed one included.
-        elapsed: Seconds since the first of them was sent that no rate limit refused: waits for a limit do not count.
+        elapsed: Seconds since the first of them was sent that did not hold all: waits that all share do not count.
         jitter: A number from 0 to 1; it lengthens the wait by up to a quarter of the backoff, never shortens it.
         policy: How patient to be; the defaults if None.
 
@@ -93,7 +107,7 @@ def decide(
     policy = policy or RetryPolicy()
     if not isinstance(error, RETRIED):
         return Decision(None, "trying again would not help")
-    apart = policy.rate_limit_retries if isinstance(error, RateLimitError) else None
+    apart = policy.rate_limit_retries if holds_all(error) else None
     retries = policy.retries if apart is None else apart
     if attempts > retries:
         return Decision(None, f"all {retries} retries are spent")

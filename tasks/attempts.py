@@ -17,11 +17,11 @@ from prefect.runtime import task_run
 
 from prefect_segmind import events
 from prefect_segmind.archive import Archive
-from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, RateLimitError, SegmindError
+from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
 from prefect_segmind.production import shared
 from prefect_segmind.record import FlowRuns
 from prefect_segmind.request import Job, name_from_image
-from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.retry import RetryPolicy, holds_all
 
 STAGES = {
     "validate_job": "validate",
@@ -159,8 +159,8 @@ def _warn(name: str, error: SegmindError) -> None:
     assert error.decision is not None
     wait = error.decision.wait_seconds
     follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
-    # In a batch the gate has told once for all that the rate is limited.
-    told = logging.INFO if isinstance(error, RateLimitError) and wait is not None and shared.get() else logging.WARNING
+    # In a batch the gate has told once for all that the rate is limited, or the provider overloaded.
+    told = logging.INFO if holds_all(error) and wait is not None and shared.get() else logging.WARNING
     get_run_logger().log(
         told,
         "request %s of %s failed%s: %s; %s: %s",

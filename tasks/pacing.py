@@ -12,13 +12,13 @@ from typing import Any, SupportsIndex
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from prefect_segmind.errors import RateLimitError, SegmindError
+from prefect_segmind.errors import SegmindError
 from prefect_segmind.production import shared
-from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.retry import RetryPolicy, holds_all
 
 BATCH_WAIT_SECONDS = 15.0
-"""In a batch all assets wait for a rate limit, in its gate; Prefect waits no longer than this, for its waits cannot be
-ended when the run is."""
+"""In a batch all assets wait for a rate limit or an overloaded provider, in its gate; Prefect waits no longer than
+this, for its waits cannot be ended when the run is."""
 
 _wait: ContextVar[float] = ContextVar("segmind_wait", default=0.0)
 
@@ -40,5 +40,5 @@ def retry_if_decided(task: Task[..., Any], task_run: TaskRun, state: State[Any])
     error = state.result(raise_on_failure=False)
     decision = error.decision if isinstance(error, SegmindError) else None
     wait = decision.wait_seconds or 0.0 if decision else 0.0
-    _wait.set(min(wait, BATCH_WAIT_SECONDS) if isinstance(error, RateLimitError) and shared.get() else wait)
+    _wait.set(min(wait, BATCH_WAIT_SECONDS) if holds_all(error) and shared.get() else wait)
     return decision is not None and decision.retry

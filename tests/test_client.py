@@ -146,8 +146,9 @@ class TestRefusals:
             (429, errors.RateLimitError, False),
             (500, errors.InternalServerError, False),
             (502, errors.BadGatewayError, True),
-            (503, errors.UnexpectedStatusError, True),
+            (503, errors.OverloadedError, False),
             (504, errors.GatewayTimeoutError, True),
+            (529, errors.OverloadedError, False),
         ],
     )
     def test_every_status_has_its_class_and_the_providers_words(
@@ -524,7 +525,7 @@ class TestCredits:
             (b"", errors.AnswerCutError),
             (http(b'{"credits"', length=99), errors.AnswerCutError),
             (http(b"no gzip", Content_Encoding="gzip"), errors.NotAnImageError),
-            (http_json({"error": "busy"}, "503 Busy"), errors.UnexpectedStatusError),
+            (http_json({"error": "busy"}, "503 Busy"), errors.OverloadedError),
         ],
     )
     def test_whatever_goes_wrong_is_never_billed(self, answer: bytes, kind: type[errors.ApiError]) -> None:

@@ -135,7 +135,8 @@ def test_errors_are_told_apart_by_what_a_caller_would_do():
         (302, "UnexpectedStatusError"),
         (402, "UnexpectedStatusError"),
         (418, "UnexpectedStatusError"),
-        (503, "UnexpectedStatusError"),
+        (503, "OverloadedError"),
+        (529, "OverloadedError"),
         (524, "UnexpectedStatusError"),
     ],
 )

@@ -20,6 +20,7 @@ from prefect_segmind.errors import (
     InsufficientCreditsError,
     InvalidKeyError,
     NotStartedError,
+    OverloadedError,
     RateLimitError,
     RunCancelledError,
     SegmindError,
@@ -364,6 +365,40 @@ def test_a_limit_that_lasts_too_long_stops_the_run():
     with pytest.raises(NotStartedError, match="not started: too many") as caught:
         pay(gate)
     assert caught.value.__cause__ is error
+
+
+def test_an_overloaded_provider_that_names_a_time_holds_all_and_is_told_once(clock, start):
+    said: list[str] = []
+    gate = Gate(say=said.append)
+    overloaded = OverloadedError("busy", status=529, retry_after=7.0)
+    with pytest.raises(OverloadedError):
+        send(gate, overloaded, lambda _: fail(gate, overloaded))
+    waits = start(pay, gate)
+    waiting(gate, 1)
+    assert money(gate) == (0, 0, 0)
+    clock.now += 6.9
+    another = start(pay, gate)
+    waiting(gate, 2)
+    gate.stop(STOP)
+    assert all(isinstance(each.exception(), NotStartedError) for each in (waits, another))
+    assert said == ["the provider is overloaded: all workers wait 7 s, then one goes ahead; no retry is spent on it"]
+
+
+@pytest.mark.parametrize("asked", [None, 0.0])
+def test_an_overloaded_provider_that_names_no_time_holds_nobody(clock, asked):
+    said: list[str] = []
+    gate = Gate(say=said.append)
+    for _ in range(20):
+        fail(gate, OverloadedError("busy", status=503, retry_after=asked))
+        pay(gate)
+    assert said == []
+    assert money(gate) == (20 * PRICE, 0, 0)
+
+
+def test_an_overload_that_lasts_too_long_stops_the_run():
+    gate, error = Gate(longest_wait_seconds=120.0), OverloadedError("busy", status=503, retry_after=121.0)
+    fail(gate, error)
+    assert gate.stopped is error
 
 
 # Stopping.

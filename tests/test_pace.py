@@ -209,6 +209,46 @@ def test_a_refused_probe_does_not_shrink_what_was_seen():
     assert pace.delay(now) == 60.0
 
 
+def test_an_overloaded_provider_is_waited_for_by_all_and_one_goes_ahead():
+    pace = Pace()
+    first, second = send(pace, 0.0), send(pace, 0.0)
+    assert pace.overloaded(1.0, 10.0) == 10.0
+    assert pace.overloaded(2.0, 3.0) == 9.0, "the longer of two waits holds"
+    pace.answered(first)
+    pace.answered(second)
+    assert pace.delay(10.9) == pytest.approx(0.1)
+    probe = send(pace, 11.0)
+    assert pace.delay(11.0) == 2.0
+    pace.answered(probe)
+    assert len(as_many_as_may(pace, 11.0)) == 1000
+
+
+def test_an_overload_teaches_no_rate_and_forgets_none():
+    pace = Pace()
+    for now in (0.0, 100.0):
+        for ticket in as_many_as_may(pace, now, most=3):
+            pace.answered(ticket)
+        send(pace, now)
+        pace.overloaded(now, 5.0)
+        pace.answered(send(pace, now + 5.0))
+        assert len(as_many_as_may(pace, now + 5.0)) == 1000
+    pace = learned(count=4, reset=60.0)
+    pace.overloaded(61.0, 1.0)
+    pace.answered(send(pace, 62.0))
+    assert len(as_many_as_may(pace, 62.0)) == 2, "of four a minute two have gone since the reset"
+
+
+def test_a_rate_limit_met_while_the_provider_is_overloaded_is_learned_once_for_its_burst():
+    pace = Pace()
+    tickets = [send(pace, 0.0) for _ in range(4)]
+    pace.answered(tickets[0])
+    pace.overloaded(0.0, 2.0)
+    assert pace.limited(tickets[2], 0.0, 30.0) == 30.0
+    assert pace.limited(tickets[3], 0.0, None) == 30.0
+    pace.answered(send(pace, 30.0))
+    assert len(as_many_as_may(pace, 30.0)) == 1, "two were accepted in those thirty seconds, one has gone since"
+
+
 def test_only_the_last_minute_is_remembered():
     pace = Pace(10)
     for second in range(0, 6000, 6):
@@ -401,7 +441,9 @@ def test_in_any_order_of_events_the_limit_and_the_resets_hold_and_nobody_waits_f
     unsent: list[int] = []
     out: list[int] = []
     sent: list[float] = []
-    for what in data.draw(st.lists(st.sampled_from(["reserve", "send", "drop", "answer", "refuse", "wait"]))):
+    for what in data.draw(
+        st.lists(st.sampled_from(["reserve", "send", "drop", "answer", "refuse", "overload", "wait"]))
+    ):
         tickets = unsent if what in ("send", "drop") else out
         if what == "wait":
             now += data.draw(st.floats(0, 100) | st.just(pace.delay(now)))
@@ -419,6 +461,10 @@ def test_in_any_order_of_events_the_limit_and_the_resets_hold_and_nobody_waits_f
                 pace.release(ticket)
             elif what == "answer":
                 pace.answered(ticket)
+            elif what == "overload":
+                wait = data.draw(st.floats(0.1, 120))
+                told = max(told, now + wait)
+                assert pace.overloaded(now, wait) >= wait - 1e-9
             else:
                 retry_after = data.draw(st.none() | st.floats(0, 120))
                 held = pace.limited(ticket, now, retry_after)

@@ -328,6 +328,21 @@ def test_a_failed_request_is_retried_under_the_same_claim_and_logged(sandbox: Sa
     assert log[2].wait_seconds is None
 
 
+def test_an_overloaded_provider_is_never_possibly_billed_and_forbids_no_further_request(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.play(Answer(status=503), Answer(status=529), Answer(status=502))
+    job, uploaded = up_to_upload(photo)
+    for status in (503, 529, 502):
+        with pytest.raises(SegmindError) as error:
+            generate(job, uploaded, run="one")
+        assert error.value.status == status
+        assert error.value.decision
+        assert error.value.decision.retry
+        assert error.value.possibly_billed_usd == (Decimal("0.05") if status == 502 else 0)
+    assert generate(job, uploaded, run="one").possibly_billed_usd == Decimal("0.05")
+
+
 def test_where_rate_limits_are_counted_apart_they_leave_the_retries_to_other_failures(
     sandbox: Sandbox, photo: Path
 ) -> None:
@@ -629,6 +644,22 @@ def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
     assert held is not None
     assert held is not lapsed
     assert len(sandbox.ledger.requests) == 2
+
+
+def test_an_overload_that_names_a_time_is_counted_with_the_rate_limits_and_another_is_not(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    asked = [Answer(status=429), Answer(status=503, retry_after="1"), Answer(status=529, reset_in=1)]
+    sandbox.play(*asked, Answer(status=503), Answer(status=503, retry_after="1"), Answer(status=503))
+    job, uploaded = up_to_upload(photo)
+    generation = configuration.open_generation(None, None, None, policy=RetryPolicy(retries=1, rate_limit_retries=4))
+    for retry in (True, True, True, True, True, False):
+        with pytest.raises(SegmindError) as error:
+            generation.generate(job, lambda: uploaded, "one")
+        assert error.value.decision
+        assert error.value.decision.retry is retry
+        generation = replace(generation, gate=Gate())
+    assert error.value.decision.reason == "all 1 retries are spent"
 
 
 @pytest.mark.parametrize(("first", "retry"), [(429, True), (502, False)])

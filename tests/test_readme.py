@@ -59,6 +59,7 @@ CAUSES: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
     "rejected parameter": playing(Answer(status=406, body='{"error": "Invalid value for parameter seed"}')),
     "rate limit": playing(Answer(status=429, reset_in=1)),
     "rate limit of more than two minutes": playing(Answer(status=429, retry_after="300")),
+    "overloaded provider": playing(Answer(status=503, retry_after="1"), Answer(status=529)),
     "gateway time-out": playing(Answer(status=504)),
     "gateway time-out, twice": playing(Answer(status=504), Answer(status=504)),
     "half a body": playing(Answer(kind="half_body")),

@@ -37,6 +37,7 @@ from prefect_segmind.errors import (
     InvalidKeyError,
     ManifestError,
     NotStartedError,
+    OverloadedError,
     RateLimitError,
     StoreError,
 )
@@ -219,6 +220,7 @@ def test_what_is_not_billed_leaves_the_budget_to_others(sandbox: Sandbox, campai
             InsufficientCreditsError,
         ),
         (Answer(status=429, retry_after="300"), RateLimitError),
+        (Answer(status=503, retry_after="300"), OverloadedError),
     ],
     ids=lambda each: str(each.status) if isinstance(each, Answer) else "",
 )
@@ -247,6 +249,21 @@ def test_a_rate_limit_holds_all_back_and_none_fails(
         refused = [each for each in limited.ledger.requests if each.status == 429]
         assert (result.generated, result.failed, limited.ledger.billed) == (60, 0, 60)
         assert len(refused) <= 40
+
+
+@pytest.mark.parametrize("status", [503, 529])
+def test_an_overloaded_provider_is_waited_for_by_all_and_leaves_the_budget_whole(
+    sandbox: Sandbox, campaign: Callable[..., str], caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    sandbox.play(*[Answer(status=status, reset_in=2)] * 6)
+    result = run(campaign(6), budget_usd=Decimal("0.30"))
+    assert (result.generated, result.cost_usd, result.possibly_billed_usd) == (6, Decimal("0.30"), 0)
+    answered = sandbox.ledger.requests
+    assert [each.status for each in answered] == [status] * 6 + [200] * 6
+    assert answered[6].time >= max(each.time for each in answered[:6]) + timedelta(seconds=2), "by all of them"
+    told = [each.getMessage() for each in caplog.records if "all workers wait" in each.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("the provider is overloaded: ")
 
 
 def test_a_dry_run_tells_the_plan_and_does_nothing(

@@ -262,7 +262,8 @@ def test_not_even_a_body_without_end_does(body):
         (500, '{"error": "bad"}', "InternalServerError", False),
         (502, "<h1>Bad Gateway</h1>", "BadGatewayError", True),
         (504, "<h1>Gateway Time-out</h1>", "GatewayTimeoutError", True),
-        (503, "", "UnexpectedStatusError", True),
+        (503, "", "OverloadedError", False),
+        (529, "", "OverloadedError", False),
     ],
 )
 def test_an_answer_that_is_no_200_has_its_error(status, body, name, possibly_billed):
@@ -271,6 +272,28 @@ def test_an_answer_that_is_no_200_has_its_error(status, body, name, possibly_bil
     assert type(error).__name__ == name
     assert (error.status, error.request_id, error.retry_after) == (status, "req-1", 7)
     assert error.possibly_billed is possibly_billed
+
+
+def test_what_never_reached_the_model_is_not_possibly_billed():
+    possibly = {s for s in range(201, 600) if answer_error(s, {}, b"", now=NOW, secret=KEY).possibly_billed}
+    assert possibly >= {502, 504, 520, 522, 524, 599, 201, 204}
+    assert not possibly & {*range(300, 502), 503, 505, 511, 521, 523, 525, 526, 529, 530}
+
+
+@pytest.mark.parametrize("status", [503, 529])
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "Sat, 01 Mar 2025 12:00:09 GMT"}, 9),
+        ({"x-rate-limit-reset-at-utc": '["2025-03-01T12:00:11Z"]', "Retry-After": "7"}, 11),
+    ],
+)
+def test_an_overloaded_provider_is_named_and_its_wait_is_read(status, headers, seconds):
+    error = answer_error(status, {"Date": "Sat, 01 Mar 2025 12:00:00 GMT", **headers}, b"busy", now=NOW, secret=KEY)
+    assert (error.retry_after, error.possibly_billed) == (seconds, False)
+    assert "the provider is overloaded" in str(error)
 
 
 @pytest.mark.parametrize(

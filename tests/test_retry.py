@@ -14,11 +14,12 @@ from prefect_segmind.errors import (
     AnswerCutError,
     BadGatewayError,
     GatewayTimeoutError,
+    OverloadedError,
     RateLimitError,
     SegmindError,
 )
 from prefect_segmind.response import answer_error
-from prefect_segmind.retry import RETRIED, Decision, RetryPolicy, decide
+from prefect_segmind.retry import RETRIED, Decision, RetryPolicy, decide, holds_all
 
 MAYBE_BILLED = {BadGatewayError, GatewayTimeoutError, AnswerCutError}
 ASKED = st.none() | st.floats(0, 120)
@@ -38,6 +39,10 @@ TABLE = [
     ("RateLimitError", 6, 0, None),
     ("RateLimitError", 2, 1, 2.0),  # after one possibly billed: this one was not
     ("RateLimitError", 3, 2, None),
+    ("OverloadedError", 1, 0, 1.0),
+    ("OverloadedError", 5, 0, 16.0),
+    ("OverloadedError", 6, 0, None),
+    ("OverloadedError", 2, 1, 2.0),
     ("ApiUnreachableError", 1, 0, 1.0),
     ("ApiUnreachableError", 5, 0, 16.0),
     ("ApiUnreachableError", 6, 0, None),
@@ -85,7 +90,7 @@ def test_rate_limits_may_be_counted_apart_for_they_are_no_fault_of_the_job():
     assert "all 4 retries" in decide(limited, attempts=5, unknown=0, elapsed=0.0, policy=policy).reason
 
 
-def test_of_all_statuses_three_are_retried():
+def test_of_all_statuses_five_are_retried():
     now = datetime(2025, 3, 1, tzinfo=UTC)
     answers = {status: answer_error(status, {}, b"", now=now, secret="") for status in range(201, 600)}
     retried = [
@@ -93,7 +98,15 @@ def test_of_all_statuses_three_are_retried():
         for status, error in answers.items()
         if decide(error, attempts=1, unknown=int(error.possibly_billed), elapsed=0.0).retry
     ]
-    assert retried == [429, 502, 504]
+    assert retried == [429, 502, 503, 504, 529]
+
+
+@pytest.mark.parametrize(("asked", "retries"), [(None, 2), (0.0, 2), (3.0, 4)])
+def test_an_overload_that_names_a_time_is_counted_as_a_rate_limit_is_and_another_as_a_failure(asked, retries):
+    policy, error = RetryPolicy(retries=2, rate_limit_retries=4), make(OverloadedError, asked)
+    assert holds_all(error) is (retries == 4)
+    assert decide(error, attempts=retries, unknown=0, elapsed=0.0, policy=policy).retry
+    assert not decide(error, attempts=retries + 1, unknown=0, elapsed=0.0, policy=policy).retry
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ ERROR_TEXTS = {
     429: "Rate limit exceeded",
     500: "Internal server error",
     502: "Bad gateway: the model is temporarily unavailable",
+    503: "The service is overloaded",
     504: "Gateway timeout: the model did not answer in time",
+    529: "The service is overloaded",
 }
 
 HTML = "<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
