@@ -35,6 +35,7 @@ from prefect_segmind.errors import (
 from prefect_segmind.events import run_stopped
 from prefect_segmind.flows.dispatch import POLICY, dispatch
 from prefect_segmind.gate import Gate
+from prefect_segmind.interrupts import end_run_on_hangup
 from prefect_segmind.manifest import MAX_ASSETS
 from prefect_segmind.manifest_text import MAX_TEXT, write_manifest
 from prefect_segmind.outbox import Outbox
@@ -122,6 +123,7 @@ def run_batch(
         SegmindError: Before anything was paid.
         BaseException: What has interrupted it, with the sums so far in its `batch`.
     """
+    end_run_on_hangup()
     opened, settings, log = configuration.open_archive(terms.archive), load_settings(), get_run_logger()
     places: set[str] = set()
     runs = flow_runs()

@@ -20,6 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect_segmind.batch import Tally
 from prefect_segmind.errors import RunCancelledError
 from prefect_segmind.gate import Gate
+from prefect_segmind.interrupts import ended_by
 from prefect_segmind.request import Job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.tasks import produce_asset
@@ -31,7 +32,6 @@ WATCH_SECONDS = 10.0
 POLICY = RetryPolicy(rate_limit_retries=20)
 """A rate limit meets any of the assets, and is none of its faults."""
 _PATIENT = produce_asset.with_options(retries=POLICY.retries + (POLICY.rate_limit_retries or 0))
-_ENDED_BY = {"KeyboardInterrupt": "Ctrl-C", "TerminationSignal": "SIGTERM"}
 THREADS = 4096
 """More than are ever made: they are made as they are needed, and the gate bounds how many assets are under way."""
 
@@ -55,7 +55,7 @@ def dispatch(entries: Iterable[Job | ValidatedJob], gate: Gate, tally: Tally, gr
                 _PATIENT.submit(entry).add_done_callback(partial(_end, entry, gate, tally))
             tally.wait()
         except BaseException as error:
-            gate.stop(RunCancelledError(f"the run was ended by {_ENDED_BY.get(type(error).__name__, 'an error')}"))
+            gate.stop(RunCancelledError(f"the run was ended by {ended_by(error) or 'an error'}"))
             get_run_logger().warning(
                 "nothing new is sent; %s in flight have %.0f s to end", gate.in_flight, grace_seconds
             )

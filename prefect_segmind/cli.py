@@ -7,9 +7,7 @@ Exit codes: 0 done; 1 it failed, or some assets did; 2 bad input, nothing paid; 
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -24,6 +22,7 @@ from prefect_segmind.checks import Found, all_checks
 from prefect_segmind.console import print_facts
 from prefect_segmind.errors import InputError, SegmindError, redact
 from prefect_segmind.flows import image_to_image, refresh_assets
+from prefect_segmind.interrupts import end_command_on_signals
 from prefect_segmind.outcome import (
     BAD_INPUT,
     DONE,
@@ -100,9 +99,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _prepare_for_interrupts() -> None:
-    """Lets SIGTERM end a command as Ctrl-C does, and leaves Prefect's temporary server out of it."""
-    with suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, and leaves Prefect's temporary server out of it."""
+    end_command_on_signals()
     shield_temporary_server()
 
 

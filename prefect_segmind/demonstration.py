@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import threading
 from datetime import datetime
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from prefect_segmind.console import print_facts
 from prefect_segmind.flows import image_to_image
+from prefect_segmind.interrupts import end_command_on_signals
 from prefect_segmind.price import LIST_PRICE_USD, usd
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
 
@@ -72,7 +72,7 @@ def serve_sandbox(
     console: Console,
     sketch: bool = False,
 ) -> None:
-    """Serves the sandbox until Ctrl-C or SIGTERM, and prints the exports that point the plugin at it.
+    """Serves the sandbox until Ctrl-C, SIGTERM or SIGHUP, and prints the exports that point the plugin at it.
 
     Args:
         folder: What the S3 server serves.
@@ -84,6 +84,7 @@ def serve_sandbox(
         console: Where people read.
         sketch: Whether pictures are only sketched, for load tests.
     """
+    end_command_on_signals()
     with Sandbox(
         folder.resolve(),
         port=port,
@@ -103,7 +104,6 @@ def serve_sandbox(
         for name, value in sandbox.environment().items():
             console.print(f"export {name}={shlex.quote(value)}", markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

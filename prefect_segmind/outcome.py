@@ -21,6 +21,7 @@ from prefect_segmind.errors import (
     SegmindError,
     redact,
 )
+from prefect_segmind.interrupts import ended_by
 from prefect_segmind.price import usd
 
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
@@ -163,13 +164,15 @@ def interrupted(error: BaseException) -> bool:
 def told(error: BaseException) -> str:
     """An error in words for people."""
     if interrupted(error):
+        by = next(filter(None, map(ended_by, _chain(error))))
+        ended = "" if by == "Ctrl-C" else f" (it was ended by {by})"
         known = batch_of(error) or noted(error)
         if any(getattr(known, each, 0) for each in ("requests_sent", "cost_usd", "possibly_billed_usd")):
             return (
                 "interrupted; a request that was under way may be billed, and the same command again recovers its "
-                "picture if it had arrived"
+                f"picture if it had arrived{ended}"
             )
-        return "interrupted; the same command again goes on from here"
+        return f"interrupted; the same command again goes on from here{ended}"
     return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
 
 

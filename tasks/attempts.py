@@ -18,6 +18,7 @@ from prefect.runtime import task_run
 from prefect_segmind import events
 from prefect_segmind.archive import Archive
 from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
+from prefect_segmind.interrupts import end_run_on_hangup
 from prefect_segmind.production import shared
 from prefect_segmind.record import FlowRuns
 from prefect_segmind.request import Job, name_from_image
@@ -136,9 +137,12 @@ def mention_conditions(archive: Archive) -> None:
 def failures_reported(job: object) -> Iterator[None]:
     """Makes what fails visible: a failed request is a WARNING in the run's log and an event, a failed job an event.
 
+    A task that works in the main thread of its run is also ended in order by a terminal that goes away.
+
     Args:
         job: The `Job`, `ValidatedJob` or whatever else has its name; or its fields as a mapping.
     """
+    end_run_on_hangup()
     try:
         yield
     except SegmindError as error:

@@ -215,6 +215,23 @@ def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
     assert "possibly billed: 0.05 USD" in told
 
 
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGHUP"])
+def test_an_interrupt_names_the_signal(
+    sandbox: Sandbox, photo: Path, by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "image_to_image", lambda **_: signal.raise_signal(signal.Signals[by]))
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        code, found, told = generate(capsys, str(photo), "a red mug")
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert code == 130
+    assert found["error"] == f"interrupted; the same command again goes on from here (it was ended by {by})"
+    assert found["error"] in told
+
+
 def test_an_interrupt_before_a_command_has_begun_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
@@ -334,7 +351,8 @@ def test_the_demo_shows_two_failures_a_picture_and_that_it_is_paid_once(tmp_path
 
 
 @pytest.mark.slow
-def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "a hang-up"])
+def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp_path: Path, how: str) -> None:
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("prefect-segmind")), "sandbox", "--port", "0", "--s3-port", "0"],
         cwd=tmp_path,
@@ -352,8 +370,10 @@ def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp
         ledger = httpx.get(exports["SEGMIND_BASE_URL"].removesuffix("/v1") + "/sandbox/ledger").json()
         assert ledger["billed"] == 1
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
+        process.send_signal(signal.SIGHUP if how == "a hang-up" else signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    assert "1 pictures billed" in out
+    assert process.returncode == 0
     for _ in range(100):
         try:
             httpx.get(exports["AWS_ENDPOINT_URL_S3"], timeout=1)

@@ -55,7 +55,7 @@ FLOORS = [
         *("contact_sheet", "inbox", "markdown", "publishing"),
         *("settings", "credentials", "configuration"),
     },
-    {"asking", "events", "tasks", "report"},
+    {"asking", "events", "interrupts", "tasks", "report"},
     {"flows"},
     {
         "arguments",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import re
+import select
 import signal
 import sqlite3
 import subprocess
@@ -150,31 +152,126 @@ def test_two_processes_at_once_pay_once_for_each_picture_and_neither_stands_stil
     assert len(pictures()) == 60
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")],
+    ids=["ctrl-c", "sigterm", "sighup"],
+)
 def test_interrupted_it_sends_nothing_new_and_archives_what_is_in_flight(
-    sandbox: Sandbox, photo: Path, how: signal.Signals
+    sandbox: Sandbox, photo: Path, how: signal.Signals, named: str
 ) -> None:
     manifest = campaign(photo, 60)
     sandbox.play(*[Answer(delay=1.0)] * 200)
     process = start(manifest, "--max-concurrency", "4")
     wait_until(lambda: len(sandbox.ledger.requests) >= 5, process)
     process.send_signal(how)
+    if how == signal.SIGHUP:
+        process.send_signal(how)  # the shell and the system each send it
     code, told, _ = ended(process)
     assert code == 130
+    assert told["stopped"] == f"the run was ended by {named}"
     assert told["generated"] == sandbox.ledger.billed
     assert told["failed"] == 0
     assert told["not_started"] >= 40
     assert len(pictures()) == sandbox.ledger.billed
 
 
-def test_ctrl_c_in_a_terminal_ends_a_run_with_a_temporary_server_in_time_and_leaves_nothing_behind(
-    sandbox: Sandbox, photo: Path, tmp_path: Path
+def test_a_terminal_that_goes_away_ends_a_run_in_order(sandbox: Sandbox, photo: Path) -> None:
+    """A dropped ssh: SIGHUP, and no stream to write to any more."""
+    manifest = campaign(photo, 60)
+    sandbox.play(*[Answer(delay=1.0)] * 200)
+    ours, theirs = pty.openpty()
+    take = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    )
+    refresh = (sys.executable, "-m", "prefect_segmind", "refresh", str(manifest), "--max-concurrency", "4")
+    process = subprocess.Popen(
+        [sys.executable, "-c", take, *refresh],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        env={**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    while len(sandbox.ledger.requests) < 5:
+        assert process.poll() is None
+        if select.select([ours], [], [], 0.01)[0]:
+            os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(240) == 130
+    assert 5 <= len(pictures()) == sandbox.ledger.billed < 60
+
+
+def test_a_run_that_ignores_the_hang_up_goes_on_to_its_end(sandbox: Sandbox, photo: Path) -> None:
+    """As `nohup` has it."""
+    sandbox.play(*[Answer(delay=1.0)] * 200)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the process inherits
+    try:
+        process = start(campaign(photo, 8), "--max-concurrency", "4")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: len(sandbox.ledger.requests) >= 2, process)
+    process.send_signal(signal.SIGHUP)
+    code, told, _ = ended(process)
+    assert (code, told["generated"]) == (0, 8)
+
+
+OWN_PROCESS = """
+import sys
+from prefect import flow
+from prefect_segmind import generate_image, refresh_assets, upload_image, validate_job
+
+@flow
+def own():
+    job = validate_job({"name": "mug", "image": sys.argv[2], "prompt": "a red mug number 000"})
+    generate_image(job, upload_image(job))
+
+if sys.argv[1] == "own":
+    own()
+else:
+    refresh_assets(sys.argv[2], max_concurrency=4)
+"""
+
+
+def hung_up(photo: Path, what: str, path: Path, requests: int, sandbox: Sandbox) -> int:
+    """Runs a flow as a worker's process does, without a command, and hangs up on it."""
+    sandbox.play(*[Answer(delay=2.0)] * 200)
+    script = photo.parent / "script.py"
+    script.write_text(OWN_PROCESS)
+    process = subprocess.Popen(
+        [sys.executable, str(script), what, str(path)],
+        env={**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(sandbox.ledger.requests) >= requests, process)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=240)
+    return process.returncode
+
+
+def test_a_flow_in_a_process_of_its_own_is_ended_by_a_hang_up_in_order_too(sandbox: Sandbox, photo: Path) -> None:
+    assert hung_up(photo, "batch", campaign(photo, 60), 5, sandbox) == -signal.SIGHUP
+    assert 5 <= len(pictures()) == sandbox.ledger.billed < 60
+    assert all(each.state == "done" for each in records())
+
+
+def test_a_hang_up_on_somebodys_own_flow_leaves_a_record_of_what_may_have_been_billed(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    assert hung_up(photo, "own", photo, 1, sandbox) == -signal.SIGHUP
+    ((attempt,),) = [each.attempts for each in records()]
+    assert attempt.possibly_billed
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGHUP], ids=["ctrl-c", "sighup"])
+def test_a_signal_of_a_terminal_ends_a_run_with_a_temporary_server_in_time_and_leaves_nothing_behind(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     """A terminal interrupts the whole process group, Prefect's temporary server with it."""
     sandbox.play(*[Answer(delay=1.0)] * 200)
     process = start(campaign(photo, 60), "--max-concurrency", "4", home=tmp_path / "prefect")
     wait_until(lambda: len(sandbox.ledger.requests) >= 5, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, how)
     code, told, log = ended(process)
     assert code == 130, log
     assert told["generated"] == sandbox.ledger.billed >= 5

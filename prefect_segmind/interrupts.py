@@ -1,0 +1,84 @@
+"""Signals that end a run in order: what is in flight is archived, and the sums are told.
+
+A terminal that goes away, with a dropped ssh for example, sends SIGHUP. It ends a run as SIGTERM does, unless it is
+ignored, as under `nohup`, or somebody else handles it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from types import FrameType
+
+from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
+
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+
+_terminals: set[int] = set()
+"""Those of the three standard streams that were terminals when the run began."""
+
+
+def end_command_on_signals() -> None:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does. Only the main thread may, elsewhere it does nothing."""
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, _interrupt)
+        _on_hangup(_interrupt)
+
+
+def end_run_on_hangup() -> None:
+    """Lets SIGHUP end the flow run of this process as SIGTERM does, which Prefect handles itself.
+
+    It stays so when the run is over; outside of a run SIGHUP then does what it did before. Only the main thread may,
+    elsewhere it does nothing.
+    """
+    with suppress(ValueError):
+        _on_hangup(_terminate)
+
+
+def ended_by(error: BaseException) -> str | None:
+    """What has interrupted a run: Ctrl-C or the name of a signal; None if the error is no interrupt.
+
+    Example:
+        >>> ended_by(KeyboardInterrupt()), ended_by(KeyboardInterrupt("SIGHUP")), ended_by(ValueError())
+        ('Ctrl-C', 'SIGHUP', None)
+    """
+    if isinstance(error, TerminationSignal):
+        return signal.Signals(error.signal).name
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "Ctrl-C"
+    return None
+
+
+def _on_hangup(handler: signal._HANDLER) -> None:
+    if _HANGUP is not None and signal.getsignal(_HANGUP) is signal.SIG_DFL:
+        _terminals.update(each for each in (0, 1, 2) if os.isatty(each))
+        signal.signal(_HANGUP, handler)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    if number == _HANGUP:
+        _hung_up()
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    if FlowRunContext.get() is None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        return
+    _hung_up()
+    raise TerminationSignal(signal=number)
+
+
+def _hung_up() -> None:
+    """Makes the rest of a run deaf to what follows a hang-up: the same signal again, and errors of a dead terminal."""
+    assert _HANGUP is not None
+    signal.signal(_HANGUP, signal.SIG_IGN)  # the shell and the system each send it
+    dead = {each for each in _terminals if not os.isatty(each)}
+    if dead:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for each in dead:
+            os.dup2(nowhere, each)
+        os.close(nowhere)
