@@ -52,6 +52,8 @@ from prefect_segmind.tasks.attempts import flow_runs, mention_conditions, refres
 from prefect_segmind.validation import ValidatedJob
 
 R = TypeVar("R", bound=BatchResult)
+SHOWN_PROBLEMS = 20
+"""Jobs that will fail which the run's log names."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +242,10 @@ def _tell(plan: Plan) -> None:
     log.info("%s", "; ".join(f"{title}: {text}" for title, text in plan.facts().items()))
     for warning, count in plan.warnings:
         log.warning("%s asset%s: %s", count, "s" * (count != 1), warning)
-    for name, problem in plan.problems:
+    for name, problem in plan.problems[:SHOWN_PROBLEMS]:
         log.warning("%s will fail, unpaid: %s", name, problem)
+    if plan.fail > SHOWN_PROBLEMS:
+        log.warning("and %s more will fail, unpaid", plan.fail - SHOWN_PROBLEMS)
     for shortfall in plan.shortfalls():
         log.warning(shortfall)
 
@@ -296,7 +300,8 @@ def conclude(ended: Ended, result: R, terms: Terms) -> R:
         return cast(R, Cancelled(message=told, data=error))
     by_budget = isinstance(stopped, BudgetReachedError)
     early = stopped and not (by_budget and ended.trimmed)
-    if (terms.fail_run_on_failures and (result.failed or early)) or (stopped and not by_budget):
+    failed = result.failed and not terms.dry_run  # a plan is done when it is made, whatever it says
+    if (terms.fail_run_on_failures and (failed or early)) or (stopped and not by_budget):
         raise error
     get_run_logger().info(told)
     return result

@@ -182,6 +182,7 @@ def process_inbox(
         "total": ended.result.total + len(bad),
         "failed": ended.result.failed + len(bad),
         "failures": (*bad, *ended.result.failures),
+        "plan": ended.result.plan.with_failures((each.name, each.error) for each in bad),
     }
     result = InboxResult(
         **told,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.budget import Budget
 from prefect_segmind.errors import NotStartedError, SegmindError, redact
-from prefect_segmind.plan import Plan
+from prefect_segmind.plan import REFUSED, Plan, PlannedJob
 from prefect_segmind.price import usd
 from prefect_segmind.record import Sums
 from prefect_segmind.request import Job
@@ -79,8 +79,15 @@ class BatchResult(BaseModel):
     dry_run: bool = False
     plan: Plan
 
+    @property
+    def jobs(self) -> tuple[PlannedJob, ...]:
+        """What each job needed when the run was planned, the first 1000 of them."""
+        return self.plan.jobs
+
     def sentence(self) -> str:
-        """The counts and the cost in one line."""
+        """The counts and the cost in one line; of a dry run, what they would be."""
+        if self.dry_run:
+            return self._conditional_sentence()
         counts = (
             *((self.generated, "generated"), (self.reused, "reused"), (self.recovered, "recovered")),
             *((self.failed, "failed"), (self.not_started, "not started")),
@@ -88,6 +95,19 @@ class BatchResult(BaseModel):
         told = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing to do"
         possibly = f", possibly {usd(self.possibly_billed_usd)} USD more" if self.possibly_billed_usd else ""
         return f"{self.total} asset{'s' * (self.total != 1)}: {told}; paid {usd(self.cost_usd)} USD{possibly}"
+
+    def _conditional_sentence(self) -> str:
+        counts = (
+            *((self.generated, "generate"), (self.reused - self.plan.wait, "reuse")),
+            *((self.recovered, "recover"), (self.plan.wait, "wait for")),
+        )
+        told = ", ".join(f"{what} {count}" for count, what in counts if count)
+        parts = (
+            *([f"would {told}"] if told else ()),
+            *([f"{self.failed} would fail"] if self.failed else ()),
+            f"would cost {usd(self.planned_usd)} USD",
+        )
+        return f"{self.total} asset{'s' * (self.total != 1)}: {'; '.join(parts)}"
 
 
 class BatchError(SegmindError):
@@ -288,7 +308,10 @@ def planned(plan: Plan) -> BatchResult:
         cost_usd=Decimal("0.00"),
         possibly_billed_usd=Decimal("0.00"),
         planned_usd=plan.planned_usd,
-        failures=tuple(Failure(name=name, stage="validate", error=problem) for name, problem in plan.problems),
+        failures=tuple(
+            Failure(name=name, stage="generate" if problem == REFUSED else "validate", error=problem)
+            for name, problem in plan.problems
+        ),
         dry_run=True,
         plan=plan,
     )

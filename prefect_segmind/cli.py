@@ -32,6 +32,7 @@ from prefect_segmind.outcome import (
     batch_facts,
     batch_failure,
     batch_of,
+    dry_run_facts,
     exit_code,
     explain,
     failure,
@@ -255,7 +256,7 @@ def refresh(
     if output.json:
         print(json.dumps(batch(result)))
     else:
-        print_facts(Console(), result.plan.facts() if dry_run else batch_facts(result))
+        print_facts(Console(), dry_run_facts(result) if dry_run else batch_facts(result))
     return DONE
 
 

@@ -29,6 +29,8 @@ INTERRUPTED = 130
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 """What ends a command from without; Prefect may raise another error on top of it."""
 
+SHOWN_JOBS = 20
+"""Jobs of a plan that people see."""
 SHOWN_FAILURES = 10
 """Failures that people see; the JSON and the manifest of failures have them all."""
 
@@ -111,11 +113,14 @@ def explain(error: BaseException, verbose: bool) -> int:
 def batch(result: BatchResult) -> dict[str, Any]:
     """What `refresh --json` prints of a run, or of a plan."""
     money = ("cost_usd", "possibly_billed_usd", "planned_usd")
+    planned = result.jobs if result.dry_run else ()
     return {
         **result.model_dump(mode="json", exclude={"images", "plan"}),
         **{each: usd(getattr(result, each)) for each in money},
         "waiting": result.plan.wait,
         "images": [success(each) for each in result.images],
+        "jobs": [{**each.model_dump(), "usd": usd(each.usd)} for each in planned],
+        "jobs_left_out": result.total - len(planned) if result.dry_run else 0,
     }
 
 
@@ -124,8 +129,24 @@ def batch_failure(error: BaseException) -> dict[str, Any]:
     counts = dict.fromkeys(("total", "generated", "reused", "recovered", "failed", "not_started"), 0)
     money = dict.fromkeys(("cost_usd", "possibly_billed_usd", "planned_usd"), "0.00")
     rest: dict[str, Any] = {"images": [], "failures": [], "failed_manifest": None, "stopped": None}
-    rest |= {"waiting": 0, "dry_run": False}
+    rest |= {"waiting": 0, "dry_run": False, "jobs": [], "jobs_left_out": 0}
     return {**counts, **money, **rest, "error": told(error)}
+
+
+def dry_run_facts(result: BatchResult) -> dict[str, str]:
+    """What people see of a dry run in the terminal: the plan, its first jobs, and the first of the others that fail."""
+    facts = {"dry run": result.sentence(), **result.plan.facts()}
+    shown = result.jobs[:SHOWN_JOBS]
+    facts |= {f"job {number}": each.sentence() for number, each in enumerate(shown, start=1)}
+    if result.total > len(shown):
+        facts["and"] = f"{result.total - len(shown)} more"
+    told = sum(each.needs == "fail" for each in shown)
+    failing = [each for each in result.failures if each.name not in {job.name for job in shown}]
+    for number, failure in enumerate(failing[:SHOWN_FAILURES], start=1):
+        facts[f"fails {number}"] = f"{failure.name}: {failure.error}"
+    if (left := result.failed - told - SHOWN_FAILURES) > 0:
+        facts["and fail"] = f"{left} more"
+    return facts
 
 
 def batch_facts(result: BatchResult) -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
+from itertools import islice
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,6 +30,52 @@ LOOK_AHEAD = 64
 """Jobs whose images are being read while the plan waits for the first of them."""
 KEPT = 10_000
 """Images whose facts are remembered; jobs of one image mostly follow each other."""
+LISTED = 1_000
+"""Jobs that a plan names, and problems; beyond them it counts, so that no plan is a burden to Prefect."""
+REFUSED = (
+    'an earlier request may have been billed though no picture came of it, and on_unknown is "fail"; '
+    'on_unknown="repay" pays once more'
+)
+"""The problem of a job that `on_unknown` forbids to pay for again."""
+
+Need = Literal["generate", "reuse", "recover", "wait", "fail"]
+_NEEDS: dict[Verdict, Need] = {
+    Verdict.PAY: "generate",
+    Verdict.REUSE: "reuse",
+    Verdict.RECOVER: "recover",
+    Verdict.WAIT: "wait",
+    Verdict.REFUSE: "fail",
+}
+
+
+class PlannedJob(BaseModel):
+    """What one job of a plan needs.
+
+    Attributes:
+        name: The job's.
+        needs: `generate`: it is to be paid for. `reuse`: its picture is in the archive, or comes there by another job
+            of this run. `recover`: it lies in the outbox, paid for. `wait`: another run is paying for it. `fail`: it
+            will fail, unpaid.
+        usd: What this run would pay for it.
+        problem: Why it will fail; None if it will not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    needs: Need
+    usd: Decimal = Decimal("0.00")
+    problem: str | None = None
+
+    def sentence(self) -> str:
+        """The job in one line.
+
+        Example:
+            >>> PlannedJob(name="mug", needs="generate", usd=Decimal("0.05")).sentence()
+            'mug: generate, 0.05 USD'
+        """
+        more = f", {usd(self.usd)} USD" if self.usd else f", {self.problem}" if self.problem else ""
+        return f"{self.name}: {self.needs}{more}"
 
 
 class Plan(BaseModel):
@@ -44,7 +92,8 @@ class Plan(BaseModel):
         budget_usd: What the run may spend, if it is limited.
         credits_usd: What the account has, where the API tells.
         warnings: What was found in the jobs, with how many of them it is true of.
-        problems: Name and reason of jobs that will fail, the first few.
+        problems: Name and reason of jobs that will fail, the first `LISTED`.
+        jobs: What each job needs, the first `LISTED` of them, in their order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,11 +109,24 @@ class Plan(BaseModel):
     credits_usd: Decimal | None = None
     warnings: tuple[tuple[str, int], ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
+    jobs: tuple[PlannedJob, ...] = ()
 
     @property
     def planned_usd(self) -> Decimal:
         """What the pictures will cost."""
         return self.price_usd * self.generate
+
+    def with_failures(self, problems: Iterable[tuple[str, str]]) -> Plan:
+        """The plan with jobs that were found to fail before it was made, by name and reason; they come first."""
+        more = tuple(problems)
+        failing = (PlannedJob(name=name, needs="fail", problem=problem) for name, problem in more)
+        changes = {
+            "total": self.total + len(more),
+            "fail": self.fail + len(more),
+            "problems": (*more, *self.problems)[:LISTED],
+            "jobs": (*failing, *self.jobs)[:LISTED],
+        }
+        return self.model_copy(update=changes)
 
     def facts(self) -> dict[str, str]:
         """The plan as people read it, a title and a text for each line."""
@@ -137,7 +199,7 @@ def make_plan(
             entry = settle(drawn, found, price_usd=price_usd)
         except SegmindError as error:
             failing += 1
-            if len(problems) < 20:
+            if len(problems) < LISTED:
                 problems.append((job.name, str(error)))
             entries.append(drawn)
         else:
@@ -153,10 +215,14 @@ def make_plan(
         for each in entries:
             if isinstance(each, ValidatedJob) and each.fingerprint in done and each.place in survey.places:
                 in_place.add(each.place)
-    for fingerprint, need in _verdicts(wanted, survey, kept, archive, on_unknown, flow_runs):
+    verdicts = dict(_verdicts(wanted, survey, kept, archive, on_unknown, flow_runs))
+    for fingerprint, need in verdicts.items():
         needs[need] += 1
         # Whatever else wants the same picture finds it archived.
         needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
+    left = (each for each in entries if not (in_place and isinstance(each, ValidatedJob) and each.place in in_place))
+    listed = tuple(_listed(islice(left, LISTED), verdicts, problems, price_usd))
+    problems += [(each.name, REFUSED) for each in listed if each.problem == REFUSED]
     return Plan(
         total=len(jobs),
         generate=needs[Verdict.PAY],
@@ -166,7 +232,8 @@ def make_plan(
         fail=failing + needs[Verdict.REFUSE],
         price_usd=price_usd,
         warnings=tuple(warnings.most_common(10)),
-        problems=tuple(problems),
+        problems=tuple(problems[:LISTED]),
+        jobs=listed,
     )
 
 
@@ -194,6 +261,37 @@ def earlier_tries(
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
         return {fingerprint: sent for fingerprint, sent in pool.map(look, fingerprints) if sent.requests_sent}
+
+
+def _listed(
+    entries: Iterable[Job | ValidatedJob],
+    verdicts: Mapping[str, Verdict],
+    problems: Iterable[tuple[str, str]],
+    price_usd: Decimal,
+) -> Iterator[PlannedJob]:
+    """What each of the first jobs needs; of several that want one picture, the first one pays for it.
+
+    Args:
+        entries: The jobs; one that is not validated has the next of the problems.
+        verdicts: What is to be done for each picture.
+        problems: Name and reason of the jobs that cannot be validated, in their order.
+        price_usd: Of one picture.
+    """
+    why, taken = iter(problems), set[str]()
+    for each in entries:
+        if isinstance(each, Job):
+            yield PlannedJob(name=each.name, needs="fail", problem=next(why)[1])
+            continue
+        need = _NEEDS[verdicts[each.fingerprint]]
+        if each.fingerprint in taken and need != "fail":
+            need = "reuse"
+        yield PlannedJob(
+            name=each.name,
+            needs=need,
+            usd=price_usd if need == "generate" else Decimal("0.00"),
+            problem=REFUSED if need == "fail" else None,
+        )
+        taken.add(each.fingerprint)
 
 
 def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | str]]:

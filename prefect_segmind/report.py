@@ -29,6 +29,8 @@ THUMBNAIL_WIDTH = 320
 """Pixels; two of them fit beside each other in Prefect's UI on a screen of 1300."""
 SHOWN_PICTURES = 12
 """Pictures of a batch that its report shows; each takes about 40 kB in Prefect's database."""
+SHOWN_JOBS = 100
+"""Jobs that a plan lists."""
 SHOWN_FAILURES = 100
 """Failures that it lists; the manifest of the failed ones has them all."""
 
@@ -96,13 +98,19 @@ def publish_before_after(
 
 def publish_plan(plan: Plan, title: str) -> None:
     """Puts the plan of a batch into an artifact of its flow run, for whoever wants to know the cost beforehand."""
+    shown = plan.jobs[:SHOWN_JOBS]
+    named = {each.name for each in shown}
+    failing = [(name, problem) for name, problem in plan.problems if name not in named]
     lines = (
         f"### Plan for {cell(title)}",
         "",
         *table(plan.facts()),
         *(f"\n- {cell(each)}" for each in plan.shortfalls()),
         *(f"\n- {count} assets: {cell(warning)}" for warning, count in plan.warnings),
-        *(f"\n- {cell(name)} will fail, unpaid: {cell(problem)}" for name, problem in plan.problems),
+        "",
+        *(f"- {cell(each.sentence())}" for each in shown),
+        *([f"- and {plan.total - len(shown)} more"] if plan.total > len(shown) else ()),
+        *(f"- {cell(name)} will fail, unpaid: {cell(problem)}" for name, problem in failing[:SHOWN_FAILURES]),
     )
     _publish(lambda: lines, artifact_key(title, "plan"), "what the run is going to do and to cost")
 

@@ -17,8 +17,9 @@ from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
 from prefect_segmind import cli, outcome
-from prefect_segmind.batch import BatchError, BatchResult, Progress, observer
+from prefect_segmind.batch import BatchError, BatchResult, Progress, observer, planned
 from prefect_segmind.flows import refresh_assets
+from prefect_segmind.plan import Plan, PlannedJob
 from prefect_segmind.progress import batch_progress
 from prefect_segmind.sandbox import Answer, Sandbox
 
@@ -76,17 +77,70 @@ def test_a_dry_run_tells_the_same_counts_and_what_it_would_cost(
     assert {each: plan[each] for each in counts} == {each: done[each] for each in counts}
 
 
+def test_a_dry_run_with_assets_that_will_fail_is_done_and_names_every_job_with_what_it_needs(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refresh(capsys, manifest, "--set", "season=winter")
+    same = {"image": "mug.jpg", "prompt": "a mug, number 0, winter"}
+    text = yaml.safe_load(Path(manifest).read_text())
+    text["assets"] += [
+        {"name": "again", **same},
+        {"name": "new", "image": "mug.jpg", "prompt": "a hat"},
+        {"name": "new too", "image": "mug.jpg", "prompt": "a hat"},
+        {"name": "lost", "image": "lost.jpg", "prompt": "x"},
+    ]
+    Path(manifest).write_text(yaml.safe_dump(text))
+    code, told, _ = refresh(capsys, manifest, "--set", "season=winter", "--dry-run")
+    assert (code, told["failed"], told["cost_usd"], "error" in told) == (0, 1, "0.00", False)
+    jobs = told["jobs"]
+    assert all(each.keys() == {"name", "needs", "usd", "problem"} for each in jobs)
+    assert [(each["name"], each["needs"], each["usd"]) for each in jobs] == [
+        *((name, "reuse", "0.00") for name in ("mug/0", "mug/1", "mug/2", "again")),
+        *(("new", "generate", "0.05"), ("new too", "reuse", "0.00"), ("lost", "fail", "0.00")),
+    ]
+    assert "lost.jpg does not exist" in jobs[-1]["problem"]
+    assert {each["problem"] for each in jobs[:-1]} == {None}
+    assert told["jobs_left_out"] == 0
+    assert cli.run(["refresh", manifest, "--set", "season=winter", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "7 assets: would generate 1, reuse 5; 1 would fail; would cost 0.05 USD" in out
+    assert not re.search(r"\bpaid 0\.00|\d generated", out)
+
+
+def test_of_a_long_plan_people_see_the_first_jobs_how_many_more_there_are_and_all_that_will_fail() -> None:
+    lost = [("lost", "no such image"), ("gone", "no such image either")]
+    plan = Plan(
+        **{"total": 1500, "generate": 1498, "reuse": 0, "recover": 0, "wait": 0, "fail": 2},
+        price_usd=Decimal("0.05"),
+        problems=tuple(lost),
+        jobs=(
+            PlannedJob(name="lost", needs="fail", problem="no such image"),
+            *(PlannedJob(name=f"mug/{n}", needs="generate", usd=Decimal("0.05")) for n in range(999)),
+        ),
+    )
+    facts = outcome.dry_run_facts(planned(plan))
+    assert facts["job 1"] == "lost: fail, no such image"
+    assert facts["job 20"] == "mug/18: generate, 0.05 USD"
+    assert ("job 21" in facts, facts["and"]) == (False, "1480 more")
+    assert facts["fails 1"] == "gone: no such image either"
+    assert ("fails 2" in facts, "and fail" in facts) == (False, False)
+    told = outcome.batch(planned(plan))
+    assert (len(told["jobs"]), told["jobs_left_out"]) == (1000, 500)
+
+
 def test_people_read_the_plan_and_then_what_came_of_it(
     sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
     assert cli.run(["refresh", manifest, "--dry-run", "--budget-usd", "0.10"]) == 0
     plan = capsys.readouterr().out
-    assert [line.split() for line in plan.splitlines()] == [
-        ["plan", "3", "assets"],
-        ["generate", "3,", "0.15", "USD", "at", "0.05", "USD", "each"],
-        ["budget", "0.10", "USD"],
-        ["credits", "1000.00", "USD"],
+    assert [" ".join(line.split()) for line in plan.splitlines()] == [
+        "dry run 3 assets: would generate 3; would cost 0.15 USD",
+        "plan 3 assets",
+        "generate 3, 0.15 USD at 0.05 USD each",
+        "budget 0.10 USD",
+        "credits 1000.00 USD",
+        *(f"job {n + 1} mug/{n}: generate, 0.05 USD" for n in range(3)),
     ]
     sandbox.play(Answer(status=422), prompt="number 1")
     assert cli.run(["refresh", manifest]) == outcome.FAILED

@@ -50,6 +50,8 @@ def test_every_combination_is_a_picture_and_all_are_on_one_sheet(sandbox: Sandbo
 def test_by_itself_it_varies_styles_and_weights_with_one_seed(sandbox: Sandbox, photo: Path) -> None:
     result = explore_variations(str(photo), "a red mug", dry_run=True)
     assert (result.generated, result.planned_usd, result.contact_sheet) == (15, Decimal("0.75"), None)
+    assert [each.needs for each in result.jobs] == ["generate"] * 15
+    assert "would generate 15; would cost 0.75 USD" in result.sentence()
     assert sandbox.ledger.requests == ()
     explore_variations(str(photo), "a red mug", styles=["ANIME", "DESIGN"], weights=[50])
     assert len({each.seed for each in sandbox.ledger.requests}) == 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from prefect_segmind import plan as plan_module
 from prefect_segmind.archive import Archive
 from prefect_segmind.lease import this_process
 from prefect_segmind.outbox import Outbox
@@ -153,6 +154,47 @@ def test_a_picture_that_a_living_run_pays_for_is_waited_for_and_one_of_a_dead_ru
     assert counts(house.plan(*jobs)[0]) == {"wait": 1, "generate": 1}
     assert counts(house.plan(*jobs, on_unknown="fail")[0]) == {"wait": 1, "fail": 1}
     assert house.store.asked == {"list": 1, "get": 2}
+
+
+def test_each_job_is_named_with_what_it_needs_and_what_this_run_would_pay_for_it(house: House, tmp_path: Path) -> None:
+    house.done(100)
+    house.claimed(101, Holder(run="other", host="another", pid=1, started=""))
+    house.claimed(102, this_process(Run("dead")).model_copy(update={"pid": 2**22 - 1}))
+    house.outbox.folder.mkdir()
+    (house.outbox.folder / f"{house.fingerprint(103)}.jpg").write_bytes(b"a picture")
+    lost = Job(name="lost", image=str(tmp_path / "lost.jpg"), prompt="x")
+    jobs = [house.job(seed) for seed in (104, 100, 101)] + [lost, house.job(104, "again"), house.job(102)]
+    plan, _ = house.plan(*jobs, house.job(103), house.job(102, "twice"), on_unknown="fail")
+    found = [(each.name, each.needs, str(each.usd)) for each in plan.jobs]
+    assert found == [
+        ("mug/104", "generate", "0.05"),
+        ("mug/100", "reuse", "0.00"),
+        ("mug/101", "wait", "0.00"),
+        ("lost", "fail", "0.00"),
+        ("again", "reuse", "0.00"),
+        ("mug/102", "fail", "0.00"),
+        ("mug/103", "recover", "0.00"),
+        ("twice", "fail", "0.00"),
+    ]
+    assert Counter(each.needs for each in plan.jobs) == counts(plan)
+    problems = {each.name: each.problem for each in plan.jobs if each.problem}
+    assert problems.keys() == {"lost", "mug/102", "twice"}
+    assert "lost.jpg does not exist" in problems["lost"]
+    assert "may have been billed" in problems["twice"]
+    assert dict(plan.problems) == problems
+
+
+def test_a_plan_of_very_many_jobs_names_the_first_of_them_and_counts_all(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "LISTED", 3)
+    lost = [Job(name=f"lost/{n}", image=str(tmp_path / "lost.jpg"), prompt="x") for n in range(5)]
+    plan, _ = house.plan(lost[0], *(house.job(seed) for seed in range(100, 110)), *lost[1:])
+    assert counts(plan) == {"generate": 10, "fail": 5}
+    assert [each.name for each in plan.jobs] == ["lost/0", "mug/100", "mug/101"]
+    assert [name for name, _ in plan.problems] == ["lost/0", "lost/1", "lost/2"]
+    more = plan.with_failures([("bad", "no image")])
+    assert (more.total, more.fail, more.jobs[0].name, len(more.jobs)) == (16, 6, "bad", 3)
 
 
 def test_an_image_that_cannot_be_used_fails_its_own_job_and_no_other(house: House, tmp_path: Path) -> None:

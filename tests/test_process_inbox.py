@@ -128,7 +128,11 @@ def test_an_empty_inbox_is_no_failure(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_tells_and_moves_nothing(sandbox: Sandbox, inbox: Path) -> None:
-    result = visit(inbox, dry_run=True, move_done=True)
+    result = visit(inbox, dry_run=True, move_done=True, fail_run_on_failures=True)
+    assert {(each.name, each.needs) for each in result.jobs} == {
+        *(("inbox/cup", "generate"), ("inbox/summer/pot", "generate"), ("inbox/broken", "fail"))
+    }
+    assert result.sentence() == "3 assets: would generate 2; 1 would fail; would cost 0.10 USD"
     assert (result.generated, result.failed, result.planned_usd, result.dry_run) == (2, 1, Decimal("0.10"), True)
     assert sandbox.ledger.requests == ()
     assert not (inbox / "done").exists()

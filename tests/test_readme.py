@@ -15,8 +15,9 @@ import yaml
 from rich.console import Console
 
 from prefect_segmind import cli, outcome
+from prefect_segmind.batch import planned
 from prefect_segmind.console import print_facts
-from prefect_segmind.plan import Plan
+from prefect_segmind.plan import Plan, PlannedJob
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.settings import SegmindSettings
 
@@ -149,15 +150,22 @@ def test_the_manifest_is_what_the_schema_says() -> None:
     jsonschema.validate(yaml.safe_load(manifest_of_the_readme()), schema)
 
 
-def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, object]] = [
+        {"name": "mug/w40", "needs": "reuse"},
+        {"name": "mug/w70", "needs": "generate", "usd": "0.05"},
+        {"name": "inbox/cup/w40", "needs": "fail", "problem": "photos/inbox/cup.jpg is empty"},
+    ]
     plan = Plan(
         **{"total": 640, "generate": 598, "reuse": 40, "recover": 1, "wait": 0, "fail": 1},
         price_usd=Decimal("0.05"),
         budget_usd=Decimal("25.00"),
         credits_usd=Decimal("41.35"),
+        jobs=tuple(PlannedJob.model_validate(each) for each in shown),
     )
+    monkeypatch.setattr(outcome, "SHOWN_JOBS", len(shown))
     capsys.readouterr()
-    print_facts(Console(), plan.facts())
+    print_facts(Console(), outcome.dry_run_facts(planned(plan)))
     assert capsys.readouterr().out in README
 
 

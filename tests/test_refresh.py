@@ -274,7 +274,27 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(
     result = run(campaign(5, {"name": "lost", "image": "lost.jpg", "prompt": "x"}), dry_run=True)
     assert (result.total, result.generated, result.reused, result.failed) == (6, 3, 2, 1)
     assert (result.planned_usd, result.cost_usd, result.dry_run) == (Decimal("0.15"), Decimal(0), True)
+    assert [(each.name, each.needs) for each in result.jobs] == [
+        *((f"mug/{n:03}", "reuse") for n in range(2)),
+        *((f"mug/{n:03}", "generate") for n in range(2, 5)),
+        ("lost", "fail"),
+    ]
+    assert result.sentence() == "6 assets: would generate 3, reuse 2; 1 would fail; would cost 0.15 USD"
     assert sandbox.ledger.billed == 2
+
+
+def test_a_dry_run_is_completed_though_assets_will_fail_and_its_plan_names_them(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    manifest = campaign(1, {"name": "lost", "image": "lost.jpg", "prompt": "x"})
+    state: State[BatchResult] = refresh_assets(manifest, dry_run=True, fail_run_on_failures=True, return_state=True)
+    assert state.is_completed()
+    flow_run_id = state.state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))  # type: ignore[list-item]
+        (plan_page,) = client.read_artifacts(artifact_filter=wanted)
+    assert "- mug/000: generate, 0.05 USD" in str(plan_page.data)
+    assert "- lost: fail, " in str(plan_page.data)
 
 
 def test_a_plan_asks_nothing_for_each_job_that_is_archived_or_new(
