@@ -178,6 +178,7 @@ def run_batch(
             requests_per_minute=terms.requests_per_minute,
             budget_usd=approved.budget_usd,
             earlier=spent_before,
+            stop_after_unusable=settings.stop_after_unusable,
             longest_wait_seconds=settings.longest_wait_seconds,
             say=log.warning,
         )

@@ -1,10 +1,12 @@
-"""The money of a run: reserved before it is spent, so that the limit holds whatever the answers say.
+"""The money of a run: reserved before it is spent, so that the limit holds whatever the answers say, and not spent on
+and on where nothing comes of it.
 
 It is pure arithmetic; `gate` does the waiting.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
 
@@ -100,3 +102,34 @@ class Budget:
         """Ends a reservation that may have been billed: it stays counted for good."""
         self.release(price)
         self.unknown_usd += price
+
+
+class Unusable:
+    """Counts the paid answers in a row that hold no picture, by the time of the answer and not of when it was judged.
+
+    Args:
+        limit: So many are too many; 0 for never.
+
+    Example:
+        >>> unusable, at = Unusable(2), datetime(2026, 11, 23, tzinfo=UTC)
+        >>> unusable.answer(at), unusable.answer(at)
+        (None, 2)
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._last_picture = datetime.min.replace(tzinfo=UTC)
+        self._since: list[datetime] = []
+
+    def picture(self, at: datetime) -> None:
+        """Counts an answer that held a picture: the row begins anew behind it."""
+        self._last_picture = max(self._last_picture, at)
+        self._since = [each for each in self._since if each > self._last_picture]
+
+    def answer(self, at: datetime) -> int | None:
+        """Counts an answer that held none; returns how many there were in a row where that is too many."""
+        if self._limit and at > self._last_picture:
+            self._since.append(at)
+            if len(self._since) >= self._limit:
+                return len(self._since)
+        return None

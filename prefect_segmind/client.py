@@ -7,13 +7,13 @@ import re
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,14 +27,13 @@ from prefect_segmind.errors import (
     NotAnImageError,
     OutboxError,
     ResultLinkError,
-    SegmindError,
 )
 from prefect_segmind.fingerprint import ENDPOINT
 from prefect_segmind.image import BrokenPicture, Picture, read_picture
 from prefect_segmind.price import LIST_PRICE_USD, read_cost
-from prefect_segmind.record import PaidPicture
+from prefect_segmind.record import Answered, PaidPicture
 from prefect_segmind.request import ImageToImageRequest
-from prefect_segmind.response import SPACE, Link, answer_error, error_text, header, picture_or_link
+from prefect_segmind.response import Link, answer_error, error_text, header, picture_or_link
 
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
@@ -112,13 +111,15 @@ class SegmindClient:
 
         Args:
             request: The request; its `image_file` must be an address that the provider can GET.
-            part: The file to write; what it holds is replaced.
+            part: The file to write; what it holds is replaced. After an error that has `answered` it holds the body of
+                the answer as it came, and beside it, with the suffix `.found`, may lie what a link in it has led to.
 
         Returns:
             The picture's facts, read from its bytes and the answer's headers.
 
         Raises:
-            ApiError: In one of its classes; `possibly_billed` says whether it may have been paid.
+            ApiError: In one of its classes; `possibly_billed` says whether it may have been paid, and `answered` what
+                it has cost where a 200 was read to its end.
             OutboxError: The file could not be written.
         """
         with (
@@ -126,36 +127,39 @@ class SegmindClient:
             self._http.stream("POST", f"{self.base_url}/{ENDPOINT}", json=request.body()) as answer,
         ):
             self._raise_unless_200(answer)
-            size = 0
             try:
                 with part.open("r+b" if part.exists() else "wb") as file:
-                    for chunk in answer.iter_bytes():
-                        size += len(chunk)
-                        if size > ANSWER_LIMIT * 4 // 3 + 10_000:
-                            raise _not_an_image(answer, f"more than {ANSWER_LIMIT:,} bytes")
-                        file.write(chunk)
+                    # As it came over the wire: what is paid for and cannot be read is kept like that.
+                    self._write(answer, answer.iter_raw(), file)
                     file.truncate()
-                picture = self._picture(answer, part)
             except OSError as error:
                 raise _unwritable(part, error) from error
-        cost = read_cost(header(answer.headers, "x-cost"))
-        seed = header(answer.headers, "x-seed-value") or ""
-        told = int(seed) if re.fullmatch(r"[0-9]{1,18}", seed) else None
-        notices = []
-        if told is not None and request.seed is not None and told != request.seed:
-            notices.append(f"the provider reports seed {seed} where {request.seed} was asked for")
-        said = (answer.headers.get("content-type") or "").split(";")[0].strip().lower()
-        if said.startswith("image/") and said != picture.content_type:
-            notices.append(f"the provider called the picture {said}; it is {picture.content_type}")
-        return PaidPicture(
-            **picture.model_dump(),
-            seed=request.seed or 0 if told is None else told,
-            cost_usd=self._list_price if cost is None else cost,
-            cost_source="list price" if cost is None else "x-cost",
-            request_id=header(answer.headers, "x-request-id"),
-            paid_at=datetime.now(UTC),
-            notices=tuple(notices),
-        )
+        return self._picture(answer, self._answered(answer), request.seed, part)
+
+    def read(self, body: Path, found: Path) -> Picture:
+        """Finds the picture in the body of a 200, wherever it is in it, and follows a link to it.
+
+        Args:
+            body: The body; it stays as it is.
+            found: The file to write, where the body is not the picture itself.
+
+        Raises:
+            NotAnImageError: In one of its classes. Where a link has led to something else, `found` has that.
+            AnswerCutError: The picture provably lacks its end.
+            OSError: A file cannot be read or written.
+        """
+        data = body.read_bytes()
+        held = picture_or_link(data, self._key)
+        if isinstance(held, Link):
+            return self._follow(held, found)
+        if held is not None:
+            found.write_bytes(held)
+        try:
+            return read_picture(body if held is None else found)
+        except BrokenPicture as broken:
+            if held is not None:
+                found.unlink()  # the body has it too
+            raise _no_picture(broken, data if held is None else held, self._key) from None
 
     def credits(self) -> Decimal:
         """The account's credits in USD, free ones included. The call is free, so it is also the check of a key.
@@ -189,54 +193,95 @@ class SegmindClient:
             pass  # the status says enough
         raise answer_error(answer.status_code, answer.headers, body, now=datetime.now(UTC), secret=self._key)
 
-    def _picture(self, answer: httpx.Response, part: Path) -> Picture:
-        """The picture in a finished file, after replacing JSON by what it holds or links to."""
-        with part.open("rb") as file:
-            start = file.read(64).lstrip(SPACE)
-        if start[:1] in (b"{", b"[", b'"'):
-            found = self._with_request_id(answer, part.read_bytes())
-            if isinstance(found, bytes):
-                part.write_bytes(found)
-            elif isinstance(found, Link):
-                self._follow(answer, found, part)
-        try:
-            return read_picture(part)
-        except BrokenPicture as broken:
-            if broken.truncated:
-                raise AnswerCutError(
-                    "the API answered 200 with a picture that ends early (the provider's usage page tells whether it "
-                    "was billed)",
+    def _write(self, answer: httpx.Response, chunks: Iterator[bytes], file: IO[bytes]) -> None:
+        """Writes a body to a file.
+
+        Raises:
+            NotAnImageError: It is too large, and not read to its end.
+        """
+        size = 0
+        for chunk in chunks:
+            size += len(chunk)
+            if size > ANSWER_LIMIT * 4 // 3 + 10_000:
+                raise NotAnImageError(
+                    f"the API answered 200 with more than {ANSWER_LIMIT:,} bytes (look at the provider's usage page "
+                    "before running again)",
                     status=200,
                     possibly_billed=True,
                     request_id=header(answer.headers, "x-request-id"),
-                ) from None
-            with part.open("rb") as file:
-                text = error_text(file.read(2000), self._key)
-            raise _not_an_image(answer, _shown(text)) from None
+                )
+            file.write(chunk)
 
-    def _with_request_id(self, answer: httpx.Response, body: bytes) -> bytes | Link | None:
+    def _answered(self, answer: httpx.Response) -> Answered:
+        cost, seed = read_cost(header(answer.headers, "x-cost")), header(answer.headers, "x-seed-value") or ""
+        return Answered(
+            cost_usd=self._list_price if cost is None else cost,
+            cost_source="list price" if cost is None else "x-cost",
+            seed=int(seed) if re.fullmatch(r"[0-9]{1,18}", seed) else None,
+            content_type=(answer.headers.get("content-type") or "").split(";")[0].strip().lower(),
+            request_id=header(answer.headers, "x-request-id"),
+            at=datetime.now(UTC),
+        )
+
+    def _picture(self, answer: httpx.Response, answered: Answered, seed: int | None, part: Path) -> PaidPicture:
+        """The picture of an answer that was read to its end: it takes the place of the body once it is whole."""
+        found, packed = part.with_suffix(".found"), None
         try:
-            return picture_or_link(body, self._key)
-        except SegmindError as error:
-            error.request_id = header(answer.headers, "x-request-id")
-            raise
+            found.unlink(missing_ok=True)
+            packed = self._decompress(answer, part, found)
+            picture = self.read(part, found)
+            if found.exists():
+                found.replace(part)
+        except OSError as error:
+            with suppress(OSError):
+                found.unlink(missing_ok=True)
+            unwritable = _unwritable(part, error)
+            unwritable.answered, unwritable.possibly_billed = answered, False
+            raise unwritable from error
+        except ApiError as known:
+            told = NotAnImageError(f"{known}; it cannot be decompressed: {packed}", status=200) if packed else known
+            told.answered, told.request_id = answered, answered.request_id
+            raise told from None
+        return answered.brought(picture, seed)
 
-    def _follow(self, answer: httpx.Response, link: Link, part: Path) -> None:
-        """Downloads a linked picture at once, without the key; it is paid for, so a failed download is repeated."""
+    def _decompress(self, answer: httpx.Response, part: Path, plain: Path) -> httpx.DecodingError | None:
+        """Unpacks a body that says it is compressed; what only says so stays as it came, and the error is returned."""
+        if answer.headers.get("content-encoding", "identity").lower() == "identity":
+            return None
+        with part.open("rb") as packed:
+            raw = iter(lambda: packed.read(1 << 16), b"")
+            unpacked = httpx.Response(200, headers=answer.headers, content=raw)
+            try:
+                with plain.open("wb") as file:
+                    self._write(answer, unpacked.iter_bytes(), file)
+            except httpx.DecodingError as error:
+                plain.unlink()
+                return error
+        plain.replace(part)
+        return None
+
+    def _follow(self, link: Link, found: Path) -> Picture:
+        """Downloads a linked picture without the key; it is paid for, so a download that failed or was cut is repeated.
+
+        Raises:
+            ResultLinkError: It could not be downloaded, or is no picture.
+            OSError: The file cannot be written.
+        """
         for wait in (*_LINK_WAITS, None):
             try:
-                with part.open("wb") as file:
+                with found.open("wb") as file:
                     download(link.url, file, limit=ANSWER_LIMIT, destination=Destination(same_origin=self.base_url))
-                return
+                return read_picture(found)
             except DownloadError as error:
-                if wait is None or not error.retryable:
-                    raise ResultLinkError(
-                        f"the API answered 200 with a link to the picture, which could not be followed: {error}",
-                        status=200,
-                        possibly_billed=True,
-                        request_id=header(answer.headers, "x-request-id"),
-                    ) from None
-                time.sleep(wait)
+                found.unlink()  # what is there of it has no end
+                why, again = f"could not be followed: {error}", error.retryable
+            except BrokenPicture as broken:
+                text = _shown(broken, found.read_bytes(), self._key)
+                why, again = f"leads to no picture: {text}", broken.truncated
+            if wait is None or not again:
+                raise ResultLinkError(f"the API answered 200 with a link to the picture, which {why}", status=200)
+            time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
@@ -284,20 +329,30 @@ def _ssl_context(trust_env: bool, _certificates: tuple[str | None, ...]) -> ssl.
     return httpx.create_ssl_context(trust_env=trust_env)
 
 
-def _shown(text: str) -> str:
-    """What a message shows of an answer that is no picture."""
-    if not text:
-        return "nothing in it"
-    return repr(text) if text.isprintable() and "\ufffd" not in text else "bytes that are no picture"
-
-
-def _not_an_image(answer: httpx.Response, found: str) -> NotAnImageError:
+def _no_picture(broken: BrokenPicture, data: bytes, key: str) -> ApiError:
+    """The error for the body of a 200 that was read to its end and is no picture that can be used."""
+    if broken.truncated:
+        return AnswerCutError(
+            "the API answered 200 with a picture that ends early (the provider's usage page tells whether it was "
+            "billed)",
+            status=200,
+            possibly_billed=True,
+        )
     return NotAnImageError(
-        f"the API answered 200 without a picture: {found} (look at the provider's usage page before running again)",
+        f"the API answered 200 without a picture: {_shown(broken, data, key)} (look at the provider's usage page "
+        "before running again)",
         status=200,
-        possibly_billed=True,
-        request_id=header(answer.headers, "x-request-id"),
     )
+
+
+def _shown(broken: BrokenPicture, data: bytes, key: str) -> str:
+    """What a message shows of bytes that are no picture: their text, or what is wrong with them."""
+    text = error_text(data[:2000], key)
+    if not data:
+        return "nothing in it"
+    if text.isprintable() and "\ufffd" not in text:
+        return repr(text)
+    return f"bytes that are no picture: the file {broken}"
 
 
 def _unwritable(part: Path, error: OSError) -> OutboxError:

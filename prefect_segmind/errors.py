@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prefect_segmind.record import Answered
     from prefect_segmind.retry import Decision
 
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
@@ -53,6 +54,7 @@ class SegmindError(Exception):
         retry_after: Seconds that the server asks to wait.
         possibly_billed: Whether the outcome is unknown and the request may have been paid for.
         request_id: The provider's `x-request-id`.
+        answered: What the headers of a 200 told that was read to its end and gave no picture.
         fingerprint: The job's, where it is known.
         requests_sent: How many requests this run has sent for the job, the failed one included.
         cost_usd: What this run has paid for the job for certain.
@@ -75,6 +77,7 @@ class SegmindError(Exception):
         self.retry_after = retry_after
         self.possibly_billed = possibly_billed
         self.request_id = request_id
+        self.answered: Answered | None = None
         self.fingerprint: str | None = None
         self.requests_sent = 0
         self.cost_usd = Decimal("0.00")
@@ -149,6 +152,10 @@ class NotApprovedError(SegmindError):
 
 class ApprovalTimeoutError(NotApprovedError):
     """Nobody has answered in time whether a run may cost what it would."""
+
+
+class UnusableAnswersError(SegmindError):
+    """So many paid answers in a row held no picture that a batch does not go on."""
 
 
 class RunCancelledError(SegmindError):
@@ -240,19 +247,19 @@ class ApiUnreachableError(ApiError):
 
 
 class AnswerCutError(ApiError):
-    """The answer did not arrive whole: read time-out, lost connection, half a body. It may be billed."""
+    """The answer provably did not arrive whole: read time-out, lost connection, half a picture. It may be billed."""
 
 
 class NotAnImageError(ApiError):
-    """A 200 without a picture in it: HTML, nothing, or bytes that do not decode. It may be billed."""
+    """A 200 without a picture in it: HTML, nothing, or bytes that do not decode. It is billed if it was read whole."""
 
 
 class UnsafeImageError(NotAnImageError):
-    """A 200 that says `is_image_safe: false` and holds no picture. It may be billed."""
+    """A 200 that says `is_image_safe: false` and holds no picture. It is billed."""
 
 
 class ResultLinkError(NotAnImageError):
-    """A 200 with a link to the picture that could not be followed. It may be billed."""
+    """A 200 with a link to the picture that could not be followed, or leads to none. It is billed."""
 
 
 STATUS_ERRORS: dict[int, type[ApiError]] = {

@@ -10,17 +10,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from decimal import Decimal
 from time import monotonic
 
-from prefect_segmind.budget import Budget, Fit
+from prefect_segmind.budget import Budget, Fit, Unusable
 from prefect_segmind.errors import (
     AccountError,
+    ApiError,
     BudgetReachedError,
     InsufficientCreditsError,
     NotStartedError,
     RateLimitError,
     SegmindError,
+    UnusableAnswersError,
 )
 from prefect_segmind.pace import Pace
 from prefect_segmind.price import usd
@@ -50,17 +53,35 @@ class Admission:
         """Says that the request is sent now: from here on it may be billed."""
         self._gate._note_sent(self)
 
-    def paid(self, cost_usd: Decimal) -> None:
-        """Says that a picture came of it, and what it cost in USD. From here on another request may go."""
+    def paid(self, cost_usd: Decimal, at: datetime | None = None) -> None:
+        """Says that a picture came of it. From here on another request may go.
+
+        Args:
+            cost_usd: What it cost, in USD.
+            at: When its answer had been read, aware; now if left out.
+        """
         self.cost_usd = cost_usd
+        self._gate._note_picture(at or datetime.now(UTC))
         self._gate._let_out(self, None)
+
+    def unusable(self, error: SegmindError) -> None:
+        """Says that a 200 came of it that was read to its end and could not be used.
+
+        Args:
+            error: It; its `answered` tells what that has cost, and when.
+        """
+        assert error.answered is not None
+        if not error.possibly_billed:
+            self.cost_usd = error.answered.cost_usd
+        self._gate._note_unusable(error, error.answered.at)
 
 
 class Gate:
     """Lets the requests of a run go, one by one, and none any more once it is stopped.
 
     The first reason to stop wins: the budget is reached, the account is refused, the provider asks for a longer wait
-    than is allowed, or somebody calls `stop`. What is under way then goes on undisturbed; what waits is told.
+    than is allowed, answers that are paid for hold no pictures, or somebody calls `stop`. What is under way then goes
+    on undisturbed; what waits is told.
 
     Args:
         max_concurrency: Requests under way at once, at most.
@@ -68,6 +89,7 @@ class Gate:
         requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
         budget_usd: What the run may spend; None for no limit.
         earlier: What earlier tries of the run have spent of it.
+        stop_after_unusable: So many paid answers in a row without a picture stop the run; 0 for never.
         longest_wait_seconds: A rate limit or an overload that lasts longer stops the run.
         say: Takes a line for the log; by default none is said.
 
@@ -91,12 +113,14 @@ class Gate:
         requests_per_minute: int | None = None,
         budget_usd: Decimal | None = None,
         earlier: Sums | None = None,
+        stop_after_unusable: int = 0,
         longest_wait_seconds: float = 120.0,
         say: Callable[[str], None] = _silence,
     ) -> None:
         before = earlier or Sums()
         self.budget = Budget(budget_usd, spent_usd=before.cost_usd, unknown_usd=before.possibly_billed_usd)
         self._pace = Pace(requests_per_minute)
+        self._unusable = Unusable(stop_after_unusable)
         self._max_concurrency = max_concurrency
         self._window = max_concurrency + (max_concurrency if look_ahead is None else look_ahead)
         self._longest_wait_seconds = longest_wait_seconds
@@ -246,6 +270,24 @@ class Gate:
                 f"spent, {usd(budget.unknown_usd)} USD possibly billed"
             )
         )
+
+    def _note_picture(self, at: datetime) -> None:
+        with self._lock:
+            self._unusable.picture(at)
+
+    def _note_unusable(self, error: SegmindError, at: datetime) -> None:
+        if not isinstance(error, ApiError):
+            return  # a full disk here says nothing about the provider
+        with self._lock:
+            in_a_row = self._unusable.answer(at)
+            if in_a_row is not None:
+                self.stop(
+                    UnusableAnswersError(
+                        f"{in_a_row} paid answers in a row held no picture, the last one: {error} (look at what the "
+                        "outbox keeps of them and at the provider's usage page before running again; "
+                        "PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE says after how many a run stops, 0 for never)"
+                    )
+                )
 
     def _note_sent(self, admission: Admission) -> None:
         with self._lock:

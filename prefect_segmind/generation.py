@@ -15,8 +15,16 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archive import Archive, RecordRead
 from prefect_segmind.client import SegmindClient
-from prefect_segmind.errors import OutcomeUnknownError, PreconditionFailedError, SegmindError, StoreError
-from prefect_segmind.gate import Gate
+from prefect_segmind.errors import (
+    ApiError,
+    OutboxError,
+    OutcomeUnknownError,
+    PreconditionFailedError,
+    SegmindError,
+    StoreError,
+)
+from prefect_segmind.gate import Admission, Gate
+from prefect_segmind.image import Picture
 from prefect_segmind.lease import Claim, claim, held_beside, held_claim, held_elsewhere, this_process
 from prefect_segmind.outbox import Outbox, OutboxEntry
 from prefect_segmind.record import (
@@ -146,7 +154,7 @@ class Generation:
         return generated
 
     def _picture(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run) -> GeneratedImage:
-        told, pauses = False, 0
+        told, looked, pauses = False, False, 0
         left = held_claim(self.archive, job.fingerprint)
         if left is not None and left.record.holder and run.follows(left.record.holder.flow_runs):
             left.release()  # nobody is going to archive for an earlier try of this flow run
@@ -155,15 +163,19 @@ class Generation:
             elsewhere = held_elsewhere(self.archive, found, run.id)
             done = found and found.record.state == "done"
             kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
+            unread = [] if done or kept or elsewhere else self.outbox.answers(job.fingerprint)
+            if not (done or kept or elsewhere or looked):
+                kept, looked = self._read_again(job, run), True
             what = verdict(
                 found.record if found else None,
                 run=run,
                 in_outbox=kept is not None and not held_beside(self.archive, found, run.id),
                 held_elsewhere=elsewhere,
                 on_unknown=self.on_unknown,
+                unreadable=bool(unread),
             )
             if what is Verdict.PAY:
-                if paid := self._pay(job, upload, run, found):
+                if paid := self._pay(job, upload, run, found, unread):
                     return paid
                 pauses = self._pause(pauses)
             elif what is Verdict.REUSE and found and found.record.picture:
@@ -184,16 +196,14 @@ class Generation:
                     told = True
                 pauses = self._pause(pauses)
             else:
-                kept_at = _kept_elsewhere(found)
-                if kept_at:
-                    why = f'was paid for, and its picture lies in {kept_at}: run the same job there; on_unknown="repay"'
-                elif self.on_unknown == "repay":
-                    why = "requests of this flow run may have been billed though no picture came of them, and it sends "
-                    why += "no more (look at the provider's usage page); a new run"
-                else:
-                    why = "an earlier request may have been billed though no picture came of it, and on_unknown is "
-                    why += '"fail" (look at the provider\'s usage page); on_unknown="repay"'
-                raise OutcomeUnknownError(f"{job.name}: {why} pays once more")
+                forbidden = (
+                    'on_unknown is "fail"' if self.on_unknown == "fail" else "this flow run sends no more for it"
+                )
+                allowed = 'on_unknown="repay"' if self.on_unknown == "fail" else "a new run"
+                raise OutcomeUnknownError(
+                    f"{_unsettled(job, found, unread)}; {forbidden} (look at the provider's usage page; {allowed} pays "
+                    "once more)"
+                )
 
     def _read(self, job: ValidatedJob, run: Run) -> RecordRead | None:
         """The record of the picture; what this run has to report of it so far is remembered."""
@@ -203,8 +213,7 @@ class Generation:
         held = held_claim(self.archive, job.fingerprint)
         if held is not None and held.run == run.id:  # which may know more than the archive could be told
             found = replace(found, record=held.record)
-        if so_far := self._sums(job, run, found.record.attempts):
-            remember(self.archive.url, job.fingerprint, run.id, so_far)
+        remember(self.archive.url, job.fingerprint, run.id, self._sums(job, run, found.record.attempts))
         return found
 
     def _sums(self, job: ValidatedJob, run: Run, attempts: tuple[Attempt, ...]) -> Sums:
@@ -215,15 +224,18 @@ class Generation:
     def _in_outbox(self, job: ValidatedJob, *, unfinished: bool) -> tuple[Path, OutboxEntry] | None:
         return self.outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=unfinished)
 
-    def _warn_of_paying_again(self, job: ValidatedJob, found: RecordRead | None, run: Run) -> None:
-        if kept_at := _kept_elsewhere(found):
-            self.warn(
-                f"an earlier run paid for {job.name}, and its picture lies in {kept_at}, out of reach: paying again"
-            )
-        elif found and found.record.outcome_unknown(run):
-            self.warn(
-                f"an earlier request for {job.name} may have been billed, and no picture came of it: paying again"
-            )
+    def _read_again(self, job: ValidatedJob, run: Run) -> tuple[Path, OutboxEntry] | None:
+        """The picture in what could not be read when it came: by now a link may work, or another version is here."""
+
+        def read(body: Path, found: Path) -> Picture:
+            try:
+                with self.open_client() as client:
+                    return client.read(body, found)
+            except ApiError as error:
+                self.say(f"read again, {body} still gives no picture: {error}")
+                raise
+
+        return self.outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
 
     def _pause(self, pauses: int) -> int:
         """Waits before another look at what another run holds; other jobs of a batch go on meanwhile."""
@@ -232,7 +244,12 @@ class Generation:
         return pauses + 1
 
     def _pay(
-        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, found: RecordRead | None
+        self,
+        job: ValidatedJob,
+        upload: Callable[[], UploadedImage],
+        run: Run,
+        found: RecordRead | None,
+        unread: list[Path],
     ) -> GeneratedImage | None:
         """Sends one request; None where another run was faster to claim the picture.
 
@@ -248,17 +265,19 @@ class Generation:
             held = self._claim(job, found, run)
             if held is None:
                 return None
-            if sum(map(run.owns, held.record.attempts)) == 1:
-                self._warn_of_paying_again(job, found, run)
+            first = sum(map(run.owns, held.record.attempts)) == 1
+            if first and (why := _unsettled(job, found, unread)):
+                self.warn(f"{why}: paying again")
             held.hold(REQUEST_SECONDS)
             try:
                 admission.sent()
                 paid = client.generate(request, part)
-                admission.paid(paid.cost_usd)
+                admission.paid(paid.cost_usd, paid.paid_at)
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
                 path = self.outbox.keep(job.fingerprint, part, entry)
             except SegmindError as error:
-                self._failed(job, run, held, error)
+                kept = self._unusable(error, part, admission) if error.answered else None
+                self._failed(job, run, held, error, kept)
                 raise
             except BaseException as error:
                 known = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
@@ -301,8 +320,26 @@ class Generation:
             return None
         return held
 
-    def _failed(self, job: ValidatedJob, run: Run, held: Claim, error: SegmindError) -> None:
-        """Decides what follows a failed request, and notes it in the record and on the error."""
+    def _unusable(self, error: SegmindError, part: Path, admission: Admission) -> Path | None:
+        """Keeps the body of a 200 that is no picture, and tells the gate what it has cost."""
+        assert error.answered is not None
+        admission.unusable(error)
+        try:
+            return self.outbox.keep_answer(part, error.answered)
+        except OutboxError as broken:
+            self.warn(str(broken))
+            return part
+
+    def _failed(self, job: ValidatedJob, run: Run, held: Claim, error: SegmindError, kept: Path | None = None) -> None:
+        """Decides what follows a failed request, and notes it in the record and on the error.
+
+        Args:
+            job: What was asked for.
+            run: The run that asked.
+            held: Its claim.
+            error: The failure.
+            kept: Where the body of a 200 lies that is no picture.
+        """
         mine = tuple(filter(run.owns, held.record.attempts))
         alike = mine[:-1]
         if self.policy.rate_limit_retries is not None:
@@ -319,19 +356,27 @@ class Generation:
             policy=policy,
         )
 
+        reason = f"{type(error).__name__}: {error}"
+
         def outcome(record: Record) -> Record:
             return record.answered(
                 status=error.status,
-                reason=f"{type(error).__name__}: {error}",
+                reason=reason,
                 wait_seconds=decision.wait_seconds,
                 possibly_billed=error.possibly_billed,
                 held_all=holds_all(error),
+                kept=f"{kept} on {socket.gethostname()}" if kept else None,
+                cost_usd=None if error.possibly_billed or error.answered is None else error.answered.cost_usd,
             )
 
         error.decision = decision
         error.fingerprint = job.fingerprint
         so_far = self._sums(job, run, outcome(held.record).attempts)
         vars(error).update(so_far._asdict())
+        if kept is not None:
+            error.args = (
+                f"{error}; what was answered is kept in {kept} and read again first when the job is run again",
+            )
         self._note(held, outcome)
         if decision.wait_seconds is None:
             forget(self.archive.url, job.fingerprint, run.id)
@@ -376,7 +421,23 @@ class Generation:
         )
 
 
-def _kept_elsewhere(found: RecordRead | None) -> str | None:
-    """Where a paid picture lies that is neither in the archive nor in this outbox."""
+def _unsettled(job: ValidatedJob, found: RecordRead | None, unread: list[Path]) -> str | None:
+    """What was paid for, or may have been, and has brought no picture that is at hand here, in words for people.
+
+    Args:
+        job: What the picture is of.
+        found: Its record, if there is one.
+        unread: Answers in this machine's outbox that cannot be read as a picture.
+    """
+    if unread:
+        places = ", ".join(map(str, unread))
+        return f"{job.name} was paid for, and what was answered cannot be read as a picture: {places}"
     attempts = found.record.attempts if found else ()
-    return next((each.kept for each in reversed(attempts) if each.kept), None)
+    if kept := next((each for each in reversed(attempts) if each.kept), None):
+        what = "what was answered, no picture that could be read," if kept.reason else "its picture"
+        return f"{job.name} was paid for, and {what} lies in {kept.kept}, out of reach (run the same job there)"
+    if any(each.cost_usd for each in attempts):
+        return f"{job.name} was paid for, and there was nothing in the answer"
+    if any(each.possibly_billed is not False for each in attempts):
+        return f"an earlier request for {job.name} may have been billed, and no picture came of it"
+    return None

@@ -4,6 +4,9 @@ archive holds it. Each archive has an outbox of its own, as it has records of it
 A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
 `{fingerprint}.{run}.part`. Where the system can do it, space for an answer is taken before the request is sent, so that
 a full disk costs nothing.
+
+An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as it came, for
+nobody's eyes but the user's, since a link in it may be signed; what its headers told is in the same name and `.json`.
 """
 
 from __future__ import annotations
@@ -13,24 +16,30 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import count
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_segmind.errors import ApiError, OutboxError
-from prefect_segmind.image import BrokenPicture, read_picture
-from prefect_segmind.record import Attempt, PaidPicture
+from prefect_segmind.image import BrokenPicture, Picture, picture_of, read_picture
+from prefect_segmind.record import Answered, Attempt, PaidPicture
+from prefect_segmind.response import Link, picture_or_link
 from prefect_segmind.store import sync
 
 RESERVED_BYTES = 8 << 20
 """Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
-_NO_PICTURES = (".json", ".facts", ".part")
+_NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
+_KEPT = (".answer", ".answer.json")
+
+Reader = Callable[[Path, Path], Picture]
+"""Finds the picture in the body of a 200, the first file, and writes it to the second where the body is not it."""
 
 
 class OutboxEntry(BaseModel):
@@ -74,16 +83,17 @@ class Outbox:
     def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
         """Yields the file for an answer that is about to be asked for, its space taken.
 
-        It is removed where the API has answered without a picture. After anything else, an interrupt for example, what
-        has arrived stays: it may be a picture, and paid for.
+        It is removed where the API has answered with an error, or its answer was cut. After anything else, an interrupt
+        for example, what has arrived stays: it may be a picture, and paid for. Nobody else can read it.
 
         Raises:
             OutboxError: The space cannot be taken. Nothing was paid.
         """
         self.check()
-        part = self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
+        part = self._part(fingerprint, run)
         try:
             with part.open("wb") as file:
+                part.chmod(0o600)
                 _reserve(file.fileno())
         except OSError as error:
             with suppress(OSError):
@@ -92,7 +102,7 @@ class Outbox:
         try:
             yield part
         except BaseException as error:
-            if isinstance(error, ApiError) or not _arrived(part):
+            if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
                 part.unlink(missing_ok=True)
             raise
         part.unlink(missing_ok=True)
@@ -124,6 +134,117 @@ class Outbox:
             facts.replace(path.with_suffix(".json"))
         return path
 
+    def keep_answer(self, part: Path, answered: Answered) -> Path | None:
+        """Keeps the body of a 200 that could not be read as a picture, for good: no other answer replaces it.
+
+        Args:
+            part: The body as it came; beside it, with the suffix `.found`, may lie what a link in it has led to.
+            answered: What the headers told.
+
+        Returns:
+            Where it lies now; None where there was nothing in it.
+
+        Raises:
+            OutboxError: The disk failed; the body lies in `part`.
+        """
+        found = part.with_suffix(".found")
+        try:
+            if found.exists():
+                self._set_aside(found, answered)
+            return self._set_aside(part, answered)
+        except OSError as error:
+            raise OutboxError(
+                f"outbox: {part} holds an answer that was paid for and could not be made durable: {error.strerror}",
+                status=200,
+            ) from error
+
+    def _set_aside(self, file: Path, answered: Answered) -> Path | None:
+        if not file.stat().st_size:
+            file.unlink()
+            return None
+        file.chmod(0o600)
+        sync(file)
+        for number in count(1):
+            path = file.with_suffix(f".{number}.answer")
+            try:
+                os.link(file, path)  # which never replaces anything
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                if path.exists():
+                    continue
+                file.rename(path)
+            break
+        file.unlink(missing_ok=True)
+        sync(self.folder)
+        with suppress(OSError):  # the answer is safe, and read without its facts too
+            facts = _facts_path(path)
+            facts.touch(0o600)
+            facts.write_text(answered.model_dump_json(indent=2), encoding="utf-8")
+        return path
+
+    def answers(self, fingerprint: str) -> list[Path]:
+        """The answers for a job that were paid for and could not be read as a picture.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        return sorted(each for each in self._listed(fingerprint) if each.suffix == ".answer")
+
+    def read_again(
+        self, fingerprint: str, run: str, read: Reader, *, seed: int, list_price_usd: Decimal
+    ) -> tuple[Path, OutboxEntry] | None:
+        """The picture in an answer that could not be read when it came, made durable; None where it still cannot.
+
+        So can what a run had received whole when it was interrupted.
+
+        Args:
+            fingerprint: Of the job.
+            run: Identifies the run that reads.
+            read: Does it.
+            seed: The job's.
+            list_price_usd: What an answer is taken to have cost whose headers were not noted.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        found = self._part(fingerprint, run).with_suffix(".found")
+        received = [each for each in self._listed(fingerprint) if each.suffix == ".part" and _arrived(each)]
+        for body in (*self.answers(fingerprint), *received):
+            try:
+                found.unlink(missing_ok=True)
+                picture = read(body, found)
+            except ApiError:
+                self._keep_found(found, body)
+                continue
+            except FileNotFoundError:
+                continue  # another run has read it meanwhile
+            except OSError as error:
+                raise self._unusable(f"{body.name} cannot be read: {error.strerror}") from error
+            answered = _facts_of(body) or Answered(
+                cost_usd=list_price_usd,
+                cost_source="list price",
+                at=datetime.fromtimestamp(body.stat().st_mtime, UTC),
+            )
+            entry = OutboxEntry(paid=answered.brought(picture, seed))
+            path = self.keep(fingerprint, found if found.exists() else body, entry)
+            for each in (body, _facts_path(body)):
+                with suppress(OSError):
+                    each.unlink()
+            return path, entry
+        return None
+
+    def _keep_found(self, found: Path, body: Path) -> None:
+        """Keeps what a link has led to, unless the same lies there already: the link may not live as long."""
+        with suppress(OSError):
+            new = found.read_bytes()
+            known = _facts_of(body)
+            same = any(each.read_bytes() == new for each in self.answers(found.name.partition(".")[0]))
+            if same or known is None:
+                found.unlink()
+            else:
+                self._set_aside(found, known)
+
     def find(
         self, fingerprint: str, *, seed: int, list_price_usd: Decimal, unfinished: bool
     ) -> tuple[Path, OutboxEntry] | None:
@@ -141,10 +262,7 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
-        try:
-            files = self._files(fingerprint)
-        except OSError as error:
-            raise self._unusable(f"it cannot be read: {error.strerror}") from error
+        files = self._listed(fingerprint)
         paths = [each for each in files if each.suffix not in _NO_PICTURES]
         # Answers that may have arrived whole when their run died: cut to their length, no longer as reserved.
         received = [each for each in files if unfinished and each.suffix == ".part" and _arrived(each)]
@@ -189,12 +307,42 @@ class Outbox:
             if each.suffix not in _NO_PICTURES or (each.suffix == ".part" and _arrived(each))
         }
 
+    def unread(self) -> set[str]:
+        """The fingerprints of jobs of which answers lie here that could not be read as a picture."""
+        if not self.folder.is_dir():
+            return set()
+        return {each.name.partition(".")[0] for each in self.folder.iterdir() if each.suffix == ".answer"}
+
+    def is_readable(self, fingerprint: str) -> bool:
+        """Whether one of these answers of a job holds a picture that can be read now, links aside."""
+        for body in self.answers(fingerprint):
+            with suppress(OSError, ApiError, BrokenPicture):
+                data = body.read_bytes()
+                held = picture_or_link(data)
+                if not isinstance(held, Link):
+                    picture_of(data if held is None else held)
+                    return True
+        return False
+
     def remove(self, fingerprint: str) -> None:
-        """Empties the outbox of a picture that the archive holds; what cannot be removed does no harm."""
+        """Empties the outbox of a picture that the archive holds; what cannot be removed does no harm.
+
+        Answers of which no picture came stay: they were paid for, and what they are worth only a person can tell.
+        """
         with suppress(OSError):
             for path in self._files(fingerprint):
-                with suppress(OSError):
-                    path.unlink()
+                if not path.name.endswith(_KEPT):
+                    with suppress(OSError):
+                        path.unlink()
+
+    def _part(self, fingerprint: str, run: str) -> Path:
+        return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
+
+    def _listed(self, fingerprint: str) -> list[Path]:
+        try:
+            return self._files(fingerprint)
+        except OSError as error:
+            raise self._unusable(f"it cannot be read: {error.strerror}") from error
 
     def _files(self, fingerprint: str) -> list[Path]:
         """All files of a picture. `glob` would find none in a folder that may not be read."""
@@ -211,6 +359,17 @@ class Outbox:
 def _arrived(part: Path) -> bool:
     """Whether an answer may be whole: the file was cut to its length and is no longer as it was reserved."""
     return part.is_file() and part.stat().st_size not in (0, RESERVED_BYTES)
+
+
+def _facts_path(body: Path) -> Path:
+    return body.with_suffix(".answer.json")
+
+
+def _facts_of(body: Path) -> Answered | None:
+    """What the headers of a kept answer told."""
+    with suppress(OSError, ValidationError):
+        return Answered.model_validate_json(_facts_path(body).read_bytes())
+    return None
 
 
 def _reserve(descriptor: int) -> None:

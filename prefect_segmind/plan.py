@@ -78,6 +78,9 @@ class PlannedJob(BaseModel):
         return f"{self.name}: {self.needs}{more}"
 
 
+_KEPT_ANSWER = "paid for before; the answer is kept in the outbox, and read again before anything is paid"
+
+
 class Plan(BaseModel):
     """What a run of a batch is going to do and to cost.
 
@@ -215,7 +218,11 @@ def make_plan(
         for each in entries:
             if isinstance(each, ValidatedJob) and each.fingerprint in done and each.place in survey.places:
                 in_place.add(each.place)
-    verdicts = dict(_verdicts(wanted, survey, kept, archive, on_unknown, flow_runs))
+    unread = outbox.unread() & wanted.keys() - survey.archived - kept
+    kept |= {each for each in unread if outbox.is_readable(each)}
+    if unread := unread - kept:  # no link is followed here: what it would cost to pay again is in the plan
+        warnings[_KEPT_ANSWER] += sum(wanted[each] for each in unread)
+    verdicts = dict(_verdicts(wanted, survey, kept, unread, archive, on_unknown, flow_runs))
     for fingerprint, need in verdicts.items():
         needs[need] += 1
         # Whatever else wants the same picture finds it archived.
@@ -325,6 +332,7 @@ def _verdicts(
     wanted: Counter[str],
     survey: Survey,
     kept: set[str],
+    unread: set[str],
     archive: Archive,
     on_unknown: OnUnknown,
     flow_runs: FlowRuns,
@@ -340,10 +348,14 @@ def _verdicts(
             in_outbox=fingerprint in kept and not held_beside(archive, found, ""),
             held_elsewhere=held_elsewhere(archive, found, ""),
             on_unknown=on_unknown,
+            unreadable=fingerprint in unread,
         )
         return fingerprint, need
 
     yield from ((each, Verdict.REUSE) for each in archived)
-    yield from ((each, Verdict.RECOVER if each in kept else Verdict.PAY) for each in wanted if each not in recorded)
+    for each in wanted:
+        if each not in recorded:
+            refused = each in unread and on_unknown == "fail"
+            yield each, Verdict.RECOVER if each in kept else Verdict.REFUSE if refused else Verdict.PAY
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
         yield from pool.map(look, recorded - archived)

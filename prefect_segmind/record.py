@@ -9,9 +9,12 @@ from __future__ import annotations
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+if TYPE_CHECKING:
+    from prefect_segmind.image import Picture
 
 OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
@@ -38,9 +41,10 @@ class Attempt(BaseModel):
         wait_seconds: Seconds waited before the next one; None if none followed.
         possibly_billed: Whether it may have been paid though no picture came of it; None while no outcome is known.
         reported_by: The run whose report counts it as possibly billed.
-        kept: Where the picture that it brought lies until it is archived: host and path of an outbox.
+        kept: Where the picture that it brought lies until it is archived: host and path of an outbox. Where there is a
+            reason, it is the body of a 200 that could not be read as a picture.
         flow_runs: The flow run that it was sent in.
-        cost_usd: What it was paid with for certain; None while nothing is known.
+        cost_usd: What a 200 has cost, read to its end; None where there was no such answer.
     """
 
     model_config = _MODEL
@@ -126,6 +130,50 @@ class PaidPicture(BaseModel):
     notices: tuple[str, ...] = ()
 
 
+class Answered(BaseModel):
+    """What the headers of a 200 tell, and when it had been read to its end.
+
+    Attributes:
+        cost_usd: By `x-cost`, or the list price.
+        cost_source: Which of them.
+        seed: By `x-seed-value`, where the answer names one.
+        content_type: As the answer claims, without parameters.
+        request_id: The provider's.
+        at: When it had been read, UTC.
+    """
+
+    model_config = _MODEL
+
+    cost_usd: Decimal
+    cost_source: Literal["x-cost", "list price"]
+    seed: int | None = None
+    content_type: str = ""
+    request_id: str | None = None
+    at: datetime
+
+    def brought(self, picture: Picture, seed: int | None) -> PaidPicture:
+        """The facts of the picture that the answer has turned out to hold.
+
+        Args:
+            picture: It.
+            seed: The one that was asked for.
+        """
+        notices = []
+        if None not in (self.seed, seed) and self.seed != seed:
+            notices.append(f"the provider reports seed {self.seed} where {seed} was asked for")
+        if self.content_type.startswith("image/") and self.content_type != picture.content_type:
+            notices.append(f"the provider called the picture {self.content_type}; it is {picture.content_type}")
+        return PaidPicture(
+            **picture.model_dump(),
+            seed=seed or 0 if self.seed is None else self.seed,
+            cost_usd=self.cost_usd,
+            cost_source=self.cost_source,
+            request_id=self.request_id,
+            paid_at=self.at,
+            notices=tuple(notices),
+        )
+
+
 class Record(BaseModel):
     """What the archive remembers of one picture.
 
@@ -156,8 +204,11 @@ class Record(BaseModel):
         return self
 
     def outcome_unknown(self, run: Run) -> bool:
-        """Whether another run may have paid for a picture that is not at hand here."""
-        return any(not run.owns(each) and (each.kept or each.possibly_billed is not False) for each in self.attempts)
+        """Whether another run has paid, or may have, for a picture that is not at hand here."""
+        return any(
+            not run.owns(each) and (each.kept or each.cost_usd or each.possibly_billed is not False)
+            for each in self.attempts
+        )
 
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
@@ -296,7 +347,13 @@ UNKNOWN_RETRIES = 1
 
 
 def verdict(
-    record: Record | None, *, run: Run, in_outbox: bool, held_elsewhere: bool, on_unknown: OnUnknown
+    record: Record | None,
+    *,
+    run: Run,
+    in_outbox: bool,
+    held_elsewhere: bool,
+    on_unknown: OnUnknown,
+    unreadable: bool = False,
 ) -> Verdict:
     """Decides whether a job is to be paid for. Pure: the caller has read the record and the outbox.
 
@@ -305,7 +362,8 @@ def verdict(
         run: The run that asks.
         in_outbox: Whether the paid picture is on this machine's disk, and no run that lives on it is to archive it.
         held_elsewhere: Whether another run that lives holds the claim.
-        on_unknown: The policy for a request that may have been paid.
+        on_unknown: The policy for a request that may have been paid, or was, though there is no picture of it.
+        unreadable: Whether an answer is kept on this machine's disk that was paid for and cannot be read.
 
     Example:
         >>> verdict(None, run=Run("a"), in_outbox=False, held_elsewhere=False, on_unknown="repay").value
@@ -315,14 +373,14 @@ def verdict(
         return Verdict.REUSE
     if in_outbox:
         return Verdict.RECOVER
+    if record is not None and held_elsewhere:
+        return Verdict.WAIT
+    if on_unknown == "fail" and (unreadable or (record is not None and record.outcome_unknown(run))):
+        return Verdict.REFUSE
     if record is None:
         return Verdict.PAY
-    if held_elsewhere:
-        return Verdict.WAIT
-    if on_unknown == "fail" and record.outcome_unknown(run):
-        return Verdict.REFUSE
     # Of this very run it is decided after each request; here of the others that count as its flow run's.
-    own = sum(
-        1 for each in record.attempts if each.run != run.id and run.owns(each) and each.possibly_billed is not False
-    )
-    return Verdict.REFUSE if own > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY
+    own = [each for each in record.attempts if each.run != run.id and run.owns(each)]
+    unknown = sum(1 for each in own if each.possibly_billed is not False)
+    spent = any(each.cost_usd and each.reason for each in own)  # for what is no picture: another would be the same
+    return Verdict.REFUSE if spent or unknown > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY

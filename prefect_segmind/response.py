@@ -7,14 +7,14 @@ documentation and its own SDK show are read. Pure: the bytes come from `client`.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import unquote
 
 from prefect_segmind.errors import (
     ADVICE,
@@ -152,61 +152,87 @@ class Link:
 
 
 def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
-    """Looks into a 200 that may be JSON.
+    """Looks into a 200 that may be JSON, or the text of a link or of a data URI.
 
     Args:
         body: The whole body.
         secret: The API key, which no message must hold.
 
     Returns:
-        The picture's bytes where it holds base64, a link where it holds a URL, None where it is no JSON at all.
+        The picture's bytes where it holds base64, a link where it holds a URL, None where it is none of these at all.
 
     Raises:
         UnsafeImageError: It says `is_image_safe: false` and holds no picture.
         NotAnImageError: It is JSON without a picture in it.
     """
-    if body.lstrip(SPACE)[:1] not in (b"{", b"[", b'"'):
+    start = body[:64].lstrip(SPACE)
+    if re.match(rb"(?i)https?://|data:image/", start):
+        text = body.decode("utf-8-sig", "replace").strip()
+        return _decoded(text) if re.fullmatch(r"(?is)https?://\S+|data:image/.*", text) else None
+    if start[:1] not in (b"{", b"[", b'"'):
         return None
     try:
-        value, unsafe = _find_picture(json.loads(body))
+        parsed = json.loads(body)
+        values = list(_values(parsed))
+        unsafe = _is_unsafe(parsed)
     except (ValueError, RecursionError):
         return None
-    if value is None and unsafe:
+    if not values and unsafe:
         raise UnsafeImageError(
             "the API answered 200 and says the picture is not safe, without a picture (change the prompt or the image)",
             status=200,
-            possibly_billed=True,
         )
-    if value is None:
+    if not values:
         raise NotAnImageError(
-            f"the API answered 200 with JSON that holds no picture: {error_text(body, secret)}",
-            status=200,
-            possibly_billed=True,
+            f"the API answered 200 with JSON that holds no picture: {error_text(body, secret)}", status=200
         )
-    if re.match(r"(?i)https?://", value):
-        return Link(value)
-    coded = "".join(re.sub(r"^data:[^,]*,", "", value).split()).replace("-", "+").replace("_", "/").rstrip("=")
+    # Words may stand where a picture could ("result": "success"), and some of them are base64 too.
+    found = [each for each in map(_decoded, values) if each is not None]
+    for each in found:
+        if isinstance(each, Link) or len(each) >= _SMALLEST:
+            return each
+    if found:
+        return found[0]
+    raise NotAnImageError("the API answered 200 with JSON whose picture is neither a URL nor base64", status=200)
+
+
+_SMALLEST = 32
+"""Bytes without which nothing is a picture."""
+_PICTURE_KEYS = (
+    *("image", "output", "url", "image_url", "images", "data"),
+    *("b64_json", "base64", "image_base64", "result", "outputs", "results", "image_urls", "urls"),
+)
+"""Where a picture may be in JSON, at any depth; under other keys the source image may be repeated."""
+
+
+def _values(parsed: object) -> Iterator[str]:
+    """The texts that may be a picture, in any of the known shapes."""
+    if isinstance(parsed, str) and parsed.strip():
+        yield parsed.strip()
+    elif isinstance(parsed, list):
+        for each in parsed:
+            yield from _values(each)
+    elif isinstance(parsed, dict):
+        for name in _PICTURE_KEYS:
+            yield from _values(parsed.get(name))
+
+
+def _is_unsafe(parsed: object) -> bool:
+    """Whether an answer calls its picture unsafe."""
+    if isinstance(parsed, dict):
+        inner = (parsed.get(name) for name in _PICTURE_KEYS)
+        return parsed.get("is_image_safe") is False or any(map(_is_unsafe, inner))
+    return isinstance(parsed, list) and any(map(_is_unsafe, parsed))
+
+
+def _decoded(text: str) -> bytes | Link | None:
+    """What a text is that may be a URL, a data URI or base64; None for any other."""
+    if re.match(r"(?i)https?://", text):
+        return Link(text)
+    if head := re.match(r"(?i)data:[^,]*,", text):
+        text = unquote(text[head.end() :])
+    coded = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
         return base64.b64decode(coded + "=" * (-len(coded) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise NotAnImageError(
-            "the API answered 200 with JSON whose picture is neither a URL nor base64", status=200, possibly_billed=True
-        ) from None
-
-
-def _find_picture(parsed: object) -> tuple[str | None, bool]:
-    """The first picture in any of the known shapes, and whether the answer calls it unsafe."""
-    if isinstance(parsed, str):
-        return parsed.strip() or None, False
-    if isinstance(parsed, list):
-        found = [_find_picture(each) for each in parsed]
-        return next((value for value, _ in found if value), None), any(unsafe for _, unsafe in found)
-    if not isinstance(parsed, dict):
-        return None, False
-    unsafe = parsed.get("is_image_safe") is False
-    for name in ("image", "output", "url", "image_url", "images", "data"):
-        value, inner = _find_picture(parsed.get(name))
-        unsafe = unsafe or inner
-        if value:
-            return value, unsafe
-    return None, unsafe
+    except ValueError:
+        return None

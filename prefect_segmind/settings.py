@@ -49,6 +49,7 @@ class SegmindSettings(PrefectBaseSettings):
         connect_timeout_seconds: To connect to the API.
         read_timeout_seconds: To wait for the next bytes of an answer.
         longest_wait_seconds: A rate limit that asks for a longer wait stops the job.
+        stop_after_unusable: So many paid answers in a row without a picture stop a batch; 0 for never.
         grace_seconds: What is in flight has so long to end when a batch is interrupted; a worker kills after 30.
         approve_above_usd: A batch that may cost more asks a person before it pays; nobody is asked if left out.
         approval_timeout_seconds: How long a run waits for the answer.
@@ -71,6 +72,7 @@ class SegmindSettings(PrefectBaseSettings):
     connect_timeout_seconds: float = Field(default=10.0, gt=0)
     read_timeout_seconds: float = Field(default=180.0, gt=0)
     longest_wait_seconds: float = Field(default=120.0, ge=0)
+    stop_after_unusable: int = Field(default=3, ge=0)
     grace_seconds: float = Field(default=25.0, ge=0)
     approve_above_usd: Decimal | None = Field(default=None, ge=0)
     approval_timeout_seconds: int = Field(default=43_200, ge=1)

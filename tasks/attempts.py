@@ -170,7 +170,7 @@ def _warn(name: str, error: SegmindError) -> None:
         "request %s of %s failed%s: %s; %s: %s",
         error.requests_sent,
         name,
-        " and may have been billed" if error.possibly_billed else "",
+        " and may have been billed" if error.possibly_billed else " and was paid for" if error.answered else "",
         error,
         follows,
         error.decision.reason,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import pickle
 import random
 import socket
 import ssl
@@ -237,6 +238,7 @@ class TestPictures:
 
     def test_every_form_that_the_sandbox_knows_ends_as_the_same_picture(self, sandbox: Sandbox, photo: Path) -> None:
         kinds: list[Kind] = ["image", "json_base64", "json_data_uri", "json_url", "json_images_url", "json_data_url"]
+        kinds += ["json_b64_json"]
         sandbox.play(*(Answer(kind=kind) for kind in kinds))
         job, uploaded = up_to_upload(photo, resolution="RESOLUTION_640_1024")
         found = set()
@@ -321,13 +323,29 @@ class TestAnswersWithoutAPicture:
             ),
         ],
     )
-    def test_they_have_a_class_and_count_as_possibly_billed(
+    def test_they_have_a_class_and_count_as_paid(
         self, answer: bytes, kind: type[errors.ApiError], words: str, part: Path
     ) -> None:
-        error = failure(part, answer)
+        error = failure(part, answer, list_price_usd=Decimal("0.09"))
         assert type(error) is kind
-        assert (error.status, error.possibly_billed) == (200, True)
+        assert (error.status, error.possibly_billed) == (200, False)
+        assert error.answered is not None
+        assert (error.answered.cost_usd, error.answered.cost_source) == (Decimal("0.09"), "list price")
         assert words in str(error)
+        assert part.read_bytes() == answer.partition(b"\r\n\r\n")[2], "what was paid for is there as it came"
+
+    @pytest.mark.parametrize("body", [b"<html>", b'{"data": []}', b'{"image": "bm8gcGljdHVyZQ=="}', b""])
+    def test_what_they_have_cost_is_told_where_the_answer_names_it(self, body: bytes, part: Path) -> None:
+        error = failure(part, http(body, x_cost='["0.0625"]', x_request_id="r-9", x_seed_value="4711"))
+        assert error.answered is not None
+        told = error.answered.model_dump(exclude={"at", "content_type"})
+        assert told == {"cost_usd": Decimal("0.0625"), "cost_source": "x-cost", "seed": 4711, "request_id": "r-9"}
+        assert pickle.loads(pickle.dumps(error)).answered == error.answered
+
+    def test_an_answer_that_only_says_it_is_compressed_is_read_as_it_is(self, part: Path) -> None:
+        with Wire(http(PNG, Content_Encoding="gzip")) as server:
+            assert ask(server.url, part).width == 40
+        assert part.read_bytes() == PNG
 
     def test_their_request_id_is_told_for_a_talk_with_the_provider(self, part: Path) -> None:
         for body in (b"<html>", b'{"data": []}', PNG[: len(PNG) // 2]):
@@ -337,6 +355,23 @@ class TestAnswersWithoutAPicture:
         error = failure(part, http(PNG[: len(PNG) // 2]))
         assert type(error) is errors.AnswerCutError
         assert (error.status, error.possibly_billed) == (200, True)
+        assert part.read_bytes() == PNG[: len(PNG) // 2]
+
+    @pytest.mark.skipif("AVIF" not in Image.SAVE, reason="this Pillow writes no AVIF")
+    @pytest.mark.parametrize("form", ["bytes", "base64", "link"])
+    def test_a_whole_picture_that_does_not_decode_is_not_called_cut(self, form: str, part: Path) -> None:
+        whole = encoded("AVIF")
+        start = whole.index(b"mdat") + 4
+        odd = whole[:start] + random.Random(3).randbytes(len(whole) - start)
+        with Wire(b"") as server:
+            link = http_json({"url": f"{server.url}/a.avif"})
+            coded = http_json({"image": base64.b64encode(odd).decode()})
+            server.answers = {"bytes": [http(odd)], "base64": [coded], "link": [link, http(odd)]}[form]
+            with pytest.raises(errors.NotAnImageError, match="the file is damaged") as caught:
+                ask(server.url, part)
+        assert not caught.value.possibly_billed
+        if form == "link":
+            assert part.with_suffix(".found").read_bytes() == odd, "the link may not live as long"
 
     def test_more_than_the_limit_is_not_read_to_its_end(self, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "ANSWER_LIMIT", 30_000)
@@ -344,6 +379,7 @@ class TestAnswersWithoutAPicture:
         assert type(error) is errors.NotAnImageError
         assert "more than 30,000 bytes" in str(error)
         assert error.possibly_billed
+        assert error.answered is None
         assert part.stat().st_size < 1_000_000
 
 
@@ -432,8 +468,10 @@ class TestLinks:
         with pytest.raises(errors.ResultLinkError, match="could not be followed") as caught:
             ask(server.url, part)
         assert len(server.requests) == 5
-        assert (caught.value.status, caught.value.possibly_billed, caught.value.request_id) == (200, True, "r-3")
+        assert (caught.value.status, caught.value.possibly_billed, caught.value.request_id) == (200, False, "r-3")
         assert "secret" not in str(caught.value)
+        assert json.loads(part.read_bytes()) == {"url": f"{server.url}/a.png?sig=secret"}, "the whole link stays"
+        assert not part.with_suffix(".found").exists()
 
     @pytest.mark.parametrize(
         "link", ["http://10.0.0.8/a.png", "https://169.254.169.254/latest", "http://127.0.0.1:9/a.png", "http://[::1]/"]
@@ -446,9 +484,17 @@ class TestLinks:
 
     def test_a_link_to_something_else_is_no_picture(self, server: Wire, part: Path) -> None:
         server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(b"<html>expired</html>")]
-        with pytest.raises(errors.NotAnImageError, match="expired") as caught:
+        with pytest.raises(errors.ResultLinkError, match="leads to no picture: 'expired'") as caught:
             ask(server.url, part)
-        assert caught.value.possibly_billed
+        assert not caught.value.possibly_billed
+
+    def test_a_linked_picture_that_was_cut_is_downloaded_again_and_not_paid_for_again(
+        self, server: Wire, part: Path
+    ) -> None:
+        server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(PNG[: len(PNG) // 2]), http(PNG)]
+        ask(server.url, part)
+        assert part.read_bytes() == PNG
+        assert [each.split()[0] for each in server.requests] == ["POST", "GET", "GET"]
 
     def test_a_linked_picture_has_a_limit_too(self, server: Wire, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "ANSWER_LIMIT", 1000)
@@ -482,7 +528,8 @@ class TestDisks:
             server.answers = {"bytes": [http(PNG)], "base64": [http_json(small)], "link": [link, http(PNG)]}[form]
             command = [sys.executable, "-c", IN_A_SMALL_DISK, f"{server.url}/v1", str(part)]
             said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        assert said.startswith(f"200 True outbox: {part.parent} could not take a picture that was answered")
+        # A link was read to its end, so it is known to be paid; the others were not.
+        assert said.startswith(f"200 {form != 'link'} outbox: {part.parent} could not take a picture that was answered")
         assert "File too large" in said
 
     def test_a_folder_that_is_gone_when_the_answer_comes_is_told_as_such(self, tmp_path: Path) -> None:

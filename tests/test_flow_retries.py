@@ -64,7 +64,7 @@ def test_a_flow_that_is_retried_by_a_setting_sends_one_more_request_after_one_th
 ) -> None:
     sandbox.play(*[LOST] * 12)
     retried = image_to_image.with_options(retries=3, retry_delay_seconds=0)
-    with pytest.raises(OutcomeUnknownError, match="requests of this flow run may have been billed") as ended:
+    with pytest.raises(OutcomeUnknownError, match="this flow run sends no more for it") as ended:
         retried(image=str(photo), prompt="a red mug")
     assert len(sandbox.ledger.requests) == 2
     agrees(ended.value, sandbox)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import hashlib
 import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -13,29 +18,35 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from PIL import Image
 
-from prefect_segmind import configuration, lease
+from prefect_segmind import client, configuration, lease
 from prefect_segmind.archive import Archive, RecordRead, record_key
+from prefect_segmind.download import DownloadError
 from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
     BadGatewayError,
     GatewayTimeoutError,
+    NotAnImageError,
     NotStartedError,
     OutboxError,
     OutcomeUnknownError,
     RateLimitError,
+    ResultLinkError,
     RunCancelledError,
     SegmindError,
     StoreError,
 )
 from prefect_segmind.gate import Gate
+from prefect_segmind.image import BrokenPicture
 from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
 from prefect_segmind.record import Holder, Record, Run, Sums
 from prefect_segmind.retry import RetryPolicy
@@ -752,3 +763,235 @@ def test_a_picture_that_is_archived_while_one_looks_is_reused_and_not_recovered(
     monkeypatch.setattr(Outbox, "find", slow)
     assert generate(job, uploaded, run="this run").status == "reused"
     assert sandbox.ledger.billed == 1
+
+
+def kept_answers() -> list[Path]:
+    return sorted(Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.answer"))
+
+
+def picture_bytes(format: str = "PNG") -> bytes:
+    file = BytesIO()
+    Image.linear_gradient("L").save(file, format)
+    return file.getvalue()
+
+
+def odd_answers() -> dict[str, tuple[Answer, bytes]]:
+    """Answers of a 200 that hold no picture that can be read, and their bodies."""
+    odd = b"\x00\x01\x02 no picture that anybody knows"
+    texts = {
+        "html": "<html>Welcome</html>",
+        "json of an unknown shape": '{"artifact": {"payload": "AAAA"}}',
+        "a link that leads nowhere": '{"image_url": "https://169.254.169.254/a.png?X-Amz-Signature=secret"}',
+        "an unsafe one": '{"data": [{"url": null, "is_image_safe": false}], "note": "a dove"}',
+    }
+    answers = {name: (Answer(kind="error", status=200, body=text), text.encode()) for name, text in texts.items()}
+    answers["bytes"] = (Answer(kind="not_an_image", body_base64=base64.b64encode(odd)), odd)
+    return answers
+
+
+@pytest.mark.parametrize("what", odd_answers())
+def test_what_was_paid_for_and_is_no_picture_is_kept_as_it_came_and_named(
+    sandbox: Sandbox, photo: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer, body = odd_answers()[what]
+    sandbox.play(answer)
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(NotAnImageError) as error:
+        generate(job, uploaded)
+    (kept,) = kept_answers()
+    assert kept.read_bytes() == body
+    assert str(kept) in str(error.value)
+    for each in kept.parent.iterdir():
+        assert stat.S_IMODE(each.stat().st_mode) == 0o600, f"{each} is for its user alone"
+    assert (error.value.cost_usd, error.value.possibly_billed_usd) == (sandbox.ledger.billed_usd, Decimal(0))
+    record = recorded(job.fingerprint).record
+    assert [(each.status, each.possibly_billed, each.cost_usd) for each in record.attempts] == [
+        (200, False, Decimal("0.05"))
+    ]
+    told = record.model_dump_json() + str(error.value) + caplog.text + kept.with_suffix(".answer.json").read_text()
+    assert "secret" not in told, "a signed link is in the kept answer alone"
+
+
+@pytest.mark.parametrize("what", odd_answers())
+def test_what_still_cannot_be_read_is_named_in_a_warning_before_it_is_paid_for_again(
+    sandbox: Sandbox, photo: Path, what: str
+) -> None:
+    answer, body = odd_answers()[what]
+    sandbox.play(answer, answer, Answer())
+    asked = up_to_upload(photo)
+    for number in (1, 2):
+        with pytest.raises(NotAnImageError):
+            generate(*asked)
+        assert [each.read_bytes() for each in kept_answers()] == [body] * number, "none replaces another"
+    with pytest.raises(OutcomeUnknownError) as refused:
+        generate(*asked, on_unknown="fail")
+    assert all(str(each) in str(refused.value) for each in kept_answers())
+    assert sandbox.ledger.billed == 2
+    said: list[str] = []
+    again = archive_picture(generate(*asked, said=said))
+    (warning,) = [each for each in said if each.endswith("paying again")]
+    assert all(str(each) in warning for each in kept_answers())
+    assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("generated", Decimal("0.05"), 3)
+    assert len(kept_answers()) == 2, "what was paid for and brought no picture is a person's to throw away"
+    assert walk(photo).status == "reused"
+
+
+def test_an_answer_that_another_version_can_read_is_recovered_unpaid(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = picture_bytes()
+    headers = {"x-cost": "0.0625", "x-request-id": "r-7"}
+    sandbox.play(Answer(kind="not_an_image", body_base64=base64.b64encode(body), headers=headers))
+    job, uploaded = up_to_upload(photo)
+
+    def too_new(_: Path) -> None:
+        raise BrokenPicture("is of a kind that is not read here")
+
+    with monkeypatch.context() as old:
+        old.setattr("prefect_segmind.client.read_picture", too_new)
+        with pytest.raises(NotAnImageError) as error:
+            generate(job, uploaded)
+        said: list[str] = []
+        with pytest.raises(OutcomeUnknownError):
+            generate(job, uploaded, on_unknown="fail", said=said)
+        assert any("still gives no picture" in each for each in said)
+    assert error.value.cost_usd == Decimal("0.0625")
+    again = walk(photo)
+    assert (again.status, again.cost_usd, again.attempts) == ("recovered", Decimal(0), 0)
+    assert (again.sha256, again.possibly_billed_usd) == (hashlib.sha256(body).hexdigest(), Decimal(0))
+    assert len(sandbox.ledger.requests) == 1
+    paid = recorded(job.fingerprint).record.picture
+    assert paid is not None
+    assert (paid.cost_usd, paid.request_id) == (Decimal("0.0625"), "r-7"), "what the headers told is not lost"
+    assert list(Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.*")) == []
+
+
+def test_a_link_that_works_again_is_followed_unpaid(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    asked, real = up_to_upload(photo), client.download
+
+    def down(*_: object, **__: object) -> None:
+        raise DownloadError("the network is down", retryable=True)
+
+    with monkeypatch.context() as network:
+        network.setattr("prefect_segmind.client.download", down)
+        sandbox.play(Answer(kind="json_url"))
+        with pytest.raises(ResultLinkError, match="the network is down"):
+            generate(*asked)
+    (kept,) = kept_answers()
+    assert "/v1/results/" in kept.read_text()
+    assert client.download is real
+    again = walk(photo)
+    assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal(0), 1)
+    assert kept_answers() == []
+
+
+def test_what_a_link_has_led_to_is_kept_too_for_the_link_may_not_live_as_long(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = up_to_upload(photo)
+
+    def too_new(_: Path) -> None:
+        raise BrokenPicture("is of a kind that is not read here")
+
+    with monkeypatch.context() as old:
+        old.setattr("prefect_segmind.client.read_picture", too_new)
+        sandbox.play(Answer(kind="json_url"))
+        with pytest.raises(ResultLinkError, match="leads to no picture"):
+            generate(*asked)
+        assert len(kept_answers()) == 2
+        with pytest.raises(OutcomeUnknownError):
+            generate(*asked, on_unknown="fail")
+        assert len(kept_answers()) == 2, "and once is enough"
+    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    monkeypatch.setattr("prefect_segmind.client.download", lambda *_, **__: pytest.fail("the link is dead by now"))
+    again = walk(photo)
+    assert (again.status, sandbox.ledger.billed) == ("recovered", 1)
+
+
+def test_json_that_had_arrived_whole_when_a_run_was_interrupted_is_read_again(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.client.download", interrupted)
+        sandbox.play(Answer(kind="json_url"))
+        with pytest.raises(KeyboardInterrupt):
+            generate(*up_to_upload(photo))
+    again = walk(photo)
+    assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal(0), 1)
+
+
+def test_an_answer_that_another_machine_keeps_is_named_with_the_machine(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.play(Answer(kind="html"))
+    asked = up_to_upload(photo)
+    with pytest.raises(NotAnImageError):
+        generate(*asked)
+    (kept,) = kept_answers()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another machine"))
+    with pytest.raises(OutcomeUnknownError) as refused:
+        generate(*asked, on_unknown="fail")
+    assert f"{kept} on {socket.gethostname()}" in str(refused.value)
+    said: list[str] = []
+    assert generate(*asked, said=said).status == "generated"
+    assert any(f"{kept} on {socket.gethostname()}" in each and each.endswith("paying again") for each in said)
+
+
+def test_an_empty_answer_is_paid_for_and_leaves_nothing_to_keep(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(kind="empty"))
+    asked = up_to_upload(photo)
+    with pytest.raises(NotAnImageError, match="nothing in it") as error:
+        generate(*asked)
+    assert error.value.cost_usd == Decimal("0.05")
+    assert kept_answers() == []
+    with pytest.raises(OutcomeUnknownError, match="there was nothing in the answer"):
+        generate(*asked, on_unknown="fail")
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_picture_that_ends_early_in_a_whole_answer_is_asked_for_again_and_kept(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(kind="truncated_image"))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(AnswerCutError) as cut:
+        generate(job, uploaded, run="one")
+    assert cut.value.decision
+    assert cut.value.decision.retry
+    assert (cut.value.cost_usd, cut.value.possibly_billed_usd) == (Decimal(0), Decimal("0.05"))
+    (kept,) = kept_answers()
+    assert str(kept) in str(cut.value)
+    archived = archive_picture(generate(job, uploaded, run="one"))
+    assert archived.cost_usd + archived.possibly_billed_usd == sandbox.ledger.billed_usd == Decimal("0.10")
+
+
+def test_a_run_that_has_paid_for_an_answer_without_a_picture_tells_it_in_its_sum(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(kind="html"))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(NotAnImageError):
+        generate(job, uploaded, run="one")
+    archived = archive_picture(generate(job, uploaded, run="one"))
+    assert (archived.cost_usd, archived.possibly_billed_usd) == (Decimal("0.10"), Decimal(0))
+    assert sandbox.ledger.billed_usd == Decimal("0.10")
+
+
+def test_a_disk_that_fails_under_an_answer_loses_nothing(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    sandbox.play(Answer(kind="html"))
+    said: list[str] = []
+    with monkeypatch.context() as disk:
+        disk.setattr("prefect_segmind.outbox.sync", failing)
+        with pytest.raises(NotAnImageError) as error:
+            generate(*up_to_upload(photo), said=said)
+    (part,) = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.part")
+    assert b"<html>" in part.read_bytes()
+    assert str(part) in str(error.value)
+    assert any("could not be made durable" in each for each in said)

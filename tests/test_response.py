@@ -332,6 +332,13 @@ SHAPES = {
     "after an empty one": lambda picture: {"image": "", "output": None, "url": picture},
     "a list": lambda picture: [{"url": picture}],
     "a string": lambda picture: picture,
+    "data[].b64_json": lambda picture: {"created": 1, "data": [{"b64_json": picture, "revised_prompt": "a mug"}]},
+    "output[]": lambda picture: {"status": "COMPLETED", "output": [picture, picture]},
+    "result": lambda picture: {"result": picture},
+    "result in words, and a picture": lambda picture: {"result": "success", "results": [{"base64": picture}]},
+    "an image in words, and a picture": lambda picture: {"image": "done", "output": "ok", "url": picture},
+    "nested in data": lambda picture: {"data": {"images": [{"url": picture}]}},
+    "nested in result": lambda picture: {"code": 0, "result": {"images": [picture]}},
 }
 FORMS = {
     "link": (LINK, Link(LINK)),
@@ -404,10 +411,10 @@ def test_what_is_no_json_at_all_is_left_to_others(body):
         [{"is_image_safe": False}],
     ],
 )
-def test_an_unsafe_picture_is_an_error_of_its_own_and_may_be_billed(found):
+def test_an_unsafe_picture_is_an_error_of_its_own(found):
     with pytest.raises(UnsafeImageError, match="the picture is not safe") as caught:
         picture_or_link(json.dumps(found).encode())
-    assert (caught.value.status, caught.value.possibly_billed) == (200, True)
+    assert (caught.value.status, caught.value.possibly_billed) == (200, False), "what is read whole is paid for"
 
 
 def test_a_picture_that_came_all_the_same_is_kept_whatever_is_said_about_it():
@@ -434,12 +441,43 @@ def test_a_picture_that_came_all_the_same_is_kept_whatever_is_said_about_it():
         ("data:image/png;base64,???", "neither a URL nor base64"),
     ],
 )
-def test_json_without_a_picture_is_an_error_and_may_be_billed(found, words):
+def test_json_without_a_picture_is_an_error(found, words):
     with pytest.raises(NotAnImageError) as caught:
         picture_or_link(json.dumps(found).encode())
     assert words in str(caught.value)
     assert type(caught.value) is NotAnImageError
-    assert (caught.value.status, caught.value.possibly_billed) == (200, True)
+    assert (caught.value.status, caught.value.possibly_billed) == (200, False), "what is read whole is paid for"
+
+
+KEYS = st.sampled_from(["image", "output", "url", "image_url", "images", "data", "b64_json", "result"])
+BESIDE = st.dictionaries(
+    st.sampled_from(["image", "result", "status", "message", "seed", "input"]),
+    st.none() | st.integers() | st.sampled_from(["", "success", "done", {}, [], {"url": None}]),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([*FORMS]),
+    st.lists(st.tuples(st.none() | KEYS, BESIDE), max_size=5),
+)
+def test_any_nesting_of_known_keys_leads_to_the_picture_whatever_words_stand_beside_it(form, levels):
+    value, found = FORMS[form]
+    for key, beside in levels:
+        value = [None, value] if key is None else {**beside, key: value}
+    assert picture_or_link(json.dumps(value).encode()) == found
+
+
+def test_the_source_image_that_an_answer_repeats_is_not_taken_for_the_picture():
+    echoed = {"input": {"image": LINK}, "image_file": LINK, "status": "QUEUED"}
+    with pytest.raises(NotAnImageError, match="holds no picture"):
+        picture_or_link(json.dumps(echoed).encode())
+
+
+def test_a_link_or_a_data_uri_needs_no_json_around_it():
+    assert picture_or_link(f"\ufeff{LINK}?sig=1\n".encode()) == Link(f"{LINK}?sig=1")
+    assert picture_or_link(f"data:image/png;base64,{CODED}".encode()) == PNG
+    assert picture_or_link(f"{LINK} is where it is".encode()) is None
 
 
 def test_a_key_of_another_form_is_not_shown_either():
@@ -466,6 +504,6 @@ def test_every_200_is_a_picture_a_link_something_else_or_an_error_of_ours(body):
     except NotAnImageError as error:
         found = error
     if isinstance(found, NotAnImageError):
-        assert found.possibly_billed
+        assert not found.possibly_billed
     else:
         assert found is None or isinstance(found, bytes | Link)

@@ -65,7 +65,8 @@ def without_picture(answer: Answer) -> Response:
         "not_an_image": ("These bytes are no picture.", "image/jpeg"),
         "unsafe": (json.dumps({"data": [{"url": None, "is_image_safe": False}]}), "application/json"),
     }[answer.kind]
-    return _dressed(answer, Response, usual if answer.body is None else answer.body, content_type)
+    body = usual if answer.body is None else answer.body
+    return _dressed(answer, Response, body if answer.body_base64 is None else answer.body_base64, content_type)
 
 
 def with_picture(answer: Answer, picture: bytes, link: str) -> Response:
@@ -83,6 +84,7 @@ def with_picture(answer: Answer, picture: bytes, link: str) -> Response:
         "json_url": {"image_url": link},
         "json_images_url": {"images": [{"url": link}]},
         "json_data_url": {"data": [{"url": link, "is_image_safe": True}]},
+        "json_b64_json": {"data": [{"b64_json": text}]},
     }
     if answer.kind in documents:
         return _dressed(answer, Response, json.dumps(documents[answer.kind]), "application/json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal[
     "image",
@@ -19,6 +19,7 @@ Kind = Literal[
     "json_url",
     "json_images_url",
     "json_data_url",
+    "json_b64_json",
     "unsafe",
     "error",
 ]
@@ -39,6 +40,7 @@ class Answer(BaseModel):
             the whole length, sends half of it and closes the connection; `truncated_image` is a complete answer that
             holds the first half of a picture.
         body: The text of a body without a picture, instead of the usual one.
+        body_base64: The bytes of such a body, where it is no text.
         headers: Sent with the answer; they win over the usual ones.
         reset_in: Adds `x-rate-limit-reset-at-utc`, so many seconds after the answer.
         retry_after: Adds `Retry-After` as it stands: seconds or an HTTP date.
@@ -52,6 +54,7 @@ class Answer(BaseModel):
     status: int = Field(default=200, ge=200, le=599)
     kind: Kind = "image"
     body: str | None = None
+    body_base64: Base64Bytes | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     reset_in: float | None = None
     retry_after: str | None = None
@@ -68,7 +71,7 @@ class Answer(BaseModel):
 
     @model_validator(mode="after")
     def _body_has_no_rival(self) -> Answer:
-        if self.body is not None and not self.without_picture:
+        if (self.body, self.body_base64) != (None, None) and not self.without_picture:
             raise ValueError(f"a body cannot be given for kind {self.kind!r}, whose body is made from a picture")
         return self
 
