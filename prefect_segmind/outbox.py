@@ -135,7 +135,7 @@ class Outbox:
         return path
 
     def keep_answer(self, part: Path, answered: Answered) -> Path | None:
-        """Keeps the body of a 200 that could not be read as a picture, for good: no other answer replaces it.
+        """Keeps the body of a 200 that could not be read as a picture, for good: no later one replaces it.
 
         Args:
             part: The body as it came; beside it, with the suffix `.found`, may lie what a link in it has led to.
@@ -164,18 +164,8 @@ class Outbox:
             return None
         file.chmod(0o600)
         sync(file)
-        for number in count(1):
-            path = file.with_suffix(f".{number}.answer")
-            try:
-                os.link(file, path)  # which never replaces anything
-            except FileExistsError:
-                continue
-            except OSError:  # a file system without links
-                if path.exists():
-                    continue
-                file.rename(path)
-            break
-        file.unlink(missing_ok=True)
+        path = next(path for number in count(1) if not (path := file.with_suffix(f".{number}.answer")).exists())
+        file.rename(path)
         sync(self.folder)
         with suppress(OSError):  # the answer is safe, and read without its facts too
             facts = _facts_path(path)

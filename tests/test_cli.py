@@ -142,9 +142,29 @@ def test_exit_codes_tell_the_account_from_the_money_from_the_rest(
 ) -> None:
     sandbox.play(answer)
     got, found, _ = generate(capsys, str(photo), "a red mug")
-    assert (got, found["attempts"], found["cost_usd"]) == (code, 1, "0.00")
-    assert found["possibly_billed_usd"] == ("0.05" if answer.kind == "html" else "0.00")
+    assert (got, found["attempts"], found["possibly_billed_usd"]) == (code, 1, "0.00")
+    assert found["cost_usd"] == ("0.05" if answer.kind == "html" else "0.00"), "what was answered whole is paid for"
     assert found["fingerprint"]
+
+
+def test_an_answer_that_is_no_picture_is_named_by_its_full_path_and_recovered_once_it_can_be_read(
+    sandbox: Sandbox, photo: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    link = f"{sandbox.base_url}/results/gone.jpg?X-Amz-Signature=feedbeef"
+    sandbox.play(Answer(kind="error", status=200, body=json.dumps({"image_url": link})))
+    code, found, err = generate(capsys, str(photo), "a red mug")
+    (kept,) = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.answer")
+    assert (code, found["cost_usd"], found["possibly_billed_usd"]) == (outcome.FAILED, "0.05", "0.00")
+    assert str(kept) in found["error"]
+    assert link in kept.read_text()
+    code, refused, more = generate(capsys, str(photo), "a red mug", "--on-unknown", "fail")
+    assert (code, refused["cost_usd"], sandbox.ledger.billed) == (outcome.FAILED, "0.00", 1)
+    assert str(kept) in refused["error"]
+    assert "feedbeef" not in err + more + caplog.text + json.dumps([found, refused])
+    kept.write_bytes(photo.read_bytes())  # as if the link had come to life
+    code, again, _ = generate(capsys, str(photo), "a red mug", "--on-unknown", "fail")
+    assert (code, again["status"], again["cost_usd"], again["attempts"]) == (outcome.DONE, "recovered", "0.00", 0)
+    assert sandbox.ledger.billed == 1
 
 
 def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_the_picture_is(

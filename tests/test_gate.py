@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -14,19 +15,24 @@ import pytest
 
 from prefect_segmind import gate as module
 from prefect_segmind.errors import (
+    AnswerCutError,
     BadGatewayError,
     BudgetReachedError,
     GatewayTimeoutError,
     InsufficientCreditsError,
     InvalidKeyError,
+    NotAnImageError,
     NotStartedError,
+    OutboxError,
     OverloadedError,
     RateLimitError,
     RunCancelledError,
     SegmindError,
     UnprocessableError,
+    UnusableAnswersError,
 )
 from prefect_segmind.gate import PARKED, Admission, Gate
+from prefect_segmind.record import Answered
 
 PRICE = Decimal("0.05")
 STOP = RunCancelledError("the run was cancelled")
@@ -75,6 +81,19 @@ def send(gate: Gate, error: BaseException, meanwhile: Callable[[Admission], Any]
 
 def too_many(retry_after: float) -> RateLimitError:
     return RateLimitError("too many", status=429, retry_after=retry_after)
+
+
+def unusable(cost: str = "0.05", at: float = 0.0, kind: type[SegmindError] = NotAnImageError) -> SegmindError:
+    """A 200 without a picture, read to its end so many seconds after the first."""
+    error = kind("a page of HTML", status=200, possibly_billed=kind is AnswerCutError)
+    time = datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=at)
+    error.answered = Answered(cost_usd=Decimal(cost), cost_source="x-cost", at=time)
+    return error
+
+
+def waste(gate: Gate, error: SegmindError) -> None:
+    with pytest.raises(type(error)):
+        send(gate, error, lambda admission: admission.unusable(error))
 
 
 def fail(gate: Gate, error: BaseException) -> None:
@@ -144,6 +163,67 @@ def test_a_request_that_ends_without_a_word_may_have_been_billed():
     with gate.admit(PRICE) as admission:
         admission.sent()
     assert money(gate) == (0, 0, PRICE)
+
+
+def test_an_answer_without_a_picture_is_spent_at_what_it_has_cost_and_one_that_was_cut_stays_unknown() -> None:
+    gate = Gate(budget_usd=Decimal("1.00"))
+    waste(gate, unusable("0.07"))
+    assert money(gate) == (Decimal("0.07"), 0, 0)
+    waste(gate, unusable("0.07", kind=AnswerCutError))
+    assert money(gate) == (Decimal("0.07"), 0, Decimal("0.07")), "what was reserved: the dearest answer so far"
+
+
+def test_so_many_paid_answers_in_a_row_without_a_picture_stop_the_run_and_say_why() -> None:
+    gate = Gate(stop_after_unusable=3)
+    for at in range(3):
+        assert gate.stopped is None
+        waste(gate, unusable(at=at))
+    assert isinstance(gate.stopped, UnusableAnswersError)
+    told = str(gate.stopped)
+    assert told.startswith("3 paid answers in a row held no picture, the last one: a page of HTML (")
+    assert "PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE" in told
+    with pytest.raises(NotStartedError, match="3 paid answers in a row"):
+        pay(gate)
+
+
+def test_a_picture_begins_the_row_anew_and_what_was_not_paid_neither_lengthens_nor_ends_it() -> None:
+    gate = Gate(stop_after_unusable=3)
+    for at in range(20):
+        if at % 3 == 2:
+            with gate.admit(PRICE) as admission:
+                admission.sent()
+                admission.paid(PRICE, datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=at))
+        else:
+            waste(gate, unusable(at=at))
+        fail(gate, BadGatewayError("no answer", possibly_billed=True))
+        fail(gate, AnswerCutError("cut", possibly_billed=True))
+    assert gate.stopped is None
+    waste(gate, unusable(at=30))
+    assert gate.stopped is not None
+
+
+def test_the_row_is_by_the_time_of_the_answers_and_not_of_when_they_were_judged() -> None:
+    gate = Gate(stop_after_unusable=3)
+    waste(gate, unusable(at=1))
+    waste(gate, unusable(at=3))
+    with gate.admit(PRICE) as admission:
+        admission.sent()
+        admission.paid(PRICE, datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=2))
+    waste(gate, unusable(at=0))  # its link was followed for a while
+    waste(gate, unusable(at=4))
+    assert gate.stopped is None
+    waste(gate, unusable(at=5))
+    assert gate.stopped is not None
+
+
+def test_neither_a_single_job_nor_a_run_that_says_never_is_stopped_and_a_full_disk_does_not_count() -> None:
+    for gate in (Gate(), Gate(stop_after_unusable=0)):
+        for at in range(9):
+            waste(gate, unusable(at=at))
+        assert gate.stopped is None
+    gate = Gate(stop_after_unusable=1)
+    waste(gate, unusable(kind=OutboxError))
+    assert (gate.stopped, gate.budget.spent_usd) == (None, PRICE)
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), BadGatewayError("…", possibly_billed=True)])

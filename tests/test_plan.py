@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -145,6 +147,28 @@ def test_a_picture_in_the_outbox_is_recovered(house: House) -> None:
     (house.outbox.folder / f"{house.fingerprint(101)}.facts").write_bytes(b"{}")
     plan, _ = house.plan(house.job(100), house.job(101))
     assert counts(plan) == {"recover": 1, "generate": 1}
+
+
+def test_a_kept_answer_is_recovered_where_it_can_be_read_now_and_planned_as_a_payment_where_it_cannot(
+    house: House,
+) -> None:
+    house.outbox.folder.mkdir()
+    data = house.photo.read_bytes()
+    bodies = {
+        100: data,
+        101: json.dumps({"data": [{"b64_json": base64.b64encode(data).decode()}]}).encode(),
+        102: b'{"image_url": "https://cdn.example/a.png?sig=secret"}',
+        103: b"<html>",
+        104: data,
+    }
+    for seed, body in bodies.items():
+        (house.outbox.folder / f"{house.fingerprint(seed)}.{'ab' * 8}.1.answer").write_bytes(body)
+    house.done(104)
+    jobs = [house.job(seed) for seed in bodies]
+    plan, _ = house.plan(*jobs)
+    assert counts(plan) == {"recover": 2, "generate": 2, "reuse": 1}
+    assert [count for warning, count in plan.warnings if "read again before anything is paid" in warning] == [2]
+    assert counts(house.plan(*jobs, on_unknown="fail")[0]) == {"recover": 2, "fail": 2, "reuse": 1}
 
 
 def test_a_picture_that_a_living_run_pays_for_is_waited_for_and_one_of_a_dead_run_is_paid(house: House) -> None:

@@ -66,6 +66,9 @@ CAUSES: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
     "half a body": playing(Answer(kind="half_body")),
     "HTML with 200": playing(Answer(kind="html")),
     "image that is no image": playing(Answer(kind="not_an_image")),
+    "link to a picture that cannot be followed": playing(
+        Answer(kind="error", status=200, body='{"url": "https://127.0.0.1/a.png?sig=secret"}')
+    ),
     "S3 down before the request": setting("AWS_ENDPOINT_URL_S3", CLOSED),
     "S3 down after the answer": s3_down_after_the_answer,
     "disk full in the outbox": setting("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX_MIN_FREE_BYTES", str(10**18)),

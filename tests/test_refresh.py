@@ -446,6 +446,53 @@ def test_a_run_that_breaks_tells_what_it_has_paid(
     assert (told.generated, told.cost_usd) == (3, Decimal("0.15"))
 
 
+def test_a_batch_stops_where_answer_after_answer_is_paid_for_and_holds_no_picture(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    sandbox.play(*[Answer(kind="html")] * 30)
+    with pytest.raises(BatchError) as error:
+        refresh_assets(campaign(30), max_concurrency=2, fail_run_on_failures=False)
+    result = error.value.result
+    assert outcome.exit_code(error.value) == outcome.FAILED
+    assert 3 <= result.failed <= 3 + 1, "what was in flight goes on"
+    assert (result.generated, result.failed + result.not_started) == (0, 30)
+    assert (result.cost_usd, result.possibly_billed_usd) == (sandbox.ledger.billed_usd, Decimal(0))
+    assert result.stopped is not None
+    assert "paid answers in a row held no picture" in result.stopped
+    assert "what was answered is kept in" in result.stopped
+    agrees(result, sandbox)
+
+
+def test_a_picture_now_and_then_keeps_a_batch_going_and_so_does_the_setting(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = Answer(kind="html"), Answer()
+    sandbox.play(bad, bad, good, bad, bad, good)
+    result = run(campaign(6), max_concurrency=1, requests_per_minute=600)
+    assert (result.generated, result.failed, result.stopped) == (2, 4, None)
+    assert result.cost_usd == sandbox.ledger.billed_usd == Decimal("0.30")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE", "0")
+    sandbox.play(*[bad] * 4)
+    again = run(campaign(6), max_concurrency=1)
+    assert (again.reused, again.failed, again.stopped) == (2, 4, None)
+    assert again.cost_usd == Decimal("0.20")
+
+
+def test_a_batch_recovers_what_was_answered_before_and_could_not_be_read_then(
+    sandbox: Sandbox, campaign: Callable[..., str], photo: Path
+) -> None:
+    sandbox.play(*[Answer(kind="html")] * 2)
+    first = run(campaign(2))
+    assert (first.failed, first.cost_usd) == (2, Decimal("0.10"))
+    one, _ = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.answer")
+    one.write_bytes(photo.read_bytes())  # as if it could be read by now
+    planned = run(campaign(2), dry_run=True)
+    assert (planned.recovered, planned.generated, planned.planned_usd) == (1, 1, Decimal("0.05"))
+    second = run(campaign(2))
+    assert (second.recovered, second.generated, second.cost_usd) == (1, 1, Decimal("0.05"))
+    assert sandbox.ledger.billed == 3
+
+
 def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: Path) -> None:
     planned = Plan(total=3, generate=3, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
     jobs = [Job(name=str(n), image="a.jpg", prompt="x") for n in range(3)]
