@@ -49,7 +49,7 @@ def dispatch(entries: Iterable[Job | ValidatedJob], gate: Gate, tally: Tally, gr
     with _watched(gate, tally):
         try:
             for entry in entries:
-                if not gate.enter():
+                if not gate.enter(entry.name):
                     break
                 tally.start(entry)
                 _PATIENT.submit(entry).add_done_callback(partial(_end, entry, gate, tally))
@@ -72,7 +72,7 @@ def _end(entry: Job | ValidatedJob, gate: Gate, tally: Tally, future: PrefectFut
     try:
         tally.end(entry, outcome)
     finally:
-        gate.leave()
+        gate.leave(entry.name)
 
 
 @contextmanager

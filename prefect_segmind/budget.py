@@ -15,7 +15,7 @@ class Fit(Enum):
     """Whether a budget has room for a price."""
 
     NOW = "it fits beside all that is spent and in flight"
-    LATER = "it fits if what is in flight turns out not to be billed"
+    LATER = "it fits if what is in flight, or kept for others, turns out not to be billed"
     NEVER = "what is spent, or may have been, leaves too little: this is final"
 
 
@@ -63,14 +63,19 @@ class Budget:
         """What to reserve for a request, in USD: the list price, or the dearest answer so far where that cost more."""
         return max(list_price, self._dearest)
 
-    def fit(self, price: Decimal) -> Fit:
-        """Whether there is room for a price in USD."""
+    def fit(self, price: Decimal, kept: Decimal = Decimal(0)) -> Fit:
+        """Whether there is room for a price.
+
+        Args:
+            price: Of the next request, in USD.
+            kept: USD that are kept for others, who come first and may yet need them or not.
+        """
         if self.limit_usd is None:
             return Fit.NOW
         left = self.limit_usd - self.spent_usd - self.unknown_usd
         if price > left:
             return Fit.NEVER
-        return Fit.NOW if price <= left - self.in_flight_usd else Fit.LATER
+        return Fit.NOW if price <= left - self.in_flight_usd - kept else Fit.LATER
 
     def reserve(self, price: Decimal) -> None:
         """Sets a price in USD aside for a request that is about to be sent.

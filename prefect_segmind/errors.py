@@ -159,7 +159,7 @@ class UnusableAnswersError(SegmindError):
 
 
 class RunCancelledError(SegmindError):
-    """Somebody or something has ended the run: Ctrl-C, SIGTERM, a cancellation in Prefect."""
+    """Somebody or something has ended the run: Ctrl-C, SIGTERM, SIGHUP, a cancellation in Prefect."""
 
 
 class NotStartedError(SegmindError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -41,8 +41,9 @@ def _silence(_line: str) -> None:
 class Admission:
     """The leave to send one request. Made by `Gate.admit` only."""
 
-    def __init__(self, gate: Gate, ticket: int, reserved_usd: Decimal) -> None:
+    def __init__(self, gate: Gate, asset: str, ticket: int, reserved_usd: Decimal) -> None:
         self._gate = gate
+        self.asset = asset
         self.ticket = ticket
         self.reserved_usd = reserved_usd
         self.is_sent = False
@@ -82,6 +83,10 @@ class Gate:
     The first reason to stop wins: the budget is reached, the account is refused, the provider asks for a longer wait
     than is allowed, answers that are paid for hold no pictures, or somebody calls `stop`. What is under way then goes
     on undisturbed; what waits is told.
+
+    Assets go in the order in which they were begun. Where a budget has not room for all, nobody is let in on money that
+    an asset begun earlier may still need: one that is uploading, or that waits for a retry after a request that was not
+    billed. What a request may have cost is that asset's share; a second one for it is paid from what is left.
 
     Args:
         max_concurrency: Requests under way at once, at most.
@@ -127,13 +132,16 @@ class Gate:
         self._say = say
         # One lock for everything, and a condition of its own for all that wait for the same: no needless waking.
         self._lock = threading.RLock()
-        self._queue: deque[threading.Condition] = deque()  # who waits for admission; the first comes first
+        self._queue: list[tuple[int, threading.Condition]] = []  # who waits for admission, by number of the asset
         self._room = threading.Condition(self._lock)
         self._stopping = threading.Condition(self._lock)
         self._stopped: SegmindError | None = None
         self._admitted = 0
         self._in_flight = 0
         self._entered = 0
+        self._begun = 0
+        self._numbers: dict[str, int] = {}  # of the assets under way
+        self._may_pay: set[int] = set()  # numbers of those for which money is kept
         self._parked = 0
         self._held_until = -math.inf
 
@@ -151,11 +159,11 @@ class Gate:
         """Lets nothing new go: all that wait are told at once, what is under way goes on. The first error wins."""
         with self._lock:
             self._stopped = self._stopped or error
-            for waiting in (*self._queue, self._room, self._stopping):
+            for waiting in (*(turn for _, turn in self._queue), self._room, self._stopping):
                 waiting.notify_all()
 
     @contextmanager
-    def admit(self, price_usd: Decimal) -> Iterator[Admission]:
+    def admit(self, price_usd: Decimal, asset: str = "") -> Iterator[Admission]:
         """Waits until one more request may go, and takes down what becomes of it.
 
         Left before `Admission.sent`, it is as if it had never been. Otherwise the request counts as paid once
@@ -164,11 +172,12 @@ class Gate:
 
         Args:
             price_usd: The list price; the dearest answer of the run is reserved where that is more.
+            asset: For whom, as `enter` was told; one that was never begun goes before all others.
 
         Raises:
             NotStartedError: The run is stopped; the cause says by what.
         """
-        admission = self._let_in(price_usd)
+        admission = self._let_in(price_usd, asset)
         error: BaseException | None = None
         try:
             yield admission
@@ -178,8 +187,11 @@ class Gate:
         finally:
             self._let_out(admission, error)
 
-    def enter(self) -> bool:
+    def enter(self, asset: str = "") -> bool:
         """Waits until one more asset may be begun.
+
+        Args:
+            asset: Its name, which no other asset under way has; without one it has no place in the order.
 
         Returns:
             False, at once, when the run is stopped: nothing more is to be begun.
@@ -189,31 +201,38 @@ class Gate:
             if self._stopped:
                 return False
             self._entered += 1
+            if asset:
+                self._numbers[asset] = self._begun
+                self._may_pay.add(self._begun)
+                self._begun += 1
             return True
 
-    def leave(self) -> None:
+    def leave(self, asset: str = "") -> None:
         """Says that an asset that was begun has ended."""
         with self._lock:
-            self._entered -= 1
-            self._room.notify_all()
+            self._keep_money(asset, False)
+            self._numbers.pop(asset, None)
+            self._give_place()
 
     @contextmanager
-    def parked(self) -> Iterator[None]:
-        """Gives an asset's place to another while it waits for something that is not ours.
+    def parked(self, asset: str = "") -> Iterator[None]:
+        """Gives an asset's place to another while it waits for something that is not ours, and keeps no money for it.
 
         Afterwards it goes on at once, even if the window is full. Not more than `PARKED` do so at a time; one more
         keeps its place.
         """
         with self._lock:
+            self._keep_money(asset, False)
             gives = self._parked < PARKED
             if gives:
                 self._parked += 1
-                self.leave()
+                self._give_place()
         try:
             yield
         finally:
-            if gives:
-                with self._lock:
+            with self._lock:
+                self._keep_money(asset, True)
+                if gives:
                     self._parked -= 1
                     self._entered += 1
 
@@ -231,18 +250,34 @@ class Gate:
         if self._stopped:
             raise NotStartedError(f"not started: {self._stopped}") from self._stopped
 
-    def _let_in(self, price_usd: Decimal) -> Admission:
+    def _give_place(self) -> None:
+        self._entered -= 1
+        self._room.notify_all()
+
+    def _keep_money(self, asset: str, keep: bool) -> None:
+        """Keeps the price of a request for an asset under way, or no longer."""
+        number = self._numbers.get(asset)
+        if number is not None and keep:
+            self._may_pay.add(number)
+        elif number in self._may_pay:
+            self._may_pay.remove(number)
+            self._next()
+
+    def _let_in(self, price_usd: Decimal, asset: str) -> Admission:
         with self._lock:
             turn = threading.Condition(self._lock)
-            self._queue.append(turn)
+            number = self._numbers.get(asset, -1)
+            waiting = number, turn
+            insort(self._queue, waiting, key=lambda each: each[0])
             try:
                 while True:
                     self._raise_if_stopped()
-                    if self._queue[0] is not turn:
+                    if self._queue[0] is not waiting:
                         turn.wait()
                         continue
                     price, now = self.budget.price_of(price_usd), monotonic()
-                    fit, delay = self.budget.fit(price), self._pace.delay(now)
+                    kept = price * sum(each < number for each in self._may_pay)
+                    fit, delay = self.budget.fit(price, kept), self._pace.delay(now)
                     if fit is Fit.NEVER:
                         self._stop_by_budget()
                     elif fit is Fit.LATER or self._admitted >= self._max_concurrency:
@@ -252,15 +287,16 @@ class Gate:
                     else:
                         self._admitted += 1
                         self.budget.reserve(price)
-                        return Admission(self, self._pace.reserve(now), price)
+                        self._keep_money(asset, False)
+                        return Admission(self, asset, self._pace.reserve(now), price)
             finally:
-                self._queue.remove(turn)
+                self._queue.remove(waiting)
                 self._next()
 
     def _next(self) -> None:
         """Has the first in the queue look again."""
         if self._queue:
-            self._queue[0].notify()
+            self._queue[0][1].notify()
 
     def _stop_by_budget(self) -> None:
         budget = self.budget
@@ -310,6 +346,7 @@ class Gate:
             else:
                 self._pace.release(admission.ticket)
             self._settle(admission, error)
+            self._keep_money(admission.asset, admission.cost_usd is None)
             if isinstance(error, (AccountError, InsufficientCreditsError)):
                 self.stop(error)
             self._room.notify_all()

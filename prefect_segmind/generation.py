@@ -177,7 +177,7 @@ class Generation:
             if what is Verdict.PAY:
                 if paid := self._pay(job, upload, run, found, unread):
                     return paid
-                pauses = self._pause(pauses)
+                pauses = self._pause(job, pauses)
             elif what is Verdict.REUSE and found and found.record.picture:
                 self.say(f"reused: {job.name} is paid for and archived already; nothing to pay")
                 picture, attempts = found.record.picture, found.record.attempts
@@ -194,7 +194,7 @@ class Generation:
                 if not told:
                     self.say(f"waiting: another run is paying for {job.name} at this moment")
                     told = True
-                pauses = self._pause(pauses)
+                pauses = self._pause(job, pauses)
             else:
                 forbidden = (
                     'on_unknown is "fail"' if self.on_unknown == "fail" else "this flow run sends no more for it"
@@ -237,9 +237,9 @@ class Generation:
 
         return self.outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
 
-    def _pause(self, pauses: int) -> int:
+    def _pause(self, job: ValidatedJob, pauses: int) -> int:
         """Waits before another look at what another run holds; other jobs of a batch go on meanwhile."""
-        with self.gate.parked():
+        with self.gate.parked(job.name):
             self.gate.pause(min(WAIT_SECONDS * 1.5**pauses, LONGEST_WAIT_SECONDS))
         return pauses + 1
 
@@ -257,7 +257,7 @@ class Generation:
         """
         uploaded = upload()
         with (
-            self.gate.admit(job.price_usd) as admission,
+            self.gate.admit(job.price_usd, job.name) as admission,
             self.outbox.receive(job.fingerprint, run.id) as part,
             self.open_client() as client,
         ):
@@ -436,7 +436,7 @@ def _unsettled(job: ValidatedJob, found: RecordRead | None, unread: list[Path]) 
     if kept := next((each for each in reversed(attempts) if each.kept), None):
         what = "what was answered, no picture that could be read," if kept.reason else "its picture"
         return f"{job.name} was paid for, and {what} lies in {kept.kept}, out of reach (run the same job there)"
-    if any(each.cost_usd for each in attempts):
+    if any(each.paid_for_nothing for each in attempts):
         return f"{job.name} was paid for, and there was nothing in the answer"
     if any(each.possibly_billed is not False for each in attempts):
         return f"an earlier request for {job.name} may have been billed, and no picture came of it"

@@ -61,6 +61,11 @@ class Attempt(BaseModel):
     flow_runs: FlowRuns = ()
     cost_usd: Decimal | None = None
 
+    @property
+    def paid_for_nothing(self) -> bool:
+        """Whether it was paid for, for certain, and brought no picture that could be read."""
+        return bool(self.cost_usd and self.reason)
+
 
 class Holder(BaseModel):
     """The run that may pay for the picture, and the process it lives in."""
@@ -206,7 +211,7 @@ class Record(BaseModel):
     def outcome_unknown(self, run: Run) -> bool:
         """Whether another run has paid, or may have, for a picture that is not at hand here."""
         return any(
-            not run.owns(each) and (each.kept or each.cost_usd or each.possibly_billed is not False)
+            not run.owns(each) and (each.kept or each.paid_for_nothing or each.possibly_billed is not False)
             for each in self.attempts
         )
 
@@ -382,5 +387,5 @@ def verdict(
     # Of this very run it is decided after each request; here of the others that count as its flow run's.
     own = [each for each in record.attempts if each.run != run.id and run.owns(each)]
     unknown = sum(1 for each in own if each.possibly_billed is not False)
-    spent = any(each.cost_usd and each.reason for each in own)  # for what is no picture: another would be the same
+    spent = any(each.paid_for_nothing for each in own)  # another request would bring the same
     return Verdict.REFUSE if spent or unknown > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY

@@ -107,6 +107,7 @@ def test_trimmed_it_spends_what_is_approved_and_is_completed(sandbox: Sandbox, p
     assert state.is_completed()
     result = state.result()
     assert (result.generated, result.not_started, result.cost_usd) == (3, 2, Decimal("0.15"))
+    assert {each.name for each in result.images} == {"mug/0", "mug/1", "mug/2"}, "the first of the manifest"
     assert sandbox.ledger.billed == 3
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import doctest
+import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from time import sleep
+from typing import Any, Literal, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prefect_segmind import gate as module
 from prefect_segmind.errors import (
     AnswerCutError,
+    ApiUnreachableError,
     BadGatewayError,
     BudgetReachedError,
     GatewayTimeoutError,
@@ -321,6 +326,122 @@ def test_a_price_that_rises_is_reserved_from_then_on():
     pay(gate, Decimal("0.15"))
     with pytest.raises(NotStartedError, match=r"not started: the budget of 0\.20 USD is reached: 0\.15 USD spent"):
         pay(gate)
+
+
+Fate = Literal["made", "refused", "reused", "later", "limited", "parked"]
+"""What becomes of an asset: a picture; an error that is not billed; nothing to pay; a picture after one request that is
+not billed, or after three; a picture after waiting for another run."""
+UNBILLED: dict[Fate, int] = {"later": 1, "limited": 3}
+
+
+def produce(gate: Gate, fates: list[Fate], dice: random.Random) -> set[int]:
+    """Works on assets as a run does, in threads that dawdle; returns those that a picture was paid for."""
+    delays = [[dice.choice((0, 0, dice.uniform(0, 0.004))) for _ in range(8)] for _ in fates]
+    made: set[int] = set()
+
+    def request(asset: int, error: SegmindError | None = None) -> None:
+        with gate.admit(PRICE, str(asset)) as admission:
+            admission.sent()
+            sleep(delays[asset].pop())
+            if error:
+                raise error
+            admission.paid(PRICE)
+            made.add(asset)
+
+    def work(asset: int, fate: Fate) -> None:
+        try:
+            sleep(delays[asset].pop())
+            if fate == "parked":
+                with gate.parked(str(asset)):
+                    sleep(delays[asset].pop())
+            for _ in range(UNBILLED.get(fate, 0)):
+                with suppress(UnreachableByChance):
+                    request(asset, UnreachableByChance("no connection"))
+                sleep(delays[asset].pop())
+            if fate != "reused":
+                request(asset, UnprocessableError("refused") if fate == "refused" else None)
+        except (NotStartedError, UnprocessableError):
+            pass
+        finally:
+            gate.leave(str(asset))
+
+    with ThreadPoolExecutor(len(fates)) as pool:
+        for asset, fate in enumerate(fates):
+            if not gate.enter(str(asset)):
+                break
+            pool.submit(work, asset, fate)
+    return made
+
+
+class UnreachableByChance(ApiUnreachableError):
+    """A request that was never sent, and is tried again."""
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    fates=st.lists(st.sampled_from(get_args(Fate)), min_size=1, max_size=24).filter(lambda each: "parked" not in each),
+    budget=st.integers(0, 12),
+    concurrency=st.integers(1, 8),
+    dice=st.randoms(use_true_random=True),
+)
+def test_a_budget_is_spent_on_the_first_assets_whatever_the_threads_do(fates, budget, concurrency, dice):
+    gate = Gate(max_concurrency=concurrency, budget_usd=budget * PRICE)
+    wanted = [asset for asset, fate in enumerate(fates) if fate not in ("refused", "reused")]
+    assert produce(gate, fates, dice) == set(wanted[:budget])
+    assert gate.budget.spent_usd == PRICE * min(budget, len(wanted))
+    assert (gate._numbers, gate._may_pay, gate._entered) == ({}, set(), 0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    fates=st.lists(st.sampled_from(get_args(Fate)), min_size=1, max_size=24),
+    budget=st.integers(0, 12),
+    dice=st.randoms(use_true_random=True),
+)
+def test_an_asset_that_waits_for_another_run_keeps_nobody_from_the_budget(fates, budget, dice):
+    gate = Gate(max_concurrency=4, budget_usd=budget * PRICE)
+    made = produce(gate, fates, dice)
+    wanted = [fate for fate in fates if fate not in ("refused", "reused")]
+    assert len(made) == min(budget, len(wanted)), "nothing of it is left while there is something to make"
+
+
+def test_a_budget_that_has_room_is_spent_at_once_by_all_that_it_has_room_for(start):
+    gate = Gate(max_concurrency=8, budget_usd=3 * PRICE)
+    together = threading.Barrier(4)
+
+    def work(asset: str) -> None:
+        with gate.admit(PRICE, asset) as admission:
+            admission.sent()
+            together.wait(30)
+            admission.paid(PRICE)
+
+    assets = ["0", "1", "2", "3"]
+    assert all(gate.enter(each) for each in assets)
+    futures = [start(work, each) for each in reversed(assets)]
+    together.wait(30)
+    for each in futures[1:]:
+        each.result()
+    assert isinstance(futures[0].exception(), NotStartedError)
+
+
+def test_without_a_budget_an_asset_waits_for_no_other(start):
+    gate = Gate(max_concurrency=2)
+    assert gate.enter("slow")
+    assert gate.enter("fast")
+    with gate.admit(PRICE, "fast") as admission:
+        admission.sent()
+        admission.paid(PRICE)
+    assert gate.budget.spent_usd == PRICE
+
+
+def test_an_asset_that_waits_for_the_claim_of_a_later_one_does_not_keep_it_waiting(start):
+    gate = Gate(budget_usd=PRICE)
+    assert gate.enter("first")
+    assert gate.enter("second")
+    later = start(lambda: gate.admit(PRICE, "second").__enter__())
+    waiting(gate, 1)
+    with gate.parked("first"):
+        later.result(timeout=30)
 
 
 # How many at once.

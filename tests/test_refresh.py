@@ -197,6 +197,37 @@ def test_a_budget_holds_under_concurrency(sandbox: Sandbox, campaign: Callable[.
     assert "budget of 1.00 USD is reached" in str(result.stopped)
 
 
+def names(result: BatchResult) -> list[str]:
+    return sorted(each.name for each in result.images)
+
+
+def test_a_budget_makes_the_first_assets_of_the_manifest_even_if_they_are_the_slow_ones(
+    sandbox: Sandbox, campaign: Callable[..., str], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Uploads.upload
+
+    def slow_at_first(self: Uploads, job: Any, reader: Any) -> Any:
+        time.sleep(1.0 if job.job.image.endswith("/mug.jpg") else 0)
+        return upload(self, job, reader)
+
+    monkeypatch.setattr(Uploads, "upload", slow_at_first)
+    (photo.parent / "cup.jpg").write_bytes(photo.read_bytes() + b"another")
+    others = ({"name": f"cup/{n}", "image": "cup.jpg", "prompt": f"cup {n}"} for n in range(6))
+    result = run(campaign(2, *others), budget_usd=Decimal("0.15"))
+    assert (names(result), result.not_started) == (["cup/0", "mug/000", "mug/001"], 5)
+
+
+def test_an_asset_that_waits_for_a_retry_keeps_its_place_in_the_budget(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    run(campaign(1))
+    sandbox.play(Answer(status=429, reset_in=1), Answer(status=503), prompt="number 002")
+    sandbox.play(Answer(status=422), prompt="number 001")
+    result = run(campaign(8), budget_usd=Decimal("0.10"))
+    assert names(result) == ["mug/000", "mug/002", "mug/003"]
+    assert (result.reused, result.failed, result.not_started) == (1, 1, 4)
+
+
 def test_what_may_have_been_billed_counts_against_the_budget(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
     sandbox.play(*[Answer(status=502)] * 4)
     result = run(campaign(30), budget_usd=Decimal("1.00"), max_concurrency=16)
