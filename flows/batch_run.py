@@ -5,11 +5,12 @@ Each flow of many pictures makes its jobs in its own way and hands them over her
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import reduce
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -101,16 +102,24 @@ class Ended(NamedTuple):
         stopped: What ended it early, if something did.
         trimmed: Whether a person had limited what it may spend.
         in_place: Names of jobs that were left out, for their pictures are in the archive already.
+        unusable: Names of jobs whose image cannot be used as it is, with the reason.
     """
 
     result: BatchResult
     stopped: SegmindError | None = None
     trimmed: bool = False
     in_place: frozenset[str] = frozenset()
+    unusable: Mapping[str, str] = MappingProxyType({})
 
 
 def run_batch(
-    jobs: Spool[Job], title: str, terms: Terms, *, skip_archived: bool = False, keep_failed: bool = True
+    jobs: Spool[Job],
+    title: str,
+    terms: Terms,
+    *,
+    skip_archived: bool = False,
+    skip_unusable: Collection[str] = (),
+    keep_failed: bool = True,
 ) -> Ended:
     """Plans a batch, asks if its cost must be approved, produces it, and reports.
 
@@ -119,6 +128,7 @@ def run_batch(
         title: What people call it: the manifest, the inbox.
         terms: How it runs.
         skip_archived: Whether jobs whose picture is archived under their very name are left out, without a task run.
+        skip_unusable: Names of jobs that are left out too if their image cannot be used: somebody knows already.
         keep_failed: Whether the jobs that fail are written as a manifest to run again.
 
     Raises:
@@ -129,6 +139,7 @@ def run_batch(
     opened, settings, log = configuration.open_archive(terms.archive), load_settings(), get_run_logger()
     places: set[str] = set()
     runs = flow_runs()
+    unusable: dict[str, str] = {}
     with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
         plan = make_plan(
             jobs,
@@ -140,7 +151,9 @@ def run_batch(
             on_unknown=terms.on_unknown,
             in_place=places if skip_archived else None,
             flow_runs=runs,
+            unusable=unusable,
         )
+        skipped = unusable.keys() & set(skip_unusable)
         wanted_ever = wanted_before(
             runs[-1][0], frozenset(e.fingerprint for e in entries if isinstance(e, ValidatedJob))
         )
@@ -152,7 +165,13 @@ def run_batch(
                 *(usd(spent_before.cost_usd), usd(spent_before.possibly_billed_usd)),
             )
         limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(terms.credentials_block)}
-        left_out = {"total": plan.total - len(places), "reuse": plan.reuse - len(places)}
+        left_out = {
+            "total": plan.total - len(places) - len(skipped),
+            "reuse": plan.reuse - len(places),
+            "fail": plan.fail - len(skipped),
+            "problems": tuple(each for each in plan.problems if each[0] not in skipped),
+            "jobs": tuple(each for each in plan.jobs if each.name not in skipped),
+        }
         plan = plan.model_copy(update=limits | left_out)
         in_place = frozenset(place.rpartition("/")[0] for place in places)
         if in_place:
@@ -160,19 +179,23 @@ def run_batch(
         tally = Tally(plan, failed_jobs)
         tally.carry(spent_before)
         if not plan.total:
-            return Ended(planned(plan) if terms.dry_run else tally.result(), in_place=in_place)
+            nothing = planned(plan) if terms.dry_run else tally.result()
+            return Ended(nothing, in_place=in_place, unusable=unusable)
         _tell(plan)
         publish_plan(plan, title)
         if terms.dry_run:
-            return Ended(planned(plan), in_place=in_place)
+            return Ended(planned(plan), in_place=in_place, unusable=unusable)
+
+        def is_left_out(entry: Job | ValidatedJob) -> bool:
+            return entry.place in places if isinstance(entry, ValidatedJob) else entry.name in skipped
 
         def wanted() -> Iterator[Job | ValidatedJob]:
-            return (each for each in entries if not (isinstance(each, ValidatedJob) and each.place in places))
+            return (each for each in entries if not is_left_out(each))
 
         try:
             approved = approve(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block)
         except (NotApprovedError, RunCancelledError) as refused:
-            return Ended(tally.result(stopped=refused), refused, in_place=in_place)
+            return Ended(tally.result(stopped=refused), refused, in_place=in_place, unusable=unusable)
         gate = Gate(
             max_concurrency=terms.max_concurrency,
             requests_per_minute=terms.requests_per_minute,
@@ -218,7 +241,7 @@ def run_batch(
             raise
         finally:
             shared.reset(token)
-        return Ended(result, gate.stopped, approved.trimmed, in_place)
+        return Ended(result, gate.stopped, approved.trimmed, in_place, unusable)
 
 
 def _credits(credentials_block: str | None) -> Decimal | None:

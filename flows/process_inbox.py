@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -12,17 +13,20 @@ from prefect.runtime import flow_run
 
 from prefect_segmind import configuration
 from prefect_segmind.batch import BatchResult, Failure
-from prefect_segmind.errors import ConfigurationError, StoreError
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
+from prefect_segmind.events import asset_failed
 from prefect_segmind.flows.batch_run import Terms, conclude, run_batch
 from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
-from prefect_segmind.inbox import Inbox, InboxFile, open_inbox
+from prefect_segmind.inbox import InboxFile, Memory, open_inbox
 from prefect_segmind.manifest import Expansion, Found, Notes, Row
 from prefect_segmind.manifest_source import named
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import Job, parse_job, suffix_from_image
 from prefect_segmind.settings import load_settings
 from prefect_segmind.spool import Spool
+
+_EMPTY = "it has been empty for an hour; put it there again, or remove it"
 
 
 class InboxResult(BatchResult):
@@ -34,6 +38,7 @@ class InboxResult(BatchResult):
         ignored: What is no image by its name, is a link, or cannot be read.
         unreadable: Files and folders that cannot be read, each with the reason.
         moved: Where done files are now.
+        moved_failed: Where bad files are now.
     """
 
     archived_before: int = 0
@@ -41,6 +46,23 @@ class InboxResult(BatchResult):
     ignored: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
+    moved_failed: tuple[str, ...] = ()
+
+
+class _Bad(NamedTuple):
+    """A file of which nothing can be made.
+
+    Attributes:
+        file: The file.
+        name: What its picture would be called.
+        error: What is wrong, and what to do.
+        movable: Whether the file is what is wrong, and not the template.
+    """
+
+    file: InboxFile
+    name: str
+    error: str
+    movable: bool = True
 
 
 @flow(
@@ -61,6 +83,7 @@ def process_inbox(
     allow_extreme_ratio: bool = False,
     variables: dict[str, Any] | None = None,
     move_done: bool = False,
+    move_failed: bool = False,
     settle_seconds: float = 10.0,
     archive: str | None = None,
     upload_to: str | None = None,
@@ -74,9 +97,10 @@ def process_inbox(
     fail_run_on_failures: bool = False,
     credentials_block: str | None = None,
 ) -> InboxResult:
-    """Makes a picture of each new image in an inbox. What the archive has is skipped, and bad files stay and are told.
+    """Makes a picture of each new image in an inbox. What the archive has is skipped, and bad files are told.
 
-    A file that is still being written is left for the next visit.
+    A file that is still being written is left for the next visit. Each version of a bad file is one event
+    prefect-segmind.asset.failed, however often it is seen.
 
     Args:
         inbox: Where people put images: s3://bucket/prefix or a folder on the worker. Folders in it are looked into.
@@ -94,7 +118,8 @@ def process_inbox(
         allow_extreme_ratio: Whether an image wider or taller than 3 to 1 is taken.
         variables: Values for the templates, such as {"season": "autumn"}.
         move_done: Whether files are moved to done/ in the inbox when their picture is archived.
-        settle_seconds: A file counts as whole when it does not change for so long.
+        move_failed: Whether bad files are moved to failed/ in the inbox; otherwise they stay, and each result tells.
+        settle_seconds: A file counts as whole when it does not change for so long. Where no file is new nobody waits.
         archive: Where pictures go: s3://bucket/prefix or a folder; the worker's setting if left out.
         upload_to: Where source images go for the provider to read them: s3://bucket/prefix; the worker's setting if
             left out.
@@ -136,7 +161,8 @@ def process_inbox(
         raise ConfigurationError(f"settle_seconds: {settle_seconds} is not allowed; allowed is 0 to 3600")
     log = get_run_logger()
     place = open_inbox(inbox, configuration.s3_client)
-    look = place.look(settle_seconds)
+    memory = Memory(configuration.open_archive(archive).store, place.url, name)
+    look = place.look(settle_seconds, known=memory.settled)
     log.info(
         "%s: %s images, %s still being written, %s other files",
         *(inbox, len(look.settled), len(look.unsettled), len(look.ignored)),
@@ -159,38 +185,59 @@ def process_inbox(
     parse_job({**template, "image": "any.jpg", "name": any_name}, allow_unlisted_resolution=unlisted)
     with Spool(Job) as jobs:
         files: dict[str, InboxFile] = {}
-        bad: list[Failure] = []
+        names = (f"{name}/{each.name}" for each in named([(file.location, file.below) for file in look.empty]))
+        bad = [_Bad(file, each, _EMPTY) for file, each in zip(look.empty, names, strict=True)]
         warnings: dict[str, None] = {}
         arrived = sorted(look.settled, key=lambda file: (file.arrived, file.below))
         found = named([(each.location, each.below) for each in arrived])
         for file, image in zip(arrived, found, strict=True):
             job, mistake = _job(image, {**template, "name": name}, variables or {}, unlisted, warnings)
-            if job is not None and job.name in files:  # the first keeps the address that it has
-                mistake = _taken(job.name, files[job.name], file)
-            if job is None or mistake:
-                log.warning("%s stays in the inbox: %s", file.below, mistake)
-                bad.append(Failure(name=f"{name}/{image.name}", stage="validate", error=mistake))
+            if job is None:
+                bad.append(_Bad(file, f"{name}/{image.name}", mistake, movable=False))
+            elif job.name in files:  # the first keeps the address that it has
+                bad.append(_Bad(file, job.name, _taken(job.name, files[job.name], file)))
             else:
                 files[job.name] = file
                 jobs.append(job)
         for warning in warnings:
             log.warning(warning)
+        known = {each for each, file in files.items() if memory.has_reported(file)}
+        for each in bad:
+            _report(each, memory, dry_run=dry_run)
+        if not dry_run:
+            _keep(memory, look.settled, [*(each.file for each in bad), *(files[each] for each in known)])
         # What is archived may still be unpublished, so then all of it is looked at again. What fails is still there.
-        ended = run_batch(jobs, inbox, terms, skip_archived=publish_to is None, keep_failed=False)
+        ended = run_batch(jobs, inbox, terms, skip_archived=publish_to is None, skip_unusable=known, keep_failed=False)
+    left_out = [_Bad(files[each], each, error) for each, error in ended.unusable.items() if each in known]
+    for each in left_out:
+        _report(each, memory, dry_run=dry_run)
+    bad += left_out
     done = [*ended.in_place, *(each.name for each in ended.result.images)]
     told = dict(ended.result) | {
         "total": ended.result.total + len(bad),
         "failed": ended.result.failed + len(bad),
-        "failures": (*bad, *ended.result.failures),
+        "failures": (
+            *(Failure(name=each.name, stage="validate", error=each.error) for each in bad),
+            *ended.result.failures,
+        ),
         "plan": ended.result.plan.with_failures((each.name, each.error) for each in bad),
     }
+    moved: dict[str, tuple[str, ...]] = {}
+    if not dry_run:
+        failed = [each.name for each in ended.result.failures if each.name in ended.unusable]
+        bad += [_Bad(files[each], each, ended.unusable[each]) for each in failed]
+        _keep(memory, look.settled, [each.file for each in bad])
+        if move_done:
+            moved["moved"] = tuple(_moved(place.move_done, [files[each] for each in done]))
+        if move_failed:
+            moved["moved_failed"] = tuple(_moved(place.move_failed, [each.file for each in bad if each.movable]))
     result = InboxResult(
         **told,
+        **moved,
         archived_before=len(ended.in_place),
         still_written=look.unsettled,
         ignored=look.ignored,
         unreadable=look.unreadable,
-        moved=tuple(_moved(place, [files[each] for each in done])) if move_done and not dry_run else (),
     )
     return conclude(ended, result, terms)
 
@@ -216,12 +263,28 @@ def _taken(name: str, first: InboxFile, later: InboxFile) -> str:
     return f"name: {name} is the name of {first.below}, which came first; rename this file{remedy}"
 
 
-def _moved(place: Inbox, files: Iterable[InboxFile]) -> Iterable[str]:
-    """Moves done files; one that cannot be moved stays, and the next visit skips it."""
+def _report(bad: _Bad, memory: Memory, *, dry_run: bool) -> None:
+    """Tells of a bad file: whoever listens once, the log at each visit."""
+    known = memory.has_reported(bad.file)
+    get_run_logger().log(logging.INFO if known else logging.WARNING, "%s cannot be used: %s", bad.file.below, bad.error)
+    if not known and not dry_run:
+        asset_failed(bad.name, InvalidJobError(f"{bad.file.location}: {bad.error}"), "validate")
+
+
+def _keep(memory: Memory, settled: Iterable[InboxFile], reported: Iterable[InboxFile]) -> None:
+    """Keeps what was seen; where that fails the next visit waits, and tells of bad files, once more."""
+    try:
+        memory.keep(settled, reported)
+    except StoreError as error:
+        get_run_logger().warning("what this visit has seen is not remembered: %s", error)
+
+
+def _moved(move: Callable[[InboxFile], str | None], files: Iterable[InboxFile]) -> Iterable[str]:
+    """Moves files; one that cannot be moved stays, and the next visit sees it again."""
     log = get_run_logger()
     for file in files:
         try:
-            moved = place.move_done(file)
+            moved = move(file)
         except StoreError as error:
             log.warning("%s stays in the inbox: %s", file.below, error)
             continue

@@ -3,7 +3,7 @@
 | event | about | when |
 | --- | --- | --- |
 | `prefect-segmind.asset.archived` | a job | its picture is in the archive, paid for now or before |
-| `prefect-segmind.asset.failed` | a job | it has failed and is not tried again in this run |
+| `prefect-segmind.asset.failed` | a job | it has failed and is not tried again in this run; of a bad inbox file, once |
 | `prefect-segmind.attempt.failed` | a job | a request has failed, whatever follows |
 | `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |
 | `prefect-segmind.credits.exhausted` | the account | the provider refuses for want of credits |

@@ -1,32 +1,41 @@
-"""An inbox: a folder or a prefix in a bucket, into which people put images, and its `done/`, into which they move.
+"""An inbox: a folder or a prefix in a bucket, into which people put images, and where they move: `done/`, `failed/`.
 
-Nothing is remembered between two visits: what lies there is to be done, what lies in `done/` is done.
+What lies there is to be done, what lies in `done/` is done. What a visit remembers for the next one (`Memory`) spares
+waiting and telling the same thing twice; nothing is lost where it is.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import re
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
+from pydantic import BaseModel, ValidationError
+
 from prefect_segmind.errors import ConfigurationError, StoreError, writable
 from prefect_segmind.place import open_store
+from prefect_segmind.store import Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _IMAGE = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf])")
+EMPTY_SECONDS = 3600.0
+"""For so long an empty image may still be filled."""
 _PASSED_OVER = re.compile(
     r"(?is)[.~].*|.*~|.*\.(part|partial|filepart|tmp|crdownload|download)"  # hidden, or still on its way
     r"|@eadir|@recycle|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__macosx"  # a system's
@@ -56,19 +65,25 @@ class Look(NamedTuple):
     """What one visit has found, each in the order of the paths below the inbox.
 
     `unsettled` are images that are still being written; `ignored` what is visible and no image by its name, a link, or
-    cannot be read; `unreadable` the last of these, each with the reason.
+    cannot be read; `unreadable` the last of these, each with the reason; `empty` images that nobody fills any more.
     """
 
     settled: tuple[InboxFile, ...]
     unsettled: tuple[str, ...]
     ignored: tuple[str, ...]
     unreadable: tuple[str, ...] = ()
+    empty: tuple[InboxFile, ...] = ()
 
 
 class _Listing:
-    """What one look shows, by the paths below the inbox: the images, what is ignored, and why if it is unreadable."""
+    """What one look shows, by the paths below the inbox: the images, what is ignored, and why if it is unreadable.
 
-    def __init__(self) -> None:
+    Args:
+        now: The time of the look, in seconds since 1970, by the clock that dates the files.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.now = now
         self.images: dict[str, _Seen] = {}
         self.ignored: set[str] = set()
         self._unreadable: dict[str, str] = {}
@@ -79,10 +94,75 @@ class _Listing:
         if why:
             self._unreadable[writable(below)] = why
 
-    def look(self, settled: Iterable[InboxFile] = (), unsettled: Iterable[str] = ()) -> Look:
+    def look(
+        self, settled: Iterable[InboxFile] = (), unsettled: Iterable[str] = (), empty: Iterable[InboxFile] = ()
+    ) -> Look:
         """The look, where this is the last listing of it."""
         unreadable = tuple(f"{below}: {why}" for below, why in sorted(self._unreadable.items()))
-        return Look(tuple(settled), tuple(unsettled), tuple(sorted(self.ignored)), unreadable)
+        return Look(tuple(settled), tuple(unsettled), tuple(sorted(self.ignored)), unreadable, tuple(empty))
+
+
+class _Note(BaseModel):
+    """What is kept of a visit: versions of files by their paths below the inbox."""
+
+    settled: dict[str, str] = {}
+    reported: dict[str, str] = {}
+
+
+class Memory:
+    """What the last visit to an inbox has seen. It lies in the archive, so that it is there on any machine.
+
+    Args:
+        store: The archive's.
+        inbox: Address of the inbox.
+        name: What the visits make of it: two templates for one inbox have a memory each.
+    """
+
+    def __init__(self, store: Store, inbox: str, name: str) -> None:
+        self._store = store
+        self._key = f".segmind/inbox/{hashlib.sha256(json.dumps([inbox, name]).encode()).hexdigest()}.json"
+
+    @cached_property
+    def _note(self) -> _Note:
+        found = self._store.get(self._key)
+        try:
+            return _Note.model_validate_json(found.data) if found else _Note()
+        except ValidationError:  # of another version, or half written; then this visit is as the first one
+            return _Note()
+
+    def settled(self) -> Mapping[str, str]:
+        """The versions of files that were seen whole, by their paths below the inbox.
+
+        Raises:
+            StoreError: The archive cannot be read.
+        """
+        return self._note.settled
+
+    def has_reported(self, file: InboxFile) -> bool:
+        """Whether somebody has been told that this very version of a file is bad.
+
+        Raises:
+            StoreError: The archive cannot be read.
+        """
+        return self._note.reported.get(file.below) == file.version
+
+    def keep(self, settled: Iterable[InboxFile], reported: Iterable[InboxFile]) -> None:
+        """Keeps what this visit has seen in the place of what the last one had, if it differs.
+
+        Args:
+            settled: Files that were seen whole.
+            reported: Bad files of which somebody has been told.
+
+        Raises:
+            StoreError: The archive cannot be written.
+        """
+        note = _Note(
+            settled={file.below: file.version for file in settled},
+            reported={file.below: file.version for file in reported},
+        )
+        if note != self._note:
+            self._store.put(self._key, note.model_dump_json().encode(), "application/json")
+            self._note = note
 
 
 class _Seen(NamedTuple):
@@ -91,60 +171,83 @@ class _Seen(NamedTuple):
     written: float
 
 
-def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done") -> Inbox:
+def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", failed: str = "failed") -> Inbox:
     """The inbox at a place.
 
     Args:
         place: An existing folder (`~` is the home) or `s3://bucket/prefix`, where nothing has to be yet.
         s3: Makes the S3 client, when one is needed.
         done: The folder in it for what is done.
+        failed: The folder in it for what cannot be done.
 
     Raises:
         ConfigurationError: The place is of no such kind, or there is no such folder.
     """
-    if not done.strip(". ") or re.search(r"[/\\\0]", done):
-        raise ConfigurationError(f"inbox: {done!r} cannot be the folder for what is done; write one name, such as done")
+    for folder, what in ((done, "done"), (failed, "failed")):
+        if not folder.strip(". ") or re.search(r"[/\\\0]", folder):
+            told = f"inbox: {folder!r} cannot be the folder for what is {what}; write one name, such as {what}"
+            raise ConfigurationError(told)
     try:
         if place.lower().startswith("s3:"):
-            return _Bucket(place, s3, done)
-        return _Folder(place, Path(open_store(place).url), done)
+            return _Bucket(place, s3, done, failed)
+        return _Folder(place, Path(open_store(place).url), done, failed)
     except ConfigurationError as error:
         raise ConfigurationError(f"inbox: {error}") from None
 
 
 class Inbox(ABC):
-    """A place for images, subfolders included; hidden and temporary names and all of `done/` are passed over."""
+    """A place for images, subfolders included.
 
-    def __init__(self, url: str, done: str) -> None:
+    Hidden and temporary names and all of `done/` and `failed/` are passed over.
+    """
+
+    def __init__(self, url: str, done: str, failed: str) -> None:
         self.url = url
-        self._done = done
+        self._done, self._failed = done, failed
 
-    def look(self, settle_seconds: float, pause: Callable[[float], object] = time.sleep) -> Look:
+    def look(
+        self,
+        settle_seconds: float,
+        pause: Callable[[float], object] = time.sleep,
+        known: Callable[[], Mapping[str, str]] = dict,
+    ) -> Look:
         """Looks twice, so that nothing is taken that somebody is still writing.
 
         Settled is what is not empty and the same in both looks. On disk it is also older than the time between them,
         by this machine's clock; a date in the future, as of another machine's clock, says nothing and does not count.
+        What was settled in an earlier visit and is the same needs no second look. An empty image may still be filled;
+        after an hour nobody does.
 
         Args:
             settle_seconds: How long nothing may change.
-            pause: Waits that long; not called where there is no image.
+            pause: Waits that long; not called where nothing is new.
+            known: The versions of files that were settled before, by their paths below the inbox; not called where
+                there is no image.
 
         Raises:
             StoreError: The place cannot be listed.
         """
-        first = self._list()
+        first = second = self._list()
         if not first.images:
             return first.look()
-        pause(settle_seconds)
-        second = self._list()
-        settled = {
-            below: seen.file
-            for below, seen in sorted(second.images.items())
-            if first.images.get(below) == seen and seen.size and not self._is_young(seen, settle_seconds)
-        }
-        return second.look(settled.values(), sorted(second.images.keys() - settled))
+        before = known()
+        if any(seen.size and before.get(below) != seen.file.version for below, seen in first.images.items()):
+            pause(settle_seconds)
+            second = self._list()
+        settled: list[InboxFile] = []
+        unsettled: list[str] = []
+        empty: list[InboxFile] = []
+        for below, seen in sorted(second.images.items()):
+            same = first.images.get(below) == seen
+            whole = same and not self._is_young(seen, second.now, settle_seconds)
+            if seen.size and (whole or before.get(below) == seen.file.version):
+                settled.append(seen.file)
+            elif not seen.size and same and second.now - min(seen.written, seen.file.arrived) >= EMPTY_SECONDS:
+                empty.append(seen.file)
+            else:
+                unsettled.append(below)
+        return second.look(settled, unsettled, empty)
 
-    @abstractmethod
     def move_done(self, file: InboxFile) -> str | None:
         """Moves a file into `done/`, there as deep as it was in the inbox; nothing is ever replaced.
 
@@ -157,17 +260,32 @@ class Inbox(ABC):
         Raises:
             StoreError: It cannot be moved.
         """
+        return self._move(file, self._done)
+
+    def move_failed(self, file: InboxFile) -> str | None:
+        """Moves a file into `failed/`, as `move_done` does into `done/`.
+
+        Raises:
+            StoreError: It cannot be moved.
+        """
+        return self._move(file, self._failed)
+
+    @abstractmethod
+    def _move(self, file: InboxFile, into: str) -> str | None:
+        """Moves a file into a folder of the inbox."""
 
     @abstractmethod
     def _list(self) -> _Listing:
         """What lies there now."""
 
-    def _is_young(self, seen: _Seen, seconds: float) -> bool:
+    def _is_young(self, seen: _Seen, now: float, seconds: float) -> bool:
         return False
 
     def _passes_over(self, below: str) -> bool:
         segments = below.split("/")
-        return not segments[-1] or segments[0] == self._done or any(map(_PASSED_OVER.fullmatch, segments))
+        return (
+            not segments[-1] or segments[0] in (self._done, self._failed) or any(map(_PASSED_OVER.fullmatch, segments))
+        )
 
 
 def _names(name: str, content: Callable[[], bytes]) -> Iterator[str]:
@@ -180,13 +298,13 @@ def _names(name: str, content: Callable[[], bytes]) -> Iterator[str]:
 
 
 class _Folder(Inbox):
-    def __init__(self, place: str, folder: Path, done: str) -> None:
+    def __init__(self, place: str, folder: Path, done: str, failed: str) -> None:
         _require_folder(place, folder)
-        super().__init__(str(folder), done)
+        super().__init__(str(folder), done, failed)
         self._folder = folder
 
-    def move_done(self, file: InboxFile) -> str | None:
-        source, target = Path(file.location), self._folder / self._done / file.below
+    def _move(self, file: InboxFile, into: str) -> str | None:
+        source, target = Path(file.location), self._folder / into / file.below
         held = target.with_name(f"moving-{uuid4().hex}{target.suffix}")
         with _told(f"move {source} to {target}"):
             try:
@@ -204,7 +322,7 @@ class _Folder(Inbox):
         return None
 
     def _list(self) -> _Listing:
-        listing = _Listing()
+        listing = _Listing(time.time())
 
         def skip(error: OSError) -> None:
             if error.filename == self.url:
@@ -237,8 +355,8 @@ class _Folder(Inbox):
                         listing.images[below] = _Seen(file, facts.st_size, facts.st_mtime)
         return listing
 
-    def _is_young(self, seen: _Seen, seconds: float) -> bool:
-        return 0 <= time.time() - seen.written < seconds
+    def _is_young(self, seen: _Seen, now: float, seconds: float) -> bool:
+        return 0 <= now - seen.written < seconds
 
 
 def _require_folder(place: str, folder: Path) -> None:
@@ -291,24 +409,24 @@ def _told(doing: str) -> Iterator[None]:
 class _Bucket(Inbox):
     """Servers honour all conditions or some or none, and do not say which: so each is also looked at beforehand."""
 
-    def __init__(self, place: str, s3: Callable[[], S3Client], done: str) -> None:
+    def __init__(self, place: str, s3: Callable[[], S3Client], done: str, failed: str) -> None:
         from prefect_segmind.s3 import split_uri  # boto3 takes a second to import
 
         self._bucket, prefix = split_uri(place)
         self._root = f"{prefix.strip('/')}/".lstrip("/")
-        super().__init__(f"s3://{self._bucket}/{self._root}".rstrip("/"), done)
+        super().__init__(f"s3://{self._bucket}/{self._root}".rstrip("/"), done, failed)
         self._client = s3()
 
-    def move_done(self, file: InboxFile) -> str | None:
+    def _move(self, file: InboxFile, into: str) -> str | None:
         from prefect_segmind.s3_errors import explained
 
         etag = f'"{file.version.partition(" ")[2]}"'
-        with explained(f"move {file.location} to {self.url}/{self._done}", self._client):
+        with explained(f"move {file.location} to {self.url}/{into}", self._client):
             before = self._head(file.below)
             if before is None or before.file != file:
                 return None
             try:
-                target = self._copy(file.below, etag)
+                target = self._copy(file.below, into, etag)
             except self._client.exceptions.ClientError:
                 if self._head(file.below) != before:
                     return None
@@ -321,12 +439,12 @@ class _Bucket(Inbox):
                     raise
         return f"{self.url}/{target}"
 
-    def _copy(self, below: str, etag: str) -> str:
+    def _copy(self, below: str, into: str, etag: str) -> str:
         source = {"Bucket": self._bucket, "Key": self._root + below}
         folder, _, name = below.rpartition("/")
         names = _names(name, lambda: self._read(below))
         while True:
-            target = "/".join(filter(None, (self._done, folder, next(names))))
+            target = "/".join(filter(None, (into, folder, next(names))))
             if self._head(target) is None:
                 copy = {"Key": self._root + target, "CopySource": source, "CopySourceIfMatch": etag}
                 try:
@@ -341,10 +459,12 @@ class _Bucket(Inbox):
     def _list(self) -> _Listing:
         from prefect_segmind.s3_errors import explained
 
-        listing = _Listing()
+        listing = _Listing(time.time())
         with explained(f"read the inbox {self.url}", self._client):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._root):
+                if date := page["ResponseMetadata"]["HTTPHeaders"].get("date"):
+                    listing.now = parsedate_to_datetime(date).timestamp()
                 for entry in page.get("Contents", ()):
                     below = entry.get("Key", "")[len(self._root) :]
                     if self._passes_over(below):

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archive import Archive, Survey
-from prefect_segmind.errors import SegmindError
+from prefect_segmind.errors import SegmindError, SourceImageError
 from prefect_segmind.lease import held_beside, held_elsewhere
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.price import usd
@@ -171,6 +171,7 @@ def make_plan(
     on_unknown: OnUnknown = "repay",
     in_place: set[str] | None = None,
     flow_runs: FlowRuns = (),
+    unusable: dict[str, str] | None = None,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -185,6 +186,8 @@ def make_plan(
         in_place: Takes the `place` of each picture that is archived under the very name that is asked for, and that
             leaves nothing to be done: what is still in the outbox is not.
         flow_runs: The flow run that is planned for: it may have sent requests before, and its seeds are drawn by it.
+        unusable: Takes name and reason of each job whose image cannot be used as it is, not of those whose image cannot
+            be read at this moment.
 
     Raises:
         StoreError: The archive cannot be listed or read.
@@ -197,11 +200,13 @@ def make_plan(
     for job, found in _inspected(jobs, reader):
         drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
         try:
-            if isinstance(found, str):
-                raise SegmindError(found)
+            if isinstance(found, SegmindError):
+                raise type(found)(str(found))
             entry = settle(drawn, found, price_usd=price_usd)
         except SegmindError as error:
             failing += 1
+            if unusable is not None and isinstance(error, SourceImageError):
+                unusable[job.name] = str(error)
             if len(problems) < LISTED:
                 problems.append((job.name, str(error)))
             entries.append(drawn)
@@ -301,16 +306,16 @@ def _listed(
         taken.add(each.fingerprint)
 
 
-def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | str]]:
+def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | SegmindError]]:
     """Each job with what its image is, or why it cannot be used, in their order; the images are read in parallel."""
-    known: OrderedDict[tuple[str, bool], Future[InspectedSource | str]] = OrderedDict()
-    waiting: deque[tuple[Job, Future[InspectedSource | str]]] = deque()
+    known: OrderedDict[tuple[str, bool], Future[InspectedSource | SegmindError]] = OrderedDict()
+    waiting: deque[tuple[Job, Future[InspectedSource | SegmindError]]] = deque()
 
-    def look(image: str, allow_extreme_ratio: bool) -> InspectedSource | str:
+    def look(image: str, allow_extreme_ratio: bool) -> InspectedSource | SegmindError:
         try:
             return inspect_source(image, reader, allow_extreme_ratio=allow_extreme_ratio)
-        except SegmindError as error:
-            return str(error)  # the error itself would keep the image's bytes alive
+        except SegmindError as error:  # that one itself would keep the image's bytes alive
+            return (SourceImageError if isinstance(error, SourceImageError) else SegmindError)(str(error))
 
     with ThreadPoolExecutor(INSPECTORS, thread_name_prefix="segmind-plan") as pool:
         for job in jobs:

@@ -15,8 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import boto3
@@ -36,7 +40,8 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.inbox import Inbox, InboxFile, Look, open_inbox
+from prefect_segmind.inbox import Inbox, InboxFile, Look, Memory, open_inbox
+from prefect_segmind.store import LocalStore
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 HOUR = 3600.0
@@ -227,6 +232,7 @@ def test_images_of_all_folders_are_found_in_order_and_other_files_are_named(plac
         "cup.jpg.filepart",
         "done/cup.jpg",
         "done/summer/notes.txt",
+        "failed/cup.jpg",
         "@eaDir/cup.jpg/SYNOFILE_THUMB_XL.jpg",
         "#recycle/cup.jpg",
         "a/Thumbs.db",
@@ -253,6 +259,8 @@ def test_the_folder_for_what_is_done_may_have_another_name(place):
     for done in ("", "..", ".", "a/b", "a\\b"):
         with pytest.raises(ConfigurationError, match=r"inbox: .* write one name, such as done"):
             opened(place, done=done)
+        with pytest.raises(ConfigurationError, match=r"inbox: .* write one name, such as failed"):
+            opened(place, failed=done)
 
 
 def test_an_empty_inbox_makes_nobody_wait(place):
@@ -283,7 +291,7 @@ def test_the_version_changes_with_the_file(place):
 def test_what_grows_appears_or_is_empty_is_not_settled_and_what_vanishes_is_gone(place):
     for below in ("cup.jpg", "grows.jpg", "vanishes.jpg"):
         place.put(below, b"half")
-    place.put("empty.jpg", b"")
+    place.put("empty.jpg", b"", **({"age": HOUR - 60} if isinstance(place, Disk) else {}))
 
     def meanwhile() -> None:
         place.put("grows.jpg", b"half and half")
@@ -299,6 +307,108 @@ def test_what_grows_appears_or_is_empty_is_not_settled_and_what_vanishes_is_gone
 def test_another_content_of_the_same_size_is_not_settled(place):
     place.put("cup.jpg", b"one")
     assert look(place, lambda: place.put("cup.jpg", b"two")).unsettled == ("cup.jpg",)
+
+
+def test_an_empty_file_is_still_being_written_for_an_hour_and_then_it_is_bad(tmp_path):
+    place = Disk(tmp_path / "inbox")
+    for below, age in {"new.jpg": 0.0, "young.jpg": HOUR - 60, "old.jpg": HOUR + 1, "a/older.jpg": 9e8}.items():
+        place.put(below, b"", age)
+    found = opened(place).look(10, no_pause)  # what is empty is not what is waited for
+    assert [file.below for file in found.empty] == ["a/older.jpg", "old.jpg"]
+    assert (found.unsettled, found.settled) == (("new.jpg", "young.jpg"), ())
+    place.put("cup.jpg")
+    found = look(place, lambda: place.put("old.jpg", b"filled after all", 20))
+    assert [file.below for file in found.empty] == ["a/older.jpg"]
+    assert found.unsettled == ("new.jpg", "old.jpg", "young.jpg")
+
+
+def test_an_empty_file_is_not_kept_young_by_a_clock_that_runs_ahead(tmp_path, monkeypatch):
+    place = Disk(tmp_path / "inbox")
+    place.put("empty.jpg", b"", -9e8)
+    assert opened(place).look(10, no_pause).empty == ()
+    now = time.time() + HOUR + 60
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert [file.below for file in opened(place).look(10, no_pause).empty] == ["empty.jpg"]
+
+
+def test_an_empty_object_is_bad_after_an_hour_by_the_store_s_own_clock(bucket, monkeypatch):
+    bucket.put("empty.jpg", b"")
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 9e9))  # this machine's says nothing
+    assert opened(bucket).look(10, no_pause).unsettled == ("empty.jpg",)
+
+    real = bucket.client.get_paginator
+
+    def paginator(name: str) -> Any:
+        pages = real(name)
+
+        class Later:
+            def paginate(self, **what: Any) -> Iterator[Any]:
+                for page in pages.paginate(**what):
+                    date = format_datetime(datetime.now(UTC) + timedelta(seconds=HOUR + 5), usegmt=True)
+                    page["ResponseMetadata"]["HTTPHeaders"]["date"] = date
+                    yield page
+
+        return Later()
+
+    monkeypatch.setattr(bucket.client, "get_paginator", paginator)
+    assert [file.below for file in opened(bucket).look(10, no_pause).empty] == ["empty.jpg"]
+
+
+def test_nobody_waits_where_nothing_is_new(place):
+    place.put("cup.jpg", b"one")
+    place.put("sub/mug.jpg", b"mug")
+    known = {file.below: file.version for file in look(place).settled}
+
+    def again() -> Look:
+        return opened(place).look(10, no_pause, lambda: known)
+
+    assert [file.below for file in again().settled] == ["cup.jpg", "sub/mug.jpg"]
+    place.remove("cup.jpg")
+    assert [file.below for file in again().settled] == ["sub/mug.jpg"]
+    place.put("sub/mug.jpg", b"another one", **({"age": 2 * HOUR} if isinstance(place, Disk) else {}))
+    with pytest.raises(AssertionError, match="nothing to wait for"):
+        again()
+    place.put("new.jpg")
+    waited: list[float] = []
+    found = opened(place).look(10, waited.append, lambda: known)
+    assert (waited, len(found.settled)) == ([10], 2)
+
+
+def test_an_empty_inbox_asks_nobody_what_is_known(place):
+    assert opened(place).look(10, no_pause, no_s3) == Look((), (), ())
+
+
+def test_a_memory_keeps_what_it_is_told_and_forgets_what_it_is_not(tmp_path):
+    store = LocalStore(tmp_path / "archive")
+    cup, mug = InboxFile("/in/cup.jpg", "cup.jpg", "1 x"), InboxFile("/in/mug.jpg", "mug.jpg", "2 y")
+    Memory(store, "/in", "shop").keep([cup], [mug])
+    memory = Memory(store, "/in", "shop")
+    assert memory.settled() == {"cup.jpg": "1 x"}
+    assert (memory.has_reported(mug), memory.has_reported(cup)) == (True, False)
+    assert not memory.has_reported(replace(mug, version="2 z")), "it has changed"
+    for other in (Memory(store, "/in", "sale"), Memory(store, "/other", "shop")):
+        assert (other.settled(), other.has_reported(mug)) == ({}, False)
+    memory.keep([], [])
+    assert not Memory(store, "/in", "shop").has_reported(mug)
+
+
+def test_a_memory_that_has_not_changed_is_not_written(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path / "archive")
+    cup = InboxFile("/in/cup.jpg", "cup.jpg", "1 x")
+    Memory(store, "/in", "shop").keep([cup], [])
+    monkeypatch.setattr(LocalStore, "put", no_s3)
+    Memory(store, "/in", "shop").keep([cup], [])
+
+
+def test_a_memory_that_makes_no_sense_is_none(tmp_path):
+    store = LocalStore(tmp_path / "archive")
+    cup = InboxFile("/in/cup.jpg", "cup.jpg", "1 x")
+    Memory(store, "/in", "shop").keep([cup], [cup])
+    (path,) = (tmp_path / "archive" / ".segmind" / "inbox").iterdir()
+    path.write_text('{"settled": [')
+    assert Memory(store, "/in", "shop").settled() == {}
+    path.write_text('{"settled": {"cup.jpg": 5}}')
+    assert not Memory(store, "/in", "shop").has_reported(cup)
 
 
 def test_a_file_that_was_written_just_now_is_not_settled_on_disk(tmp_path):
@@ -347,6 +457,14 @@ def test_what_is_done_moves_to_done_and_keeps_its_folder(place):
     assert place.files() == {"done/summer/cup.jpg": b"a cup", "mug.jpg": b"a mug"}
     assert settled(place) == ["mug.jpg"]
     assert opened(place).move_done(cup) is None
+
+
+def test_what_has_failed_moves_to_failed_and_is_passed_over_there(place):
+    place.put("summer/cup.jpg", b"a cup")
+    inbox = opened(place)
+    assert inbox.move_failed(only(place)) == f"{place.url}/failed/summer/cup.jpg"
+    assert place.files() == {"failed/summer/cup.jpg": b"a cup"}
+    assert inbox.look(10, no_pause) == Look((), (), ())
 
 
 def test_nothing_in_done_is_ever_replaced(place):

@@ -7,14 +7,19 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 
 from prefect_segmind import BatchError, configuration, process_inbox
-from prefect_segmind.errors import ConfigurationError, InvalidJobError
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
+from prefect_segmind.inbox import Inbox, Memory
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -31,6 +36,31 @@ def inbox(photo: Path) -> Path:
     (folder / "broken.jpg").write_bytes(photo.read_bytes()[:3000])
     (folder / "notes.txt").write_text("for Tuesday")
     return folder
+
+
+Events = Callable[[int], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def failures() -> Events:
+    """The events of failed assets since this test began: so many, and no more even a moment later."""
+    since = datetime.now(UTC) - timedelta(milliseconds=50)
+    wanted = {"occurred": {"since": since.isoformat()}, "event": {"prefix": ["prefect-segmind.asset.failed"]}}
+
+    def told(many: int) -> list[dict[str, Any]]:
+        def found() -> list[dict[str, Any]]:
+            return client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
+
+        with get_client(sync_client=True) as client:
+            end = time.monotonic() + 60
+            while len(found()) < many and time.monotonic() < end:
+                time.sleep(0.2)
+            time.sleep(1)
+            events = found()
+        assert len(events) == many, [each["payload"] for each in events]
+        return events
+
+    return told
 
 
 def visit(inbox: Path | str, prompt: str = PROMPT, **parameters: object):
@@ -59,6 +89,116 @@ def test_a_bad_file_stays_and_is_told_and_stops_no_other(sandbox: Sandbox, inbox
     assert result.generated == 2
     with pytest.raises(BatchError):
         visit(inbox, fail_run_on_failures=True)
+
+
+def test_each_version_of_a_bad_file_is_one_event_however_often_it_is_visited(
+    sandbox: Sandbox, inbox: Path, failures: Events
+) -> None:
+    (inbox / "empty.jpg").touch()
+    os.utime(inbox / "empty.jpg", (then := time.time() - 3600, then))
+    shutil.copy(inbox / "cup.jpg", inbox / "cup.png")
+    for _ in range(3):
+        result = visit(inbox)
+        assert {each.name for each in result.failures} == {"inbox/broken", "inbox/cup", "inbox/empty"}
+        assert (result.failed, result.still_written) == (3, ())
+    told = failures(3)
+    assert {(each["payload"]["name"], each["payload"]["stage"]) for each in told} == {
+        (name, "validate") for name in ("inbox/broken", "inbox/cup", "inbox/empty")
+    }
+    assert all(each["resource"]["prefect-segmind.stage"] == "validate" for each in told)
+    errors = {each["payload"]["name"]: each["payload"]["error"] for each in told}
+    assert f"{inbox}/empty.jpg: it has been empty for an hour" in errors["inbox/empty"]
+    assert f"{inbox}/cup.png: name: inbox/cup is the name of cup.jpg" in errors["inbox/cup"]
+    assert f"{inbox}/broken.jpg" in errors["inbox/broken"]
+    (inbox / "broken.jpg").write_bytes((inbox / "cup.jpg").read_bytes()[:2000])
+    visit(inbox)
+    visit(inbox)
+    assert [each["payload"]["name"] for each in failures(4)].count("inbox/broken") == 2
+
+
+def test_a_file_that_was_bad_for_its_template_is_told_again_when_it_is_again(
+    sandbox: Sandbox, inbox: Path, failures: Events
+) -> None:
+    (inbox / "broken.jpg").unlink()
+    shutil.rmtree(inbox / "summer")
+    for prompt in ("{{ season }}", "{{ season }}", "a cup", "{{ season }}"):
+        visit(inbox, prompt)
+    assert {each["payload"]["name"] for each in failures(2)} == {"inbox/cup"}
+
+
+def test_a_dry_run_tells_nobody_and_remembers_nothing(sandbox: Sandbox, inbox: Path, failures: Events) -> None:
+    (inbox / "cup.png").write_bytes(sample_photo((600, 402)))
+    for _ in range(2):
+        assert visit(inbox, dry_run=True).failed == 2
+    assert not list(configuration.open_archive(None).store.keys(".segmind/inbox/"))
+    visit(inbox)
+    assert visit(inbox, dry_run=True).failed == 2
+    assert {each["payload"]["name"] for each in failures(2)} == {"inbox/broken", "inbox/cup"}
+
+
+def test_a_bad_file_that_is_used_after_all_is_made(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    (inbox / "wide.jpg").write_bytes(sample_photo((1600, 400)))
+    assert [visit(inbox).failed for _ in range(2)] == [1, 1]
+    assert visit(inbox, allow_extreme_ratio=True).generated == 1
+
+
+def test_bad_files_are_moved_where_that_is_asked_for(sandbox: Sandbox, inbox: Path, tmp_path: Path) -> None:
+    visit(inbox)
+    (inbox / "summer" / "empty.jpg").touch()
+    os.utime(inbox / "summer" / "empty.jpg", (then := time.time() - 3600, then))
+    result = visit(inbox, move_failed=True)
+    assert {Path(each).relative_to(inbox).as_posix() for each in result.moved_failed} == {
+        "failed/broken.jpg",
+        "failed/summer/empty.jpg",
+    }
+    assert (result.moved, result.failed, (inbox / "cup.jpg").exists()) == ((), 2, True)
+    again = visit(inbox, move_failed=True)
+    assert (again.failed, again.moved_failed, again.archived_before) == (0, (), 2)
+
+
+def test_a_bad_file_is_moved_in_the_visit_that_finds_it(sandbox: Sandbox, inbox: Path) -> None:
+    result = visit(inbox, move_failed=True, move_done=True)
+    assert [Path(each).name for each in result.moved_failed] == ["broken.jpg"]
+    assert sorted(path.relative_to(inbox).as_posix() for path in inbox.rglob("*.jpg")) == [
+        "done/cup.jpg",
+        "done/summer/pot.jpg",
+        "failed/broken.jpg",
+    ]
+    assert visit(inbox).total == 0
+
+
+def test_what_is_no_fault_of_a_file_moves_no_file(sandbox: Sandbox, inbox: Path) -> None:
+    (inbox / "broken.jpg").unlink()
+    assert visit(inbox, "{{ season }}", move_failed=True).moved_failed == ()
+    sandbox.play(Answer(status=422, body='{"error": "unsafe"}'))
+    assert visit(inbox, move_failed=True, max_concurrency=1).moved_failed == ()
+    assert visit(inbox, dry_run=True, move_failed=True).moved_failed == ()
+    assert (inbox / "cup.jpg").exists()
+
+
+def test_nobody_waits_where_nothing_is_new(sandbox: Sandbox, inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (inbox / "empty.jpg").touch()
+    visit(inbox)
+    waited: list[float] = []
+    look = Inbox.look
+    monkeypatch.setattr(Inbox, "look", lambda self, seconds, **more: look(self, seconds, waited.append, **more))
+    result = visit(inbox, settle_seconds=3600)
+    assert (waited, result.archived_before, result.failed, result.still_written) == ([], 2, 1, ("empty.jpg",))
+    (inbox / "new.jpg").write_bytes(sample_photo((600, 402)))
+    result = visit(inbox, settle_seconds=3600)
+    assert (waited, result.generated, result.still_written) == ([3600], 0, ("empty.jpg", "new.jpg"))
+
+
+def test_a_memory_that_cannot_be_kept_is_a_warning(
+    sandbox: Sandbox, inbox: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreError("no room")
+
+    monkeypatch.setattr(Memory, "keep", refuse)
+    assert visit(inbox).generated == 2
+    assert "what this visit has seen is not remembered: no room" in caplog.text
 
 
 def test_what_the_archive_has_is_skipped_and_costs_nothing(sandbox: Sandbox, inbox: Path) -> None:
