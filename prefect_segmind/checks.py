@@ -21,6 +21,7 @@ from prefect_segmind.errors import ConfigurationError, StoreError
 from prefect_segmind.place import is_relative, open_store
 from prefect_segmind.price import usd
 from prefect_segmind.settings import PREFIX, load_settings
+from prefect_segmind.store import Store
 
 
 class Found(NamedTuple):
@@ -75,7 +76,7 @@ def _upload_place(place: str | None) -> Found:
             f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
             "endpoint and the bucket's policy for GET"
         )
-    return Found(f"{uploads.place} can be written, and a signed address can be read")
+    return Found(f"{uploads.place} can be written{_checked(store)}, and a signed address can be read")
 
 
 def _archive(place: str | None) -> Found:
@@ -84,12 +85,17 @@ def _archive(place: str | None) -> Found:
     named = place or load_settings().archive or ""
     if is_relative(named):
         return _relative(f"{store.url} can be written", "--archive" if place else f"{PREFIX}ARCHIVE", named)
-    if store.conditional:
-        return Found(f"{store.url} can be written, and honours conditional writes")
+    conditional, works = store.conditional, f"{store.url} can be written{_checked(store)}"
+    if conditional:
+        return Found(f"{works}, and honours conditional writes")
     return Found(
-        f"{store.url} can be written, but ignores conditional writes: do not run the same job in two processes at once",
+        f"{works}, but ignores conditional writes: do not run the same job in two processes at once",
         "mind",
     )
+
+
+def _checked(store: Store) -> str:
+    return "" if store.checksums else " (without checksum headers)"
 
 
 def _outbox() -> Found:

@@ -46,7 +46,8 @@ def s3_client() -> S3Client:
         ConfigurationError: The block cannot be loaded or makes no S3 client.
         StoreCredentialsError: The AWS profile does not exist.
     """
-    return _s3_client(load_settings().s3_block, _aws_environment())
+    settings = load_settings()
+    return _s3_client(settings.s3_block, settings.s3_encryption, _aws_environment())
 
 
 def open_archive(url: str | None) -> Archive:
@@ -66,7 +67,7 @@ def open_archive(url: str | None) -> Archive:
             "flow's archive or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
         )
     place = lasting(place, "archive" if url else f"{PREFIX}ARCHIVE")
-    return _archive(place, settings.s3_block, _aws_environment())
+    return _archive(place, settings.s3_block, settings.s3_encryption, _aws_environment())
 
 
 def open_uploads(place: str | None) -> Uploads:
@@ -223,11 +224,16 @@ def _aws_environment() -> tuple[tuple[str, str], ...]:
 
 
 @lru_cache(maxsize=8)
-def _s3_client(block: str | None, _environment: tuple[tuple[str, str], ...]) -> S3Client:
-    if block is None:
-        from prefect_segmind import s3
+def _s3_client(block: str | None, encryption: str | None, _environment: tuple[tuple[str, str], ...]) -> S3Client:
+    from prefect_segmind import s3
 
-        return s3.s3_client()
+    client = s3.s3_client() if block is None else _client_of(block)
+    s3.ask_for_no_checksums(client)
+    s3.encrypt_writes(client, encryption)
+    return client
+
+
+def _client_of(block: str) -> S3Client:
     try:
         loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
         client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]
@@ -240,5 +246,7 @@ def _s3_client(block: str | None, _environment: tuple[tuple[str, str], ...]) -> 
 
 
 @lru_cache(maxsize=32)
-def _archive(place: str, block: str | None, _environment: tuple[tuple[str, str], ...]) -> Archive:
+def _archive(
+    place: str, _block: str | None, _encryption: str | None, _environment: tuple[tuple[str, str], ...]
+) -> Archive:
     return Archive(open_store(place, s3_client() if place.startswith("s3://") else None))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -24,16 +25,18 @@ from prefect_segmind.errors import (
     PreconditionFailedError,
     StoreError,
 )
-from prefect_segmind.s3_errors import error_code, explained
+from prefect_segmind.s3_errors import LOST, error_code, explained, may_be_the_checksum
 from prefect_segmind.store import StoredObject, require
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, PutObjectRequestTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectRequestTypeDef, PutObjectRequestTypeDef
 
 PROBE_KEY = ".segmind/conditional-writes"
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _creating = threading.Lock()
+_trying_without = threading.Lock()
+_log = logging.getLogger("prefect.segmind")
 
 
 def s3_client() -> S3Client:
@@ -57,9 +60,7 @@ def s3_client() -> S3Client:
         max_pool_connections=64,
         # botocore puts its own together anew for each request, which takes an eighth of the request's CPU.
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
-        # What is read is checked by its own hash. botocore's check breaks on a 5xx that carries a checksum header
-        # (AttributeError: 'StreamingChecksumBody' object has no attribute 'strip'), as S3-compatible servers send it.
-        response_checksum_validation="when_required",
+        response_checksum_validation="when_required",  # as `ask_for_no_checksums` explains
     )
     with _creating, explained("make an S3 client"):
         session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
@@ -68,6 +69,56 @@ def s3_client() -> S3Client:
         if at_aws and not getattr(client.meta.config, "s3", None):
             client = session.client("s3", config=settings.merge(Config(s3={"addressing_style": "virtual"})))
         return client
+
+
+def ask_for_no_checksums(client: S3Client) -> None:
+    """Has a client not ask for the checksums of what it reads: that is checked by its own hash.
+
+    botocore's check breaks on a 5xx that carries a checksum header (AttributeError: 'StreamingChecksumBody' object has
+    no attribute 'strip'), as S3-compatible servers send it, and some servers refuse to be asked.
+    """
+    config: Any = client.meta.config
+    config.response_checksum_validation = "when_required"
+
+
+def encrypt_writes(client: S3Client, encryption: str | None) -> None:
+    """Has a client ask for server-side encryption with all that it writes, copies included; for none if None.
+
+    Args:
+        client: Whoever made it.
+        encryption: `AES256`, `aws:kms` for the account's own key, or `aws:kms:` and the id or ARN of a key.
+    """
+    headers = {"ServerSideEncryption": encryption} if encryption else {}
+    if encryption and encryption.startswith("aws:kms:"):
+        headers = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": encryption.removeprefix("aws:kms:")}
+
+    def add(params: dict[str, Any], **_: Any) -> None:
+        params.update(headers)
+
+    for operation in ("PutObject", "CopyObject"):
+        event = f"before-parameter-build.s3.{operation}"
+        client.meta.events.unregister(event, unique_id="segmind-encryption")
+        client.meta.events.register(event, add, unique_id="segmind-encryption")
+
+
+def sign_where_buckets_are(client: S3Client) -> None:
+    """Has a client sign addresses for the region into which it was redirected with a bucket's requests.
+
+    botocore learns from a redirect for its next requests, and for the host of an address that it signs, but signs that
+    for the client's own region, which is refused.
+    """
+    regions: dict[str, str] = {}
+
+    def before_sign(request: Any, region_name: str, **_: Any) -> None:
+        bucket = request.context.get("s3_redirect", {}).get("bucket")
+        signing = request.context.setdefault("signing", {})
+        if request.context.get("is_presign_request"):
+            if bucket in regions:
+                signing["region"] = regions[bucket]
+        elif signing.get("region", region_name) != region_name:
+            regions[bucket] = signing["region"]
+
+    client.meta.events.register("before-sign.s3", before_sign, unique_id="segmind-regions")
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -94,6 +145,7 @@ def read(uri: str, client: S3Client, limit: int) -> bytes:
         StoreError: There is no such object, it is larger, or it cannot be read.
     """
     bucket, key = _object(uri)
+    sign_where_buckets_are(client)
     with explained(f"read {uri}", client):
         answer = _get(client, bucket, key)
         if answer is None:
@@ -108,7 +160,8 @@ def read(uri: str, client: S3Client, limit: int) -> bytes:
 def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
     """A https address by which anybody can GET the object until it dies, or the credentials that signed it.
 
-    It is a bearer secret: never logged, stored or shown. It is a signature only; nothing is asked of the server.
+    It is a bearer secret: never logged, stored or shown. It is a signature only; nothing is asked of the server. It is
+    for the region that this client's requests to the bucket have led to.
 
     Args:
         uri: `s3://bucket/key`.
@@ -159,6 +212,7 @@ class S3Store:
         self._client = client
         self._probing = threading.Lock()
         self._conditional: bool | None = None
+        sign_where_buckets_are(client)
 
     @property
     def url(self) -> str:
@@ -175,6 +229,11 @@ class S3Store:
             if self._conditional is None:
                 self._conditional = self._probe()
             return self._conditional
+
+    @property
+    def checksums(self) -> bool:
+        """Whether writes send checksums: unless the server has refused one, or the AWS configuration says not to."""
+        return _sends_checksums(self._client)
 
     def uri(self, key: str) -> str:
         """`s3://bucket/prefix/key`."""
@@ -208,7 +267,8 @@ class S3Store:
         """Write an object, with its SHA-256 for the server to check; see `Store.put`.
 
         Where the server ignores conditions they are checked beforehand, which another writer can slip past. The
-        checksum is left out under `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`, for servers that refuse it.
+        checksum is left out where the server has refused it, and under
+        `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
 
         Raises:
             PreconditionFailedError: The condition does not hold, or another write was under way.
@@ -241,7 +301,10 @@ class S3Store:
         """
         with explained(f"read {self.uri(key)}", self._client):
             try:
-                head = self._client.head_object(Bucket=self._bucket, Key=self._root + key, ChecksumMode="ENABLED")
+                where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
+                if self.checksums:
+                    where["ChecksumMode"] = "ENABLED"
+                head = self._client.head_object(**where)
             except aws.ClientError:
                 head = None
         if head is None:  # a refused HEAD has no text: 404 may be the key or the bucket, 403 the key pair or the rights
@@ -284,9 +347,6 @@ class S3Store:
             "Body": data,
             "ContentType": content_type,
         }
-        if getattr(self._client.meta.config, "request_checksum_calculation", None) != "when_required":
-            # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
-            request["ChecksumAlgorithm"], request["ChecksumSHA256"] = "SHA256", _sha256(data)
         if cache_control is not None:
             request["CacheControl"] = cache_control
         if if_absent:
@@ -294,7 +354,7 @@ class S3Store:
         if if_match is not None:
             request["IfMatch"] = if_match
         with explained(f"write {self.uri(key)}", self._client):
-            return self._client.put_object(**request)["ETag"]
+            return _put(self._client, request, _sha256(data))
 
     def _probe(self) -> bool:
         for _ in range(2):
@@ -318,6 +378,37 @@ def _object(uri: str) -> tuple[str, str]:
 
 def _sha256(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def _put(client: S3Client, request: PutObjectRequestTypeDef, sha256: str) -> str:
+    """Writes an object with its checksum; without, from here on, where the server takes it only so. Gives the ETag."""
+    if not _sends_checksums(client):
+        return client.put_object(**request)["ETag"]
+    try:
+        # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
+        checked: PutObjectRequestTypeDef = {**request, "ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
+        return client.put_object(**checked)["ETag"]
+    except aws.ClientError as error:
+        if not may_be_the_checksum(error):
+            raise
+    config: Any = client.meta.config  # what botocore looks at for each request: else it adds a checksum of its own
+    with _trying_without:
+        before = config.request_checksum_calculation
+        config.request_checksum_calculation = "when_required"
+        try:
+            return client.put_object(**request)["ETag"]
+        except Exception as error:
+            if not (isinstance(error, aws.ClientError) and error_code(error) in LOST):  # it was not the checksum
+                config.request_checksum_calculation = before
+            raise
+        finally:
+            if config.request_checksum_calculation != before:
+                ask_for_no_checksums(client)
+                _log.info("%s refuses checksum headers: objects are written without", client.meta.endpoint_url)
+
+
+def _sends_checksums(client: S3Client) -> bool:
+    return getattr(client.meta.config, "request_checksum_calculation", None) != "when_required"
 
 
 def _get(client: S3Client, bucket: str, key: str) -> GetObjectOutputTypeDef | None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b")
 _OURS = {"GetObject", "PutObject", "HeadObject", "ListObjectsV2", "CopyObject", "DeleteObject"}
-_LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+"""Codes of a condition that does not hold."""
+_ENCRYPTION = "PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION"
 
 # Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 _BAD_CREDENTIALS = {
@@ -76,6 +78,13 @@ def error_code(error: aws.ClientError) -> str:
     return error.response.get("Error", {}).get("Code", "")
 
 
+def may_be_the_checksum(error: aws.ClientError) -> bool:
+    """Whether a refused write may have been refused because of a checksum header, as servers say it in many ways."""
+    code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    known = code in _BAD_CREDENTIALS | _BAD_REGION
+    return code == "SignatureDoesNotMatch" or (status in (400, 411, 501) and not known)
+
+
 @contextmanager
 def explained(doing: str, client: S3Client | None = None) -> Iterator[None]:
     """Turn whatever botocore raises into our errors, with the place and what to do, and no key in the text."""
@@ -103,13 +112,21 @@ def _refusal(error: aws.ClientError) -> tuple[type[SegmindError], str, int | Non
         kind, words = BucketNotFoundError, "the bucket does not exist there; create it, or check AWS_ENDPOINT_URL_S3"
     elif code in _BAD_REGION or status in (301, 307):
         kind, words = BucketNotFoundError, f"the region is wrong; set AWS_DEFAULT_REGION to the bucket's ({said})"
-    elif status == 412 or code in _LOST or (code == "NoSuchKey" and error.operation_name == "PutObject"):
+    elif status == 412 or code in LOST or (code == "NoSuchKey" and error.operation_name == "PutObject"):
         kind, words = PreconditionFailedError, f"somebody else has written or removed it meanwhile ({code})"
     elif status == 403:
         rights = "s3:GetObject, s3:PutObject and s3:ListBucket (without it, S3 says 403 for what is not there)"
         if error.operation_name == "DeleteObject":
             rights = "s3:DeleteObject, to move what is done"
+        elif error.operation_name in ("PutObject", "CopyObject"):
+            rights += (
+                f"; where the bucket's policy demands encryption, set {_ENCRYPTION}=AES256, aws:kms or aws:kms:KEY-ID"
+            )
         kind, words = StoreAccessError, f"access denied ({said}); allow {rights}"
+    elif code.startswith("KMS."):
+        words = f"the encryption key cannot be used ({said}); check {_ENCRYPTION} and the key"
+    elif status == 501:
+        words = f"the server cannot do this ({said}); unset {_ENCRYPTION} if it is set, or use another store"
     elif status is not None and status >= 500:
         words = f"the server failed ({status} {said}); run again later"
     return kind, words, status

@@ -7,6 +7,7 @@ The S3 connection has no settings here: boto3 reads its own (`AWS_PROFILE`, `AWS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Final
 from prefect.settings import PREFECT_HOME
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from prefect.settings.sources import TomlConfigSettingsSourceBase
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -46,6 +47,7 @@ class SegmindSettings(PrefectBaseSettings):
         outbox_min_free_bytes: Free space in the outbox without which nothing is paid for.
         credentials_block: Name of the `SegmindCredentials` block to use where a flow names none.
         s3_block: `block-type/name` of a block with `get_s3_client()` to use instead of boto3's own chain.
+        s3_encryption: `AES256`, `aws:kms` or `aws:kms:KEY-ID`, the server-side encryption to ask for with each write.
         connect_timeout_seconds: To connect to the API.
         read_timeout_seconds: To wait for the next bytes of an answer.
         longest_wait_seconds: A rate limit that asks for a longer wait stops the job.
@@ -69,6 +71,7 @@ class SegmindSettings(PrefectBaseSettings):
     outbox_min_free_bytes: int = Field(default=100_000_000, ge=0)
     credentials_block: str | None = None
     s3_block: str | None = None
+    s3_encryption: str | None = None
     connect_timeout_seconds: float = Field(default=10.0, gt=0)
     read_timeout_seconds: float = Field(default=180.0, gt=0)
     longest_wait_seconds: float = Field(default=120.0, ge=0)
@@ -95,6 +98,13 @@ class SegmindSettings(PrefectBaseSettings):
     @classmethod
     def _empty_is_not_set(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value != ""}
+
+    @field_validator("s3_encryption")
+    @classmethod
+    def _known_encryption(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"AES256|aws:kms(:[\w:/-]+)?", value, re.ASCII):
+            raise ValueError("allowed is AES256, aws:kms or aws:kms:KEY-ID")
+        return value
 
     @property
     def outbox_folder(self) -> Path:

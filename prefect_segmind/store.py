@@ -53,6 +53,11 @@ class Store(Protocol):
         """Whether the conditions of `put` are honoured; where they are not, they are checked first as best effort."""
         ...
 
+    @property
+    def checksums(self) -> bool:
+        """Whether the store checks what it is given by a checksum, as far as it is known by now."""
+        ...
+
     def uri(self, key: str) -> str:
         """`s3://bucket/prefix/key`, or the path of the file."""
         ...
@@ -114,6 +119,11 @@ class LocalStore:
     @property
     def conditional(self) -> bool:
         """Always True: the lock sees to it."""
+        return True
+
+    @property
+    def checksums(self) -> bool:
+        """Always True: the disk sees to it."""
         return True
 
     def uri(self, key: str) -> str:

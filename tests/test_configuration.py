@@ -34,7 +34,7 @@ class TestSettings:
             "read_timeout_seconds": 20.0, "longest_wait_seconds": 0.0, "price_usd": Decimal("0.04"),
             "grace_seconds": 5.0, "allow_private_sources": True, "allow_unlisted_resolution": True,
             "approve_above_usd": Decimal("5.00"), "approval_timeout_seconds": 60,
-            "publish_cache_control": "no-cache",
+            "publish_cache_control": "no-cache", "s3_encryption": "aws:kms:alias/pictures",
         }  # fmt: skip
         assert set(given) == set(SegmindSettings.model_fields), "each has its place in this test"
         for name, value in given.items():

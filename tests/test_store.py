@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,11 +26,12 @@ import boto3
 import httpx
 import pytest
 from botocore import exceptions as aws
+from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from prefect_segmind import s3
+from prefect_segmind import checks, configuration, s3
 from prefect_segmind.errors import (
     BucketNotFoundError,
     ConfigurationError,
@@ -39,6 +42,7 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from prefect_segmind.inbox import open_inbox
 from prefect_segmind.place import open_store
 from prefect_segmind.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
 from prefect_segmind.store import LocalStore, Store
@@ -142,7 +146,7 @@ def serve() -> Iterator[Callable[[Handle], str]]:
 
             def log_message(self, *_: Any) -> None: ...
 
-        for verb in ("GET", "PUT", "HEAD"):
+        for verb in ("GET", "PUT", "HEAD", "DELETE"):
             setattr(Handler, f"do_{verb}", handle)
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
@@ -769,6 +773,281 @@ def test_no_credentials_at_all_are_told(rclone: tuple[str, Path], monkeypatch: p
         S3Store(BUCKET, "", made).get("k")
     with pytest.raises(StoreCredentialsError, match="sign an address"):
         presign_uri("s3://b1/k", made, 60)
+
+
+# S3-compatible servers, and buckets with a policy or a region of their own
+
+
+@dataclass
+class Picky:
+    """A server in front of moto that refuses some requests; `seen` are the headers of all of them."""
+
+    endpoint: str
+    seen: list[tuple[str, dict[str, str]]]
+
+    def writes(self) -> list[dict[str, str]]:
+        return [headers for verb, headers in self.seen if verb == "PUT"]
+
+
+Refuses = Callable[[BaseHTTPRequestHandler], Handle | None]
+
+
+@pytest.fixture
+def picky(moto: str, serve: Callable[[Handle], str]) -> Callable[[Refuses], Picky]:
+    def start(refuses: Refuses) -> Picky:
+        seen: list[tuple[str, dict[str, str]]] = []
+
+        def handle(request: BaseHTTPRequestHandler) -> None:
+            seen.append((request.command, {name.lower(): value for name, value in request.headers.items()}))
+            if refusal := refuses(request):
+                refusal(request)
+                return
+            behind = HTTPConnection(urlsplit(moto).netloc)
+            body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+            kept = {name: value for name, value in request.headers.items() if name != "Expect"}
+            behind.request(request.command, request.path, body, kept)
+            answer = behind.getresponse()
+            content = answer.read()
+            behind.close()
+            request.send_response_only(answer.status)
+            for name, value in answer.getheaders():
+                request.send_header(name, value)
+            request.end_headers()
+            request.wfile.write(content)
+
+        return Picky(serve(handle), seen)
+
+    return start
+
+
+def has_checksum(headers: Mapping[str, str]) -> bool:
+    sent = {name.lower(): value for name, value in headers.items()}
+    named = [name for name in sent if "checksum" in name or name == "x-amz-trailer"]
+    return bool(named) or "aws-chunked" in sent.get("content-encoding", "")
+
+
+def takes_no_checksums(status: int, code: str) -> Refuses:
+    return lambda request: refusing(status, code) if has_checksum(dict(request.headers.items())) else None
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "InvalidArgument"),
+        (400, "XAmzContentChecksumMismatch"),
+        (400, "XAmzContentSHA256Mismatch"),
+        (403, "SignatureDoesNotMatch"),
+        (411, "MissingContentLength"),
+        (501, "NotImplemented"),
+    ],
+)
+def test_a_server_that_refuses_checksum_headers_gets_none_from_then_on_and_it_is_said_once(
+    status: int,
+    code: str,
+    picky: Callable[[Refuses], Picky],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "prefect.segmind")
+    server = picky(takes_no_checksums(status, code))
+    made = client(server.endpoint)
+    store = S3Store(BUCKET, tmp_path.name, made)
+    assert store.checksums
+    etag = store.put("k", b"1", "text/plain", if_absent=True)
+    store.put("k", b"2", "text/plain", if_match=etag)
+    assert store.holds("k", b"2")
+    with pytest.raises(PreconditionFailedError):
+        store.put("k", b"3", "text/plain", if_absent=True)
+    S3Store(BUCKET, f"{tmp_path.name}-another", made).put("k", b"4", "text/plain")
+    assert store.conditional
+    assert not store.checksums
+    assert len([headers for headers in server.writes() if has_checksum(headers)]) == 1
+    assert not has_checksum(server.seen[-1][1])
+    assert [each.getMessage() for each in caplog.records if each.name == "prefect.segmind"] == [
+        f"{server.endpoint} refuses checksum headers: objects are written without"
+    ]
+
+
+def test_a_claim_that_somebody_else_has_is_lost_on_a_server_that_refuses_checksums(
+    picky: Callable[[Refuses], Picky], moto: str, tmp_path: Path
+) -> None:
+    S3Store(BUCKET, tmp_path.name, client(moto)).put("k", b"theirs", "text/plain")
+    server = picky(takes_no_checksums(400, "InvalidArgument"))
+    store = S3Store(BUCKET, tmp_path.name, client(server.endpoint))
+    store._conditional = True
+    with pytest.raises(PreconditionFailedError):
+        store.put("k", b"mine", "text/plain", if_absent=True)
+    assert not store.checksums
+
+
+def test_a_server_that_refuses_something_else_keeps_getting_checksums(picky: Callable[[Refuses], Picky]) -> None:
+    server = picky(lambda request: refusing(400, "EntityTooLarge") if request.command == "PUT" else None)
+    store = S3Store(BUCKET, "", client(server.endpoint))
+    with pytest.raises(StoreError, match="EntityTooLarge"):
+        store.put("k", b"x", "text/plain")
+    assert store.checksums
+
+
+def test_without_checksums_nothing_is_sent_in_chunks_with_trailers_over_tls_either() -> None:
+    made, sent = client("https://127.0.0.1:1"), []
+
+    def answer(request: Any, **_: Any) -> AWSResponse:
+        headers = {name.lower(): str(value) for name, value in request.headers.items()}
+        sent.append(headers)
+        refused = bool([name for name in headers if "checksum" in name or name == "x-amz-trailer"])
+        body = BytesIO(b"<Error><Code>NotImplemented</Code></Error>" if refused else b"")
+        body.stream = lambda **_: iter([body.getvalue()])  # type: ignore[attr-defined]
+        return AWSResponse(request.url, 501 if refused else 200, {"ETag": '"e"'}, body)
+
+    made.meta.events.register("before-send.s3.PutObject", answer)
+    assert S3Store(BUCKET, "", made).put("k", b"x", "text/plain") == '"e"'
+    assert len(sent) == 2
+    assert "aws-chunked" not in sent[1].get("content-encoding", "")
+
+
+def test_check_says_that_a_server_gets_no_checksums(
+    picky: Callable[[Refuses], Picky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(monkeypatch, picky(takes_no_checksums(400, "InvalidArgument")).endpoint)
+    place = f"s3://{BUCKET}/{tmp_path.name}"
+    looks = dict(checks.all_checks(None, f"{place}/archive", f"{place}/uploads"))
+    for title in ("upload place", "archive"):
+        assert "can be written (without checksum headers)" in looks[title]().text
+
+
+def not_encrypted(request: BaseHTTPRequestHandler) -> Handle | None:
+    """As a bucket's policy does that demands encryption by a key."""
+    sent = request.headers.get("x-amz-server-side-encryption")
+    return refusing(403, "AccessDenied", "with an explicit deny") if request.command == "PUT" and not sent else None
+
+
+@pytest.mark.parametrize(
+    ("setting", "sent", "key"),
+    [
+        ("AES256", "AES256", None),
+        ("aws:kms", "aws:kms", None),
+        ("aws:kms:alias/pictures", "aws:kms", "alias/pictures"),
+        ("aws:kms:arn:aws:kms:eu-central-1:1:key/1-2", "aws:kms", "arn:aws:kms:eu-central-1:1:key/1-2"),
+    ],
+)
+def test_every_write_asks_for_the_encryption_that_is_set(
+    setting: str,
+    sent: str,
+    key: str | None,
+    picky: Callable[[Refuses], Picky],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = picky(not_encrypted)
+    environment(monkeypatch, server.endpoint)
+    place = f"s3://{BUCKET}/{tmp_path.name}"
+    with pytest.raises(StoreAccessError, match="set PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION"):
+        configuration.open_archive(f"{place}/archive").store.put("k", b"x", "image/png")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", setting)
+    server.seen.clear()
+    archive = configuration.open_archive(f"{place}/archive")
+    assert archive.store.conditional
+    etag = archive.store.put("k", b"x", "image/png", if_absent=True)
+    archive.store.put("k", b"y", "image/png", if_match=etag)
+    publisher = configuration.open_publisher(f"{place}/live")
+    assert publisher
+    publisher.publishing.store.put("k.png", b"x", "image/png", cache_control="no-cache")
+    open_store(f"{place}/inbox", configuration.s3_client()).put("cup.png", b"x", "image/png")
+    inbox = open_inbox(f"{place}/inbox", configuration.s3_client)
+    (file,) = inbox.look(0).settled
+    assert inbox.move_done(file)
+    assert len(server.writes()) >= 7
+    for headers in server.writes():
+        assert headers["x-amz-server-side-encryption"] == sent
+        assert headers.get("x-amz-server-side-encryption-aws-kms-key-id") == key
+
+
+@pytest.mark.parametrize("value", ["aes256", "AES", "kms", "aws:kms:", "aws:kms:a b", "AES256,aws:kms"])
+def test_another_encryption_is_refused_by_the_name_of_its_setting(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", value)
+    with pytest.raises(ConfigurationError, match=r"PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION: .*allowed is AES256"):
+        configuration.s3_client()
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "KMS.NotFoundException"), (501, "NotImplemented")])
+def test_an_encryption_that_cannot_be_had_is_told_as_that(
+    status: int, code: str, serve: Callable[[Handle], str]
+) -> None:
+    with pytest.raises(StoreError, match=f"{code}.*PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION"):
+        S3Store(BUCKET, "", client(serve(refusing(status, code)))).put("k", b"x", "text/plain")
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def elsewhere(how: str) -> Refuses:
+    """As S3 answers for a bucket in eu-central-1 what is signed for another region."""
+
+    def refuses(request: BaseHTTPRequestHandler) -> Handle | None:
+        signed = request.headers.get("Authorization") or request.path
+        if "/eu-central-1/s3/" in signed or "%2Feu-central-1%2Fs3%2F" in signed:
+            return None
+
+        def refuse(request: BaseHTTPRequestHandler) -> None:
+            request.rfile.read(int(request.headers.get("Content-Length", 0)))
+            code = "PermanentRedirect" if how == "redirect" else "AuthorizationHeaderMalformed"
+            region = "" if how == "redirect" else "<Region>eu-central-1</Region>"
+            body = f"<Error><Code>{code}</Code>{region}</Error>".encode()
+            request.send_response(301 if how == "redirect" else 400)
+            if how == "redirect":
+                request.send_header("x-amz-bucket-region", "eu-central-1")
+            request.send_header("Content-Length", str(len(body)))
+            request.end_headers()
+            if request.command != "HEAD":
+                request.wfile.write(body)
+
+        return refuse
+
+    return refuses
+
+
+@pytest.mark.parametrize("how", ["redirect", "malformed"])
+@pytest.mark.parametrize("first", ["put", "holds", "read", "keys"])
+def test_an_address_is_signed_for_the_region_where_the_bucket_was_found(
+    how: str, first: str, picky: Callable[[Refuses], Picky], moto: str
+) -> None:
+    S3Store(BUCKET, "x", client(moto)).put("k", b"x", "text/plain")
+    made = client(picky(elsewhere(how)).endpoint)
+    store = S3Store(BUCKET, "x", made)
+    calls(store)[first]()
+    answer = httpx.get(presign_uri(store.uri("k"), made, 60))
+    assert (answer.status_code, answer.content) == (200, b"x")
+
+
+def test_a_bucket_in_another_region_has_its_host_in_a_signed_address_and_others_keep_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    made = s3_client()
+
+    def answer(request: Any, **_: Any) -> AWSResponse:
+        body = BytesIO(b"")
+        body.stream = lambda **_: iter([b""])  # type: ignore[attr-defined]
+        right = b"/eu-central-1/" in request.headers["Authorization"]
+        return AWSResponse(
+            request.url, 200 if right else 301, {"x-amz-bucket-region": "eu-central-1", "etag": "e"}, body
+        )
+
+    made.meta.events.register("before-send.s3.PutObject", answer)
+    S3Store(BUCKET, "", made).put("k", b"x", "text/plain")
+    for bucket, region in {BUCKET: "eu-central-1", "another": "us-west-2"}.items():
+        url = presign_uri(f"s3://{bucket}/k", made, 60)
+        assert url.startswith(f"https://{bucket}.s3.{region}.amazonaws.com/k?")
+        assert f"%2F{region}%2Fs3%2Faws4_request" in url
 
 
 # Failures
