@@ -49,7 +49,7 @@ from prefect_segmind.request import Job
 from prefect_segmind.settings import load_settings
 from prefect_segmind.spool import Spool
 from prefect_segmind.sums import inherited, wanted_before
-from prefect_segmind.tasks.attempts import flow_runs, mention_conditions, refreshed_at
+from prefect_segmind.tasks.attempts import TOLD_AT_END, flow_runs, mention_conditions, refreshed_at
 from prefect_segmind.validation import ValidatedJob
 
 R = TypeVar("R", bound=BatchResult)
@@ -236,7 +236,7 @@ def run_batch(
             carry()
             tally.close(gate.budget)
             result = summed()
-            log.warning(result.sentence())
+            log.warning(result.sentence(), extra=TOLD_AT_END)
             vars(error)["batch"] = BatchError(result.sentence(), result, gate.stopped)
             raise
         finally:
@@ -267,9 +267,9 @@ def _tell(plan: Plan) -> None:
     for warning, count in plan.warnings:
         log.warning("%s asset%s: %s", count, "s" * (count != 1), warning)
     for name, problem in plan.problems[:SHOWN_PROBLEMS]:
-        log.warning("%s will fail, unpaid: %s", name, problem)
+        log.warning("%s will fail, unpaid: %s", name, problem, extra=TOLD_AT_END)
     if plan.fail > SHOWN_PROBLEMS:
-        log.warning("and %s more will fail, unpaid", plan.fail - SHOWN_PROBLEMS)
+        log.warning("and %s more will fail, unpaid", plan.fail - SHOWN_PROBLEMS, extra=TOLD_AT_END)
     for shortfall in plan.shortfalls():
         log.warning(shortfall)
 

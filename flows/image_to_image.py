@@ -10,7 +10,7 @@ from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
 from prefect_segmind.record import OnUnknown
-from prefect_segmind.report import publish_before_after
+from prefect_segmind.report import publish_before_after, tell_begun
 from prefect_segmind.request import name_from_image
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
 from prefect_segmind.tasks import archive_image, generate_image, publish_image, upload_image, validate_job
@@ -71,6 +71,7 @@ def image_to_image(
     Raises:
         SegmindError: In one of its classes; the message says what was wrong and what to do.
     """
+    tell_begun()
     load_credentials(credentials_block)  # what is not configured is said before anything is done
     configuration.open_outbox(configuration.open_archive(archive))
     configuration.open_publisher(publish_to)

@@ -16,6 +16,7 @@ from prefect_segmind.flows.batch_run import Terms, conclude, run_batch
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.manifest_source import load_manifest
 from prefect_segmind.record import OnUnknown
+from prefect_segmind.report import tell_begun
 from prefect_segmind.settings import load_settings
 
 
@@ -73,6 +74,7 @@ def refresh_assets(
         BatchError: Not all assets were made; its `result` tells which were.
         SegmindError: In one of its other classes, before anything was paid.
     """
+    tell_begun()
     terms = Terms(
         archive=archive,
         upload_to=upload_to,

@@ -16,9 +16,8 @@ def main() -> None:
     # And it records task runs one by one, too slow for a batch, and drops those that it has no time for.
     os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE", "100")
     os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE", "100")
-    if "--verbose" not in sys.argv:
-        console = "BatchConsole" if sys.argv[1:2] == ["refresh"] else "QuietConsole"
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", f"prefect_segmind.console.{console}")
+    console = "CommandConsole" if "--verbose" in sys.argv else "QuietConsole"
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", f"prefect_segmind.console.{console}")
     if sys.argv[1:2] == ["demo"]:
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # no request of a demo leaves the machine
         os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -161,7 +161,7 @@ class Progress:
 
 
 observer: ContextVar[Callable[[Progress], None] | None] = ContextVar("segmind_observer", default=None)
-"""Who wants to be told of each asset that ends: the progress bar of a command."""
+"""Who wants to be told of each asset that begins or ends: the progress bar of a command."""
 
 
 class Tally:
@@ -191,6 +191,8 @@ class Tally:
         """Notes that an asset is under way."""
         with self._changed:
             self._under_way[entry.name] = entry
+            progress = self._progress()
+        self._tell(progress)
 
     def end(self, entry: Job | ValidatedJob, outcome: object) -> None:
         """Notes what came of an asset.
@@ -211,9 +213,7 @@ class Tally:
                 self._fail(entry, outcome)
             self._changed.notify_all()
             progress = self._progress()
-        if self._observer is not None:
-            with suppress(Exception):  # whoever watches does not change what is counted
-                self._observer(progress)
+        self._tell(progress)
 
     def carry(self, earlier: Sums) -> None:
         """Adds what earlier tries of the flow run came to, as far as no asset of this one reports it."""
@@ -274,6 +274,11 @@ class Tally:
                 stopped=str(stopped) if stopped else None,
                 plan=self._plan,
             )
+
+    def _tell(self, progress: Progress) -> None:
+        if self._observer is not None:
+            with suppress(Exception):  # whoever watches does not change what is counted
+                self._observer(progress)
 
     def _progress(self) -> Progress:
         return Progress(self._plan.total, self._counts.copy(), self._cost_usd, time.monotonic() - self._started)

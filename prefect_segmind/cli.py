@@ -14,12 +14,13 @@ from typing import Annotated, Any, cast
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
+from rich.progress import TimeElapsedColumn
 
 from prefect_segmind import __version__
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.arguments import money, number, pairs, typed
 from prefect_segmind.checks import Found, all_checks
-from prefect_segmind.console import print_facts
+from prefect_segmind.console import people, print_facts
 from prefect_segmind.errors import InputError, SegmindError, redact
 from prefect_segmind.flows import image_to_image, refresh_assets
 from prefect_segmind.interrupts import end_command_on_signals
@@ -28,6 +29,7 @@ from prefect_segmind.outcome import (
     DONE,
     FAILED,
     INTERRUPTS,
+    BegunRun,
     batch,
     batch_facts,
     batch_failure,
@@ -37,11 +39,10 @@ from prefect_segmind.outcome import (
     explain,
     failure,
     outcome,
-    people,
     success,
     told,
 )
-from prefect_segmind.progress import asking, batch_progress
+from prefect_segmind.progress import asking, batch_progress, live
 from prefect_segmind.record import OnUnknown
 from prefect_segmind.request import name_from_image, parse_job
 from prefect_segmind.resolution import DEFAULT_RESOLUTION
@@ -148,8 +149,7 @@ def generate(
     """
     output = output or Output()
     _prepare_for_interrupts()
-    name = name or name_from_image(image)
-
+    name, run = name or name_from_image(image), BegunRun()
     job: dict[str, Any] = {
         "image": image,
         "prompt": prompt,
@@ -172,15 +172,16 @@ def generate(
     try:
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
-        archived = cast(ArchivedImage, image_to_image(**job, **settings))
+        with run.awaited(), live(people, name, TimeElapsedColumn()):
+            archived = cast(ArchivedImage, image_to_image(**job, **settings))
     except (Exception, *INTERRUPTS) as error:
         if output.json:
             print(json.dumps(failure(name, error)))
-        return explain(error, output.verbose)
+        return explain(error, output.verbose, run)
     if output.json:
         print(json.dumps(success(archived)))
     else:
-        print_facts(Console(), outcome(archived))
+        print_facts(Console(), outcome(archived) | run.facts())
     return DONE
 
 
@@ -223,10 +224,10 @@ def refresh(
         defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
         output: How to speak.
     """
-    output = output or Output()
+    output, run = output or Output(), BegunRun()
     _prepare_for_interrupts()
     try:
-        with batch_progress(people, hidden=dry_run) as bar, asking(people, bar, yes=yes):
+        with run.awaited(), batch_progress(people) as bar, asking(people, bar, yes=yes):
             result = refresh_assets(
                 manifest=manifest,
                 archive=archive,
@@ -247,16 +248,16 @@ def refresh(
         if output.json:
             print(json.dumps(batch(ended) | {"error": told(error)} if ended else batch_failure(error)))
         if not ended:
-            return explain(error, output.verbose)
+            return explain(error, output.verbose, run)
         if output.verbose:
             people.print_exception()
         if not output.json:
-            print_facts(Console(), batch_facts(ended))
+            print_facts(Console(), batch_facts(ended) | run.facts())
         return exit_code(error)
     if output.json:
         print(json.dumps(batch(result)))
     else:
-        print_facts(Console(), dry_run_facts(result) if dry_run else batch_facts(result))
+        print_facts(Console(), (dry_run_facts(result) if dry_run else batch_facts(result)) | run.facts())
     return DONE
 
 

@@ -1,33 +1,43 @@
-"""The terminal of a command: Prefect's log without its tracebacks, and facts in two columns."""
+"""The terminal of a command: its warnings above one live line, and facts in two columns."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 
+people = Console(stderr=True)
+"""Where people read, besides the result itself: all of it, so that a live line stays below the other lines."""
 
-class QuietConsole(PrefectConsoleHandler):
-    """Prefect's console handler without errors: a command says once, at its end, what failed and what to do.
+_PACKAGE = Path(__file__).parent
 
-    Prefect itself logs a failure four times, three of them with a traceback. `--verbose` brings that back, and the
-    log in Prefect's UI keeps it all.
+
+class CommandConsole(PrefectConsoleHandler):
+    """Prefect's console handler, printing where the rest of the command does: above its live line, never into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows a line of the log."""
+        colour = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
+        try:
+            people.print(self.format(record), style=colour, markup=False, highlight=False, soft_wrap=True)
+        except Exception:  # noqa: BLE001
+            self.handleError(record)
+
+
+class QuietConsole(CommandConsole):
+    """The terminal of a command without `--verbose`: the warnings of this package, and nothing of Prefect's own.
+
+    A command tells at its end what was done and what failed, each once. Prefect logs a failure four times, three of
+    them with a traceback; its UI keeps it all. What the end tells again is logged with `told_at_end`.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows what is no error."""
-        if record.levelno < logging.ERROR:
-            super().emit(record)
-
-
-class BatchConsole(QuietConsole):
-    """The terminal of a batch: of its task runs only what is about money or failure, for there are many of them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Shows what is no error, and of task runs what is at least a warning."""
-        if record.levelno >= logging.WARNING or "task_runs" not in record.name:
+        """Shows a warning of this package that nothing else tells."""
+        ours = Path(record.pathname).is_relative_to(_PACKAGE)
+        if ours and record.levelno == logging.WARNING and not getattr(record, "told_at_end", False):
             super().emit(record)
 
 

@@ -9,12 +9,12 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from rich.console import Console
 
 from prefect_segmind.console import print_facts
 from prefect_segmind.flows import image_to_image
 from prefect_segmind.interrupts import end_command_on_signals
+from prefect_segmind.outcome import address_in_ui
 from prefect_segmind.price import LIST_PRICE_USD, usd
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
 
@@ -57,7 +57,7 @@ def demonstrate(folder: Path, console: Console) -> None:
         f" (the 502 may have cost {usd(first.possibly_billed_usd)} USD more)",
         "second run": f"{second.status}, paid {usd(second.cost_usd)} USD",
         "ledger": f"the sandbox billed {billed} picture{'s' * (billed != 1)}, {usd(spent)} USD",
-        "in the UI": _how_to_open(str(state.state_details.flow_run_id)),
+        "in the UI": address_in_ui(str(state.state_details.flow_run_id)),
     }
     print_facts(console, facts)
 
@@ -109,14 +109,3 @@ def serve_sandbox(
         except KeyboardInterrupt:
             ledger = sandbox.ledger
             console.print(f"\n{ledger.billed} pictures billed, {usd(ledger.billed_usd)} USD that nobody pays.")
-
-
-def _how_to_open(flow_run_id: str) -> str:
-    api = PREFECT_API_URL.value()
-    if api:
-        ui = PREFECT_UI_URL.value() or api.removesuffix("/api")
-        return f"{ui}/runs/flow-run/{flow_run_id}"
-    prefect = Path(sys.executable).with_name("prefect")
-    if prefect.is_relative_to(Path.cwd()):
-        prefect = prefect.relative_to(Path.cwd())
-    return f"{prefect} server start, then http://127.0.0.1:4200/runs/flow-run/{flow_run_id} (tab Artifacts)"

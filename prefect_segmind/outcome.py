@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from prefect.exceptions import CancelledRun, TerminationSignal
-from rich.console import Console
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.batch import BatchError, BatchResult
+from prefect_segmind.console import people
 from prefect_segmind.errors import (
     AccountError,
     BudgetReachedError,
@@ -23,6 +27,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.interrupts import ended_by
 from prefect_segmind.price import usd
+from prefect_segmind.report import watcher
 
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 INTERRUPTED = 130
@@ -34,8 +39,40 @@ SHOWN_JOBS = 20
 SHOWN_FAILURES = 10
 """Failures that people see; the JSON and the manifest of failures have them all."""
 
-people = Console(stderr=True)
-"""Where people read, besides the result itself."""
+
+def address_in_ui(flow_run_id: str) -> str:
+    """Where a flow run is in Prefect's UI; where no server is configured, with how to start one that has it."""
+    api = PREFECT_API_URL.value()
+    if api:
+        ui = PREFECT_UI_URL.value() or api.removesuffix("/api")
+        return f"{ui}/runs/flow-run/{flow_run_id}"
+    prefect = Path(sys.executable).with_name("prefect")
+    if prefect.is_relative_to(Path.cwd()):
+        prefect = prefect.relative_to(Path.cwd())
+    return f"{prefect} server start, then http://127.0.0.1:4200/runs/flow-run/{flow_run_id} (tab Artifacts)"
+
+
+class BegunRun:
+    """The flow run that a command has begun, if it came that far."""
+
+    def __init__(self) -> None:
+        self._flow_run_id: str | None = None
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Learns which flow run begins inside."""
+        token = watcher.set(self._begin)
+        try:
+            yield
+        finally:
+            watcher.reset(token)
+
+    def facts(self) -> dict[str, str]:
+        """Where people see it."""
+        return {"in the UI": address_in_ui(self._flow_run_id)} if self._flow_run_id else {}
+
+    def _begin(self, flow_run_id: str) -> None:
+        self._flow_run_id = flow_run_id
 
 
 def exit_code(error: BaseException) -> int:
@@ -93,8 +130,8 @@ def outcome(archived: ArchivedImage) -> dict[str, str]:
     return facts
 
 
-def explain(error: BaseException, verbose: bool) -> int:
-    """Says what went wrong in a few lines, with a traceback only for those who ask."""
+def explain(error: BaseException, verbose: bool, run: BegunRun | None = None) -> int:
+    """Says what went wrong in a few lines and where its run is, with a traceback only for those who ask."""
     if verbose:
         people.print_exception()
     people.print(told(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -107,6 +144,8 @@ def explain(error: BaseException, verbose: bool) -> int:
         people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.", highlight=False)
     elif isinstance(error, SegmindError):
         people.print("This run paid nothing.")
+    for title, text in (run.facts() if run else {}).items():
+        people.print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
     return exit_code(error)
 
 

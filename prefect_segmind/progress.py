@@ -1,17 +1,24 @@
-"""The terminal while a batch runs: a bar, and the question whether it may cost what it will."""
+"""The terminal while a command works: one live line, and the question whether a batch may cost what it will."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefect.logging.configuration import setup_logging
-from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from prefect_segmind import batch
 from prefect_segmind.approval import GO_ON, Answer, parse_answer
@@ -21,39 +28,60 @@ from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.price import usd
 
 
+class _Left(TimeRemainingColumn):
+    """The time that is left, once it is known how much there is to do."""
+
+    def render(self, task: Task) -> Text:
+        """The time, and what it means."""
+        return Text() if task.total is None else super().render(task).append(" left")
+
+
 @contextmanager
-def batch_progress(console: Console, *, hidden: bool = False) -> Iterator[Progress]:
+def live(console: Console, told: str, *columns: ProgressColumn) -> Iterator[Progress]:
+    """Shows one live line while a command works, the last of the terminal; it goes when the command has ended.
+
+    Args:
+        console: Where people read; without a terminal nothing is drawn.
+        told: What the line says at first.
+        columns: What stands right of that.
+    """
+    bar = Progress(
+        SpinnerColumn("line"),
+        TextColumn("{task.fields[told]}", markup=False),
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    bar.add_task("", total=None, told=told)
+    with bar:
+        yield bar
+
+
+@contextmanager
+def batch_progress(console: Console) -> Iterator[Progress]:
     """Shows a bar while a batch runs: done, reused, failed, USD and the time left.
 
     Args:
         console: Where people read; without a terminal nothing is drawn.
-        hidden: Whether to show none.
     """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeElapsedColumn(),
-        TextColumn("·"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=hidden or not console.is_terminal,
-    )
-    row = bar.add_task("pictures", total=None, told="planning")
+    with live(console, "planning", BarColumn(), TimeElapsedColumn(), _Left()) as bar:
 
-    def show(progress: batch.Progress) -> None:
-        reused = progress.counts["reused"] + progress.counts["recovered"]
-        told = f"{reused} reused, {progress.counts['failed']} failed, {usd(progress.cost_usd)} USD"
-        bar.update(row, total=progress.total, completed=progress.done, told=told)
+        def show(progress: batch.Progress) -> None:
+            reused = progress.counts["reused"] + progress.counts["recovered"]
+            bar.update(
+                bar.task_ids[0],
+                total=progress.total,
+                completed=progress.done,
+                told=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
+                f"{usd(progress.cost_usd)} USD",
+            )
 
-    token = batch.observer.set(show)
-    try:
-        with bar, _log_above(bar):
+        token = batch.observer.set(show)
+        try:
             yield bar
-    finally:
-        batch.observer.reset(token)
+        finally:
+            batch.observer.reset(token)
 
 
 @contextmanager
@@ -88,18 +116,3 @@ def asking(console: Console, bar: Progress, *, yes: bool) -> Iterator[None]:
         yield
     finally:
         asker.reset(token)
-
-
-@contextmanager
-def _log_above(bar: Progress) -> Iterator[None]:
-    """Has Prefect's log printed above the bar; its own console would print into it."""
-    setup_logging()  # which Prefect does later by itself, and only once
-    handlers = [each for each in logging.getLogger("prefect").handlers if isinstance(each, PrefectConsoleHandler)]
-    before = [each.console for each in handlers]
-    for each in handlers if not bar.disable else ():
-        each.console = bar.console
-    try:
-        yield
-    finally:
-        for each, console in zip(handlers, before, strict=True):
-            each.console = console

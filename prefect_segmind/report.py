@@ -9,9 +9,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from prefect_segmind import configuration
 from prefect_segmind.archive import Archive
@@ -33,6 +35,15 @@ SHOWN_JOBS = 100
 """Jobs that a plan lists."""
 SHOWN_FAILURES = 100
 """Failures that it lists; the manifest of the failed ones has them all."""
+
+watcher: ContextVar[Callable[[str], None] | None] = ContextVar("segmind_watcher", default=None)
+"""Who wants to know which flow run has begun, by its id: a command, which tells people where it is in the UI."""
+
+
+def tell_begun() -> None:
+    """Tells whoever watches that this flow run has begun."""
+    if (tell := watcher.get()) is not None:
+        tell(str(flow_run.id))
 
 
 def before_after(

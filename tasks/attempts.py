@@ -33,6 +33,9 @@ STAGES = {
 }
 """The stage that a task is; an asset of a batch has them all in one task."""
 
+TOLD_AT_END = {"told_at_end": True}
+"""Marks a line of the log that a command tells again at its end, so that people read it once."""
+
 _told: set[str] = set()
 """Archives of which this process has said that they ignore conditional writes."""
 
@@ -174,4 +177,5 @@ def _warn(name: str, error: SegmindError) -> None:
         error,
         follows,
         error.decision.reason,
+        extra=TOLD_AT_END if wait is None else None,
     )

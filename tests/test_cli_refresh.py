@@ -133,8 +133,9 @@ def test_people_read_the_plan_and_then_what_came_of_it(
 ) -> None:
     capsys.readouterr()
     assert cli.run(["refresh", manifest, "--dry-run", "--budget-usd", "0.10"]) == 0
-    plan = capsys.readouterr().out
-    assert [" ".join(line.split()) for line in plan.splitlines()] == [
+    *plan, address = capsys.readouterr().out.splitlines()
+    assert re.search(r"in the UI  http://.+/runs/flow-run/[0-9a-f-]{36}$", address)
+    assert [" ".join(line.split()) for line in plan] == [
         "dry run 3 assets: would generate 3; would cost 0.15 USD",
         "plan 3 assets",
         "generate 3, 0.15 USD at 0.05 USD each",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -85,6 +90,95 @@ def test_a_batch_that_is_done_is_a_success_though_nobody_reads_it_or_the_disk_is
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
     assert b"standard output cannot be written: No space left on device" in done.stderr
     assert sandbox.ledger.billed == 1
+
+
+def on_a_terminal(*arguments: str, home: Path, width: int, **environment: str) -> tuple[int, list[str]]:
+    """Runs the command on a terminal of its own.
+
+    Returns:
+        Its exit code, and the lines that are on the screen when it has ended.
+    """
+    mine, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    server = {"PREFECT_API_URL": url} if (url := PREFECT_API_URL.value()) else {}
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("prefect-segmind")), *arguments],
+        env={**os.environ, **server, "PREFECT_HOME": str(home / "prefect"), "TERM": "xterm", **environment},
+        cwd=home,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+    )
+    os.close(its)
+    written = b""
+    with suppress(OSError):  # the other end is closed
+        while some := os.read(mine, 65_536):
+            written += some
+    os.close(mine)
+    return process.wait(60), screen(written.decode(), width)
+
+
+def screen(written: str, width: int) -> list[str]:
+    """What a terminal shows in the end: it knows lines, carriage returns, cursor up, erasing a line, and colours."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", written):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+        elif part.startswith("\x1b["):
+            if part.endswith("A"):
+                row -= int(part[2:-1] or 1)
+            elif part.endswith("K"):
+                lines[row] = ""
+        else:
+            for character in part:
+                if column == width:
+                    row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+                lines[row] = lines[row][:column].ljust(column) + character + lines[row][column + 1 :]
+                column += 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_batch_leaves_warnings_what_came_of_it_and_its_address_on_the_screen_and_each_error_once(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, width: int
+) -> None:
+    rows = "".join(f"mug/{n},mug.jpg,a mug number {n},AUTO\n" for n in range(6)) + "lost,lost.jpg,x,AUTO\n"
+    (tmp_path / "campaign.csv").write_text("name,image,prompt,resolution\n" + rows)
+    sandbox.play(Answer(status=422, body='{"error": "no such mug"}'), prompt="number 1")
+    sandbox.play(Answer(status=502), prompt="number 2")
+    code, lines = on_a_terminal("refresh", "campaign.csv", "--max-concurrency", "2", home=tmp_path, width=width)
+    shown = "\n".join(lines)
+    assert code == outcome.FAILED, shown
+    assert re.match(r"\d\d:\d\d:\d\d\.\d+ \| WARNING \| Task run 'produce mug/2' - request 1 of", lines[0]), shown
+    assert [line for line in lines if "WARNING" in line] == lines[:1]
+    whole = "".join(lines)
+    for text, times in {
+        **{"the API answered 502": 1, "the API answered 422": 1, "lost.jpg does not exist": 1, "/runs/flow-run/": 1},
+        **{"7 assets: 5 generated, 2 failed; paid 0.25 USD": 1},
+        **{"planning": 0, "━": 0, "INFO": 0, "ERROR": 0, "Failed(": 0, "Traceback": 0},
+    }.items():
+        assert whole.count(text) == times, f"{text}\n{shown}"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_one_picture_is_told_in_a_few_lines_of_which_none_is_about_how_prefect_works(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    arguments = ("generate", str(photo), "a mug", "--resolution", "AUTO")
+    code, lines = on_a_terminal(*arguments, home=tmp_path, width=120)
+    assert code == 0, lines
+    assert [line.split()[0] for line in lines] == [*("generated", "picture", "sidecar", "size,", "paid", "in")], lines
+    code, lines = on_a_terminal(*arguments, "--verbose", home=tmp_path, width=120)
+    assert code == 0
+    assert any("Beginning flow run" in line for line in lines), "--verbose brings all of Prefect's log back"
+    assert all("━" not in line for line in lines)
 
 
 def test_what_was_wrong_keeps_its_exit_code_though_nobody_reads_it(tmp_path: Path) -> None:
