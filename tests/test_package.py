@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL
+from pydantic import SecretStr
 
 import prefect_segmind
 
@@ -156,6 +159,47 @@ def test_importing_the_package_is_quick_and_loads_names_when_they_are_used() -> 
     assert done.stdout.split() == ["False", "Job", "False"]
 
 
+def fresh(*command: str) -> str:
+    """What a new process prints that speaks to the server of this session."""
+    api = {"PREFECT_API_URL": str(PREFECT_API_URL.value()), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *command], env={**os.environ, **api}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prefect_finds_the_block_by_the_entry_point_before_anything_of_the_package_is_used() -> None:
+    code = """
+import sys
+from prefect.blocks.core import Block
+from prefect.plugins import load_prefect_collections
+assert "prefect_segmind" not in sys.modules
+print(load_prefect_collections()["prefect_segmind"])
+print(Block.get_block_class_from_key("segmind-credentials").__name__, "boto3" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Warning" not in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["SegmindCredentials", "False"]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_saved_block_is_loaded_in_a_process_that_has_not_used_the_package() -> None:
+    prefect_segmind.SegmindCredentials(api_key=SecretStr("SG_0123456789abcdef")).save("fresh", overwrite=True)
+    code = """
+from prefect.blocks.core import Block
+print(Block.load("segmind-credentials/fresh").api_key.get_secret_value())
+"""
+    assert fresh("-c", code).split() == ["SG_0123456789abcdef"]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_readme_s_command_puts_the_block_into_the_catalogue() -> None:
+    (command,) = re.findall(r"^\$ prefect (block register .+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert "Segmind Credentials" in fresh("-m", "prefect", *command.split())
+    assert "segmind-credentials" in fresh("-m", "prefect", "block", "type", "ls")
+
+
 def test_every_public_name_is_there() -> None:
     for name in prefect_segmind.__all__:
         assert getattr(prefect_segmind, name)
@@ -210,8 +254,11 @@ def test_the_wheel_works_in_a_clean_environment_without_constraints(built: Path,
     pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, f"{wheel}[sandbox]"], check=True, cwd=tmp_path)
     code = """
-import importlib.util, prefect_segmind, prefect_segmind.flows, prefect_segmind.tasks
+import importlib.util
+from prefect.blocks.core import Block
 from prefect.plugins import load_prefect_collections
+assert Block.get_block_class_from_key("segmind-credentials")
+import prefect_segmind, prefect_segmind.flows, prefect_segmind.tasks
 assert importlib.util.find_spec("flows") is None and importlib.util.find_spec("tasks") is None
 assert "prefect_segmind" in load_prefect_collections()
 print(prefect_segmind.__version__, prefect_segmind.image_to_image.name)
