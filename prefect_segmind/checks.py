@@ -161,7 +161,8 @@ def _server() -> Found:
     if where is None:
         return Found(
             f"a temporary one, Prefect {server}, is started for each command, which takes seconds and shows nothing "
-            "live: start one with `prefect server start`, and set PREFECT_API_URL=http://127.0.0.1:4200/api",
+            "live: run `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`, then `prefect server start` in "
+            "a terminal of its own",
             "mind",
         )
     return Found(f"{where} answers, Prefect {server}")

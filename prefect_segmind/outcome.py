@@ -49,7 +49,7 @@ def address_in_ui(flow_run_id: str) -> str:
     prefect = Path(sys.executable).with_name("prefect")
     if prefect.is_relative_to(Path.cwd()):
         prefect = prefect.relative_to(Path.cwd())
-    return f"{prefect} server start, then http://127.0.0.1:4200/runs/flow-run/{flow_run_id} (tab Artifacts)"
+    return f"{prefect} --no-prompt server start, then http://127.0.0.1:4200/runs/flow-run/{flow_run_id} (tab Artifacts)"
 
 
 class BegunRun:

@@ -13,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -41,12 +43,26 @@ def block(start: str, kind: str) -> str:
     return found[1]
 
 
-def commands() -> list[str]:
-    return re.findall(r"^\$ (.*?)(?:\s+#.*)?$", block(HEADING, "console"), re.M)
+def terminals() -> list[list[str]]:
+    """What is pasted into each of the README's terminals, a command each."""
+    below = README.partition(HEADING)[2].partition("\n## ")[0]
+    pasted = re.findall(r"^\*\*Terminal (\d)\*\*.*\n\n```console\n((?:\$ .*\n)+)```", below, re.M)
+    assert [number for number, _ in pasted] == ["1", "2", "3"]
+    return [re.findall(r"^\$ (.*)$", commands, re.M) for _, commands in pasted]
 
 
-def test_there_are_five_commands() -> None:
-    assert len(commands()) == 5
+def test_there_are_five_commands_in_three_terminals_and_the_file_says_the_same() -> None:
+    assert [len(commands) for commands in terminals()] == [3, 1, 1]
+    head = (ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8").partition("\nname:")[0]
+    assert re.findall(r"^# {3}(prefect .*)$", head, re.M) == [
+        command for commands in terminals() for command in commands if command.startswith("prefect ")
+    ]
+
+
+def test_no_server_is_started_in_the_background() -> None:
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("deployments/**/*.yaml")):
+        for line in re.findall(r"^(?:\$|#) +.*server start.*$", path.read_text(encoding="utf-8"), re.M):
+            assert "--background" not in line
 
 
 @pytest.fixture
@@ -85,7 +101,7 @@ class Team:
     def __init__(self, clone: Path, environment: dict[str, str], port: int) -> None:
         self.clone, self.environment, self.port = clone, environment, port
         self.api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, transport=Patient())
-        self.worker: subprocess.Popen[bytes] | None = None
+        self.staying: list[subprocess.Popen[bytes]] = []
 
     def shell(self, command: str) -> str:
         done = subprocess.run(
@@ -94,16 +110,45 @@ class Team:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}{self.log}"
         return done.stdout
 
-    def start_worker(self, command: str) -> None:
-        with (self.clone / "worker.log").open("wb") as log:
-            self.worker = subprocess.Popen(
-                command.split(), cwd=self.clone, env=self.environment, stdout=log, stderr=subprocess.STDOUT
-            )
+    def stay(self, command: str) -> None:
+        """Starts a command that stays, in a terminal: a question there would be asked, and nobody answers it."""
+        import pty  # POSIX only
+
+        here, terminal = pty.openpty()
+        process = subprocess.Popen(
+            command.split(),
+            cwd=self.clone,
+            env=self.environment,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self.staying.append(process)
+        threading.Thread(target=self._write_down, args=(here, f"{len(self.staying)}.log"), daemon=True).start()
+
+    def _write_down(self, terminal: int, name: str) -> None:
+        with (self.clone.parent / name).open("wb", buffering=0) as log, suppress(OSError):  # at the end of the process
+            while shown := os.read(terminal, 65536):
+                log.write(shown)
+        os.close(terminal)
+
+    def close(self) -> None:
+        """Ctrl-C in each terminal, the last one first."""
+        for process in reversed(self.staying):
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     @property
     def log(self) -> str:
-        path = self.clone / "worker.log"
-        return path.read_text(errors="replace")[-20_000:] if path.exists() else ""
+        """What the terminals show."""
+        paths = sorted(self.clone.parent.glob("*.log"))
+        return "\n".join(path.read_text(errors="replace")[-20_000:] for path in paths)
 
     def until(self, look: Callable[[], T | None], seconds: float = 240) -> T:
         end = time.monotonic() + seconds
@@ -168,19 +213,18 @@ def team(sandbox: Sandbox, clone: Path, tmp_path: Path) -> Iterator[Team]:
     try:
         yield found
     finally:
-        if found.worker:
-            found.worker.terminate()
-            found.worker.wait(90)
-        if shutil.which("prefect", path=environment["PATH"]):
-            subprocess.run(["prefect", "server", "stop"], env=environment, cwd=clone, capture_output=True)
+        found.close()
 
 
 def test_a_fresh_clone_runs_by_itself_after_five_commands(sandbox: Sandbox, team: Team) -> None:
-    install, server, config, worker, deploy = [each.replace("4200", str(team.port)) for each in commands()]
+    (install, config, server), (worker,), (deploy,) = [
+        [command.replace("4200", str(team.port)) for command in commands] for commands in terminals()
+    ]
     team.shell(install)
-    team.shell(server)
     team.shell(config)
-    team.start_worker(worker)
+    team.stay(server)
+    team.until(lambda: team.api.get("/health").is_success or None)
+    team.stay(worker)
     team.until(lambda: team.api.get("/work_pools/local-process").is_success or None)
     # Nobody waits here until half past three at night.
     file = team.clone / "deployments" / "prefect.yaml"
