@@ -13,11 +13,13 @@ import httpx
 from packaging.requirements import Requirement
 from prefect import __version__ as prefect_version
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL
 
 from prefect_segmind import configuration
-from prefect_segmind.credentials import load_credentials
-from prefect_segmind.errors import ConfigurationError, StoreError
+from prefect_segmind.client import on_loopback
+from prefect_segmind.credentials import load_base_url, load_credentials
+from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError
+from prefect_segmind.http_environment import check_environment, proxy_for, ssl_context
 from prefect_segmind.place import is_relative, open_store
 from prefect_segmind.price import usd
 from prefect_segmind.settings import PREFIX, load_settings
@@ -47,12 +49,21 @@ def all_checks(block: str | None, archive: str | None, upload_to: str | None) ->
         archive: `s3://bucket/prefix` or a folder; the settings if None.
         upload_to: `s3://bucket/prefix`; the settings if None.
     """
+    yield "proxy and certificates", lambda: _http(block)
     yield "key and credits", lambda: _credits(block)
     yield "upload place", lambda: _upload_place(upload_to)
     yield "archive", lambda: _archive(archive)
     yield "outbox", _outbox
     yield "versions", _versions
     yield "Prefect server", _server
+
+
+def _http(block: str | None) -> Found:
+    check_environment()
+    url = load_base_url(block)
+    way = "directly" if on_loopback(url) or proxy_for(url) is None else "through the proxy of the environment"
+    own = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
+    return Found(f"the API is reached {way}, " + (f"with the certificates of {own}" if own else "with certifi's"))
 
 
 def _credits(block: str | None) -> Found:
@@ -70,7 +81,7 @@ def _upload_place(place: str | None) -> Found:
     store = open_store(uploads.place, configuration.s3_client())
     said = secrets.token_bytes(16)
     store.put(".segmind-check", said, "application/octet-stream")
-    answer = httpx.get(uploads.address(store.uri(".segmind-check")), timeout=10)
+    answer = _signed(uploads.address(store.uri(".segmind-check")))
     if answer.content != said:
         raise StoreError(
             f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
@@ -92,6 +103,18 @@ def _archive(place: str | None) -> Found:
         f"{works}, but ignores conditional writes: do not run the same job in two processes at once",
         "mind",
     )
+
+
+def _signed(url: str) -> httpx.Response:
+    """What lies at a signed address, which no message shows."""
+    proxy = None if on_loopback(url) else proxy_for(url)
+    try:
+        with httpx.Client(trust_env=False, proxy=proxy, verify=ssl_context(), timeout=10) as client:
+            return client.get(url)
+    except httpx.HTTPError as error:
+        raise StoreUnreachableError(
+            f"a signed address cannot be read ({type(error).__name__}: {error}); check the network and any proxy"
+        ) from None
 
 
 def _checked(store: Store) -> str:
@@ -149,8 +172,15 @@ def _versions() -> Found:
 
 
 def _server() -> Found:
+    check_environment()  # Prefect's client reads it too
     where = PREFECT_API_URL.value()
-    with get_client(sync_client=True) as client:
+    try:
+        made = get_client(sync_client=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"PREFECT_API_SSL_CERT_FILE: {PREFECT_API_SSL_CERT_FILE.value()} cannot be used ({error.strerror or error})"
+        ) from None
+    with made as client:
         if failed := client.api_healthcheck():
             raise ConfigurationError(f"{where} does not answer ({failed}); start it, or check PREFECT_API_URL")
         server = str(client.api_version())

@@ -23,6 +23,7 @@ from prefect_segmind.checks import Found, all_checks
 from prefect_segmind.console import people, print_facts
 from prefect_segmind.errors import InputError, SegmindError, redact
 from prefect_segmind.flows import image_to_image, refresh_assets
+from prefect_segmind.http_environment import check_environment
 from prefect_segmind.interrupts import end_command_on_signals
 from prefect_segmind.outcome import (
     BAD_INPUT,
@@ -170,6 +171,7 @@ def generate(
         "on_unknown": on_unknown,
     }
     try:
+        check_environment()
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
         with run.awaited(), live(people, name, TimeElapsedColumn()):
@@ -227,6 +229,7 @@ def refresh(
     output, run = output or Output(), BegunRun()
     _prepare_for_interrupts()
     try:
+        check_environment()
         with run.awaited(), batch_progress(people) as bar, asking(people, bar, yes=yes):
             result = refresh_assets(
                 manifest=manifest,
@@ -272,6 +275,7 @@ def demo(*, folder: Path = Path("segmind-demo"), verbose: bool = False) -> int:
     from prefect_segmind.demonstration import demonstrate
 
     _prepare_for_interrupts()
+    check_environment()
     demonstrate(folder, Console())
     return DONE
 

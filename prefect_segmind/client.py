@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +26,7 @@ from prefect_segmind.errors import (
     ResultLinkError,
 )
 from prefect_segmind.fingerprint import ENDPOINT
+from prefect_segmind.http_environment import proxy_for, ssl_context
 from prefect_segmind.image import BrokenPicture, Picture, read_picture
 from prefect_segmind.price import LIST_PRICE_USD, read_cost
 from prefect_segmind.record import Answered, PaidPicture
@@ -53,7 +51,7 @@ class SegmindClient:
         list_price_usd: What a picture is taken to cost where the answer does not say.
 
     Raises:
-        ConfigurationError: The key or the address is unusable.
+        ConfigurationError: The key or the address is unusable, or a proxy or certificate that the environment names.
 
     Example:
         >>> SegmindClient("SG_0123456789abcdef", "http://127.0.0.1:8787/v1").on_loopback
@@ -84,15 +82,16 @@ class SegmindClient:
         if parts.scheme == "http" and not self.on_loopback:
             raise ConfigurationError("SEGMIND_BASE_URL: only https, so that the key is not sent in the clear")
         self._list_price = list_price_usd
-        trust_env = not self.on_loopback  # a proxy of the environment would get what is meant for this machine
-        certificates = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")) if trust_env else ()
+        # A proxy of the environment would get what is meant for this machine.
+        proxy = None if self.on_loopback else proxy_for(self.base_url)
         # No connection is kept: one that the server has dropped meanwhile would look like a request of unknown outcome.
         self._http = httpx.Client(
             headers={"x-api-key": key},
             timeout=httpx.Timeout(read_timeout, connect=connect_timeout),
             limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=trust_env,
-            verify=_ssl_context(trust_env, certificates),
+            trust_env=False,  # but for what stands here, which has been checked
+            proxy=proxy,
+            verify=ssl_context(from_environment=not self.on_loopback),
             follow_redirects=False,
         )
 
@@ -321,12 +320,6 @@ def on_loopback(url: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-@lru_cache(maxsize=4)
-def _ssl_context(trust_env: bool, _certificates: tuple[str | None, ...]) -> ssl.SSLContext:
-    """The context that httpx would make for each client, at 20 ms of CPU; made once for each environment."""
-    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 def _no_picture(broken: BrokenPicture, data: bytes, key: str) -> ApiError:

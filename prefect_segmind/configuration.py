@@ -22,6 +22,7 @@ from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.gate import Gate
 from prefect_segmind.generation import Generation
+from prefect_segmind.http_environment import check_environment
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.place import is_relative, open_store
 from prefect_segmind.production import Production, Publisher
@@ -234,6 +235,7 @@ def _s3_client(block: str | None, encryption: str | None, _environment: tuple[tu
 
 
 def _client_of(block: str) -> S3Client:
+    check_environment()  # Prefect's client reads it, and fails without a word of it
     try:
         loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
         client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr
 
 from prefect_segmind.client import DEFAULT_BASE_URL, SegmindClient
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.http_environment import check_environment
 from prefect_segmind.settings import SegmindSettings, load_settings
 
 
@@ -66,6 +67,7 @@ def load_credentials(block: str | None = None) -> SegmindCredentials:
     """
     name = block or load_settings().credentials_block
     if name:
+        check_environment()  # Prefect's client reads it, and fails without a word of it
         try:
             loaded = cast(SegmindCredentials, SegmindCredentials.load(name, _sync=True))  # type: ignore[call-arg]
         except ValueError as error:

@@ -3,11 +3,16 @@
 The one room that follows addresses somebody else chose. What an address may reach is decided on the resolved IP
 address, and the connection goes to exactly that one, so a name cannot point elsewhere a moment later; every redirect is
 decided anew. Nothing of ours goes along: no API key, no cookies, no credentials.
+
+Where the environment names a proxy, https goes through it, as the API's requests do. The proxy resolves the name once
+more, so less can be promised: what resolves here must resolve to permitted addresses only, and the certificate must be
+the name's, which a stranger's name cannot have that leads inside. Plain http has no such guard: never through a proxy.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -16,10 +21,16 @@ from typing import Final, Protocol
 
 import httpx
 
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.http_environment import proxy_for, ssl_context
+
 MAX_REDIRECTS: Final = 5
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last 32 bits
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out
 _PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know the first eight of it only
+
+_INSIDE: Final = re.compile(r"(?i)[^.]+\.?|.*\.(internal|intranet|lan|local|localhost|home\.arpa|corp|home)\.?")
+"""Names that are of no public host; without an address of their own here, they are not asked of a proxy."""
 
 
 class DownloadError(Exception):
@@ -138,15 +149,22 @@ def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, t
 
 def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, deadline: float) -> Downloaded | httpx.URL:
     """One hop: what was written, or where it redirects to. Tries the permitted addresses of the host in turn."""
-    # No proxies of the environment: a proxy resolves the name again, and would be asked to reach whatever that gives.
-    # The certificates do follow the environment (SSL_CERT_FILE). A client for each hop keeps no cookies.
-    certificates, failure = httpx.create_ssl_context(), ""
-    for address in _permitted(url, destination):
-        with httpx.Client(trust_env=False, verify=certificates) as client:
+    # The certificates follow the environment (SSL_CERT_FILE). A client for each hop keeps no cookies.
+    failure, retryable = "", True
+    try:
+        certificates, ways = ssl_context(), _ways(url, destination)
+    except ConfigurationError as error:
+        raise DownloadError(f"{_name(url)}: {error}") from None
+    for address, proxy in ways:
+        with httpx.Client(trust_env=False, verify=certificates, proxy=proxy) as client:
             try:
                 return _get(client, url, address, sink, limit, deadline)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = str(error)  # and on to the next address
+                retryable = "CERTIFICATE_VERIFY_FAILED" not in failure
+            except httpx.ProxyError as error:
+                failure = f"the proxy answers {error}"
+                retryable = str(error).startswith("5")
             except httpx.TimeoutException:
                 raise DownloadError(f"{_name(url)} took too long", retryable=True) from None
             except httpx.TransportError as error:
@@ -155,17 +173,16 @@ def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, dea
                 ) from None
             except httpx.DecodingError as error:
                 raise DownloadError(f"{_name(url)} cannot be decompressed: {error}") from None
-    retryable = "CERTIFICATE_VERIFY_FAILED" not in failure
     raise DownloadError(f"{_name(url)} cannot be reached: {failure}", retryable=retryable)
 
 
 def _get(
-    client: httpx.Client, url: httpx.URL, address: str, sink: Sink, limit: int, deadline: float
+    client: httpx.Client, url: httpx.URL, address: str | None, sink: Sink, limit: int, deadline: float
 ) -> Downloaded | httpx.URL:
     remaining = max(0.001, deadline - time.monotonic())
     request = client.build_request(
         "GET",
-        url.copy_with(host=address, fragment=None),
+        url.copy_with(host=address or url.host, fragment=None),
         headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
         timeout=httpx.Timeout(min(30.0, remaining), connect=min(10.0, remaining)),
         # TLS asks for, and checks the certificate against, the name and not the address.
@@ -195,22 +212,46 @@ def _get(
         answer.close()
 
 
+def _ways(url: httpx.URL, destination: Destination) -> list[tuple[str | None, httpx.Proxy | None]]:
+    """Each way to a URL's host that may be taken, one at least: an IP address, or a proxy that looks the name up."""
+    proxy = proxy_for(url) if url.scheme == "https" else None
+    if proxy is None:
+        return [(address, None) for address in _permitted(url, destination)]
+    try:
+        addresses = _resolved(url)
+    except DownloadError:
+        if _INSIDE.fullmatch(url.host):
+            raise
+        return [(None, proxy)]  # in a closed network nobody but the proxy knows the names outside
+    if any(_unwrapped(each).is_loopback for each in addresses):  # a proxy's loopback is not ours
+        return [(address, None) for address in _permitted(url, destination)]
+    if not all(destination.permits(url, each) for each in addresses):
+        raise _refused(url, addresses, destination)
+    return [(None, proxy)]
+
+
 def _permitted(url: httpx.URL, destination: Destination) -> list[str]:
     """The IP addresses of a URL's host that may be reached, in the order of the resolver; one at least."""
+    addresses = _resolved(url)
+    permitted = [each for each in addresses if destination.permits(url, each)]
+    if not permitted:
+        raise _refused(url, addresses, destination)
+    return permitted
+
+
+def _resolved(url: httpx.URL) -> list[str]:
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(url.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         raise DownloadError(f"{_name(url)}: the host cannot be resolved: {error}", retryable=passing) from None
-    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
-    permitted = [each for each in addresses if destination.permits(url, each)]
-    if not permitted:
-        rule = (
-            "only https and public addresses are allowed" if destination.same_origin else "only public ones are allowed"
-        )
-        raise DownloadError(f"{_name(url)} leads to {', '.join(addresses)}; {rule}", refused=True)
-    return permitted
+    return list(dict.fromkeys(str(each[4][0]) for each in found))
+
+
+def _refused(url: httpx.URL, addresses: list[str], destination: Destination) -> DownloadError:
+    rule = "only https and public addresses are allowed" if destination.same_origin else "only public ones are allowed"
+    return DownloadError(f"{_name(url)} leads to {', '.join(addresses)}; {rule}", refused=True)
 
 
 def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:

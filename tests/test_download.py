@@ -100,6 +100,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
             return real(host, port, *rest, **more)
         turns = known[name]
         found = turns.pop(0) if len(turns) > 1 else turns[0]
+        if found == ["no such name"]:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
         return [each for address in found for each in real(address, port, type=socket.SOCK_STREAM)]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
@@ -428,3 +430,164 @@ class TestTls:
             assert download_bytes(url, limit=LIMIT, destination=LOOPBACK) == PICTURE
             assert "match" in str(failure(f"https://others.example:{server.port}/a")).lower()
             assert len(server.requests) == 1
+
+
+class Proxy:
+    """A proxy that leads every name to one port of this machine; keeps what it was asked for."""
+
+    def __init__(self, port: int, refuses: str = "") -> None:
+        self.port, self.refuses, self.asked = port, refuses, list[str]()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            request = b""
+            while b"\r\n\r\n" not in request and (part := client.recv(65_536)):
+                request += part
+            self.asked.append(request.decode())
+            if self.refuses:
+                client.sendall(f"HTTP/1.1 {self.refuses}\r\nContent-Length: 0\r\n\r\n".encode())
+                client.close()
+                continue
+            with socket.create_connection(("127.0.0.1", self.port)) as server, client:
+                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=self._pipe, args=(server, client))
+                back.start()
+                self._pipe(client, server)
+                back.join()
+
+    @staticmethod
+    def _pipe(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while part := source.recv(65_536):
+                target.sendall(part)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def __enter__(self) -> Proxy:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+
+
+LINKS = Destination(same_origin="https://api.example/v1")
+
+
+class TestThroughAProxy:
+    @pytest.fixture
+    def server(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+        with authority(tmp_path, "pictures.example.com") as context, Server(answer(), tls=context) as server:
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+            yield server
+
+    @pytest.fixture
+    def proxy(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+        with Proxy(server.port) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//me:password@"))
+            monkeypatch.setenv("HTTP_PROXY", proxy.url)
+            yield proxy
+
+    @pytest.fixture
+    def unknown(self, names: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+        """As in a network where nobody but the proxy knows the names outside."""
+        for name in ("pictures.example.com", "metadata.google.internal", "intranet"):
+            names[name] = [["no such name"]]
+        return names
+
+    @pytest.mark.parametrize("addresses", [["8.8.8.8"], ["8.8.8.8", "2606:4700::1111"]])
+    @pytest.mark.parametrize("destination", [LINKS, Destination()])
+    def test_https_goes_there_by_its_name_and_takes_nothing_of_ours_along(
+        self,
+        addresses: list[str],
+        destination: Destination,
+        names: dict[str, list[list[str]]],
+        server: Server,
+        proxy: Proxy,
+    ) -> None:
+        names["pictures.example.com"] = [addresses]
+        url = "https://pictures.example.com/a.png?sig=1#part"
+        assert download_bytes(url, limit=LIMIT, destination=destination) == PICTURE
+        assert [each.splitlines()[0] for each in proxy.asked] == ["CONNECT pictures.example.com:443 HTTP/1.1"]
+        (request,) = server.requests
+        assert request.startswith("GET /a.png?sig=1 HTTP/1.1")
+        sent = {line.partition(":")[0].lower() for line in request.splitlines()[1:] if line}
+        assert sent == {"host", "accept", "accept-encoding", "connection", "user-agent"}
+
+    def test_a_name_that_only_the_proxy_knows_is_asked_of_it(
+        self, unknown: dict[str, list[list[str]]], server: Server, proxy: Proxy
+    ) -> None:
+        assert download_bytes("https://pictures.example.com/a", limit=LIMIT, destination=LINKS) == PICTURE
+
+    @pytest.mark.parametrize("host", ["metadata.google.internal", "intranet"])
+    def test_a_name_from_inside_is_not(
+        self, host: str, unknown: dict[str, list[list[str]]], server: Server, proxy: Proxy
+    ) -> None:
+        assert "cannot be resolved" in str(failure(f"https://{host}/a?secret", LINKS))
+        assert not proxy.asked
+
+    @pytest.mark.parametrize(
+        "addresses", [["10.0.0.8"], ["8.8.8.8", "10.0.0.8"], ["169.254.169.254"], ["127.0.0.1"], ["::1", "8.8.8.8"]]
+    )
+    def test_a_name_that_leads_inside_is_refused_and_the_proxy_not_asked(
+        self, addresses: list[str], names: dict[str, list[list[str]]], server: Server, proxy: Proxy
+    ) -> None:
+        names["pictures.example.com"] = [addresses]
+        error = failure("https://pictures.example.com/a?secret", LINKS, timeout=1)
+        assert error.refused or "8.8.8.8" in addresses
+        assert not proxy.asked
+
+    @pytest.mark.parametrize("url", ["http://8.8.8.8/a", "https://10.0.0.8/a", "https://[::1]/a"])
+    def test_what_is_refused_is_refused_with_a_proxy_as_well(self, url: str, server: Server, proxy: Proxy) -> None:
+        assert failure(url, LINKS).refused
+        assert not proxy.asked
+
+    def test_plain_http_never_goes_there(self, server: Server, proxy: Proxy) -> None:
+        with Server(answer()) as plain:
+            assert download_bytes(plain.url, limit=LIMIT, destination=LOOPBACK) == PICTURE
+        assert not proxy.asked
+
+    def test_each_redirect_is_checked(self, names: dict[str, list[list[str]]], server: Server, proxy: Proxy) -> None:
+        names["pictures.example.com"] = [["8.8.8.8"]]
+        server.answers[:] = [answer(b"", "302 Found", Location="https://169.254.169.254/")]
+        assert failure("https://pictures.example.com/a", LINKS).refused
+        assert len(proxy.asked) == 1
+
+    def test_what_no_proxy_names_is_reached_directly(
+        self, names: dict[str, list[list[str]]], server: Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names["pictures.example.com"] = [["127.0.0.1"]]
+        monkeypatch.setenv("NO_PROXY", ".example.com")
+        url = f"https://pictures.example.com:{server.port}/a"
+        assert download_bytes(url, limit=LIMIT, destination=LOOPBACK) == PICTURE
+        assert not proxy.asked
+
+    @pytest.mark.parametrize(
+        ("refusal", "retryable"), [("407 Proxy Authentication Required", False), ("503 Busy", True)]
+    )
+    def test_a_proxy_that_refuses_is_told_without_its_password(
+        self, refusal: str, retryable: bool, names: dict[str, list[list[str]]], server: Server, proxy: Proxy
+    ) -> None:
+        names["pictures.example.com"] = [["8.8.8.8"]]
+        proxy.refuses = refusal
+        error = failure("https://pictures.example.com/a?secret", LINKS)
+        assert f"the proxy answers {refusal}" in str(error)
+        assert error.retryable is retryable
+        assert "password" not in str(error)
+
+    @pytest.mark.parametrize(("name", "value"), [("HTTPS_PROXY", "socks4://x"), ("SSL_CERT_FILE", "/no/such/file")])
+    def test_a_wrong_variable_is_an_error_of_the_download_that_names_it(
+        self, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(name, value)
+        assert f"{name}: " in str(failure("https://8.8.8.8/a?secret", LINKS))

@@ -44,6 +44,7 @@ FLOORS = [
             "image",
             "normalisation",
             "download",
+            "http_environment",
             "response",
             "client",
             "store",
