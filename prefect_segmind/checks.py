@@ -78,7 +78,7 @@ def _upload_place(place: str | None) -> Found:
     uploads = configuration.open_uploads(place)
     if uploads.place is None:
         raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
-    store = open_store(uploads.place, configuration.s3_client())
+    store = open_store(uploads.checked_place(), configuration.s3_client())
     said = secrets.token_bytes(16)
     store.put(".segmind-check", said, "application/octet-stream")
     answer = _signed(uploads.address(store.uri(".segmind-check")))

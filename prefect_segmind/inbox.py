@@ -7,6 +7,7 @@ waiting and telling the same thing twice; nothing is lost where it is.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from prefect_segmind.errors import ConfigurationError, StoreError, writable
 from prefect_segmind.place import open_store
-from prefect_segmind.store import Store
+from prefect_segmind.store import FULL, Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -402,7 +403,11 @@ def _told(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "check the owner and mode of the folders, and that they are on one disk"
+        advice = "check the owner and mode of the folders"
+        if error.errno in FULL:
+            advice = "free some space there"
+        elif error.errno == errno.EXDEV:
+            advice = "the inbox and its folder for what is done must be on one disk"
         raise StoreError(f"cannot {doing}: {error.strerror or error}; {advice}") from error
 
 

@@ -20,7 +20,7 @@ from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreErr
 from prefect_segmind.manifest import Expansion, Found, Notes, Row, UnreadableManifest
 from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
 from prefect_segmind.request import LONGEST_NAME, Job, name_from_image
-from prefect_segmind.spool import Spool
+from prefect_segmind.spool import Spool, temporary_file
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -358,11 +358,14 @@ def _downloaded(place: str, client: S3Client) -> IO[bytes]:
             if error_code(error) == "NoSuchKey":
                 raise UnreadableManifest("it does not exist; check the key") from None
             raise
-        copy = stack.enter_context(tempfile.TemporaryFile())
+        with temporary_file():
+            copy = stack.enter_context(tempfile.TemporaryFile())
         with body:
             for chunk in body.iter_chunks(1 << 20):
-                copy.write(chunk)
-        copy.seek(0)
+                with temporary_file():
+                    copy.write(chunk)
+        with temporary_file():
+            copy.seek(0)
         stack.pop_all()
     return copy
 
@@ -370,7 +373,13 @@ def _downloaded(place: str, client: S3Client) -> IO[bytes]:
 def _lines(file: IO[bytes]) -> Iterator[str]:
     """The lines of a UTF-8 text, with their line breaks and without a byte order mark."""
     number = 0
-    while line := file.readline(MAX_TEXT + 1):
+    while True:
+        try:
+            line = file.readline(MAX_TEXT + 1)
+        except OSError as error:
+            raise UnreadableManifest(f"it cannot be read: {error.strerror or error}") from None
+        if not line:
+            return
         number += 1
         if len(line) > MAX_TEXT:
             raise UnreadableManifest(f"line {number} has more than {MAX_TEXT // 1_000_000} MB")

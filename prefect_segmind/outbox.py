@@ -102,10 +102,12 @@ class Outbox:
         try:
             yield part
         except BaseException as error:
-            if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
-                part.unlink(missing_ok=True)
+            with suppress(OSError):  # what has failed counts, not that its remains cannot be removed
+                if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
+                    part.unlink(missing_ok=True)
             raise
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Makes a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
@@ -288,20 +290,24 @@ class Outbox:
         return None
 
     def fingerprints(self) -> set[str]:
-        """Those of all pictures that lie here, as far as the names of the files tell; none is read."""
-        if not self.folder.is_dir():
-            return set()
+        """Those of all pictures that lie here, as far as the names of the files tell; none is read.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
         return {
             each.name.partition(".")[0]
-            for each in self.folder.iterdir()
+            for each in self._all()
             if each.suffix not in _NO_PICTURES or (each.suffix == ".part" and _arrived(each))
         }
 
     def unread(self) -> set[str]:
-        """The fingerprints of jobs of which answers lie here that could not be read as a picture."""
-        if not self.folder.is_dir():
-            return set()
-        return {each.name.partition(".")[0] for each in self.folder.iterdir() if each.suffix == ".answer"}
+        """The fingerprints of jobs of which answers lie here that could not be read as a picture.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        return {each.name.partition(".")[0] for each in self._all() if each.suffix == ".answer"}
 
     def is_readable(self, fingerprint: str) -> bool:
         """Whether one of these answers of a job holds a picture that can be read now, links aside."""
@@ -328,6 +334,12 @@ class Outbox:
     def _part(self, fingerprint: str, run: str) -> Path:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
+    def _all(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir()) if self.folder.is_dir() else []
+        except OSError as error:
+            raise self._unusable(f"it cannot be read: {error.strerror}") from error
+
     def _listed(self, fingerprint: str) -> list[Path]:
         try:
             return self._files(fingerprint)
@@ -348,7 +360,10 @@ class Outbox:
 
 def _arrived(part: Path) -> bool:
     """Whether an answer may be whole: the file was cut to its length and is no longer as it was reserved."""
-    return part.is_file() and part.stat().st_size not in (0, RESERVED_BYTES)
+    try:
+        return part.is_file() and part.stat().st_size not in (0, RESERVED_BYTES)
+    except FileNotFoundError:  # renamed by its run at this moment
+        return False
 
 
 def _facts_path(body: Path) -> Path:

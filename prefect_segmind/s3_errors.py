@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import TYPE_CHECKING
 
 from botocore import exceptions as aws
@@ -58,9 +60,10 @@ _NO_CREDENTIALS = (
     aws.TokenRetrievalError,
     aws.UnknownCredentialError,
     getattr(aws, "LoginError", aws.SSOError),  # `aws login`, younger than the oldest boto3 that we take
-    OSError,  # a credential_process that cannot be started
-    ValueError,  # a credential_process that prints something else than JSON
+    JSONDecodeError,  # a credential_process that prints something else
 )
+_UNUSABLE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What botocore lets through where a credential_process cannot be started, or a file of its configuration be read."""
 _BAD_SETTINGS = (
     aws.ConfigNotFound,
     aws.ConfigParseError,
@@ -69,7 +72,7 @@ _BAD_SETTINGS = (
     aws.ParamValidationError,
     aws.ValidationError,
 )
-_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError)
+_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError, ConnectionError, TimeoutError)
 _RENEW = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or log in again"
 
 
@@ -137,13 +140,34 @@ def _failure(error: Exception) -> tuple[type[SegmindError], str, None]:
     name = type(error).__name__
     kind: type[SegmindError] = StoreError
     words = f"botocore failed ({name}: {error})"
-    if isinstance(error, _UNREACHABLE):
+    if isinstance(error, aws.SSLError):
+        words = f"no answer ({name}); check AWS_ENDPOINT_URL_S3, AWS_CA_BUNDLE and any proxy"
+        kind = StoreUnreachableError
+    elif _lacks_files(error):
+        words = f"this process has too many files open ({name}); allow more (ulimit -n), or run fewer assets at once"
+    elif isinstance(error, _UNREACHABLE):
         kind, words = StoreUnreachableError, f"no answer ({name}); check the network, AWS_ENDPOINT_URL_S3 and any proxy"
     elif isinstance(error, _BAD_SETTINGS) or str(error).startswith("Invalid endpoint"):
         kind, words = ConfigurationError, f"the address or the AWS configuration is malformed ({error})"
+    elif isinstance(error, _UNUSABLE_FILE):
+        kind = StoreCredentialsError
+        words = f"a file or program of the AWS configuration cannot be used ({name}: {error.filename}); {_RENEW}"
+    elif isinstance(error, OSError):
+        words = f"this machine failed ({name}: {error.strerror or error}); check its disk and memory"
     elif isinstance(error, _NO_CREDENTIALS) or type(error) is RuntimeError:  # botocore's for "refreshed, still expired"
         told = f": {error}" if isinstance(error, (aws.ProfileNotFound, aws.PartialCredentialsError)) else ""
         kind, words = StoreCredentialsError, f"there are no usable S3 credentials ({name}{told}); {_RENEW}"
+    elif isinstance(error, ValueError):  # its text may be a header with a key in it
+        kind, words = ConfigurationError, f"the address or the AWS configuration is malformed ({name})"
     elif isinstance(error, (aws.ChecksumError, aws.FlexibleChecksumError)):
         words = "the content does not fit its checksum; it was damaged in the store or on the way, run again"
     return kind, words, None
+
+
+def _lacks_files(error: BaseException | None) -> bool:
+    """Whether a failure began with a file or a connection that the system had no room for."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -41,7 +41,7 @@ class Spool(Generic[M]):
         self._count = 0
         self._lock = threading.Lock()
         self._at_end = True
-        with _explained():
+        with temporary_file():
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the spool
 
     def append(self, record: M) -> None:
@@ -51,7 +51,7 @@ class Spool(Generic[M]):
             StoreError: The disk is full, or the temporary folder cannot be written.
         """
         line = b"%d %s\n" % (self._numbers[type(record)], record.model_dump_json().encode())
-        with self._lock, _explained():
+        with self._lock, temporary_file():
             if not self._at_end:
                 self._file.seek(0, 2)
                 self._at_end = True
@@ -64,7 +64,7 @@ class Spool(Generic[M]):
     def __iter__(self) -> Iterator[M]:
         offset = 0
         while True:
-            with self._lock, _explained():
+            with self._lock, temporary_file():
                 self._file.seek(offset)
                 self._at_end = False
                 lines = self._file.readlines(_CHUNK)
@@ -91,11 +91,20 @@ class Spool(Generic[M]):
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def temporary_file() -> Iterator[None]:
+    """Turns what fails with a temporary file into an error that names its folder.
+
+    Raises:
+        StoreError: The disk is full, or the folder is missing or cannot be written.
+    """
     try:
         yield
     except OSError as error:
+        try:
+            folder = tempfile.gettempdir()
+        except OSError:  # none of those that it tries can be written
+            folder = "the folder for temporary files"
         raise StoreError(
-            f"cannot use a temporary file ({error.strerror or error}): free some space in {tempfile.gettempdir()}, "
-            "or set TMPDIR to a folder that has some"
+            f"cannot use a temporary file ({error.strerror or error}): free some space in {folder}, or set TMPDIR to a "
+            "folder that is there, can be written and has some"
         ) from error

@@ -22,7 +22,8 @@ from prefect_segmind.errors import PreconditionFailedError, StoreAccessError, St
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+"""What the system says where nothing more can be written."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _explained(doing: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"cannot {doing} {path}"
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StoreError(f"{where}: the disk is full, or a quota is; free some space and run again") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StoreAccessError(f"{where}: permission denied; check the owner and mode of the folder") from error

@@ -74,7 +74,7 @@ class Uploads:
             return UploadedImage(
                 uri=image, sha256=sha256, size_bytes=size, uploaded=False, warnings=self._short_lived(image)
             )
-        place = self._checked_place()
+        place = self.checked_place()
         data = reader.read(image)
         if hashlib.sha256(data).hexdigest() != source.sha256:
             raise SourceImageError(f"image: {image} has changed since it was validated; run the job again")
@@ -111,7 +111,12 @@ class Uploads:
     def _public(self, uri: str) -> bool:
         return bool(self.public_base_url and self.place) and uri.startswith(f"{(self.place or '').rstrip('/')}/")
 
-    def _checked_place(self) -> str:
+    def checked_place(self) -> str:
+        """The place, if the provider can read what lies there.
+
+        Raises:
+            ConfigurationError: There is none, or it is no bucket.
+        """
         if self.place is None:
             raise ConfigurationError(
                 "upload_to: a local image must be uploaded for the provider to read it; name a place such as "

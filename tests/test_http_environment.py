@@ -86,10 +86,10 @@ def test_check_and_all_commands_say_it_without_a_traceback(
 
 def test_a_block_that_cannot_be_asked_for_is_told_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "[::1]")
-    with pytest.raises(ConfigurationError, match="^NO_PROXY: "):
+    with pytest.raises(ConfigurationError, match=r"^NO_PROXY: "):
         load_credentials("marketing")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK", "aws-credentials/prod")
-    with pytest.raises(ConfigurationError, match="^NO_PROXY: "):
+    with pytest.raises(ConfigurationError, match=r"^NO_PROXY: "):
         configuration.s3_client()
 
 
