@@ -319,9 +319,10 @@ class Gate:
             if in_a_row is not None:
                 self.stop(
                     UnusableAnswersError(
-                        f"{in_a_row} paid answers in a row held no picture, the last one: {error} (look at what the "
-                        "outbox keeps of them and at the provider's usage page before running again; "
-                        "PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE says after how many a run stops, 0 for never)"
+                        f"{in_a_row} paid answers in a row held no picture: look at what they hold and at the "
+                        "provider's usage page before running again (after how many a run stops is "
+                        "PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE, 0 for never); the last one: "
+                        f"{error}"
                     )
                 )
 

@@ -23,12 +23,13 @@ from prefect_segmind.errors import (
     SegmindError,
     StoreError,
 )
-from prefect_segmind.gate import Admission, Gate
+from prefect_segmind.gate import Gate
 from prefect_segmind.image import Picture
 from prefect_segmind.lease import Claim, claim, held_beside, held_claim, held_elsewhere, this_process
 from prefect_segmind.outbox import Outbox, OutboxEntry
 from prefect_segmind.record import (
     LEASE_SECONDS,
+    Answered,
     Attempt,
     FlowRuns,
     OnUnknown,
@@ -276,12 +277,15 @@ class Generation:
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
                 path = self.outbox.keep(job.fingerprint, part, entry)
             except SegmindError as error:
-                kept = self._unusable(error, part, admission) if error.answered else None
-                self._failed(job, run, held, error, kept)
+                reason, kept = str(error), None
+                if error.answered is not None:
+                    kept = self._keep_answer(error, part, error.answered)
+                    admission.unusable(error)
+                self._failed(job, run, held, error, reason, kept)
                 raise
             except BaseException as error:
                 known = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
-                self._failed(job, run, held, known)
+                self._failed(job, run, held, known, str(known))
                 vars(error).update(vars(known))  # for whoever reports an interrupt
                 raise
         kept_at = f"{path} on {socket.gethostname()}"
@@ -320,17 +324,20 @@ class Generation:
             return None
         return held
 
-    def _unusable(self, error: SegmindError, part: Path, admission: Admission) -> Path | None:
-        """Keeps the body of a 200 that is no picture, and tells the gate what it has cost."""
-        assert error.answered is not None
-        admission.unusable(error)
+    def _keep_answer(self, error: SegmindError, part: Path, answered: Answered) -> Path | None:
+        """Keeps the body of a 200 that is no picture, and names it on the error; None where there is nothing in it."""
         try:
-            return self.outbox.keep_answer(part, error.answered)
+            kept = self.outbox.keep_answer(part, answered)
         except OutboxError as broken:
             self.warn(str(broken))
-            return part
+            kept = part
+        if kept is not None:
+            error.args = (f"{error}; the answer is kept in {kept}, and read again first when the job is run again",)
+        return kept
 
-    def _failed(self, job: ValidatedJob, run: Run, held: Claim, error: SegmindError, kept: Path | None = None) -> None:
+    def _failed(
+        self, job: ValidatedJob, run: Run, held: Claim, error: SegmindError, reason: str, kept: Path | None = None
+    ) -> None:
         """Decides what follows a failed request, and notes it in the record and on the error.
 
         Args:
@@ -338,6 +345,7 @@ class Generation:
             run: The run that asked.
             held: Its claim.
             error: The failure.
+            reason: What went wrong, for the record.
             kept: Where the body of a 200 lies that is no picture.
         """
         mine = tuple(filter(run.owns, held.record.attempts))
@@ -356,12 +364,10 @@ class Generation:
             policy=policy,
         )
 
-        reason = f"{type(error).__name__}: {error}"
-
         def outcome(record: Record) -> Record:
             return record.answered(
                 status=error.status,
-                reason=reason,
+                reason=f"{type(error).__name__}: {reason}",
                 wait_seconds=decision.wait_seconds,
                 possibly_billed=error.possibly_billed,
                 held_all=holds_all(error),
@@ -373,10 +379,6 @@ class Generation:
         error.fingerprint = job.fingerprint
         so_far = self._sums(job, run, outcome(held.record).attempts)
         vars(error).update(so_far._asdict())
-        if kept is not None:
-            error.args = (
-                f"{error}; what was answered is kept in {kept} and read again first when the job is run again",
-            )
         self._note(held, outcome)
         if decision.wait_seconds is None:
             forget(self.archive.url, job.fingerprint, run.id)

@@ -490,7 +490,7 @@ def test_a_batch_stops_where_answer_after_answer_is_paid_for_and_holds_no_pictur
     assert (result.cost_usd, result.possibly_billed_usd) == (sandbox.ledger.billed_usd, Decimal(0))
     assert result.stopped is not None
     assert "paid answers in a row held no picture" in result.stopped
-    assert "what was answered is kept in" in result.stopped
+    assert "the answer is kept in" in result.stopped
     agrees(result, sandbox)
 
 
