@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -247,7 +248,8 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_works_in_a_clean_environment_without_constraints(built: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(840)
+def test_the_wheel_works_with_the_newest_of_everything_that_it_needs(built: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
     venv.create(home, with_pip=True)
     binaries = home / ("Scripts" if os.name == "nt" else "bin")
@@ -273,3 +275,19 @@ print(prefect_segmind.__version__, prefect_segmind.image_to_image.name)
         [str(binaries / "prefect-segmind"), "demo"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert "the sandbox billed 1 picture, 0.05 USD" in demo.stdout, demo.stderr
+    # The tests of the command line once more, far from the checkout, so that it is the wheel that they import.
+    subprocess.run([*pip, "pytest", "pytest-timeout"], check=True, cwd=tmp_path)
+    copies = tmp_path / "copies" / "tests"
+    copies.mkdir(parents=True)
+    for name in ("__init__", "conftest", "test_cli", "test_cli_refresh"):
+        shutil.copy(ROOT / "tests" / f"{name}.py", copies)
+    (copies.parent / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    outer = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    tests = subprocess.run(
+        [str(binaries / "python"), "-m", "pytest", "-q", "tests"],
+        cwd=copies.parent,
+        env=outer,
+        capture_output=True,
+        text=True,
+    )
+    assert tests.returncode == 0, tests.stdout[-8000:]
