@@ -161,7 +161,7 @@ def open_publisher(
         return None
     place, pattern = split_publish_to(publish_to)
     place = lasting(place, "publish_to")
-    store = open_store(place, s3_client() if place.startswith("s3://") else None)
+    store = open_store(place, s3_client() if place.lower().startswith("s3:") else None)
     publishing = Publishing(store, pattern, load_settings().publish_cache_control)
     return Publisher(publishing, refreshed_at or datetime.now(UTC), run or "")
 
@@ -251,4 +251,4 @@ def _client_of(block: str) -> S3Client:
 def _archive(
     place: str, _block: str | None, _encryption: str | None, _environment: tuple[tuple[str, str], ...]
 ) -> Archive:
-    return Archive(open_store(place, s3_client() if place.startswith("s3://") else None))
+    return Archive(open_store(place, s3_client() if place.lower().startswith("s3:") else None))

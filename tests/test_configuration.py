@@ -18,6 +18,7 @@ from pydantic import SecretStr, ValidationError
 import prefect_segmind
 from prefect_segmind import configuration, errors
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
+from prefect_segmind.s3 import S3Store
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.settings import SegmindSettings, load_settings
 
@@ -34,7 +35,7 @@ class TestSettings:
             "read_timeout_seconds": 20.0, "longest_wait_seconds": 0.0, "price_usd": Decimal("0.04"),
             "grace_seconds": 5.0, "allow_private_sources": True, "allow_unlisted_resolution": True,
             "approve_above_usd": Decimal("5.00"), "approval_timeout_seconds": 60,
-            "publish_cache_control": "no-cache", "s3_encryption": "aws:kms:alias/pictures",
+            "publish_cache_control": "no-cache", "s3_encryption": "aws:kms:alias/pictures", "stop_after_unusable": 5,
         }  # fmt: skip
         assert set(given) == set(SegmindSettings.model_fields), "each has its place in this test"
         for name, value in given.items():
@@ -225,6 +226,14 @@ class TestS3:
         assert second.meta.endpoint_url == "http://127.0.0.1:9"
         monkeypatch.setenv("UNRELATED", "1")
         assert configuration.s3_client() is second
+
+    @pytest.mark.parametrize("place", ["s3://segmind/a", "S3://segmind/a"])
+    def test_whatever_opens_a_bucket_uses_that_client(self, place: str, sandbox: Sandbox) -> None:
+        publisher = configuration.open_publisher(place)
+        assert publisher is not None
+        for store in (configuration.open_archive(place).store, publisher.publishing.store):
+            assert isinstance(store, S3Store)
+            assert store._client is configuration.s3_client()
 
     def test_a_block_that_has_one_supplies_it_and_the_environment_does_not(
         self, sandbox: Sandbox, prefect_server: None, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import yaml
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
@@ -14,6 +15,7 @@ from prefect.runtime import deployment
 
 from prefect_segmind import cli, configuration, image_to_image, refresh_assets
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.place import is_relative
 from prefect_segmind.sandbox import Sandbox
 
 PREFIX = "PREFECT_INTEGRATIONS_SEGMIND_"
@@ -181,3 +183,11 @@ def run(made: Flow[..., Any], parameters: dict[str, Any]) -> Any:
         deployed: UUID = client.create_deployment(flow_id=client.create_flow(made), name=name)
         created = client.create_flow_run_from_deployment(deployed, parameters=parameters)
     return run_flow(made, flow_run=created, parameters=parameters)
+
+
+def test_no_deployment_that_is_shipped_names_a_relative_place() -> None:
+    file = Path(__file__).parents[1] / "deployments" / "prefect.yaml"
+    for deployed in yaml.safe_load(file.read_text())["deployments"]:
+        for given in (deployed, *deployed.get("schedules", ())):
+            for name in ("archive", "publish_to", "upload_to"):
+                assert not is_relative(given.get("parameters", {}).get(name, ""))
