@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pickle
 import string
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -32,6 +33,7 @@ from prefect_segmind.errors import (
     redact,
     status_error,
 )
+from prefect_segmind.record import Answered
 from prefect_segmind.retry import Decision
 
 CLASSES = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SegmindError)]
@@ -59,6 +61,7 @@ def full_error(kind: type[SegmindError]) -> SegmindError:
     error.possibly_billed_usd = Decimal("0.10")
     error.decision = Decision(2.0, "exponential backoff")
     error.stage = "generate"
+    error.answered = Answered(cost_usd=Decimal("0.05"), cost_source="x-cost", at=datetime(2026, 11, 23, tzinfo=UTC))
     return error
 
 
@@ -77,7 +80,7 @@ def test_an_error_keeps_all_it_knows_on_its_way_between_processes(kind, carry):
     assert type(carried) is kind
     assert str(carried) == "it failed"
     assert vars(carried) == vars(error)
-    assert len(vars(carried)) == 10
+    assert len(vars(carried)) == 11
 
 
 @pytest.mark.parametrize("kind", CLASSES)

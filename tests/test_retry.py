@@ -65,7 +65,10 @@ TABLE = [
     *((name, 1, 0, None) for name in ("ConfigurationError", "StoreError", "BucketNotFoundError", "StoreAccessError")),
     *((name, 1, 0, None) for name in ("StoreCredentialsError", "StoreUnreachableError", "PreconditionFailedError")),
     *((name, 1, 0, None) for name in ("ArchiveError", "ManifestError", "BudgetReachedError", "RunCancelledError")),
-    *((name, 1, 0, None) for name in ("NotStartedError", "NotApprovedError", "ApprovalTimeoutError")),
+    *(
+        (name, 1, 0, None)
+        for name in ("NotStartedError", "NotApprovedError", "ApprovalTimeoutError", "UnusableAnswersError")
+    ),
 ]
 
 
