@@ -193,7 +193,9 @@ def run_batch(
             return (each for each in entries if not is_left_out(each))
 
         try:
-            approved = approve(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block)
+            approved = approve(
+                plan, wanted(), title, terms.approve_above_usd, terms.credentials_block, terms.publish_to
+            )
         except (NotApprovedError, RunCancelledError) as refused:
             return Ended(tally.result(stopped=refused), refused, in_place=in_place, unusable=unusable)
         gate = Gate(

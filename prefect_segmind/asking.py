@@ -7,22 +7,25 @@ minutes later). A run without a deployment pauses where it is. A command asks in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import islice
 from typing import Literal, NamedTuple
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
-from prefect.input import RunInput
+from prefect.input import RunInput, read_flow_run_input
+from prefect.input.run_input import keyset_from_paused_state
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
-from prefect.states import Running
+from prefect.states import Paused, Running, Suspended
 from pydantic import Field
 
 from prefect_segmind import configuration
@@ -31,6 +34,7 @@ from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, Run
 from prefect_segmind.markdown import cell, picture, table
 from prefect_segmind.plan import Plan
 from prefect_segmind.price import usd
+from prefect_segmind.publishing import split_publish_to
 from prefect_segmind.request import Job
 from prefect_segmind.settings import load_settings
 from prefect_segmind.source import UnreadableSource
@@ -55,6 +59,7 @@ class Question(NamedTuple):
         above_usd: What needs no approval.
         prompts: Name and prompt of the first assets.
         sources: The first source images, no one twice.
+        publish_to: Where the pictures go live, if they do.
     """
 
     title: str
@@ -62,6 +67,16 @@ class Question(NamedTuple):
     above_usd: Decimal
     prompts: Sequence[tuple[str, str]]
     sources: Sequence[str]
+    publish_to: str | None = None
+
+    def goes_live(self) -> str:
+        """The addresses at which pictures of the plan go live, the first of them one by one."""
+        if self.publish_to is None:
+            return "nothing, the pictures stay in the archive"
+        place, pattern = split_publish_to(self.publish_to)
+        addresses = [f"{place}/{pattern.replace('{name}', name)}" for name, _ in self.prompts]
+        more = self.plan.total - len(addresses)
+        return ", ".join(addresses) + (f" and {more} more at {place}" if more > 0 else "")
 
 
 asker: ContextVar[Callable[[Question], Answer] | None] = ContextVar("segmind_asker", default=None)
@@ -85,6 +100,7 @@ def approve(
     title: str,
     above_usd: Decimal | None,
     credentials_block: str | None,
+    publish_to: str | None = None,
 ) -> Approved:
     """Asks a person if a plan may cost more than what needs no approval, and waits for the answer.
 
@@ -96,6 +112,7 @@ def approve(
         title: What the run is of.
         above_usd: What needs no approval; the setting if None, and if that is None nobody is asked.
         credentials_block: As for `source_reader`.
+        publish_to: Where the pictures go live, if they do.
 
     Raises:
         NotApprovedError: The answer is to stop, or nobody answers in time. Nothing was paid.
@@ -113,7 +130,7 @@ def approve(
     prompts = [(job.name, job.prompt) for job in jobs[:SHOWN_PROMPTS]]
     ask = asker.get() or (lambda question: _ask_in_prefect(question, credentials_block))
     approved = settle(
-        ask(Question(title, plan, limit, prompts, sources)),
+        ask(Question(title, plan, limit, prompts, sources, publish_to)),
         planned_usd=plan.planned_usd,
         above_usd=limit,
         budget_usd=plan.budget_usd,
@@ -130,29 +147,64 @@ def _ask_in_prefect(question: Question, credentials_block: str | None) -> Answer
             "give a higher approve_above_usd"
         )
     seconds, plan, context = load_settings().approval_timeout_seconds, question.plan, FlowRunContext.get()
-    get_run_logger().warning(
-        "the run may cost %s USD, more than the %s USD that need no approval: it waits until somebody answers "
-        "(Resume in the UI), %.0f s at most",
-        usd(plan.planned_usd if plan.budget_usd is None else min(plan.planned_usd, plan.budget_usd)),
-        usd(question.above_usd),
-        seconds,
-    )
-    form = Approval.with_initial_data(description=description(question, credentials_block))
-    if context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None:
-        # An answer is to this plan: with another number of pictures the key is another one, and it is asked again.
-        given = suspend_flow_run(wait_for_input=form, timeout=seconds, key=f"approve-{plan.generate}")
-    else:
-        given = _pause(form, seconds)
+    run = context.flow_run if context else None
+    # An answer is to this plan: with another number of pictures the key is another one, and it is asked again.
+    key = f"approve-{plan.generate}"
+    deployed = run is not None and run.deployment_id is not None
+    given = _answered(Suspended(pause_key=key) if deployed else Paused(pause_key=key))
+    if given is None:
+        get_run_logger().warning(
+            "the run may cost %s USD, more than the %s USD that need no approval: it waits until somebody answers "
+            "(Resume in the UI), %s at most",
+            usd(plan.planned_usd if plan.budget_usd is None else min(plan.planned_usd, plan.budget_usd)),
+            usd(question.above_usd),
+            in_words(seconds),
+        )
+        until = datetime.now(UTC) + timedelta(seconds=seconds)
+        waits = {"answer by": f"{until:%Y-%m-%d %H:%M} UTC, in {in_words(seconds)}; then the run fails, unpaid"}
+        if run is not None and run.deployment_id is not None:
+            waits["deployment"] = f"{flow_run.flow_name}/{_deployment_name(run.deployment_id)}"
+        form = Approval.with_initial_data(description=description(question, credentials_block, waits))
+        given = (
+            suspend_flow_run(wait_for_input=form, timeout=seconds, key=key) if deployed else _pause(form, seconds, key)
+        )
     return Answer(given.answer, Decimal(str(given.up_to_usd)) or None)
 
 
-def _pause(form: type[Approval], seconds: int) -> Approval:
+def _answered(state: State[Approval]) -> Approval | None:
+    """What was answered before this process began: a run that was suspended begins anew, and one that is retried."""
+    answer = read_flow_run_input(keyset_from_paused_state(state)["response"])
+    return Approval.model_validate(answer) if answer else None
+
+
+def _deployment_name(deployment: UUID) -> str:
+    with get_client(sync_client=True) as client:
+        return client.read_deployment(deployment).name
+
+
+def in_words(seconds: int) -> str:
+    """A time as people say it.
+
+    Example:
+        >>> in_words(43200), in_words(90), in_words(90061)
+        ('12 hours', '1 minute 30 seconds', '1 day 1 hour 1 minute 1 second')
+    """
+    parts: list[str] = []
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count} {unit}{'s' * (count != 1)}")
+    return " ".join(parts) or "0 seconds"
+
+
+def _pause(form: type[Approval], seconds: int, key: str) -> Approval:
+    poll = min(POLL_SECONDS, seconds)
     try:
-        return pause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=min(POLL_SECONDS, seconds))
+        return pause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=poll, key=key)
     except FlowPauseTimeout:
         _leave_pause()
         raise ApprovalTimeoutError(
-            f"it was not approved: nobody answered within {seconds} s; nothing was paid"
+            f"it was not approved: nobody answered within {in_words(seconds)}; nothing was paid"
         ) from None
 
 
@@ -170,8 +222,14 @@ def _leave_pause() -> None:
         client.set_flow_run_state(run, Running(), force=True)
 
 
-def description(question: Question, credentials_block: str | None) -> str:
-    """The plan as the form shows it, in markdown: the amounts, the first prompts, pictures of the sources."""
+def description(question: Question, credentials_block: str | None, waits: Mapping[str, str] | None = None) -> str:
+    """The plan as the form shows it, in markdown: the amounts, the first prompts, pictures of the sources.
+
+    Args:
+        question: What is asked.
+        credentials_block: As for `source_reader`.
+        waits: How the run waits, a title and a text for each line.
+    """
     plan, reader = question.plan, configuration.source_reader(credentials_block)
     pictures = []
     for source in question.sources:
@@ -185,6 +243,9 @@ def description(question: Question, credentials_block: str | None) -> str:
         f"More than {usd(question.above_usd)} USD need somebody's approval. Nothing is paid yet.",
         "",
         *table(plan.facts()),
+        "",
+        # Not in the table, whose long lines Prefect's form cuts off.
+        *(f"- {title}: {cell(text)}" for title, text in {"goes live": question.goes_live(), **(waits or {})}.items()),
         *(f"\n- {cell(each)}" for each in plan.shortfalls()),
         "",
         *(f"- **{cell(name)}**: {cell(prompt[:300])}" for name, prompt in question.prompts),

@@ -103,7 +103,12 @@ def asking(console: Console, bar: Progress, *, yes: bool) -> Iterator[None]:
                 f"{usd(question.above_usd)} USD, and nobody can be asked here; run it in a terminal, or with --yes"
             )
         bar.stop()
-        print_facts(console, question.plan.facts() | {f"asset {name}": prompt for name, prompt in question.prompts})
+        print_facts(
+            console,
+            question.plan.facts()
+            | {"goes live": question.goes_live()}
+            | {f"asset {name}": prompt for name, prompt in question.prompts},
+        )
         told = f"More than {usd(question.above_usd)} USD needs a yes. Go on? yes, no, or an amount in USD to trim to: "
         answer = None
         while answer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,10 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Pending
 
 from prefect_segmind import BatchError, BatchResult, asking, refresh_assets
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, NotApprovedError
@@ -149,7 +152,7 @@ def test_unanswered_it_fails_unpaid(
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_APPROVAL_TIMEOUT_SECONDS", "2")
     state = paused(approve_above_usd=Decimal(0)).ended()
     assert state.is_failed()
-    with pytest.raises(BatchError, match="nobody answered within 2 s") as error:
+    with pytest.raises(BatchError, match="nobody answered within 2 seconds") as error:
         state.result()
     assert isinstance(error.value.stopped, ApprovalTimeoutError)
     assert sandbox.ledger.requests == ()
@@ -164,6 +167,98 @@ def test_cancelled_while_it_waits_it_ends_as_cancelled(
         client.set_flow_run_state(run.id, Cancelling(), force=True)
     assert run.ended().is_cancelled()
     assert sandbox.ledger.requests == ()
+
+
+def deployed_run(client: SyncPrefectClient, **parameters: Any) -> UUID:
+    """A run as a worker is given it."""
+    deployment = client.create_deployment(client.create_flow(refresh_assets), name="scheduled")
+    return client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+
+
+def work_on(client: SyncPrefectClient, run: UUID) -> State[Any]:
+    """What a worker's process does with a run, until it ends or is suspended."""
+    found = client.read_flow_run(run)
+    assert found.state is not None
+    if found.state.name != "Resuming":
+        client.set_flow_run_state(run, Pending())
+    try:
+        state: State[Any] = run_flow(refresh_assets, flow_run=client.read_flow_run(run), return_type="state")
+    except Pause as suspended:
+        return suspended.state
+    return state
+
+
+def test_a_suspended_run_is_asked_once_and_told_once(
+    sandbox: Sandbox, manifest: str, photo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def logged(text: str) -> int:
+        return sum(text in each.getMessage() for each in caplog.records)
+
+    with get_client(sync_client=True) as client:
+        run = deployed_run(client, manifest=manifest, approve_above_usd="0.10")
+        assert work_on(client, run).name == "Suspended"
+        assert (logged("it waits until somebody answers"), logged("Suspending flow run")) == (1, 1)
+        assert client.resume_flow_run(run, run_input={"answer": "trim", "up_to_usd": 0.15}).status.value == "ACCEPT"
+        caplog.clear()
+        assert work_on(client, run).is_completed()
+        assert logged("approved: up to 0.15 USD") == 1
+        assert (logged("it waits until somebody answers"), logged("Suspending flow run")) == (0, 0)
+        states = [each.name for each in client.read_flow_run_states(run)]
+    assert states.count("Suspended") == 1
+    assert sandbox.ledger.billed == 3
+
+
+def test_a_plan_that_has_changed_since_the_answer_is_asked_again(
+    sandbox: Sandbox, manifest: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with get_client(sync_client=True) as client:
+        run = deployed_run(client, manifest=manifest, approve_above_usd="0.10")
+        assert work_on(client, run).name == "Suspended"
+        client.resume_flow_run(run, run_input={"answer": "go on"})
+        assets = yaml.safe_load(Path(manifest).read_text())["assets"]
+        Path(manifest).write_text(yaml.safe_dump({"assets": assets[:4]}))
+        assert work_on(client, run).name == "Suspended"
+        client.resume_flow_run(run, run_input={"answer": "stop"})
+        assert work_on(client, run).is_cancelled()
+    assert sandbox.ledger.requests == ()
+
+
+def test_the_form_tells_what_goes_live_until_when_it_waits_and_for_which_deployment(
+    sandbox: Sandbox, manifest: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = "s3://segmind/live/{name}/large.jpg"
+    with get_client(sync_client=True) as client:
+        run = deployed_run(client, manifest=manifest, approve_above_usd="0.10", publish_to=live)
+        state = work_on(client, run)
+        keyset = state.state_details.run_input_keyset
+        assert keyset is not None
+        form = client.read_flow_run_input(run, keyset["description"])
+        client.resume_flow_run(run, run_input={"answer": "stop"})
+    assert "s3://segmind/live/mug/0/large.jpg" in form
+    assert "s3://segmind/live/mug/4/large.jpg" in form
+    assert state.state_details.pause_timeout is not None
+    assert "in 12 hours; then the run fails, unpaid" in form
+    assert f"{state.state_details.pause_timeout:%Y-%m-%d}" in form
+    assert "refresh-assets/scheduled" in form
+    asked = next(each.getMessage() for each in caplog.records if "it waits until somebody" in each.getMessage())
+    assert "12 hours at most" in asked
+
+
+@pytest.mark.parametrize(
+    ("publish_to", "told"),
+    [
+        (None, "nothing, the pictures stay in the archive"),
+        ("s3://shop/live", "s3://shop/live/a.png and 7 more at s3://shop/live"),
+        ("s3://shop/live/{name}/x.webp", "s3://shop/live/a/x.webp and 7 more at s3://shop/live"),
+    ],
+)
+def test_what_goes_live_is_told_by_its_addresses(publish_to: str | None, told: str) -> None:
+    plan = _plan().model_copy(update={"total": 8})
+    assert asking.Question("x", plan, Decimal(0), (("a", "b"),), (), publish_to).goes_live() == told
+
+
+def test_the_examples_are_true() -> None:
+    assert doctest.testmod(asking).failed == 0
 
 
 def test_nobody_is_asked_for_what_costs_no_more(sandbox: Sandbox, manifest: str) -> None:

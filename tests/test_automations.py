@@ -26,6 +26,7 @@ PLACEHOLDER = "REPLACE-WITH-THE-ID-OF-A-NOTIFICATION-BLOCK"
 FLOWS = """
 from prefect import flow
 from prefect.events import emit_event
+from prefect.flow_runs import suspend_flow_run
 
 
 @flow(name="image-to-image")
@@ -40,6 +41,11 @@ def process_inbox() -> None:
 
 @flow(name="refresh-assets")
 def refresh_assets() -> None: ...
+
+
+@flow(name="explore-variations")
+def explore_variations() -> None:
+    suspend_flow_run(wait_for_input=str, timeout=3600, key="approve-1")
 """
 DEPLOYMENTS = """
 name: automations
@@ -50,13 +56,16 @@ deployments:
      schedules: [{interval: 3600, slug: hourly}]}
   - {name: bystander, tags: [segmind], entrypoint: "flows.py:process_inbox", work_pool: {name: pool}}
   - {name: nightly, tags: [segmind], entrypoint: "flows.py:refresh_assets", work_pool: {name: pool}}
+  - {name: asking, tags: [segmind], entrypoint: "flows.py:explore_variations", work_pool: {name: pool}}
+  - {name: asking-untagged, entrypoint: "flows.py:explore_variations", work_pool: {name: pool}}
 """
 
 
-def test_there_are_three() -> None:
+def test_there_are_four() -> None:
     assert [file.name for file in FILES] == [
         "alert-when-stale.yaml",
         "notify-on-failure.yaml",
+        "notify-when-asked.yaml",
         "pause-when-credits-run-out.yaml",
     ]
 
@@ -242,8 +251,10 @@ def block(server: Server, hook: Hook) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_they_do_what_they_say(server: Server, hook: Hook, block: str) -> None:
     a_failed_run_is_told(server, hook, block)
+    a_run_that_waits_for_a_person_is_told(server, hook, block)
     a_deployment_is_paused_when_credits_run_out(server)
     a_stale_deployment_is_told(server, hook, block)
 
@@ -260,6 +271,29 @@ def a_failed_run_is_told(server: Server, hook: Hook, block: str) -> None:
     assert message["subject"] == f"image-to-image: {name} is Failed"
     assert "ValueError: no such picture" in message["body"]
     assert f"https://prefect.example.com/runs/flow-run/{run}" in message["body"]
+    assert not hook.about(other)
+
+
+def a_run_that_waits_for_a_person_is_told(server: Server, hook: Hook, block: str) -> None:
+    def set_state(run: str, **state: str) -> None:
+        server.asked("POST", f"/flow_runs/{run}/set_state", {"state": state, "force": True})
+
+    server.create("notify-when-asked", block)
+    run = server.run("explore-variations/asking")
+    assert until(lambda: server.asked("GET", f"/flow_runs/{run}")["state"]["name"] == "Suspended")
+    assert until(lambda: hook.about(run))
+    [message] = hook.about(run)
+    name = server.asked("GET", f"/flow_runs/{run}")["name"]
+    assert message["subject"] == f"explore-variations: {name} waits for an answer"
+    assert "Resume, on the run's page, shows what it would make" in message["body"]
+    assert f"https://prefect.example.com/runs/flow-run/{run}" in message["body"]
+    # As the server sees them: a run without a tag, and one without a deployment, which is paused where it is.
+    other = server.run("explore-variations/asking-untagged")
+    for state in ("PENDING", "RUNNING", "PAUSED"):
+        set_state(other, type=state, name="Suspended" if state == "PAUSED" else state.capitalize())
+    set_state(run, type="RUNNING")
+    set_state(run, type="PAUSED")
+    assert until(lambda: len(hook.about(run)) == 2)
     assert not hook.about(other)
 
 
