@@ -5,7 +5,7 @@ Each flow of many pictures makes its jobs in its own way and hands them over her
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -20,7 +20,7 @@ from prefect.states import Cancelled
 from prefect_segmind import configuration
 from prefect_segmind.archive import Archive
 from prefect_segmind.asking import approve
-from prefect_segmind.batch import BatchError, BatchResult, Tally, planned
+from prefect_segmind.batch import BatchError, BatchResult, Failure, Tally, planned
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import (
     ApiError,
@@ -32,6 +32,7 @@ from prefect_segmind.errors import (
     RunCancelledError,
     SegmindError,
     StoreError,
+    redact,
 )
 from prefect_segmind.events import run_stopped
 from prefect_segmind.flows.dispatch import POLICY, dispatch
@@ -53,6 +54,8 @@ from prefect_segmind.tasks.attempts import TOLD_AT_END, flow_runs, mention_condi
 from prefect_segmind.validation import ValidatedJob
 
 R = TypeVar("R", bound=BatchResult)
+SHOWN_VALUE, SHOWN_VALUES = 60, 120
+"""Characters of a variable, and of all of them, in the name of a run."""
 SHOWN_PROBLEMS = 20
 """Jobs that will fail which the run's log names."""
 
@@ -94,6 +97,22 @@ class Terms:
         configuration.open_publisher(self.publish_to)
 
 
+def run_name(what: str) -> str:
+    """The name of a flow run, by which people tell seasons and dry runs apart.
+
+    Args:
+        what: What the flow is and what it works on.
+
+    Returns:
+        `refresh-assets campaign season=autumn (dry run)`, by the parameters `variables`, `defaults` and `dry_run`.
+    """
+    values = flow_run.parameters
+    parts = [values[each] for each in ("variables", "defaults") if isinstance(values.get(each), Mapping)]
+    given = (f" {name}={redact(' '.join(str(value).split()))}" for part in parts for name, value in part.items())
+    told = "".join(each[:SHOWN_VALUE] for each in given)[:SHOWN_VALUES]
+    return what + told + (" (dry run)" if values.get("dry_run") is True else "")
+
+
 class Ended(NamedTuple):
     """A batch that has ended.
 
@@ -120,6 +139,7 @@ def run_batch(
     skip_archived: bool = False,
     skip_unusable: Collection[str] = (),
     keep_failed: bool = True,
+    refused: Sequence[Failure] = (),
 ) -> Ended:
     """Plans a batch, asks if its cost must be approved, produces it, and reports.
 
@@ -130,6 +150,7 @@ def run_batch(
         skip_archived: Whether jobs whose picture is archived under their very name are left out, without a task run.
         skip_unusable: Names of jobs that are left out too if their image cannot be used: somebody knows already.
         keep_failed: Whether the jobs that fail are written as a manifest to run again.
+        refused: What had failed before, for the pages in Prefect's UI.
 
     Raises:
         SegmindError: Before anything was paid.
@@ -182,7 +203,8 @@ def run_batch(
             nothing = planned(plan) if terms.dry_run else tally.result()
             return Ended(nothing, in_place=in_place, unusable=unusable)
         _tell(plan)
-        publish_plan(plan, title)
+        apart = [*refused, *(Failure(name=each, stage="validate", error=unusable[each]) for each in sorted(skipped))]
+        publish_plan(plan.with_failures((each.name, each.error) for each in apart), title)
         if terms.dry_run:
             return Ended(planned(plan), in_place=in_place, unusable=unusable)
 
@@ -196,8 +218,9 @@ def run_batch(
             approved = approve(
                 plan, wanted(), title, terms.approve_above_usd, terms.credentials_block, terms.publish_to
             )
-        except (NotApprovedError, RunCancelledError) as refused:
-            return Ended(tally.result(stopped=refused), refused, in_place=in_place, unusable=unusable)
+        except (NotApprovedError, RunCancelledError) as error:
+            result = tally.result(stopped=error, entries=wanted())
+            return Ended(result, error, in_place=in_place, unusable=unusable)
         gate = Gate(
             max_concurrency=terms.max_concurrency,
             requests_per_minute=terms.requests_per_minute,
@@ -224,13 +247,13 @@ def run_batch(
 
         def summed() -> BatchResult:
             failed = _keep_failed(failed_jobs, opened, generation.outbox) if keep_failed else None
-            return tally.result(failed, gate.stopped)
+            return tally.result(failed, gate.stopped, wanted())
 
         try:
             dispatch(wanted(), gate, tally, settings.grace_seconds)
             carry()
             result = summed()
-            publish_batch(result, title, opened, terms.credentials_block)
+            publish_batch(result.with_failures(apart), title, opened, terms.credentials_block)
             if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
                 run_stopped(gate.stopped, result)
         except BaseException as error:

@@ -18,7 +18,7 @@ from prefect_segmind import configuration
 from prefect_segmind.batch import BatchResult
 from prefect_segmind.contact_sheet import MAX_LABELS, contact_sheet
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
-from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch
+from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch, run_name
 from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.manifest import Found, Row
@@ -47,7 +47,7 @@ class Exploration(BatchResult):
 
 def _flow_run_name() -> str:
     values = flow_run.parameters
-    return f"explore-variations {values.get('name') or name_from_image(str(values.get('image')))}"
+    return run_name(f"explore-variations {values.get('name') or name_from_image(str(values.get('image')))}")
 
 
 @flow(name="explore-variations", flow_run_name=_flow_run_name, task_runner=task_runner())  # type: ignore[arg-type]

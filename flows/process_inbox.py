@@ -15,7 +15,7 @@ from prefect_segmind import configuration
 from prefect_segmind.batch import BatchResult, Failure
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.events import asset_failed
-from prefect_segmind.flows.batch_run import Terms, conclude, run_batch
+from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
 from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.inbox import InboxFile, Memory, open_inbox
@@ -64,10 +64,15 @@ class _Bad(NamedTuple):
     error: str
     movable: bool = True
 
+    @property
+    def failure(self) -> Failure:
+        """What the result tells of it."""
+        return Failure(name=self.name, stage="validate", error=self.error)
+
 
 @flow(
     name="process-inbox",
-    flow_run_name=lambda: f"process-inbox {flow_run.parameters.get('inbox')}",
+    flow_run_name=lambda: run_name(f"process-inbox {flow_run.parameters.get('inbox')}"),
     task_runner=task_runner(),  # type: ignore[arg-type]
 )
 def process_inbox(
@@ -207,21 +212,19 @@ def process_inbox(
         if not dry_run:
             _keep(memory, look.settled, [*(each.file for each in bad), *(files[each] for each in known)])
         # What is archived may still be unpublished, so then all of it is looked at again. What fails is still there.
-        ended = run_batch(jobs, inbox, terms, skip_archived=publish_to is None, skip_unusable=known, keep_failed=False)
+        ended = run_batch(
+            *(jobs, inbox, terms),
+            skip_archived=publish_to is None,
+            skip_unusable=known,
+            keep_failed=False,
+            refused=[each.failure for each in bad],
+        )
     left_out = [_Bad(files[each], each, error) for each, error in ended.unusable.items() if each in known]
     for each in left_out:
         _report(each, memory, dry_run=dry_run)
     bad += left_out
     done = [*ended.in_place, *(each.name for each in ended.result.images)]
-    told = dict(ended.result) | {
-        "total": ended.result.total + len(bad),
-        "failed": ended.result.failed + len(bad),
-        "failures": (
-            *(Failure(name=each.name, stage="validate", error=each.error) for each in bad),
-            *ended.result.failures,
-        ),
-        "plan": ended.result.plan.with_failures((each.name, each.error) for each in bad),
-    }
+    whole = ended.result.with_failures([each.failure for each in bad])
     moved: dict[str, tuple[str, ...]] = {}
     if not dry_run:
         failed = [each.name for each in ended.result.failures if each.name in ended.unusable]
@@ -232,7 +235,7 @@ def process_inbox(
         if move_failed:
             moved["moved_failed"] = tuple(_moved(place.move_failed, [each.file for each in bad if each.movable]))
     result = InboxResult(
-        **told,
+        **dict(whole),
         **moved,
         archived_before=len(ended.in_place),
         still_written=look.unsettled,

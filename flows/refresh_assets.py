@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 
 from prefect_segmind import configuration
 from prefect_segmind.batch import BatchResult
-from prefect_segmind.flows.batch_run import Terms, conclude, run_batch
+from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.manifest_source import load_manifest
 from prefect_segmind.record import OnUnknown
@@ -21,7 +21,7 @@ from prefect_segmind.settings import load_settings
 
 
 def _flow_run_name() -> str:
-    return f"refresh-assets {PurePosixPath(str(flow_run.parameters.get('manifest'))).stem}"
+    return run_name(f"refresh-assets {PurePosixPath(str(flow_run.parameters.get('manifest'))).stem}")
 
 
 @flow(name="refresh-assets", flow_run_name=_flow_run_name, task_runner=task_runner())  # type: ignore[arg-type]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +24,9 @@ from prefect_segmind.record import Sums
 from prefect_segmind.request import Job
 from prefect_segmind.spool import Spool
 from prefect_segmind.validation import ValidatedJob
+
+NAMED = 1_000
+"""Jobs that were not started which a result names; it counts them all."""
 
 
 class Failure(BaseModel):
@@ -50,6 +55,7 @@ class BatchResult(BaseModel):
         recovered: Pictures that were paid for before and are archived now.
         failed: Jobs that failed.
         not_started: Jobs for which nothing was sent because the run had stopped.
+        not_started_names: Which they are, the first `NAMED` of them.
         cost_usd: What this run has paid, in all tries of its flow run.
         possibly_billed_usd: What requests of unknown outcome may have cost besides.
         planned_usd: What the plan came to before anything was paid.
@@ -76,6 +82,7 @@ class BatchResult(BaseModel):
     failures: tuple[Failure, ...] = ()
     failed_manifest: str | None = None
     stopped: str | None = None
+    not_started_names: tuple[str, ...] = ()
     dry_run: bool = False
     plan: Plan
 
@@ -83,6 +90,16 @@ class BatchResult(BaseModel):
     def jobs(self) -> tuple[PlannedJob, ...]:
         """What each job needed when the run was planned, the first 1000 of them."""
         return self.plan.jobs
+
+    def with_failures(self, failures: Sequence[Failure]) -> Self:
+        """The result with jobs that had failed before there was a plan; they come first."""
+        changes = {
+            "total": self.total + len(failures),
+            "failed": self.failed + len(failures),
+            "failures": (*failures, *self.failures),
+            "plan": self.plan.with_failures((each.name, each.error) for each in failures),
+        }
+        return self.model_copy(update=changes)
 
     def sentence(self) -> str:
         """The counts and the cost in one line; of a dry run, what they would be."""
@@ -254,17 +271,31 @@ class Tally:
         with self._changed:
             return self._progress()
 
-    def result(self, failed_manifest: str | None = None, stopped: SegmindError | None = None) -> BatchResult:
-        """The sums; what was not begun counts as not started."""
+    def result(
+        self,
+        failed_manifest: str | None = None,
+        stopped: SegmindError | None = None,
+        entries: Iterable[Job | ValidatedJob] = (),
+    ) -> BatchResult:
+        """The sums; what was not begun counts as not started.
+
+        Args:
+            failed_manifest: Where the failed jobs are written to, to run again.
+            stopped: What ended the run early, if something did.
+            entries: All its jobs, to name those that were not started.
+        """
         with self._changed:
             counts = self._counts
+            not_started = self._plan.total - self._progress().done
+            ended = {each.name for each in self._images} | {each.name for each in self._failures}
+            left = (each.name for each in (entries if not_started else ()) if each.name not in ended)
             return BatchResult(
                 total=self._plan.total,
                 generated=counts["generated"],
                 reused=counts["reused"],
                 recovered=counts["recovered"],
                 failed=counts["failed"],
-                not_started=self._plan.total - self._progress().done,
+                not_started=not_started,
                 cost_usd=self._cost_usd + self._carried.cost_usd,
                 possibly_billed_usd=self._possibly_billed_usd + self._carried.possibly_billed_usd,
                 planned_usd=self._plan.planned_usd,
@@ -272,6 +303,7 @@ class Tally:
                 failures=tuple(self._failures),
                 failed_manifest=failed_manifest,
                 stopped=str(stopped) if stopped else None,
+                not_started_names=tuple(islice(left, min(not_started, NAMED))),
                 plan=self._plan,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,13 @@ class QuietConsole(CommandConsole):
         ours = Path(record.pathname).is_relative_to(_PACKAGE)
         if ours and record.levelno == logging.WARNING and not getattr(record, "told_at_end", False):
             super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time and the message, with the job where the message does not name it: a command has one run."""
+        message = record.getMessage()
+        job = (getattr(record, "task_run_name", None) or "").partition(" ")[2]
+        told = message if job in message else f"{job}: {message}"
+        return f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {told}"
 
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:

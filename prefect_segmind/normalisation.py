@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Final, cast
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from PIL.Image import Transpose
 
 from prefect_segmind.image import (
@@ -100,6 +101,22 @@ def thumbnail(data: bytes, max_width: int = 380) -> bytes:
             white = Image.new("RGBA", small.size, "white")
             small = Image.alpha_composite(white, small).convert("RGB")
         return _saved(small, "JPEG", quality=80)
+
+
+def equal_thumbnails(pictures: Sequence[bytes], width: int) -> list[bytes]:
+    """Small JPEGs of pictures, all of one size, to be seen side by side; grey fills what a picture does not.
+
+    Args:
+        pictures: The pictures.
+        width: In pixels; the height is that of the tallest, at most three times as much.
+
+    Raises:
+        BrokenPicture: One does not decode.
+    """
+    small = [Image.open(BytesIO(thumbnail(each, width))) for each in pictures]
+    height = min(MAX_RATIO * width, max(width * each.height / each.width for each in small))
+    size = width, round(height)
+    return [_saved(ImageOps.pad(each, size, color="#808080"), "JPEG", quality=80) for each in small]
 
 
 def upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -168,7 +168,7 @@ def batch_failure(error: BaseException) -> dict[str, Any]:
     counts = dict.fromkeys(("total", "generated", "reused", "recovered", "failed", "not_started"), 0)
     money = dict.fromkeys(("cost_usd", "possibly_billed_usd", "planned_usd"), "0.00")
     rest: dict[str, Any] = {"images": [], "failures": [], "failed_manifest": None, "stopped": None}
-    rest |= {"waiting": 0, "dry_run": False, "jobs": [], "jobs_left_out": 0}
+    rest |= {"not_started_names": [], "waiting": 0, "dry_run": False, "jobs": [], "jobs_left_out": 0}
     return {**counts, **money, **rest, "error": told(error)}
 
 

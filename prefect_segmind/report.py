@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 
 from prefect.artifacts import create_markdown_artifact
@@ -21,7 +22,7 @@ from prefect_segmind.archiving import ArchivedImage
 from prefect_segmind.batch import BatchResult
 from prefect_segmind.errors import redact
 from prefect_segmind.generation import GeneratedImage
-from prefect_segmind.markdown import cell, picture, table
+from prefect_segmind.markdown import before_and_after, cell, listing, table
 from prefect_segmind.plan import Plan
 from prefect_segmind.price import usd
 from prefect_segmind.source import SourceReader
@@ -31,6 +32,8 @@ THUMBNAIL_WIDTH = 320
 """Pixels; two of them fit beside each other in Prefect's UI on a screen of 1300."""
 SHOWN_PICTURES = 12
 """Pictures of a batch that its report shows; each takes about 40 kB in Prefect's database."""
+SHOWN_NAMES = 500
+"""Assets that were not started which a report names."""
 SHOWN_JOBS = 100
 """Jobs that a plan lists."""
 SHOWN_FAILURES = 100
@@ -49,7 +52,7 @@ def tell_begun() -> None:
 def before_after(
     job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, before: bytes | None, after: bytes
 ) -> str:
-    """A markdown page with both pictures in a table and the facts below.
+    """A markdown page with both pictures side by side and the facts below.
 
     Args:
         job: What was asked for.
@@ -71,17 +74,13 @@ def before_after(
         "sidecar": archived.sidecar,
         **({"published": archived.published} if archived.published else {}),
     }
-    left = picture("before", before, THUMBNAIL_WIDTH) if before else "the source could not be read"
-    right = picture("after", after, THUMBNAIL_WIDTH)
     lines = [
         f"### {cell(archived.name)}",
         "",
-        "| before | after |",
-        "| --- | --- |",
-        f"| {left} | {right} |",
+        *before_and_after(before, after, THUMBNAIL_WIDTH),
         "",
-        *table(facts),
-        *(f"\n- {cell(warning)}" for warning in (*job.warnings, *generated.picture.notices)),
+        *listing(facts),
+        *(f"- {cell(warning)}" for warning in (*job.warnings, *generated.picture.notices)),
     ]
     return "\n".join(lines)
 
@@ -119,6 +118,8 @@ def publish_plan(plan: Plan, title: str) -> None:
         *(f"\n- {cell(each)}" for each in plan.shortfalls()),
         *(f"\n- {count} assets: {cell(warning)}" for warning, count in plan.warnings),
         "",
+        "#### Jobs",
+        "",
         *(f"- {cell(each.sentence())}" for each in shown),
         *([f"- and {plan.total - len(shown)} more"] if plan.total > len(shown) else ()),
         *(f"- {cell(name)} will fail, unpaid: {cell(problem)}" for name, problem in failing[:SHOWN_FAILURES]),
@@ -145,34 +146,42 @@ def publish_batch(result: BatchResult, title: str, archive: Archive, credentials
 def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceReader) -> list[str]:
     new = [each for each in result.images if each.status != "reused"] or list(result.images)
     new.sort(key=lambda each: each.name)
+    waiting = result.not_started_names[:SHOWN_NAMES]
+    more = result.not_started - len(waiting)
     return [
         f"### {cell(title)}",
         "",
         cell(result.sentence()),
         *([f"\nThe run stopped early: {cell(result.stopped)}"] if result.stopped else ()),
         *([f"\nThe failed assets, to run again: {cell(result.failed_manifest)}"] if result.failed_manifest else ()),
-        *(["", "| failed | stage | why |", "| --- | --- | --- |"] if result.failures else ()),
-        *(f"| {cell(each.name)} | {each.stage} | {cell(each.error)} |" for each in result.failures[:SHOWN_FAILURES]),
-        *(["", "| before | after |", "| --- | --- |"] if new else ()),
-        *(row for each in new[:SHOWN_PICTURES] for row in _rows(each, archive, reader)),
+        *(["", f"#### Failed: {result.failed}", ""] if result.failures else ()),
+        *(f"- **{cell(each.name)}** ({each.stage}): {cell(each.error)}" for each in result.failures[:SHOWN_FAILURES]),
+        *([f"- and {result.failed - SHOWN_FAILURES} more"] if result.failed > SHOWN_FAILURES else ()),
+        *(["", f"#### Not started: {result.not_started}", ""] if result.not_started else ()),
+        *([", ".join(map(cell, waiting)) + (f" and {more} more" if more else "")] if waiting else ()),
+        *(line for each in new[:SHOWN_PICTURES] for line in _picture(each, archive, reader)),
         *([f"\n{len(new) - SHOWN_PICTURES} more are in {cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
     ]
 
 
-def _rows(archived: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
-    """A picture of a batch: its name and address, and then its source and itself, as far as they can be read now."""
-    sources: dict[str, Callable[[], bytes | None]] = {
-        "before": lambda: reader.read(json.loads(archive.content(archived.sidecar) or b"{}")["job"]["image"]),
-        "after": lambda: archive.content(archived.image),
+def _picture(archived: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
+    """A picture of a batch: its name, source and itself, as far as they can be read now, and the facts below."""
+    job: dict[str, str] = {}
+    before: bytes | None = None
+    after: bytes | None = None
+    with suppress(Exception):  # what cannot be read now is said to be so
+        job = json.loads(archive.content(archived.sidecar) or b"{}")["job"]
+        before = reader.read(job["image"])
+    with suppress(Exception):
+        after = archive.content(archived.image)
+    facts = {
+        "prompt": job.get("prompt", "cannot be read now"),
+        "picture": archived.image,
+        **({"published": archived.published} if archived.published else {}),
     }
-    shown = []
-    for title, read in sources.items():
-        try:
-            shown.append(picture(title, read() or b"", THUMBNAIL_WIDTH))
-        except Exception:  # noqa: BLE001
-            shown.append("cannot be read now")
-    yield f"| {cell(archived.name)}: {archived.status}, {usd(archived.cost_usd)} USD | {cell(archived.image)} |"
-    yield f"| {shown[0]} | {shown[1]} |"
+    yield from ("", f"#### {cell(archived.name)}: {archived.status}, {usd(archived.cost_usd)} USD", "")
+    yield from before_and_after(before, after, THUMBNAIL_WIDTH)
+    yield from ("", *listing(facts))
 
 
 def _publish(lines: Callable[[], Sequence[str]], key: str, description: str) -> None:

@@ -216,6 +216,7 @@ def test_before_and_after_stand_side_by_side_in_an_artifact_that_never_expires(s
     assert len(re.findall(r"\(data:image/jpeg;base64,[A-Za-z0-9+/=]+\)", markdown)) == 2
     assert "http" not in re.sub(r"data:image[^)]*", "", markdown)
     assert re.sub(r"([_\[\]])", r"\\\1", state.result().image) in markdown
+    assert "- **prompt**: " in markdown, "a list, for Prefect's UI cuts long texts in tables off"
     assert re.fullmatch(r"[a-z0-9-]+", artifact.key or "")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.exceptions import ParameterTypeError
 
 from prefect_segmind import BatchError, configuration, process_inbox
@@ -199,6 +200,22 @@ def test_a_memory_that_cannot_be_kept_is_a_warning(
     monkeypatch.setattr(Memory, "keep", refuse)
     assert visit(inbox).generated == 2
     assert "what this visit has seen is not remembered: no room" in caplog.text
+
+
+def test_the_page_of_a_visit_tells_why_a_file_stays_and_its_name_the_season(sandbox: Sandbox, inbox: Path) -> None:
+    shutil.copy(inbox / "cup.jpg", inbox / "shop_vase.jpg")
+    state = visit(inbox, "{{ stem.split('_')[1] }} on a table", variables={"season": "autumn"}, return_state=True)
+    flow_run_id = state.state_details.flow_run_id
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        found = {
+            str(each.key).partition("-")[0]: str(each.data) for each in client.read_artifacts(artifact_filter=wanted)
+        }
+        assert client.read_flow_run(flow_run_id).name == f"process-inbox {inbox} season=autumn"
+    for page in (found["plan"], found["batch"]):
+        assert "inbox/cup" in page
+        assert "inbox/summer/pot" in page
+    assert "4 assets: 1 generated, 3 failed" in found["batch"]
 
 
 def test_what_the_archive_has_is_skipped_and_costs_nothing(sandbox: Sandbox, inbox: Path) -> None:

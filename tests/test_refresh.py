@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
@@ -27,6 +31,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelling
 
 from prefect_segmind import BatchError, BatchResult, Job, configuration, outcome, plan, produce_asset, refresh_assets
+from prefect_segmind import batch as batch_module
+from prefect_segmind.approval import Answer as ApprovalAnswer
+from prefect_segmind.asking import asker
 from prefect_segmind.batch import Tally
 from prefect_segmind.budget import Budget
 from prefect_segmind.errors import (
@@ -380,6 +387,91 @@ def test_there_is_one_task_run_for_each_asset_and_the_run_tells_plan_progress_an
     assert "0.25 USD" in texts["plan"]
     assert texts["batch"].count("data:image/jpeg;base64,") == 10
     assert "X-Amz" not in "".join(texts.values())
+
+
+def pages(state: State[Any]) -> dict[str, str]:
+    """The markdown pages of a flow run, by the first word of their keys."""
+    flow_run_id = state.state_details.flow_run_id
+    assert flow_run_id is not None
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=wanted)
+    return {str(each.key).partition("-")[0]: str(each.data) for each in found if each.type == "markdown"}
+
+
+def test_the_page_of_a_run_tells_each_failure_in_text_that_wraps_and_names_what_was_not_started(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    reason = "The safety check refused the picture and the prompt together, for a reason that is told at length"
+    sandbox.play(Answer(status=422, body=json.dumps({"error": reason})))
+    state: State[BatchResult] = refresh_assets(
+        campaign(6), budget_usd=Decimal("0.10"), max_concurrency=1, return_state=True
+    )
+    error: Any = state.result(raise_on_failure=False)
+    result: BatchResult = error.result
+    (failure,) = result.failures
+    ended = {each.name for each in result.images} | {failure.name}
+    waiting = tuple(name for name in (f"mug/{n:03}" for n in range(6)) if name not in ended)
+    assert (result.not_started, result.not_started_names) == (3, waiting)
+    page = pages(state)["batch"]
+    (line,) = [each for each in page.splitlines() if reason in each]
+    assert line.startswith(f"- **{failure.name}** (generate): the API answered 422: "), "a table would cut it off"
+    assert f"#### Not started: 3\n\n{', '.join(waiting)}\n" in page
+
+
+def test_what_nobody_has_approved_is_named_as_not_started(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_module, "NAMED", 2)
+    token = asker.set(lambda _: ApprovalAnswer("stop"))
+    try:
+        state: State[BatchResult] = refresh_assets(campaign(3), approve_above_usd=Decimal(0), return_state=True)
+    finally:
+        asker.reset(token)
+    with pytest.raises(BatchError) as error:
+        state.result()
+    assert (error.value.result.not_started, error.value.result.not_started_names) == (3, ("mug/000", "mug/001"))
+
+
+def test_each_picture_of_the_page_has_its_prompt_its_addresses_and_before_and_after_in_one_size(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path
+) -> None:
+    state: State[BatchResult] = refresh_assets(campaign(2), publish_to=str(tmp_path / "live"), return_state=True)
+    page = pages(state)["batch"]
+    for each in state.result().images:
+        _, _, below = page.partition(f"#### {each.name}: generated, 0.05 USD")
+        told = below.partition("####")[0].replace("<wbr>", "").replace("\\", "")
+        assert f"- **prompt**: a red mug, number {each.name[-3:]}" in told
+        assert f"- **picture**: {each.image}" in told
+        assert f"- **published**: {each.published}" in told
+        before, after = re.findall(r"base64,([^)]+)", told)
+        sizes = [Image.open(BytesIO(base64.b64decode(shown))).size for shown in (before, after)]
+        assert sizes == [(320, 320)] * 2, "the source is 600×400, the picture 1024×1024"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({}, "refresh-assets campaign"),
+        ({"variables": {"season": "autumn"}, "dry_run": True}, "refresh-assets campaign season=autumn (dry run)"),
+        (
+            {"variables": {"season": "late  summer"}, "defaults": {"style_type": "ANIME"}, "dry_run": True},
+            "refresh-assets campaign season=late summer style_type=ANIME (dry run)",
+        ),
+        (
+            {"variables": {"season": "autumn", "link": "https://x.example/?sig=1234567890"}, "dry_run": True},
+            "refresh-assets campaign season=autumn link=https://x.example/?… (dry run)",
+        ),
+    ],
+)
+def test_the_name_of_a_run_tells_its_season_and_that_it_is_a_dry_run(
+    sandbox: Sandbox, campaign: Callable[..., str], parameters: dict[str, Any], name: str
+) -> None:
+    prompt = "{{ season }} {{ link }}"
+    manifest = campaign(0, {"name": "hero", "image": "mug.jpg", "prompt": prompt}, vars={"season": "", "link": "x"})
+    state: State[BatchResult] = refresh_assets(manifest, **parameters, return_state=True)
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name == name  # type: ignore[arg-type]
 
 
 def test_a_run_that_is_cancelled_in_prefect_sends_nothing_new_and_ends_as_cancelled(
