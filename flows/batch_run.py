@@ -216,7 +216,8 @@ def run_batch(
 
         try:
             approved = approve(
-                plan, wanted(), title, terms.approve_above_usd, terms.credentials_block, terms.publish_to
+                *(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block, terms.publish_to),
+                spent_usd=spent_before.cost_usd + spent_before.possibly_billed_usd,
             )
         except (NotApprovedError, RunCancelledError) as error:
             result = tally.result(stopped=error, entries=wanted())

@@ -47,7 +47,14 @@ def must_ask(planned_usd: Decimal, above_usd: Decimal | None, budget_usd: Decima
     return above_usd is not None and may_cost > above_usd
 
 
-def settle(answer: Answer, *, planned_usd: Decimal, above_usd: Decimal, budget_usd: Decimal | None) -> Approved:
+def settle(
+    answer: Answer,
+    *,
+    planned_usd: Decimal,
+    above_usd: Decimal,
+    budget_usd: Decimal | None,
+    spent_usd: Decimal = Decimal(0),
+) -> Approved:
     """What an answer allows.
 
     To go on allows the plan and, for each of its pictures, the one more request that may follow one of unknown outcome.
@@ -57,6 +64,7 @@ def settle(answer: Answer, *, planned_usd: Decimal, above_usd: Decimal, budget_u
         planned_usd: What the plan costs.
         above_usd: What needs no approval.
         budget_usd: The run's own budget; an answer never raises it.
+        spent_usd: What earlier tries of the run have spent, which counts.
 
     Raises:
         NotApprovedError: The answer is `stop`.
@@ -64,7 +72,8 @@ def settle(answer: Answer, *, planned_usd: Decimal, above_usd: Decimal, budget_u
     if answer.answer == STOP:
         raise NotApprovedError("it was not approved: the answer was to stop; nothing was paid")
     if answer.answer == GO_ON:
-        return Approved(2 * planned_usd if budget_usd is None else min(2 * planned_usd, budget_usd))
+        planned = spent_usd + 2 * planned_usd
+        return Approved(planned if budget_usd is None else min(planned, budget_usd))
     limit = above_usd if answer.up_to_usd is None else max(Decimal(0), answer.up_to_usd)
     if budget_usd is not None and budget_usd <= limit:
         return Approved(budget_usd)

@@ -101,6 +101,7 @@ def approve(
     above_usd: Decimal | None,
     credentials_block: str | None,
     publish_to: str | None = None,
+    spent_usd: Decimal = Decimal(0),
 ) -> Approved:
     """Asks a person if a plan may cost more than what needs no approval, and waits for the answer.
 
@@ -113,6 +114,7 @@ def approve(
         above_usd: What needs no approval; the setting if None, and if that is None nobody is asked.
         credentials_block: As for `source_reader`.
         publish_to: Where the pictures go live, if they do.
+        spent_usd: What earlier tries of the run have spent or may have, which counts.
 
     Raises:
         NotApprovedError: The answer is to stop, or nobody answers in time. Nothing was paid.
@@ -122,7 +124,7 @@ def approve(
     limit = above_usd if above_usd is not None else load_settings().approve_above_usd
     if limit is None:
         return Approved(plan.budget_usd)
-    if not must_ask(plan.planned_usd, limit, plan.budget_usd):
+    if not must_ask(spent_usd + plan.planned_usd, limit, plan.budget_usd):
         return Approved(limit if plan.budget_usd is None else min(limit, plan.budget_usd))
     first = list(islice(entries, LOOKED_THROUGH))
     jobs = [each if isinstance(each, Job) else each.job for each in first]
@@ -134,6 +136,7 @@ def approve(
         planned_usd=plan.planned_usd,
         above_usd=limit,
         budget_usd=plan.budget_usd,
+        spent_usd=spent_usd,
     )
     get_run_logger().info("approved: up to %s USD", usd(approved.budget_usd or Decimal(0)))
     return approved

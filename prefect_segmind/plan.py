@@ -33,10 +33,10 @@ KEPT = 10_000
 LISTED = 1_000
 """Jobs that a plan names, and problems; beyond them it counts, so that no plan is a burden to Prefect."""
 REFUSED = (
-    'an earlier request may have been billed though no picture came of it, and on_unknown is "fail"; '
-    'on_unknown="repay" pays once more'
+    "an earlier request may have been billed though no picture came of it, and another is not allowed: by "
+    'on_unknown="fail" (on_unknown="repay" pays once more), or in this flow run (a new one pays once more)'
 )
-"""The problem of a job that `on_unknown` forbids to pay for again."""
+"""The problem of a job that may not be paid for again."""
 
 Need = Literal["generate", "reuse", "recover", "wait", "fail"]
 _NEEDS: dict[Verdict, Need] = {

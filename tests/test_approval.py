@@ -72,3 +72,10 @@ def test_an_amount_trims(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "maybe", "-1", "nan", "inf", "1,5", "yes please"])
 def test_what_is_no_answer_is_asked_again(text: str) -> None:
     assert parse_answer(text) is None
+
+
+def test_what_earlier_tries_of_the_run_have_spent_is_not_approved_anew():
+    known = {"planned_usd": Decimal("0.10"), "above_usd": Decimal("0.05"), "spent_usd": Decimal("0.30")}
+    assert settle(Answer(GO_ON), budget_usd=None, **known) == Approved(Decimal("0.50"))
+    assert settle(Answer(GO_ON), budget_usd=Decimal("0.40"), **known) == Approved(Decimal("0.40"))
+    assert settle(Answer(TRIM, Decimal("0.35")), budget_usd=None, **known) == Approved(Decimal("0.35"), trimmed=True)
