@@ -164,9 +164,9 @@ class Generation:
             elsewhere = held_elsewhere(self.archive, found, run.id)
             done = found and found.record.state == "done"
             kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
-            unread = [] if done or kept or elsewhere else self.outbox.answers(job.fingerprint)
             if not (done or kept or elsewhere or looked):
                 kept, looked = self._read_again(job, run), True
+            unread = [] if done or kept or elsewhere else self.outbox.answers(job.fingerprint)
             what = verdict(
                 found.record if found else None,
                 run=run,

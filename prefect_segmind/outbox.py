@@ -26,7 +26,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefect_segmind.errors import ApiError, OutboxError
+from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.image import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.record import Answered, Attempt, PaidPicture
 from prefect_segmind.response import Link, picture_or_link
@@ -160,7 +160,7 @@ class Outbox:
                 status=200,
             ) from error
 
-    def _set_aside(self, file: Path, answered: Answered) -> Path | None:
+    def _set_aside(self, file: Path, answered: Answered | None) -> Path | None:
         if not file.stat().st_size:
             file.unlink()
             return None
@@ -170,9 +170,10 @@ class Outbox:
         file.rename(path)
         sync(self.folder)
         with suppress(OSError):  # the answer is safe, and read without its facts too
-            facts = _facts_path(path)
-            facts.touch(0o600)
-            facts.write_text(answered.model_dump_json(indent=2), encoding="utf-8")
+            if answered is not None:
+                facts = _facts_path(path)
+                facts.touch(0o600)
+                facts.write_text(answered.model_dump_json(indent=2), encoding="utf-8")
         return path
 
     def answers(self, fingerprint: str) -> list[Path]:
@@ -206,8 +207,11 @@ class Outbox:
             try:
                 found.unlink(missing_ok=True)
                 picture = read(body, found)
-            except ApiError:
+            except ApiError as error:
                 self._keep_found(found, body)
+                if isinstance(error, ResultLinkError) and body in received:
+                    with suppress(OSError):  # what holds a link is whole, and no longer arriving
+                        self._set_aside(body, None)
                 continue
             except FileNotFoundError:
                 continue  # another run has read it meanwhile

@@ -866,15 +866,16 @@ def test_an_answer_that_another_version_can_read_is_recovered_unpaid(
     assert list(Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.*")) == []
 
 
+def down(*_: object, **__: object) -> None:
+    """A download where there is no network."""
+    raise DownloadError("the network is down")
+
+
 def test_a_link_that_works_again_is_followed_unpaid(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
     asked, real = up_to_upload(photo), client.download
-
-    def down(*_: object, **__: object) -> None:
-        raise DownloadError("the network is down", retryable=True)
-
     with monkeypatch.context() as network:
         network.setattr("prefect_segmind.client.download", down)
         sandbox.play(Answer(kind="json_url"))
@@ -922,6 +923,12 @@ def test_json_that_had_arrived_whole_when_a_run_was_interrupted_is_read_again(
         sandbox.play(Answer(kind="json_url"))
         with pytest.raises(KeyboardInterrupt):
             generate(*up_to_upload(photo))
+    with monkeypatch.context() as network:
+        network.setattr("prefect_segmind.client.download", down)
+        with pytest.raises(OutcomeUnknownError) as refused:
+            walk(photo, on_unknown="fail")
+    (kept,) = kept_answers()
+    assert str(kept) in str(refused.value)
     again = walk(photo)
     assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal(0), 1)
 

@@ -448,6 +448,13 @@ def test_a_200_can_hold_no_picture_and_is_billed(sandbox: Sandbox, source: str, 
         assert answer.json()["data"] == [{"url": None, "is_image_safe": False}]
 
 
+def test_the_bytes_of_a_body_can_be_given(sandbox: Sandbox, source: str) -> None:
+    sandbox.script.play(Answer.model_validate({"status": 200, "kind": "not_an_image", "body_base64": "AAECAw=="}))
+    assert ask(sandbox, source).content == b"\0\1\2\3"
+    with pytest.raises(ValidationError, match="body"):
+        Answer.model_validate({"body_base64": "AAECAw=="})
+
+
 def test_a_picture_can_be_cut_in_the_middle_of_the_connection(
     sandbox: Sandbox, source: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
