@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.request import spelled
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
@@ -16,7 +17,7 @@ def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     wrong = [each for each in given if not re.fullmatch(r"[A-Za-z_]\w*=.*", each, re.S)]
     if wrong:
         raise ConfigurationError(f"{option}: {wrong[0]!r} is not allowed; allowed is name=value")
-    return dict(each.split("=", 1) for each in given)
+    return {name: spelled(text) for name, text in (each.split("=", 1) for each in given)}
 
 
 def typed(given: dict[str, str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from prefect_segmind.gate import Gate
 from prefect_segmind.generation import Generation
 from prefect_segmind.http_environment import check_environment
 from prefect_segmind.outbox import Outbox
-from prefect_segmind.place import is_relative, open_store
+from prefect_segmind.place import given_text, is_relative, open_store
 from prefect_segmind.production import Production, Publisher
 from prefect_segmind.publishing import Publishing, split_publish_to
 from prefect_segmind.record import OnUnknown
@@ -61,7 +61,7 @@ def open_archive(url: str | None) -> Archive:
         ConfigurationError: None is named, or in a run of a deployment one that may not outlast it.
     """
     settings = load_settings()
-    place = url or settings.archive
+    place = given_text("archive", url) or settings.archive
     if not place:
         raise ConfigurationError(
             "archive: no place for the pictures is named; name s3://bucket/prefix or a folder with --archive, the "
@@ -76,7 +76,7 @@ def open_uploads(place: str | None) -> Uploads:
     settings = load_settings()
     return Uploads(
         s3=lru_cache(maxsize=1)(s3_client),  # which reads the settings each time
-        place=place or settings.upload_to,
+        place=given_text("upload_to", place) or settings.upload_to,
         presigned_seconds=settings.presigned_seconds,
         public_base_url=settings.public_base_url,
     )
@@ -159,7 +159,7 @@ def open_publisher(
     """
     if publish_to is None:
         return None
-    place, pattern = split_publish_to(publish_to)
+    place, pattern = split_publish_to(given_text("publish_to", publish_to) or "")
     place = lasting(place, "publish_to")
     store = open_store(place, s3_client() if place.lower().startswith("s3:") else None)
     publishing = Publishing(store, pattern, load_settings().publish_cache_control)

@@ -11,6 +11,8 @@ from pydantic import Field, SecretStr
 from prefect_segmind.client import DEFAULT_BASE_URL, SegmindClient
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.http_environment import check_environment
+from prefect_segmind.place import given_text
+from prefect_segmind.request import CONTROL, stripped
 from prefect_segmind.settings import SegmindSettings, load_settings
 
 
@@ -65,7 +67,7 @@ def load_credentials(block: str | None = None) -> SegmindCredentials:
     Raises:
         ConfigurationError: There are none; the message says what to set.
     """
-    name = block or load_settings().credentials_block
+    name = given_text("credentials_block", block) or load_settings().credentials_block
     if name:
         check_environment()  # Prefect's client reads it, and fails without a word of it
         try:
@@ -75,19 +77,21 @@ def load_credentials(block: str | None = None) -> SegmindCredentials:
                 f"credentials_block: no SegmindCredentials block named {name!r} can be loaded ({error}); save one with "
                 f'SegmindCredentials(api_key=…).save("{name}")'
             ) from None
-        address = os.environ.get("SEGMIND_BASE_URL", "").strip().rstrip("/")
+        address = (given_text("SEGMIND_BASE_URL", os.environ.get("SEGMIND_BASE_URL")) or "").rstrip("/")
         if address and address != loaded.base_url.rstrip("/"):
             raise ConfigurationError(
                 f"SEGMIND_BASE_URL is {address}, but the block {name!r} names {loaded.base_url} and would pay there; "
                 "unset the variable, or name no block"
             )
         return loaded
-    key = os.environ.get("SEGMIND_API_KEY", "").strip()
+    key = stripped(os.environ.get("SEGMIND_API_KEY", ""))
     if not key:
         raise ConfigurationError(
             "api_key: there is none; set SEGMIND_API_KEY, or name a SegmindCredentials block (--block, the flow's "
             "credentials_block, or PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK)"
         )
+    if CONTROL.search(key):
+        raise ConfigurationError("SEGMIND_API_KEY: it holds a control character; copy it once more")
     return SegmindCredentials(api_key=SecretStr(key), base_url=_base_url())
 
 
@@ -97,10 +101,10 @@ def load_base_url(block: str | None = None) -> str:
     Args:
         block: Name of a saved `SegmindCredentials` block.
     """
-    if block or load_settings().credentials_block:
+    if given_text("credentials_block", block) or load_settings().credentials_block:
         return load_credentials(block).base_url
     return _base_url()
 
 
 def _base_url() -> str:
-    return os.environ.get("SEGMIND_BASE_URL", "").strip() or DEFAULT_BASE_URL
+    return given_text("SEGMIND_BASE_URL", os.environ.get("SEGMIND_BASE_URL")) or DEFAULT_BASE_URL

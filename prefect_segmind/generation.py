@@ -146,6 +146,7 @@ class Generation:
                 earlier requests of the run came to stands on the error, as on all others.
         """
         try:
+            job = self._as_paid_for(job)
             generated = self._picture(job, upload, Run(run, flow_runs))
         except BaseException as error:
             if getattr(error, "decision", None) is None:
@@ -153,6 +154,15 @@ class Generation:
             raise
         forget(self.archive.url, job.fingerprint, run)
         return generated
+
+    def _as_paid_for(self, job: ValidatedJob) -> ValidatedJob:
+        """The job as it was known earlier, if it has been paid for then, or may have been, and not since."""
+        earlier = job.earlier
+        if earlier is None or self.archive.read(job.fingerprint):
+            return job
+        found = self.archive.read(earlier.fingerprint)
+        paid = found and (found.record.state == "done" or found.record.outcome_unknown(Run("")))
+        return earlier if paid or self._in_outbox(earlier, unfinished=True) else job
 
     def _picture(self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run) -> GeneratedImage:
         told, looked, pauses = False, False, 0

@@ -28,7 +28,8 @@ from uuid import uuid4
 from pydantic import BaseModel, ValidationError
 
 from prefect_segmind.errors import ConfigurationError, StoreError, writable
-from prefect_segmind.place import open_store
+from prefect_segmind.place import given_text, open_store
+from prefect_segmind.source import found_path
 from prefect_segmind.store import FULL, Store
 
 if TYPE_CHECKING:
@@ -188,10 +189,11 @@ def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", fa
         if not folder.strip(". ") or re.search(r"[/\\\0]", folder):
             told = f"inbox: {folder!r} cannot be the folder for what is {what}; write one name, such as {what}"
             raise ConfigurationError(told)
+    place = given_text("inbox", place) or ""
     try:
         if place.lower().startswith("s3:"):
             return _Bucket(place, s3, done, failed)
-        return _Folder(place, Path(open_store(place).url), done, failed)
+        return _Folder(place, found_path(open_store(place).url), done, failed)
     except ConfigurationError as error:
         raise ConfigurationError(f"inbox: {error}") from None
 

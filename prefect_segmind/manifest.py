@@ -14,7 +14,18 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from prefect_segmind.errors import InvalidJobError, ManifestError, redact
-from prefect_segmind.request import ALLOWED, Job, name_from_image, parse_job, suffix_from_image
+from prefect_segmind.request import (
+    ALLOWED,
+    Job,
+    Spelled,
+    as_written,
+    composed,
+    name_from_image,
+    parse_job,
+    spelled,
+    stripped,
+    suffix_from_image,
+)
 from prefect_segmind.resolution import AUTO, Resolution, resolution_size
 from prefect_segmind.template import TemplateMistake, render, template_names
 
@@ -106,14 +117,14 @@ class Expansion:
         allow_unlisted_resolution: bool = False,
     ) -> None:
         self._find, self._mistakes, self._warnings = find, mistakes, warnings
-        self._run, self._unlisted = variables, allow_unlisted_resolution
+        self._run, self._unlisted = _variables(variables), allow_unlisted_resolution
         self._seen: dict[int, str] = {}  # the hash of each name and where it stands
         self._used: set[str] = set()
         told = dict.fromkeys(unknown(key, [*HEAD, "assets"]) for key in head if key not in HEAD)
         self._templates = head.get("templates", True)
         if not isinstance(self._templates, bool):
             told[f"templates: {shown(self._templates)} is not allowed; allowed is true or false"] = None
-        self._vars: dict[str, Any] = {**_section(head, "vars", told), **variables}
+        self._vars: dict[str, Any] = {**_variables(_section(head, "vars", told)), **self._run}
         self._defaults = self._checked(_section(head, "defaults", told), told)
         self._variants: dict[str, list[Any]] = {}
         for field, values in _axes(_section(head, "variants", told), told).items():
@@ -146,13 +157,13 @@ class Expansion:
         own = {field: value for field, value in row.values.items() if field in _FIELDS}
         others = [field for field in row.values if field not in own and field not in ("vars", "variants")]
         told.update(dict.fromkeys(unknown(field, [*FIELDS, "vars", "variants"]) for field in others))
-        variables: dict[str, Any] = {**self._vars, **_section(row.values, "vars", told)}
+        variables: dict[str, Any] = {**self._vars, **_variables(_section(row.values, "vars", told))}
         axes = self._axes_of(row, own, told)
         fields = {**self._defaults, **own}
         found: Sequence[Found] = [Found("")]
         if "image" in fields:
             fields["image"] = image = self._text("image", fields["image"], variables, told)
-            if isinstance(image, str) and image.strip():
+            if isinstance(image, str) and (image := stripped(image)):
                 try:
                     found = self._find(image, bool(self._templates))
                 except InvalidJobError as error:
@@ -186,7 +197,7 @@ class Expansion:
         told.update(alike)
 
     def _job(self, row: Row, values: Mapping[str, Any], told: dict[str, None]) -> Iterator[Job]:
-        name = values["name"] or (name_from_image(str(values["image"])) if "image" in values else "")
+        name = spelled(values["name"]) or (name_from_image(str(values["image"])) if "image" in values else "")
         if name and not any(line.startswith("name:") for line in told):
             if (key := hash(name)) in self._seen:
                 told[f"name: {shown(name)} is taken already, by {self._seen[key]}"] = None
@@ -221,16 +232,26 @@ class Expansion:
         if value is None or not self._templates:
             return value
         self._note_names([value])
+        template = composed(value) if field != "image" else value
         try:
-            return render(value, variables).rstrip("\r\n")  # a block of YAML ends in a line break that nobody means
+            # A block of YAML ends in a line break that nobody means.
+            rendered = render(template, variables).rstrip("\r\n")
         except TemplateMistake as mistake:
             told.update(dict.fromkeys(f"{field}: {line}" for line in mistake.lines))
             return "x"
+        if field in ("name", "image"):
+            return stripped(rendered)
+        if template == value and not any(isinstance(each, Spelled) for each in variables.values()):
+            return rendered
+        with suppress(TemplateMistake):  # the text of before all had one spelling: it may be paid for
+            was = {name: as_written(each) if isinstance(each, str) else each for name, each in variables.items()}
+            return Spelled(spelled(rendered), render(value, was).rstrip("\r\n"))
+        return rendered
 
     def _note_names(self, *values: Iterable[Any]) -> None:
         if self._run and self._templates:
             for text in (each for some in values for each in some if isinstance(each, str)):
-                self._used |= template_names(text)
+                self._used |= template_names(composed(text))
 
     def _checked(self, defaults: Mapping[str, Any], told: dict[str, None]) -> dict[str, Any]:
         """The defaults that are right by themselves."""
@@ -312,6 +333,11 @@ def _section(values: Mapping[str, Any], key: str, told: dict[str, None]) -> Mapp
         told[f"{key}: {shown(section)} is not allowed; allowed is a mapping of names to values"] = None
         return {}
     return section
+
+
+def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables by their names in one spelling, as templates name them."""
+    return {composed(name): value for name, value in given.items()}
 
 
 def _axes(variants: Mapping[str, Any], told: dict[str, None]) -> dict[str, list[Any]]:

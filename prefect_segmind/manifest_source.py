@@ -19,7 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError, writable
 from prefect_segmind.manifest import Expansion, Found, Notes, Row, UnreadableManifest
 from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
-from prefect_segmind.request import LONGEST_NAME, Job, name_from_image
+from prefect_segmind.request import LONGEST_NAME, Job, composed, name_from_image, spellings, stripped
+from prefect_segmind.source import found_path, is_there
 from prefect_segmind.spool import Spool, temporary_file
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def load_manifest(
         prefect_segmind.errors.ManifestError: campaign.yaml: 1 mistake; nothing was uploaded or paid.
           it does not exist
     """
-    mistakes = Notes()
+    place, mistakes = stripped(place), Notes()
     with ExitStack() as stack:
         try:
             kind = _kind(place)
@@ -189,12 +190,12 @@ class Images:
         start = image.rfind("/", 0, len(re.split(r"[*?]", image)[0])) + 1
         fixed, pattern = self._absolute(image[:start]), image[start:]
         if _in_s3(fixed):
-            matches = self._in_bucket(fixed, pattern)
+            matches = next(filter(None, (self._in_bucket(each, pattern) for each in spellings(fixed))), [])
             return [Found(location)] if any(each == location for each, _ in matches) else named(matches)
-        if _is_there(Path(location)):
+        if is_there(found_path(location)):
             return [Found(location)]
         skipped: list[str] = []
-        matches = _in_folder(Path(fixed), pattern, skipped)
+        matches = _in_folder(found_path(fixed), pattern, skipped)
         for line in skipped:
             if line not in self._warned:
                 self._warned.add(line)
@@ -229,17 +230,10 @@ class Images:
         except ConfigurationError as error:
             raise InvalidJobError(str(error)) from None
         folder += "/" if folder and not folder.endswith("/") else ""
-        keys = S3Store(bucket, "", self._s3()).keys(folder + re.split(r"[*?]", pattern)[0])
-        wanted = _wanted(pattern)
-        below = sorted(each for key in keys if wanted.fullmatch(each := key[len(folder) :]))
+        store, wanted = S3Store(bucket, "", self._s3()), _wanted(pattern)
+        keys = {key for start in spellings(re.split(r"[*?]", pattern)[0]) for key in store.keys(folder + start)}
+        below = sorted(each for key in keys if wanted.fullmatch(composed(each := key[len(folder) :])))
         return [(f"s3://{bucket}/{folder}{each}", each) for each in below]
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no name that this system takes, so no file either
-        return False
 
 
 def _in_folder(fixed: Path, pattern: str, skipped: list[str]) -> list[tuple[str, str]]:
@@ -269,7 +263,7 @@ def _in_folder(fixed: Path, pattern: str, skipped: list[str]) -> list[tuple[str,
         here = Path(folder).relative_to(fixed)
         deepest = not everywhere and len(here.parts) == pattern.count("/")
         folders[:] = [] if deepest else [each for each in folders if not each.startswith(".")]
-        matches += [each for name in files if wanted.fullmatch(each := (here / name).as_posix())]
+        matches += [each for name in files if wanted.fullmatch(composed(each := (here / name).as_posix()))]
     unwritable = [each for each in matches if writable(each) != each]
     skipped += [f"{fixed / each} is skipped: its name is no UTF-8; rename it" for each in sorted(unwritable)]
     return [(str(fixed / each), each) for each in sorted(set(matches) - set(unwritable))]
@@ -291,14 +285,14 @@ def _segments(below: str) -> list[str]:
 
 def _safe_segment(segment: str) -> str:
     """A segment without its extension, made safe; a long one is cut, and ends in the start of its SHA-256."""
-    name, stem = name_from_image(segment), PurePosixPath(segment).stem.encode(errors="replace")
+    name, stem = name_from_image(segment), PurePosixPath(composed(segment)).stem.encode(errors="replace")
     return name if len(stem) <= LONGEST_NAME else f"{name}-{hashlib.sha256(stem).hexdigest()[:8]}"
 
 
 def _wanted(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` within a segment, `**` for any number of segments; nothing hidden."""
+    """`*` and `?` within a segment, `**` for any number of segments; nothing hidden. It matches composed names."""
     parts: list[str] = []
-    segments = pattern.split("/")
+    segments = composed(pattern).split("/")
     for number, segment in enumerate(segments, start=1):
         last = number == len(segments)
         if segment == "**":
@@ -329,7 +323,7 @@ def _opened(place: str, s3: Callable[[], S3Client]) -> IO[bytes]:
     if _in_s3(place):
         return _downloaded(place, s3())
     try:
-        path = Path(place).expanduser()
+        path = found_path(place).expanduser()
         if path.is_dir():
             raise UnreadableManifest("it is a folder; name one file in it")
         if not path.exists():

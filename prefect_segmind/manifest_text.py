@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from prefect_segmind.manifest import FIELDS, HEAD, MAX_ASSETS, TEXTS, Notes, Row, UnreadableManifest, shown, unknown
-from prefect_segmind.request import Job
+from prefect_segmind.request import Job, spelled, stripped
 from prefect_segmind.template import Written, meant, written
 
 KINDS = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".csv": "CSV"} | dict.fromkeys(
@@ -337,7 +337,7 @@ def _csv(lines: Iterable[str], mistakes: Notes) -> Parsed:
         start.append(line)
     records = _records(chain(start[1:], rest), _delimiter(start[-1]))
     where, cells = next(records)
-    columns = [cell.strip() for cell in cells]
+    columns = [str(spelled(cell)) for cell in cells]
     for column in filter(None, dict.fromkeys(columns)):
         if columns.count(column) > 1:
             mistakes.add(f"{where}: there are several columns {shown(column)}")
@@ -351,14 +351,14 @@ def _csv(lines: Iterable[str], mistakes: Notes) -> Parsed:
 
 def _csv_rows(records: Iterable[tuple[str, list[str]]], columns: list[str], mistakes: Notes) -> Iterator[Row]:
     for where, cells in records:
-        given = [(column, cell) for column, cell in zip(columns, cells, strict=False) if cell.strip()]
+        given = [(column, cell) for column, cell in zip(columns, cells, strict=False) if stripped(cell)]
         if any(not column for column, _ in given) or "".join(cells[len(columns) :]).strip():
             mistakes.add(f"{where}: more cells than columns; a text with the separator in it must stand in quotes")
             continue
         values: dict[str, Any] = {
-            column: cell if column in TEXTS else cell.strip() for column, cell in given if column in FIELDS
+            column: cell if column in TEXTS else stripped(cell) for column, cell in given if column in FIELDS
         }
-        if variables := {column[5:]: cell for column, cell in given if column.startswith("vars.")}:
+        if variables := {column[5:]: spelled(cell) for column, cell in given if column.startswith("vars.")}:
             values["vars"] = variables
         yield Row(where, values)
 

@@ -8,10 +8,27 @@ from typing import TYPE_CHECKING
 from urllib.request import url2pathname
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.request import CONTROL, stripped
 from prefect_segmind.store import LocalStore, Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+
+def given_text(field: str, text: str | None) -> str | None:
+    """A parameter or variable without the blanks around it, such as the CR of a Windows line; None if nothing is left.
+
+    Args:
+        field: What it is called, for the message.
+        text: Its value, if it is given.
+
+    Raises:
+        ConfigurationError: There is a control character in it.
+    """
+    clean = stripped(text or "")
+    if CONTROL.search(clean):
+        raise ConfigurationError(f"{field}: {clean!r} holds a control character; write it anew")
+    return clean or None
 
 
 def open_store(url: str, client: S3Client | None = None) -> Store:

@@ -193,6 +193,7 @@ def make_plan(
         StoreError: The archive cannot be listed or read.
     """
     wanted: Counter[str] = Counter()
+    earlier: dict[str, str] = {}
     warnings: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
     failing = 0
@@ -212,17 +213,28 @@ def make_plan(
             entries.append(drawn)
         else:
             wanted[entry.fingerprint] += 1
+            if was := entry.earlier:
+                earlier[was.fingerprint] = entry.fingerprint
             if len(warnings) < 1000:
                 warnings.update(entry.warnings)
             entries.append(entry)
     needs: Counter[Verdict] = Counter()
-    survey = archive.survey(wanted.keys())
+    survey = archive.survey(wanted.keys() | earlier.keys())
     kept = outbox.fingerprints()
     if in_place is not None:
         done = survey.archived - kept
         for each in entries:
-            if isinstance(each, ValidatedJob) and each.fingerprint in done and each.place in survey.places:
-                in_place.add(each.place)
+            if not isinstance(each, ValidatedJob):
+                continue
+            for known in filter(None, (each, each.earlier)):
+                if known.fingerprint in done and known.place in survey.places:
+                    in_place.add(each.place)
+    known_as: dict[str, str] = {}  # pictures that were paid for before their texts had one spelling
+    for before, now in earlier.items():
+        if now in wanted and now not in survey.recorded | kept and before in survey.recorded | kept:
+            wanted[before] += wanted.pop(now)
+            known_as[now] = before
+    survey = survey._replace(recorded=survey.recorded & wanted.keys(), archived=survey.archived & wanted.keys())
     unread = outbox.unread() & wanted.keys() - survey.archived - kept
     kept |= {each for each in unread if outbox.is_readable(each)}
     if unread := unread - kept:  # no link is followed here: what it would cost to pay again is in the plan
@@ -232,6 +244,7 @@ def make_plan(
         needs[need] += 1
         # Whatever else wants the same picture finds it archived.
         needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
+    verdicts |= {now: verdicts[before] for now, before in known_as.items()}
     left = (each for each in entries if not (in_place and isinstance(each, ValidatedJob) and each.place in in_place))
     listed = tuple(_listed(islice(left, LISTED), verdicts, problems, price_usd))
     problems += [(each.name, REFUSED) for each in listed if each.problem == REFUSED]

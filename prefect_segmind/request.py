@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping
 from enum import Enum, StrEnum
+from functools import cached_property
 from pathlib import PurePath, PurePosixPath
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -20,13 +22,75 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    model_serializer,
     model_validator,
 )
 
 from prefect_segmind.errors import InvalidJobError, redact
 from prefect_segmind.resolution import AUTO, DEFAULT_RESOLUTION, Resolution, resolution_size, similar_resolution
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What no place, setting or name holds."""
+_BLANK = r"[\s\u200b\u200e\u200f\u202a\u2060\ufeff]"  # what cannot be seen at the end of a text, and is copied with it
+_ENDS = re.compile(rf"\A{_BLANK}+|{_BLANK}+\Z")
+
+
+class Spelled(str):
+    """A text in its one spelling.
+
+    Attributes:
+        written: How it was written.
+    """
+
+    written: str
+
+    def __new__(cls, text: str, written: str) -> Spelled:
+        """A text and how it was written."""
+        made = super().__new__(cls, text)
+        made.written = written
+        return made
+
+    def __reduce__(self) -> tuple[type[Spelled], tuple[str, str]]:
+        """For copies and pickles."""
+        return Spelled, (str(self), self.written)
+
+
+def stripped(text: str) -> str:
+    """A text without the blanks around it, those of no width too unless there is nothing else."""
+    return _ENDS.sub("", text) or text.strip()
+
+
+def composed(text: str) -> str:
+    """A text in the form of Unicode that is used for texts, NFC."""
+    return unicodedata.normalize("NFC", text)
+
+
+def spelled(text: str) -> str:
+    r"""A text in its one spelling: composed (NFC), nothing blank around it, its lines ended by `\n`.
+
+    Where that changes it, it is a `Spelled`, which knows how it was written. What is blank inside of it stays.
+
+    Example:
+        >>> spelled("a cafe\u0301 mug\u00a0 ")
+        'a café mug'
+    """
+    clean = composed(stripped(text)).replace("\r\n", "\n").replace("\r", "\n")
+    return text if clean == text else Spelled(clean, as_written(text))
+
+
+def as_written(text: str) -> str:
+    """A text as it was written, before it got its one spelling."""
+    return text.written if isinstance(text, Spelled) else text
+
+
+def spellings(location: str) -> list[str]:
+    """A location as it is given, then in the other forms of Unicode: who names a file does not see which it has."""
+    forms = (unicodedata.normalize(form, location) for form in ("NFC", "NFD"))
+    return list(dict.fromkeys((location, *forms)))
 
 
 class MagicPromptOption(StrEnum):
@@ -67,6 +131,7 @@ LONGEST_NAME = 120
 """Bytes of an image's stem that a name takes over."""
 _NAME_BYTES = 200  # a folder's name takes 255 at most
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
+_STEM_ENDS = re.compile(rf"\A(?:{_BLANK}|[.-])+|(?:{_BLANK}|[.-])+\Z")
 _SIGNATURE = re.compile(r"(?i).*(signature|token|sig)|key-pair-id")
 
 
@@ -205,20 +270,47 @@ class Job(BaseModel):
     style_type: StyleType = StyleType.GENERAL
     allow_extreme_ratio: bool = False
 
-    @model_validator(mode="before")
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The texts as they were written where that is another spelling; without a part in what the job is."""
+        return {}
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _name_from_image(cls, values: Any) -> Any:
+    def _in_one_spelling(cls, values: Any, handler: ModelWrapValidatorHandler[Job]) -> Job:
         if not isinstance(values, Mapping):
-            return values
-        if values.get("name") not in (None, ""):
-            return dict(values)
-        image = values.get("image")
-        rest = {field: value for field, value in values.items() if field != "name"}
-        return {**rest, "name": name_from_image(str(image))} if isinstance(image, str | PurePath) else rest
+            return handler(values)
+        clean = {field: _clean(field, value) for field, value in values.items()}
+        if clean.get("name") in (None, ""):
+            image = clean.get("image")
+            clean.pop("name", None)
+            clean |= {"name": name_from_image(str(image))} if isinstance(image, str | PurePath) else {}
+        job = handler(clean)
+        texts = {field: as_written(text) for field in _TEXTS if isinstance(text := clean.get(field), str)}
+        vars(job)["written"] = {
+            field: text for field, text in texts.items() if text.strip() and text != getattr(job, field)
+        }
+        return job
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keeps both spellings, wherever the job goes."""
+        return {field: self.written.get(field, value) for field, value in handler(self).items()}
 
     def parameters(self) -> dict[str, Any]:
         """Every parameter of the API that the job names, as JSON values: all but the image and the job's own."""
-        return self.model_dump(mode="json", exclude={"name", "image", "allow_extreme_ratio"}, exclude_none=True)
+        values = self.model_dump(mode="json", exclude={"name", "image", "allow_extreme_ratio"}, exclude_none=True)
+        return {**values, **{field: getattr(self, field) for field in values if field in self.written}}
+
+
+_TEXTS = ("prompt", "negative_prompt")
+
+
+def _clean(field: str, value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Enum):
+        return value
+    # Which form a file's name has is found out later, and a blank is shown as it is.
+    return (stripped(value) if field == "image" else spelled(value)) or value
 
 
 def name_from_image(image: str) -> str:
@@ -234,8 +326,14 @@ def name_from_image(image: str) -> str:
         >>> name_from_image("C:\\photos\\.hidden.png")
         'hidden'
     """
-    stem = _UNSAFE.sub("-", PurePosixPath(_path_of(image)).stem).strip(". -")
-    return stem.encode(errors="ignore")[:LONGEST_NAME].decode(errors="ignore").strip(". -") or "image"
+    stem = PurePosixPath(_path_of(image)).stem
+    name, was = _safe_stem(spelled(stem)), _safe_stem(stem)
+    return name if name == was else Spelled(name, was)
+
+
+def _safe_stem(stem: str) -> str:
+    safe = _STEM_ENDS.sub("", _UNSAFE.sub("-", stem)).encode(errors="ignore")
+    return _STEM_ENDS.sub("", safe[:LONGEST_NAME].decode(errors="ignore")) or "image"
 
 
 def suffix_from_image(image: str) -> str:

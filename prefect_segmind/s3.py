@@ -157,6 +157,22 @@ def read(uri: str, client: S3Client, limit: int) -> bytes:
     return data
 
 
+def exists(uri: str, client: S3Client) -> bool:
+    """Whether there is an object, by HEAD; True too where that is refused, so that reading it says why.
+
+    Raises:
+        ConfigurationError: The address is malformed or names no object.
+        StoreError: S3 does not answer.
+    """
+    bucket, key = _object(uri)
+    with explained(f"read {uri}", client):
+        try:
+            client.head_object(Bucket=bucket, Key=key)
+        except aws.ClientError as error:
+            return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404
+    return True
+
+
 def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
     """A https address by which anybody can GET the object until it dies, or the credentials that signed it.
 

@@ -28,6 +28,7 @@ from pydantic_settings import (
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.place import is_relative
 from prefect_segmind.price import LIST_PRICE_USD
+from prefect_segmind.request import CONTROL, stripped
 
 PREFIX: Final = "PREFECT_INTEGRATIONS_SEGMIND_"
 """What the variables begin with."""
@@ -97,7 +98,15 @@ class SegmindSettings(PrefectBaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_not_set(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value != ""}
+        clean = {name: stripped(value) if isinstance(value, str) else value for name, value in values.items()}
+        return {name: value for name, value in clean.items() if value != ""}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_control_characters(cls, value: Any) -> Any:
+        if isinstance(value, str) and CONTROL.search(value):
+            raise ValueError("it holds a control character; write it anew")
+        return value
 
     @field_validator("s3_encryption")
     @classmethod

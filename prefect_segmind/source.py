@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefect_segmind.download import Destination, DownloadError, download_bytes
 from prefect_segmind.errors import SourceImageError, StoreError, redact
+from prefect_segmind.request import spellings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -37,6 +38,25 @@ class SourceReader:
     s3: Callable[[], S3Client]
     allow_private: bool = False
     allow_loopback: bool = False
+
+    def locate(self, image: str) -> str:
+        """Where a source is: as it is given or, where nothing is there, under another spelling of its name.
+
+        Args:
+            image: As for `read`.
+
+        Raises:
+            StoreError: S3 does not answer.
+        """
+        if image.startswith(("http://", "https://")):
+            return image
+        if not image.startswith("s3://"):
+            return str(found_path(image))
+        if len(others := spellings(image)) == 1:
+            return image
+        from prefect_segmind import s3
+
+        return next((each for each in others if s3.exists(each, self.s3())), image)
 
     def read(self, image: str) -> bytes:
         """The whole content of a source.
@@ -76,9 +96,36 @@ class SourceReader:
             raise UnreadableSource(redact(str(error))) from None
 
 
+def found_path(given: str | Path) -> Path:
+    """The path of a file or folder, each part of it as it is given or, where that is not there, in another spelling.
+
+    Other spellings are the other forms of Unicode, which look alike: macOS and some archives decompose names. A path
+    that is not found is returned as it is given.
+    """
+    path = Path(given)
+    try:
+        wanted = path.expanduser()
+        if is_there(wanted) or str(wanted).isascii():
+            return path
+        found = Path(wanted.anchor)
+        for part in wanted.parts[bool(wanted.anchor) :]:
+            found = next((each for form in spellings(part) if is_there(each := found / form)), found / part)
+        return found if is_there(found) else path
+    except RuntimeError:  # nobody's home
+        return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to something."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name that this system takes, so no file either
+        return False
+
+
 def _read_file(image: str) -> bytes:
     try:
-        path = Path(image).expanduser()
+        path = found_path(image).expanduser()
         if path.is_dir():
             raise SourceImageError(f"image: {image} is a folder; name one image in it")
         if not path.exists():

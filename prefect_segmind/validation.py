@@ -60,6 +60,21 @@ class ValidatedJob(BaseModel):
         """The seed that is sent, 100 to 999999."""
         return int(self.parameters["seed"])
 
+    @property
+    def earlier(self) -> ValidatedJob | None:
+        """The job as it was known before its texts had one spelling; None where that is the same.
+
+        Its picture may have been paid for then, under that fingerprint and with that seed.
+        """
+        if not self.job.written:
+            return None
+        parameters = {**self.parameters, **self.job.written}
+        if self.job.seed is None:
+            del parameters["seed"]
+            parameters["seed"] = derived_seed(self.source_sha256, parameters)
+        was = fingerprint(self.source_sha256, parameters)
+        return self.model_copy(update={"parameters": parameters, "fingerprint": was})
+
     def request(self, image_file: str, *, allow_unlisted_resolution: bool = True) -> ImageToImageRequest:
         """The request to send, once the source has an address that the provider can GET."""
         return ImageToImageRequest.model_validate(
@@ -76,11 +91,13 @@ class InspectedSource:
         image: What was found in it; None where it could not be read.
         sha256: Of its content, or of its URL where it could not be read.
         warnings: What a person should know before paying.
+        location: Where it was found; None for where it was said to be.
     """
 
     image: SourceImage | None
     sha256: str
     warnings: tuple[str, ...] = ()
+    location: str | None = None
 
 
 def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: bool = False) -> InspectedSource:
@@ -95,12 +112,14 @@ def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: boo
         SourceImageError: It cannot be used; the message says why and what to do.
         StoreError: It lies in S3 and cannot be read.
     """
+    location = reader.locate(image)
     try:
-        found = inspect(reader.read(image), image, allow_extreme_ratio=allow_extreme_ratio)
+        found = inspect(reader.read(location), image, allow_extreme_ratio=allow_extreme_ratio)
     except UnreadableSource as error:
         warning = f"the image could not be read from here ({error}); it goes to the provider unchecked"
         return InspectedSource(None, hashlib.sha256(image.encode()).hexdigest(), (warning,))
-    return InspectedSource(found, found.sha256, tuple(f"the image is {change}" for change in found.changes))
+    warnings = tuple(f"the image is {change}" for change in found.changes)
+    return InspectedSource(found, found.sha256, warnings, None if location == image else location)
 
 
 def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
@@ -114,6 +133,8 @@ def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE
     Raises:
         SourceImageError: `AUTO` was asked for an image that could not be read.
     """
+    if source.location is not None:
+        job = job.model_copy(update={"image": source.location})
     warnings = list(source.warnings)
     parameters = job.parameters()
     parameters["resolution"] = _settled_resolution(job, source.image, warnings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import SecretStr, ValidationError
 import prefect_segmind
 from prefect_segmind import configuration, errors
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
+from prefect_segmind.inbox import open_inbox
 from prefect_segmind.s3 import S3Store
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.settings import SegmindSettings, load_settings
@@ -61,6 +63,42 @@ class TestSettings:
         for name in SegmindSettings.model_fields:
             monkeypatch.setenv(PREFIX + name.upper(), "")
         assert load_settings() == before
+
+    @pytest.mark.parametrize("blank", [" ", "\r", "\r\n", "\t", "\u00a0"])
+    def test_blanks_around_one_do_not_count(self, blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(f"{PREFIX}ARCHIVE", f"{blank}{tmp_path}/archive{blank}")
+        monkeypatch.setenv(f"{PREFIX}OUTBOX", f"{tmp_path}/outbox{blank}")
+        monkeypatch.setenv(f"{PREFIX}CREDENTIALS_BLOCK", blank)
+        monkeypatch.setenv("SEGMIND_API_KEY", f"{KEY}{blank}")
+        monkeypatch.setenv("SEGMIND_BASE_URL", f"https://api.example/v1{blank}")
+        archive = configuration.open_archive(None)
+        assert archive.url == configuration.open_archive(f"{tmp_path}/archive{blank}").url == f"{tmp_path}/archive"
+        assert configuration.open_outbox().folder == tmp_path / "outbox"
+        assert configuration.open_uploads(f"s3://b/uploads{blank}").place == "s3://b/uploads"
+        assert load_credentials(None).base_url == load_base_url() == "https://api.example/v1"
+        assert load_credentials(None).api_key.get_secret_value() == KEY
+
+    def test_a_control_character_in_one_is_refused_with_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refused(call: Callable[[], object]) -> str:
+            with pytest.raises(errors.ConfigurationError) as caught:
+                call()
+            return str(caught.value)
+
+        assert "archive: 's3://b/a\\x1bb' holds a control" in refused(
+            lambda: configuration.open_archive("s3://b/a\x1bb")
+        )
+        assert refused(lambda: configuration.open_uploads("s3://b/\n/a")).startswith("upload_to: ")
+        assert refused(lambda: configuration.open_publisher("/srv/\x00live")).startswith("publish_to: ")
+        assert refused(lambda: open_inbox("/srv/\rin", lambda: pytest.fail("S3"))).startswith("inbox: ")
+        assert refused(lambda: load_credentials("a\nb")).startswith("credentials_block: ")
+        with monkeypatch.context() as wrong:
+            wrong.setenv("SEGMIND_BASE_URL", "https://api\x7f.example")
+            assert refused(load_base_url).startswith("SEGMIND_BASE_URL: ")
+            wrong.setenv("SEGMIND_API_KEY", f"{KEY}\x1b{KEY}")
+            assert refused(lambda: load_credentials(None)).startswith("SEGMIND_API_KEY: it holds")
+            assert KEY not in refused(lambda: load_credentials(None))
+        monkeypatch.setenv(f"{PREFIX}ARCHIVE", "s3://b/a\x1bb")
+        assert f"{PREFIX}ARCHIVE: 's3://b/a\\x1bb'" in refused(load_settings)
 
     def test_wrong_ones_are_all_named_with_their_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}PRESIGNED_SECONDS", "59")

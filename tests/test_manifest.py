@@ -155,6 +155,36 @@ def test_a_text_in_a_csv_may_have_several_lines():
     assert job.prompt == 'a "red"\n\n mug'
 
 
+@pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u200b", "\ufeff"])
+def test_blanks_around_the_cells_of_a_csv_do_not_count(blank):
+    lines = [
+        ["image", "prompt", "name", "style_type", "vars.what"],
+        ["photos/mug.jpg", "a {{ what }} mug", "mug", "ANIME", "red"],
+    ]
+    spaced = "\n".join(",".join(f"{blank}{cell}{blank}" for cell in line) for line in lines)
+    (job,) = jobs(spaced, "CSV")
+    assert (job.image, job.prompt, job.name, job.style_type) == ("photos/mug.jpg", "a red mug", "mug", "ANIME")
+    assert job.written["prompt"] == f"{blank}a {blank}red{blank} mug{blank}"
+
+
+def test_names_of_variables_and_texts_have_one_form():
+    (job,) = jobs(
+        asset(name="gro\u0308\u00dfe", prompt="{{ gro\u0308\u00dfe }}", vars={"gr\u00f6\u00dfe": "cafe\u0301"})
+    )
+    assert (job.name, job.prompt) == ("gr\u00f6\u00dfe", "caf\u00e9")
+    assets = [{**ASSET, "name": name} for name in ("cafe\u0301", "caf\u00e9 ")]
+    assert "is taken already" in mistake(json.dumps({"assets": assets}))
+
+
+def test_a_stem_is_composed_and_what_it_was_is_remembered():
+    (job,) = jobs(asset(image="cafe\u0301.jpg", prompt="{{ stem }} on a table"))
+    assert (job.name, job.prompt, job.written) == (
+        "caf\u00e9",
+        "caf\u00e9 on a table",
+        {"prompt": "cafe\u0301 on a table"},
+    )
+
+
 def test_a_line_of_a_head_alone_is_the_head_and_any_other_an_asset():
     line = json.dumps({**ASSET, "vars": {"x": 1}})
     assert names(line, "JSON Lines") == ["mug"]
@@ -488,7 +518,7 @@ def test_a_template_sees_a_scalar_of_yaml_as_it_was_written(scalar):
     text = f"""
 vars: {{a: {scalar}, list: [{scalar}, {{b: {scalar}}}]}}
 assets:
-- {{image: m, prompt: '{{{{ a }}}} {{{{ list[1].b }}}} {{{{ own }}}} {{{{ list[0] ~ '' }}}}',
+- {{image: m, prompt: '{{{{ a }}}} {{{{ list[1].b }}}} {{{{ own }}}} {{{{ list[0] }}}}',
    vars: {{own: {scalar}}}}}
 """
     assert jobs(text)[0].prompt == " ".join([scalar] * 4)
@@ -575,7 +605,7 @@ def test_without_templates_every_text_is_taken_literally():
     (job,) = jobs(
         f"templates: false\nassets: [{json.dumps({'image': '*{{ a }}', 'prompt': '{{ a' + chr(10)})}]", find=find
     )
-    assert (job.image, job.prompt) == ("*{{ a }}", "{{ a\n")
+    assert (job.image, job.prompt) == ("*{{ a }}", "{{ a")
 
 
 @pytest.mark.parametrize(

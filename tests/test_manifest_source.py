@@ -32,6 +32,7 @@ from prefect_segmind.manifest_source import Images, load_manifest
 from prefect_segmind.manifest_text import write_manifest
 from prefect_segmind.request import Job
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.source import SourceReader, found_path
 from prefect_segmind.spool import Spool
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -360,6 +361,19 @@ def test_a_folder_with_an_impossible_name_is_told(tmp_path):
         found(tmp_path, "x" * 300 + "/*")
 
 
+@posix
+def test_a_file_is_found_under_either_form(tmp_path):
+    write(tmp_path, "caf\u00e9/mu\u0308g.jpg", b"x")
+    composed, decomposed = "caf\u00e9/m\u00fcg", "cafe\u0301/mu\u0308g"
+    for folder in (composed, decomposed):
+        for pattern in ("*.jpg", "m*.jpg", "m\u00fc*", "mu\u0308*"):
+            image = f"{folder.partition('/')[0]}/{pattern}"
+            assert found(tmp_path, image) == [("caf\u00e9/mu\u0308g.jpg", "m\u00fcg")]
+    place = write(tmp_path / "caf\u00e9", "ma\u0308nifest.csv", "image,prompt\nm\u00fcg.jpg,a mug\n")
+    (job,) = load(place.replace("caf\u00e9", "cafe\u0301").replace("a\u0308", "\u00e4"))
+    assert Path(found_path(job.image)).read_bytes() == b"x"
+
+
 # --- in buckets -------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +458,26 @@ def test_a_key_is_a_key_wherever_it_is_named(moto, prefix):
     for key, uri in zip(KEYS, absolute, strict=True):
         assert read(uri, moto, 100) == key.encode()
         assert httpx.get(presign_uri(uri, moto, 60), trust_env=False).content == key.encode()
+
+
+def test_a_key_is_found_under_either_form_and_first_as_it_is_given(moto):
+    moto.create_bucket(Bucket="forms")
+    composed, decomposed = "caf\u00e9/m\u00fcg.jpg", "cafe\u0301/mu\u0308g.jpg"
+    moto.put_object(Bucket="forms", Key=decomposed, Body=b"decomposed")
+    images, reader = Images("s3://forms/m.yaml", lambda: moto), SourceReader(s3=lambda: moto)
+
+    def locations(image: str) -> list[str]:
+        return [each.location for each in images.find(image, True)]
+
+    for pattern in ("caf\u00e9/m\u00fc*", "cafe\u0301/*.jpg", "**/m\u00fcg.jpg"):
+        assert locations(pattern) == [f"s3://forms/{decomposed}"]
+    for key in (composed, decomposed):
+        assert reader.locate(f"s3://forms/{key}") == f"s3://forms/{decomposed}"
+    moto.put_object(Bucket="forms", Key=composed, Body=b"composed")
+    for key in (composed, decomposed):
+        assert reader.locate(f"s3://forms/{key}") == f"s3://forms/{key}"
+    assert reader.locate("s3://forms/n\u00f6.jpg") == "s3://forms/n\u00f6.jpg"
+    assert locations("caf\u00e9/*") == [f"s3://forms/{composed}"]
 
 
 def test_two_keys_that_differ_behind_a_hash_are_two_jobs(moto, tmp_path):

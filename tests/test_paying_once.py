@@ -45,6 +45,7 @@ from prefect_segmind.errors import (
     SegmindError,
     StoreError,
 )
+from prefect_segmind.fingerprint import derived_seed, fingerprint
 from prefect_segmind.gate import Gate
 from prefect_segmind.image import BrokenPicture
 from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
@@ -86,6 +87,51 @@ def test_the_same_picture_under_another_name_is_copied_there_and_costs_nothing(s
     copy = json.loads(store.get(f"summer/hero/{first.fingerprint[:16]}.json").data)  # type: ignore[union-attr]
     assert (copy["cost_usd"], copy["copied_from"]) == ("0.00", first.image)
     assert sandbox.ledger.billed == 1
+
+
+def test_the_same_text_in_another_spelling_is_the_same_picture(sandbox: Sandbox, photo: Path) -> None:
+    spellings = ["a caf\u00e9 mug", "a cafe\u0301 mug", " a caf\u00e9 mug\u00a0", "a caf\u00e9 mug\r\n"]
+    assert len({walk(photo, prompt=prompt).fingerprint for prompt in spellings}) == sandbox.ledger.billed == 1
+
+
+def as_it_was(job: ValidatedJob) -> ValidatedJob:
+    """The job as it was known when texts were taken as they were written."""
+    earlier = job.earlier
+    assert earlier
+    parameters = {**job.parameters, "prompt": "a red mug "}
+    del parameters["seed"]
+    seed = derived_seed(job.source_sha256, parameters)
+    assert earlier.fingerprint == fingerprint(job.source_sha256, {**parameters, "seed": seed}) != job.fingerprint
+    return earlier
+
+
+def test_what_was_paid_for_under_another_spelling_is_reused(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo, prompt="a red mug ")
+    before = archive_picture(generate(as_it_was(job), uploaded))
+    again = walk(photo, prompt="a red mug ")
+    assert (again.status, again.cost_usd, again.fingerprint) == ("reused", Decimal("0.00"), before.fingerprint)
+    assert (again.image, again.seed) == (before.image, before.seed)
+    assert sandbox.ledger.billed == 1
+
+
+def test_what_lies_in_the_outbox_under_another_spelling_is_recovered(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo, prompt="a red mug ")
+    generate(as_it_was(job), uploaded)
+    lease._claims.clear()
+    configuration.open_archive(None).write(
+        Record(fingerprint=as_it_was(job).fingerprint), recorded(as_it_was(job).fingerprint).etag
+    )
+    again = walk(photo, prompt="a red mug ")
+    assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal("0.00"), 1)
+
+
+def test_what_has_failed_unpaid_under_another_spelling_is_paid_for_under_the_one(sandbox: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo, prompt="a red mug ")
+    sandbox.play(Answer(status=422))
+    with pytest.raises(SegmindError):
+        generate(as_it_was(job), uploaded)
+    assert walk(photo, prompt="a red mug ").fingerprint == job.fingerprint
+    assert walk(photo, prompt="a red mug").status == "reused"
 
 
 def test_a_seed_another_prompt_or_another_image_is_another_picture(

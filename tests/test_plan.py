@@ -89,7 +89,9 @@ class House:
     def claimed(self, seed: int, holder: Holder) -> None:
         self.archive.write(Record(fingerprint=self.fingerprint(seed)).claimed_by(holder, NOW), None)
 
-    def plan(self, *jobs: Job, on_unknown: OnUnknown = "repay") -> tuple[Plan, list[Job | ValidatedJob]]:
+    def plan(
+        self, *jobs: Job, on_unknown: OnUnknown = "repay", in_place: set[str] | None = None
+    ) -> tuple[Plan, list[Job | ValidatedJob]]:
         self.reader.read_images.clear()
         self.store.asked.clear()
         with Spool(Job) as asked, Spool[Job | ValidatedJob](Job, ValidatedJob) as entries:
@@ -103,6 +105,7 @@ class House:
                 outbox=self.outbox,
                 price_usd=Decimal("0.05"),
                 on_unknown=on_unknown,
+                in_place=in_place,
             )
             return plan, list(entries)
 
@@ -264,3 +267,19 @@ def test_a_listing_of_the_archive_knows_its_own_files_only(house: House, tmp_pat
 def test_an_archive_that_does_not_exist_yet_is_an_empty_one(house: House, tmp_path: Path) -> None:
     empty = Archive(open_store(str(tmp_path / "nowhere")))
     assert empty.survey({"ab" * 32}) == (set(), set(), set())
+
+
+def test_what_was_paid_for_under_another_spelling_is_reused(house: House) -> None:
+    spaced = Job(name="mug", image=str(house.photo), prompt="a red mug ")
+    was = validate(spaced, house.reader).earlier
+    assert was
+    key = f"mug/{was.fingerprint[:16]}.jpg"
+    house.archive.put_sidecar(key, {})
+    house.archive.write(Record(fingerprint=was.fingerprint).archived(PICTURE, key, key.replace(".jpg", ".json")), None)
+    places: set[str] = set()
+    plan, entries = house.plan(spaced, spaced.model_copy(update={"name": "cup"}), in_place=places)
+    assert counts(plan) == {"reuse": 2}
+    assert places == {entry.place for entry in entries if isinstance(entry, ValidatedJob) and entry.name == "mug"}
+    assert house.store.asked == {"list": 1}
+    plan, _ = house.plan(spaced, Job(name="cup", image=str(house.photo), prompt="a red mug"))
+    assert plan.total == plan.generate + plan.reuse == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import UserDict
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -19,10 +20,12 @@ from prefect_segmind.request import (
     Job,
     MagicPromptOption,
     StyleType,
+    as_written,
     explain,
     name_from_image,
     nearest_value,
     parse_job,
+    spelled,
     suffix_from_image,
 )
 from prefect_segmind.resolution import Resolution
@@ -445,7 +448,7 @@ def test_a_name_is_a_path_of_safe_segments(name):
         ".hidden",
         "a/.segmind",
         "a/b.",
-        "a ",
+        "a /b",
         " ",
         "a/ /b",
         "a\nb",
@@ -543,3 +546,54 @@ def test_an_empty_name_is_a_name_left_out(name):
 def test_an_empty_name_is_no_mistake_beside_that_of_the_image(name, image):
     with pytest.raises(InvalidJobError, match="1 mistake;"):
         parse_job({"prompt": "a red mug", "name": name, "image": image})
+
+
+# --- one spelling -----------------------------------------------------------------------------------------------------
+
+BLANKS = [" ", "\t", "\u00a0", "\u202f", "\u3000", "\u200b", "\ufeff", "\u2060", "\r\n", " \u00a0\r"]
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_blanks_around_a_text_make_no_other_job(blank):
+    clean = job(name="a mug", negative_prompt="blur", style_type="ANIME", resolution="AUTO", seed="random")
+    fields = {field: f"{blank}{value}{blank}" for field, value in clean.model_dump(mode="json").items() if value}
+    spaced = parse_job({**fields, "image_weight": 50, "allow_extreme_ratio": False})
+    assert spaced == clean
+    assert spaced.parameters() == clean.parameters()
+
+
+def test_a_text_composed_or_not_is_the_same_job():
+    assert job(name="ta\u0301sse", prompt="cafe\u0301", negative_prompt="o\u0308") == job(
+        name="t\u00e1sse", prompt="caf\u00e9", negative_prompt="\u00f6"
+    )
+
+
+def test_lines_end_in_one_way():
+    assert job(prompt="one\r\ntwo\rthree").prompt == "one\ntwo\nthree"
+
+
+def test_what_is_blank_inside_of_a_text_stays():
+    assert job(prompt="a\u00a0red  mug").prompt == "a\u00a0red  mug"
+
+
+def test_the_form_of_a_key_is_left_alone():
+    key = "s3://bucket/cafe\u0301.jpg"
+    assert job(image=f" {key} ").image == key
+    assert job(image=key).name == name_from_image(key) == "caf\u00e9"
+
+
+def test_a_job_remembers_how_its_texts_were_written_wherever_it_goes():
+    one = job(prompt="a red mug ", negative_prompt=" blur")
+    assert one.written == {"prompt": "a red mug ", "negative_prompt": " blur"}
+    for again in (Job.model_validate_json(one.model_dump_json()), pickle.loads(pickle.dumps(one)), one.model_copy()):
+        assert (again, again.written, again.prompt) == (one, one.written, "a red mug")
+    assert hash(one) == hash(job(prompt="a red mug", negative_prompt="blur"))
+    assert job(negative_prompt="  ").written == {}
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+def test_a_spelling_is_final(text):
+    once = spelled(text)
+    assert spelled(str(once)) == once
+    assert as_written(once) == text
