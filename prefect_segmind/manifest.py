@@ -104,6 +104,11 @@ class Expansion:
         mistakes: Where mistakes go.
         warnings: Where warnings go.
         allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+        absent: Says why nothing can be at a location, if that is known at little cost; it is told of each location.
+
+    Attributes:
+        unmatched: What is no mistake by itself: patterns that nothing matches.
+        missing: And images that are not there, with where they are asked for.
     """
 
     def __init__(
@@ -115,7 +120,10 @@ class Expansion:
         mistakes: Notes,
         warnings: Notes,
         allow_unlisted_resolution: bool = False,
+        absent: Callable[[str, str], str | None] = lambda location, where: None,
     ) -> None:
+        self.unmatched, self.missing = Notes(), Notes()
+        self._absent = absent
         self._find, self._mistakes, self._warnings = find, mistakes, warnings
         self._run, self._unlisted = _variables(variables), allow_unlisted_resolution
         self._seen: dict[int, str] = {}  # the hash of each name and where it stands
@@ -169,7 +177,12 @@ class Expansion:
                 except InvalidJobError as error:
                     told[f"image: {error}"] = None
             if not found:
+                self.unmatched.add(f"{row.where}: nothing matches {shown(image)}")
                 self._warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
+            for each in found if not any(line.startswith("image:") for line in told) else ():
+                # A match of a pattern has a name and is there.
+                if each.location and not each.name and (why := self._absent(each.location, row.where)):
+                    self.missing.add(f"{row.where}: {why}")
         names_each = self._templates and "stem" in template_names(str(fields.get("name")))  # else it names their folder
         first: dict[str, Found] = {}  # of the matches, by the name that it gets
         alike: dict[str, None] = {}

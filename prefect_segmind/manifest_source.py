@@ -11,20 +11,26 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError, writable
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, SegmindError, StoreError, writable
 from prefect_segmind.manifest import Expansion, Found, Notes, Row, UnreadableManifest
 from prefect_segmind.manifest_text import KINDS, MAX_TEXT, read_text
 from prefect_segmind.request import LONGEST_NAME, Job, composed, name_from_image, spellings, stripped
-from prefect_segmind.source import found_path, is_there
+from prefect_segmind.source import found_path, is_there, missing, on_windows
 from prefect_segmind.spool import Spool, temporary_file
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+ASKED = 1000
+"""Images in S3 that are looked for where a manifest has other mistakes; the run itself looks for all."""
+ASKERS = 16
+"""Threads that ask S3 for them."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,17 @@ def load_manifest(
             mistakes.add(str(error))
             raise mistakes.error(place) from None
         warnings = Notes()
+        images = Images(place, s3, warnings.add)
         return expand(
             place,
             _with_defaults(head, defaults),
             rows,
             variables or {},
-            Images(place, s3, warnings.add).find,
+            images.find,
             mistakes=mistakes,
             warnings=warnings,
             allow_unlisted_resolution=allow_unlisted_resolution,
+            images=images,
         )
 
 
@@ -108,11 +116,26 @@ def expand(
     mistakes: Notes | None = None,
     warnings: Notes | None = None,
     allow_unlisted_resolution: bool = False,
+    images: Images | None = None,
 ) -> Manifest:
     """Makes the jobs of assets that are read or made already; see `Expansion` for what it is given.
 
+    An image that is not there, or a pattern without a match, is no mistake by itself: it fails its asset alone, or
+    makes none. Where there are mistakes it is told with them, so that a person mends all at once.
+
+    Args:
+        place: What the manifest is called.
+        head: As for `Expansion`.
+        rows: The assets.
+        variables: As for `Expansion`.
+        find: As for `Expansion`.
+        mistakes: Those that are known already.
+        warnings: Those that are known already.
+        allow_unlisted_resolution: As for `Expansion`.
+        images: Tells which images are not there.
+
     Raises:
-        ManifestError: There are mistakes; the message has a line for each.
+        ManifestError: There are mistakes, or there are patterns and nothing matches any; a line for each.
         StoreError: A folder in which a pattern looks cannot be read; or there is no room for the jobs.
     """
     mistakes, warnings = Notes() if mistakes is None else mistakes, Notes() if warnings is None else warnings
@@ -125,6 +148,7 @@ def expand(
             mistakes=mistakes,
             warnings=warnings,
             allow_unlisted_resolution=allow_unlisted_resolution,
+            **({"absent": images.absent} if images else {}),
         )
         try:
             for row in rows:
@@ -134,6 +158,12 @@ def expand(
             expansion.warn_of_unused()
         except UnreadableManifest as error:
             mistakes.add(str(error))
+        if mistakes:
+            for line in (*expansion.missing.lines, *(images.missing_in_s3() if images else ())):
+                mistakes.add(line)
+        if mistakes or not jobs:
+            for line in expansion.unmatched.lines:
+                mistakes.add(line)
         if mistakes:
             raise mistakes.error(place)
         if not jobs and not warnings:
@@ -162,6 +192,7 @@ class Images:
     ) -> None:
         self._s3 = s3
         self._warn, self._warned = warn, set[str]()
+        self._to_ask: dict[str, str] = {}
         self._bucket, self._prefix = "", ""
         self._folder = Path()
         if _in_s3(manifest):
@@ -183,10 +214,49 @@ class Images:
         """
         if "\0" in image or ("://" in image and not _in_s3(image)):
             return [Found(image)]  # http(s), or what the check of the job refuses
+        if os.name != "nt" and on_windows(image) and not is_there(self._folder / image):
+            return [Found(image)]  # to be told when it is read
+        slashed = image if _in_s3(image) else image.replace("\\", "/")
         location = self._absolute(image)
+        if slashed != image and _in_s3(location) and not self._has(location):
+            location, image = self._absolute(slashed), slashed
         if not wildcards or not re.search(r"[*?]", image):
             return [Found(location)]
-        image = image.replace(os.sep, "/")
+        found = self._matches(image, location)
+        return found if found or slashed == image else self._matches(slashed, location)
+
+    def absent(self, location: str, where: str) -> str | None:
+        """Why there is no image, by a look at the disk; those in S3 are kept for `missing_in_s3`, the first 1,000.
+
+        Args:
+            location: As `find` gives it.
+            where: Who asks for it, such as `line 12`.
+        """
+        if _in_s3(location):
+            if len(self._to_ask) < ASKED:
+                self._to_ask.setdefault(location, where)
+        elif "://" not in location and "\0" not in location and not is_there(found_path(location).expanduser()):
+            return missing(location)
+        return None
+
+    def missing_in_s3(self) -> list[str]:
+        """A line for each image in S3 that was asked for and is not there, as far as S3 tells."""
+
+        def look(location: str) -> str | None:
+            with suppress(SegmindError):  # what cannot be asked now is told by the run
+                if not any(map(self._has, spellings(location))):
+                    return f"{self._to_ask[location]}: image: {location} does not exist: check the key"
+            return None
+
+        with ThreadPoolExecutor(ASKERS, thread_name_prefix="segmind-manifest") as pool:
+            return list(filter(None, pool.map(look, self._to_ask)))
+
+    def _has(self, uri: str) -> bool:
+        from prefect_segmind.s3 import exists  # boto3 takes a second to import
+
+        return exists(uri, self._s3())
+
+    def _matches(self, image: str, location: str) -> Sequence[Found]:
         start = image.rfind("/", 0, len(re.split(r"[*?]", image)[0])) + 1
         fixed, pattern = self._absolute(image[:start]), image[start:]
         if _in_s3(fixed):

@@ -37,6 +37,7 @@ _WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": Non
 _WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,999})")
 _FLOAT = re.compile(r"(?=.*[.eE])[-+]?(0|[1-9][0-9]*)?(\.[0-9]+|(?<=[0-9])\.?)([eE][-+]?[0-9]+)?")
+_SEPARATOR = re.compile(r'(?i)\ufeff? *"?sep="?(\\t|[^"\r\n])"?"?[\s,;]*')
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
@@ -312,7 +313,7 @@ def _each(value: Any, change: Callable[[Any], Any], known: dict[int, Any]) -> An
 
 def _json_lines(lines: Iterable[str], mistakes: Notes) -> Parsed:
     def items() -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_lines(lines), start=1):
             if line.strip():
                 try:
                     yield f"line {number}", _json_value(line, f"line {number}: ", mistakes)
@@ -329,13 +330,21 @@ def _json_lines(lines: Iterable[str], mistakes: Notes) -> Parsed:
     return Parsed({}, _rows(chain(first, rest), mistakes))
 
 
+def _lines(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that end in CR alone, as some spreadsheets write them, are lines too."""
+    for line in lines:
+        yield from filter(None, re.split(r"(?<=\r)(?!\n)", line)) if "\r" in line else (line,)
+
+
 def _csv(lines: Iterable[str], mistakes: Notes) -> Parsed:
-    rest, start = iter(lines), [""]
+    rest, start, delimiter = _lines(lines), [""], ""
     while not start[-1].strip():
         if (line := next(rest, None)) is None:
             raise UnreadableManifest("it is empty; its first line names the columns, image and prompt among them")
+        if not delimiter and (found := _SEPARATOR.fullmatch(line)):
+            line, delimiter = "\n", found[1].replace("\\t", "\t")
         start.append(line)
-    records = _records(chain(start[1:], rest), _delimiter(start[-1]))
+    records = _records(chain(start[1:], rest), delimiter or _delimiter(start[-1]))
     where, cells = next(records)
     columns = [str(spelled(cell)) for cell in cells]
     for column in filter(None, dict.fromkeys(columns)):
@@ -379,6 +388,6 @@ def _records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[s
 
 
 def _delimiter(header: str) -> str:
-    """Of comma, semicolon and tab the one that makes most known columns of the first line."""
-    cells = {delimiter: [cell.strip().strip('"') for cell in header.split(delimiter)] for delimiter in ",;\t"}
+    """Of comma, semicolon, tab and bar the one that makes most known columns of the first line."""
+    cells = {delimiter: [cell.strip().strip('"') for cell in header.split(delimiter)] for delimiter in ",;\t|"}
     return max(cells, key=lambda delimiter: sum(c in FIELDS or c.startswith("vars.") for c in cells[delimiter]))

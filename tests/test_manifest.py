@@ -150,6 +150,36 @@ def test_the_separator_of_a_csv_is_seen_in_its_first_line(delimiter):
     assert jobs(text, "CSV") == [Job(name="a", image="mug.jpg", prompt="a; b, c\td")]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+@pytest.mark.parametrize(
+    ("first", "separator"),
+    [
+        ("sep=;", ";"),
+        ("SEP=,", ","),
+        ("sep=\t", "\t"),
+        ("sep=\\t", "\t"),
+        ('"sep=;"', ";"),
+        ("\ufeffsep=|", "|"),
+        ("sep=:", ":"),
+        ("sep=;;;", ";"),
+        ("", ";"),
+    ],
+)
+def test_a_first_line_may_name_the_separator_of_a_csv(first, separator, end):
+    lines = [first, separator.join(["image", "prompt", "seed"]), separator.join(["mug.jpg", "a red, large mug", "1"])]
+    if separator == ",":
+        lines[2] = 'mug.jpg,"a red, large mug",1'
+    text = end.join(lines) + end
+    assert mistake(text, "CSV").startswith("line 3: seed: '1' is not allowed" if end != "\r\r\n" else "line 5: seed: ")
+    (job,) = jobs(text.replace(f"{separator}1{end}", f"{separator}100{end}"), "CSV")
+    assert (job.image, job.prompt, job.seed) == ("mug.jpg", "a red, large mug", 100)
+
+
+@pytest.mark.parametrize("kind", ["YAML", "JSON", "JSON Lines", "CSV"])
+def test_lines_may_end_in_cr_alone(kind):
+    assert jobs(FORMS[kind].replace("\n", "\r"), kind) == [MUG]
+
+
 def test_a_text_in_a_csv_may_have_several_lines():
     (job,) = jobs('image,prompt\nmug.jpg,"a ""red""\n\n mug"\n', "CSV")
     assert job.prompt == 'a "red"\n\n mug'

@@ -24,6 +24,7 @@ from prefect_segmind.errors import (
     ConfigurationError,
     InvalidJobError,
     ManifestError,
+    SourceImageError,
     StoreError,
     StoreUnreachableError,
 )
@@ -158,11 +159,14 @@ def test_warnings_come_with_the_jobs(tmp_path):
 
 
 def test_no_jobs_come_of_a_manifest_with_a_mistake(tmp_path):
+    for name in "ace":
+        write(tmp_path, name, b"x")
     place = write(tmp_path, "m.csv", "image,prompt,seed\na,b,100\nc,d,1\ne,f,200\n")
     assert mistake(place).startswith("line 3: seed: '1' is not allowed")
 
 
 def test_other_sizes_go_through_and_stay(tmp_path):
+    write(tmp_path, "a", b"x")
     place = write(tmp_path, "m.csv", "image,prompt,resolution\na,b,RESOLUTION_2048_2048\n")
     with load_manifest(place, None, s3=no_s3, allow_unlisted_resolution=True) as manifest:
         assert [job.resolution for job in manifest.jobs] == ["RESOLUTION_2048_2048"]
@@ -361,6 +365,56 @@ def test_a_folder_with_an_impossible_name_is_told(tmp_path):
         found(tmp_path, "x" * 300 + "/*")
 
 
+def test_what_is_not_there_is_told_with_the_other_mistakes(photos):
+    text = """assets:
+- {image: photos/mgu.jpg, prompt: a}
+- {image: photos/mug.jpg, prompt: b, seed: 1}
+- {image: "photos/*.gif", prompt: c}
+- {image: "photos/{{ nothing }}.jpg", prompt: d}
+- {image: photos/cup.jpg, prompt: e, variants: {seed: [100, 200]}}
+"""
+    place = write(photos, "m.yaml", text)
+    with pytest.raises(ManifestError) as caught:
+        load(place)
+    lines = caught.value.mistakes  # type: ignore[attr-defined]
+    assert [line.partition(": ")[0] for line in lines] == ["line 3", "line 5", "line 2", "line 6", "line 4"]
+    assert lines[2] == f"line 2: image: {photos}/photos/mgu.jpg does not exist (did you mean mug.jpg?)"
+    assert lines[4] == "line 4: nothing matches photos/*.gif"
+
+
+def test_what_is_not_there_is_no_mistake_by_itself(photos):
+    place = write(photos, "m.csv", "image,prompt\nphotos/mgu.jpg,a\nphotos/*.gif,b\n")
+    with load_manifest(place, None, s3=no_s3) as manifest:
+        assert [job.image for job in manifest.jobs] == [f"{photos}/photos/mgu.jpg"]
+        assert manifest.warnings == ("line 3: nothing matches photos/*.gif; there is no job for it",)
+
+
+def test_a_manifest_without_any_match_is_a_mistake(photos):
+    assert mistake(write(photos, "m.csv", "image,prompt\nfotos/*.jpg,a\n")) == "line 2: nothing matches fotos/*.jpg"
+    with load_manifest(write(photos, "m.yaml", "assets: []"), None, s3=no_s3) as manifest:
+        assert manifest.warnings == ("the manifest has no assets",)
+
+
+@posix
+def test_a_path_of_windows_finds_the_file(photos):
+    def read(image: str) -> list[bytes]:
+        images = Images(str(photos / "m.yaml"), no_s3).find(image, True)
+        return [found_path(each.location).read_bytes() for each in images]
+
+    write(photos, "photos/caf\u00e9/mug.jpg", b"coffee")
+    assert read("photos\\a\\mug.jpg") == [b"x"]
+    assert read(".\\photos\\a\\mug.jpg") == [b"x"]
+    assert read("photos\\cafe\u0301\\mug.jpg") == [b"coffee"]
+    assert found(photos, "photos\\*.jpg") == [("photos/mug.jpg", "mug")]
+    assert found(photos, "photos\\**\\cup*.jpg") == [("photos/a/v1.2/cup.tar.jpg", "a/v1.2/cup.tar")]
+    write(photos, "photos\\a\\mug.jpg", b"of that very name")
+    assert read("photos\\a\\mug.jpg") == [b"of that very name"]
+    for image in ("C:\\photos\\mug.jpg", "d:/photos/*.jpg", "\\\\server\\photos\\mug.jpg"):
+        (each,) = Images(str(photos / "m.yaml"), no_s3).find(image, True)
+        with pytest.raises(SourceImageError, match=r"does not exist \(a path on a Windows disk, .* relative"):
+            SourceReader(s3=no_s3).read(each.location)
+
+
 @posix
 def test_a_file_is_found_under_either_form(tmp_path):
     write(tmp_path, "caf\u00e9/mu\u0308g.jpg", b"x")
@@ -478,6 +532,31 @@ def test_a_key_is_found_under_either_form_and_first_as_it_is_given(moto):
         assert reader.locate(f"s3://forms/{key}") == f"s3://forms/{key}"
     assert reader.locate("s3://forms/n\u00f6.jpg") == "s3://forms/n\u00f6.jpg"
     assert locations("caf\u00e9/*") == [f"s3://forms/{composed}"]
+
+
+def test_a_path_of_windows_finds_the_key_unless_it_is_one(moto):
+    moto.create_bucket(Bucket="windows")
+    images = Images("s3://windows/m.yaml", lambda: moto)
+    moto.put_object(Bucket="windows", Key="in/mug.jpg", Body=b"x")
+    for image in ("in\\mug.jpg", "in\\*.jpg"):
+        assert [each.location for each in images.find(image, True)] == ["s3://windows/in/mug.jpg"]
+    moto.put_object(Bucket="windows", Key="in\\mug.jpg", Body=b"x")
+    for image in ("in\\mug.jpg", "in\\*.jpg"):
+        assert [each.location for each in images.find(image, True)] == [
+            "s3://windows/in\\mug.jpg" if image == "in\\mug.jpg" else "s3://windows/in/mug.jpg"
+        ]
+
+
+def test_keys_that_are_not_there_are_told_with_the_other_mistakes(moto, tmp_path):
+    moto.create_bucket(Bucket="told")
+    moto.put_object(Bucket="told", Key="mug.jpg", Body=b"x")
+    text = "image,prompt,seed\ns3://told/mug.jpg,a,\ns3://told/mgu.jpg,b,\ns3://told/mug.jpg,c,1\n"
+    place = write(tmp_path, "m.csv", text)
+    with pytest.raises(ManifestError) as caught:
+        load(place, lambda: moto)
+    lines = [line for line in caught.value.mistakes if "name" not in line]  # type: ignore[attr-defined]
+    assert [line.partition(": ")[0] for line in lines] == ["line 4", "line 3"]
+    assert lines[1] == "line 3: image: s3://told/mgu.jpg does not exist: check the key"
 
 
 def test_two_keys_that_differ_behind_a_hash_are_two_jobs(moto, tmp_path):
