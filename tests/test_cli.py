@@ -351,7 +351,7 @@ def test_generate_works_with_no_server_configured_and_its_standard_output_is_onl
     assert "Traceback" not in failed.stderr
     assert failed.stderr.count("the API answered 500") == 1
     assert "INFO" not in failed.stderr
-    assert re.search(r"in the UI: .*prefect server start, then http://127.0.0.1:4200/runs/flow-run/", failed.stderr)
+    assert re.search(r"in the UI: .*prefect .*server start, then http://127.0.0.1:4200/runs/flow-run/", failed.stderr)
 
 
 @pytest.mark.slow
