@@ -162,7 +162,8 @@ def expand(
             for line in (*expansion.missing.lines, *(images.missing_in_s3() if images else ())):
                 mistakes.add(line)
         if mistakes or not jobs:
-            for line in expansion.unmatched.lines:
+            why = images.skipped if images and expansion.unmatched else ()
+            for line in (*expansion.unmatched.lines, *why):
                 mistakes.add(line)
         if mistakes:
             raise mistakes.error(place)
@@ -224,6 +225,11 @@ class Images:
             return [Found(location)]
         found = self._matches(image, location)
         return found if found or slashed == image else self._matches(slashed, location)
+
+    @property
+    def skipped(self) -> list[str]:
+        """A line for each thing that patterns had to skip so far."""
+        return sorted(self._warned)
 
     def absent(self, location: str, where: str) -> str | None:
         """Why there is no image, by a look at the disk; those in S3 are kept for `missing_in_s3`, the first 1,000.

@@ -396,6 +396,15 @@ def test_a_manifest_without_any_match_is_a_mistake(photos):
 
 
 @posix
+def test_a_manifest_without_any_match_tells_what_was_skipped(tmp_path):
+    (tmp_path / os.fsdecode(b"m\xffg.jpg")).write_bytes(b"x")
+    with pytest.raises(
+        ManifestError, match=r"(?s)2 mistakes.*nothing matches \*\.jpg.*its name is no UTF-8; rename it"
+    ):
+        load(write(tmp_path, "m.csv", "image,prompt\n*.jpg,a\n"))
+
+
+@posix
 def test_a_path_of_windows_finds_the_file(photos):
     def read(image: str) -> list[bytes]:
         images = Images(str(photos / "m.yaml"), no_s3).find(image, True)
