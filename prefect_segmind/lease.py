@@ -219,7 +219,7 @@ def _process_started(pid: int) -> str | None:
     """When a process of this host began, as a text to compare; None if it is dead. Guards against reused numbers."""
     if sys.platform == "linux":
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             return None
         return None if fields[0] in "ZX" else fields[19]

@@ -173,3 +173,14 @@ assert hanging.wait(30)
 def test_a_renewal_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HANGS, str(tmp_path / "archive")]
     subprocess.run(command, cwd=Path(__file__).parents[1], env=dict(os.environ), timeout=60, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere its name is not read")
+def test_a_process_whose_name_is_no_text_is_alive_like_any_other() -> None:
+    code = r"open('/proc/self/comm', 'wb').write(b'caf\xe9'); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        wait_for(lambda: b"caf\xe9" in Path(f"/proc/{child.pid}/comm").read_bytes())
+        assert lease._process_started(child.pid)
+    finally:
+        child.communicate(b"\n")
