@@ -36,7 +36,10 @@ class ServerPacedDelays(list[float]):
 
 
 def retry_if_decided(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed request is to be sent again, for `retry_condition_fn`. Prefect takes plain functions only."""
+    """Whether a failed request is to be sent again, for `retry_condition_fn`.
+
+    A plain function: Prefect 3.8.8 silently retries nothing with any other callable. 3.9.1 takes them all.
+    """
     error = state.result(raise_on_failure=False)
     decision = error.decision if isinstance(error, SegmindError) else None
     wait = decision.wait_seconds or 0.0 if decision else 0.0
