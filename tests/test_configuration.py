@@ -200,7 +200,7 @@ class TestCredentials:
 class TestRegistration:
     def test_prefect_finds_the_collection_and_the_block_in_it(self) -> None:
         (found,) = entry_points(group="prefect.collections", name="prefect_segmind")
-        assert found.load() is prefect_segmind
+        assert found.load().SegmindCredentials is SegmindCredentials
         assert "SegmindCredentials" in dir(prefect_segmind)
         assert prefect_segmind.SegmindCredentials is SegmindCredentials
         assert SegmindCredentials.get_block_type_slug() == "segmind-credentials"

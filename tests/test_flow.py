@@ -293,7 +293,10 @@ def test_the_form_has_drop_downs_and_a_text_for_each_parameter() -> None:
 def test_no_key_and_no_signed_address_is_left_anywhere(
     sandbox: Sandbox, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Searched for in the server's database, in the archive, the outbox and the log, after good and bad runs."""
+    """Searched for in the server's database, in the archive, the outbox and the log, after good and bad runs.
+
+    An answer that was paid for and is no picture is kept as it came, for the eyes of its user alone.
+    """
     sandbox.play(
         Answer(status=429, reset_in=0.1),
         Answer(status=400, body=json.dumps({"error": f"bad key {sandbox.api_key}"})),
@@ -311,6 +314,9 @@ def test_no_key_and_no_signed_address_is_left_anywhere(
     assert database.is_file()
     folders = (database.parent, Path(PREFECT_HOME.value()), tmp_path, sandbox.folder)
     places = [each for folder in folders for each in folder.rglob("*") if each.is_file()]
+    kept = [each for each in places if each.suffix == ".answer"]
+    assert [each.stat().st_mode & 0o777 for each in kept] == [0o600]
+    places = [each for each in places if each not in kept]
     for secret in secrets:
         assert secret not in caplog.text
         for place in places:

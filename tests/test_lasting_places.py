@@ -43,7 +43,7 @@ class TestInADeployment:
     def test_a_relative_archive_is_refused_by_the_name_of_its_parameter(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match=r"^archive: .* is a relative folder") as caught:
             configuration.open_archive(place)
-        for said in (repr(place), "nothing was paid", "s3://bucket/prefix", "/srv/pictures"):
+        for said in (repr(place.strip()), "nothing was paid", "s3://bucket/prefix", "/srv/pictures"):
             assert said in str(caught.value)
 
     def test_and_by_the_name_of_its_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_a_signal_of_a_terminal_ends_a_run_with_a_temporary_server_in_time_and_l
 ) -> None:
     """A terminal interrupts the whole process group, Prefect's temporary server with it."""
     sandbox.play(*[Answer(delay=1.0)] * 200)
-    process = start(campaign(photo, 60), "--max-concurrency", "4", home=tmp_path / "prefect")
+    process = start(campaign(photo, 60), "--max-concurrency", "4", "--verbose", home=tmp_path / "prefect")
     wait_until(lambda: len(sandbox.ledger.requests) >= 5, process)
     os.killpg(process.pid, how)
     code, told, log = ended(process)
