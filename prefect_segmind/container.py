@@ -184,7 +184,7 @@ def describe_tiff(data: bytes) -> str:
     number = next(iter(full_pages(data)), 0)
     if number >= len(pages):
         return "TIFF"
-    tags = pages[number].tags
+    tags = {tag: values for tag, values in pages[number].tags.items() if values}  # a broken one may name none
     bits = tags.get(258, (1,))
     channels = tags.get(277, (len(bits),))[0]
     colours = _PHOTOMETRIC.get(tags.get(262, (-1,))[0], "unknown colours")

@@ -252,6 +252,14 @@ class TestEnds:
         assert isinstance(without_odd_metadata(data), bytes)
 
 
+@pytest.mark.parametrize("tag", [258, 259, 262, 277, 339])
+def test_a_tiff_that_names_no_value_where_it_must_is_a_broken_picture_like_any_other(tag: int) -> None:
+    data = tiff({256: [8], 257: [8], 258: [40606], 262: [1], 277: [1], 339: [1], tag: []})
+    assert describe_tiff(data).startswith("TIFF")
+    with pytest.raises(BrokenPicture):
+        picture_of(data)
+
+
 class TestTiffs:
     def test_a_page_that_is_marked_as_a_preview_is_no_page(self) -> None:
         small: dict[int, list[int]] = {256: [4], 257: [4], 254: [1]}
