@@ -175,7 +175,8 @@ class Generation:
             done = found and found.record.state == "done"
             kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
             if not (done or kept or elsewhere or looked):
-                kept, looked = self._read_again(job, run), True
+                # Another run may have read the same answer meanwhile, and have put its picture there.
+                kept, looked = self._read_again(job, run) or self._in_outbox(job, unfinished=True), True
             unread = [] if done or kept or elsewhere else self.outbox.answers(job.fingerprint)
             what = verdict(
                 found.record if found else None,
@@ -276,7 +277,7 @@ class Generation:
             held = self._claim(job, found, run)
             if held is None:
                 return None
-            first = sum(map(run.owns, held.record.attempts)) == 1
+            first = sum(each.run == run.id for each in held.record.attempts) == 1
             if first and (why := _unsettled(job, found, unread)):
                 self.warn(f"{why}: paying again")
             held.hold(REQUEST_SECONDS)

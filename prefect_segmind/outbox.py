@@ -217,13 +217,18 @@ class Outbox:
                 continue  # another run has read it meanwhile
             except OSError as error:
                 raise self._unusable(f"{body.name} cannot be read: {error.strerror}") from error
-            answered = _facts_of(body) or Answered(
-                cost_usd=list_price_usd,
-                cost_source="list price",
-                at=datetime.fromtimestamp(body.stat().st_mtime, UTC),
-            )
-            entry = OutboxEntry(paid=answered.brought(picture, seed))
-            path = self.keep(fingerprint, found if found.exists() else body, entry)
+            try:
+                answered = _facts_of(body) or Answered(
+                    cost_usd=list_price_usd,
+                    cost_source="list price",
+                    at=datetime.fromtimestamp(body.stat().st_mtime, UTC),
+                )
+                entry = OutboxEntry(paid=answered.brought(picture, seed))
+                path = self.keep(fingerprint, found if found.exists() else body, entry)
+            except (FileNotFoundError, OutboxError):
+                if body.exists():
+                    raise
+                continue  # another run has kept it meanwhile
             for each in (body, _facts_path(body)):
                 with suppress(OSError):
                     each.unlink()

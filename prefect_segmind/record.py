@@ -386,6 +386,6 @@ def verdict(
         return Verdict.PAY
     # Of this very run it is decided after each request; here of the others that count as its flow run's.
     own = [each for each in record.attempts if each.run != run.id and run.owns(each)]
-    unknown = sum(1 for each in own if each.possibly_billed is not False)
+    unknown = sum(1 for each in own if each.kept or each.possibly_billed is not False)  # out of reach, or never seen
     spent = any(each.paid_for_nothing for each in own)  # another request would bring the same
     return Verdict.REFUSE if spent or unknown > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY

@@ -49,7 +49,7 @@ from prefect_segmind.fingerprint import derived_seed, fingerprint
 from prefect_segmind.gate import Gate
 from prefect_segmind.image import BrokenPicture
 from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.record import Holder, Record, Run, Sums
+from prefect_segmind.record import Holder, OnUnknown, Record, Run, Sums
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sums import forget
@@ -933,6 +933,91 @@ def test_a_link_that_works_again_is_followed_unpaid(
     again = walk(photo)
     assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal(0), 1)
     assert kept_answers() == []
+
+
+def test_two_runs_that_read_one_kept_answer_at_once_pay_for_nothing(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link may work but once: the one that gets nothing from it looks where the other has put the picture."""
+    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    asked, real = up_to_upload(photo), client.download
+    with monkeypatch.context() as network:
+        network.setattr("prefect_segmind.client.download", down)
+        sandbox.play(Answer(kind="json_url"))
+        with pytest.raises(ResultLinkError):
+            generate(*asked)
+    both, followed = threading.Barrier(2), threading.Event()
+
+    def once(*arguments: Any, **more: Any) -> object:
+        if both.wait(30) == 0:
+            try:
+                return real(*arguments, **more)
+            finally:
+                followed.set()
+        assert followed.wait(30)
+        wait_for(lambda: kept_answers() == [])
+        raise DownloadError("the link was for one time", status=403)
+
+    monkeypatch.setattr("prefect_segmind.client.download", once)
+    made: list[str] = []
+    threads = [threading.Thread(target=lambda: made.append(generate(*asked).status)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (made, sandbox.ledger.billed) == (["recovered", "recovered"], 1)
+
+
+def test_an_answer_that_another_run_takes_away_while_it_is_read_is_no_error(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.play(Answer(kind="not_an_image", body_base64=base64.b64encode(picture_bytes())))
+    asked = up_to_upload(photo)
+
+    def too_new(_: Path) -> None:
+        raise BrokenPicture("is of a kind that is not read here")
+
+    with monkeypatch.context() as old:
+        old.setattr("prefect_segmind.client.read_picture", too_new)
+        with pytest.raises(NotAnImageError):
+            generate(*asked)
+    read, others = client.SegmindClient.read, [1]
+
+    def slow(self: client.SegmindClient, body: Path, found: Path) -> Any:
+        picture = read(self, body, found)
+        if others and others.pop():
+            assert generate(*asked).status == "recovered"
+        return picture
+
+    monkeypatch.setattr(client.SegmindClient, "read", slow)
+    assert (generate(*asked).status, sandbox.ledger.billed) == ("recovered", 1)
+
+
+def test_a_flow_run_that_goes_on_where_its_picture_is_out_of_reach_keeps_to_the_policy_and_says_so(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    said: list[str] = []
+
+    def on_machine(number: int, on_unknown: OnUnknown) -> str:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / f"machine {number}"))
+        opened = configuration.open_generation(None, None, None, on_unknown=on_unknown)
+        flow_runs = (("flow", number),)
+        generation = replace(opened, warn=said.append)
+        made = generation.generate(job, lambda: uploaded, f"task {number}", flow_runs)
+        lease._claims.clear()
+        return made.status
+
+    assert on_machine(1, "fail") == "generated"
+    with pytest.raises(OutcomeUnknownError, match="its picture lies in"):
+        on_machine(2, "fail")
+    assert (said, sandbox.ledger.billed) == ([], 1)
+    assert on_machine(3, "repay") == "generated"
+    assert [each for each in said if "its picture lies in" in each and each.endswith("paying again")] == said
+    assert len(said) == 1
+    with pytest.raises(OutcomeUnknownError, match="this flow run sends no more for it"):
+        on_machine(4, "repay")
+    assert sandbox.ledger.billed == 2
 
 
 def test_what_a_link_has_led_to_is_kept_too_for_the_link_may_not_live_as_long(

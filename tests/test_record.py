@@ -320,6 +320,19 @@ def test_a_flow_run_sends_one_more_after_one_that_may_be_billed_whatever_has_it_
         assert verdict(record, run=Run("me", (("a new run", 1),)), **known) is Verdict.PAY
 
 
+@pytest.mark.parametrize(
+    ("pictures", "on_unknown", "what"),
+    [(1, "fail", Verdict.REFUSE), (1, "repay", Verdict.PAY), (2, "repay", Verdict.REFUSE)],
+)
+def test_a_picture_of_an_earlier_try_that_is_out_of_reach_counts_like_one_that_was_never_seen(
+    pictures, on_unknown, what
+):
+    kept = [sent(f"task {n}", False, flow_runs=FIRST, cost_usd=PRICE, kept="there") for n in range(pictures)]
+    known = {"in_outbox": False, "held_elsewhere": False, "on_unknown": on_unknown}
+    assert verdict(claimed(*kept), run=AGAIN, **known) is what
+    assert verdict(claimed(*kept), run=AGAIN, **{**known, "in_outbox": True}) is Verdict.RECOVER
+
+
 def test_earlier_tries_are_reported_by_the_one_that_inherits_them_alone():
     attempts = (
         sent("one", True, flow_runs=FIRST, reported_by="one"),
