@@ -44,13 +44,13 @@ from prefect_segmind.outbox import Outbox
 from prefect_segmind.plan import Plan, earlier_tries, make_plan
 from prefect_segmind.price import usd
 from prefect_segmind.production import shared
-from prefect_segmind.record import OnUnknown, Sums
+from prefect_segmind.record import OnUnknown, Run, Sums, answers_of_earlier_tries, sums_of_earlier_tries
 from prefect_segmind.report import publish_batch, publish_plan
 from prefect_segmind.request import Job
 from prefect_segmind.settings import load_settings
 from prefect_segmind.spool import Spool
 from prefect_segmind.sums import inherited, wanted_before
-from prefect_segmind.tasks.attempts import TOLD_AT_END, flow_runs, mention_conditions, refreshed_at
+from prefect_segmind.tasks.attempts import TOLD_AT_END, flow_call, flow_runs, mention_conditions, refreshed_at
 from prefect_segmind.validation import ValidatedJob
 
 R = TypeVar("R", bound=BatchResult)
@@ -172,13 +172,17 @@ def run_batch(
             on_unknown=terms.on_unknown,
             in_place=places if skip_archived else None,
             flow_runs=runs,
+            call=flow_call(),
             unusable=unusable,
         )
         skipped = unusable.keys() & set(skip_unusable)
-        wanted_ever = wanted_before(
-            runs[-1][0], frozenset(e.fingerprint for e in entries if isinstance(e, ValidatedJob))
-        )
-        earlier = earlier_tries(opened, wanted_ever, runs, settings.price_usd)
+        known_as = (each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as)
+        wanted_ever = wanted_before(flow_call(), frozenset(known_as))
+        before, this_try = earlier_tries(opened, wanted_ever, runs), Run("", runs)
+        earlier = {
+            each: sums_of_earlier_tries(this_try, record.attempts, settings.price_usd)
+            for each, record in before.items()
+        }
         spent_before = reduce(Sums.plus, earlier.values(), Sums())
         if spent_before.requests_sent:
             log.info(
@@ -227,6 +231,7 @@ def run_batch(
             requests_per_minute=terms.requests_per_minute,
             budget_usd=approved.budget_usd,
             earlier=spent_before,
+            earlier_answers=(each for record in before.values() for each in answers_of_earlier_tries(this_try, record)),
             stop_after_unusable=settings.stop_after_unusable,
             longest_wait_seconds=settings.longest_wait_seconds,
             say=log.warning,

@@ -135,6 +135,10 @@ class Unusable:
         """Counts an answer that held none; returns how many there were in a row where that is too many."""
         if self._limit and at > self._last_picture:
             self._since.append(at)
-            if len(self._since) >= self._limit:
-                return len(self._since)
+            return self.too_many
         return None
+
+    @property
+    def too_many(self) -> int | None:
+        """How many there are in a row, where that is too many."""
+        return len(self._since) if self._limit and len(self._since) >= self._limit else None

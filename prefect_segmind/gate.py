@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -62,7 +62,7 @@ class Admission:
             at: When its answer had been read, aware; now if left out.
         """
         self.cost_usd = cost_usd
-        self._gate._note_picture(at or datetime.now(UTC))
+        self._gate.picture(at or datetime.now(UTC))
         self._gate._let_out(self, None)
 
     def unusable(self, error: SegmindError) -> None:
@@ -85,8 +85,7 @@ class Gate:
     on undisturbed; what waits is told.
 
     Assets go in the order in which they were begun. Where a budget has not room for all, nobody is let in on money that
-    an asset begun earlier may still need: one that is uploading, or that waits for a retry after a request that was not
-    billed. What a request may have cost is that asset's share; a second one for it is paid from what is left.
+    an asset begun earlier may still need: one that is uploading, or that waits for a retry.
 
     Args:
         max_concurrency: Requests under way at once, at most.
@@ -94,6 +93,7 @@ class Gate:
         requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
         budget_usd: What the run may spend; None for no limit.
         earlier: What earlier tries of the run have spent of it.
+        earlier_answers: When earlier tries of the run have paid for an answer, and whether it held a picture.
         stop_after_unusable: So many paid answers in a row without a picture stop the run; 0 for never.
         longest_wait_seconds: A rate limit or an overload that lasts longer stops the run.
         say: Takes a line for the log; by default none is said.
@@ -118,6 +118,7 @@ class Gate:
         requests_per_minute: int | None = None,
         budget_usd: Decimal | None = None,
         earlier: Sums | None = None,
+        earlier_answers: Iterable[tuple[datetime, bool]] = (),
         stop_after_unusable: int = 0,
         longest_wait_seconds: float = 120.0,
         say: Callable[[str], None] = _silence,
@@ -126,6 +127,8 @@ class Gate:
         self.budget = Budget(budget_usd, spent_usd=before.cost_usd, unknown_usd=before.possibly_billed_usd)
         self._pace = Pace(requests_per_minute)
         self._unusable = Unusable(stop_after_unusable)
+        for at, is_picture in sorted(earlier_answers):
+            (self._unusable.picture if is_picture else self._unusable.answer)(at)
         self._max_concurrency = max_concurrency
         self._window = max_concurrency + (max_concurrency if look_ahead is None else look_ahead)
         self._longest_wait_seconds = longest_wait_seconds
@@ -143,6 +146,7 @@ class Gate:
         self._numbers: dict[str, int] = {}  # of the assets under way
         self._may_pay: set[int] = set()  # numbers of those for which money is kept
         self._parked = 0
+        self._wanted: set[str] = set()  # pictures that somebody is about to pay for
         self._held_until = -math.inf
 
     @property
@@ -236,6 +240,23 @@ class Gate:
                     self._parked -= 1
                     self._entered += 1
 
+    @contextmanager
+    def first(self, picture: str) -> Iterator[bool]:
+        """Whether nobody else of the run is about to pay for the same picture: whoever is not needs no money for it.
+
+        Args:
+            picture: Its fingerprint.
+        """
+        with self._lock:
+            first = picture not in self._wanted
+            self._wanted.add(picture)
+        try:
+            yield first
+        finally:
+            if first:
+                with self._lock:
+                    self._wanted.remove(picture)
+
     def pause(self, seconds: float) -> None:
         """Waits for so many seconds.
 
@@ -278,7 +299,9 @@ class Gate:
                     price, now = self.budget.price_of(price_usd), monotonic()
                     kept = price * sum(each < number for each in self._may_pay)
                     fit, delay = self.budget.fit(price, kept), self._pace.delay(now)
-                    if fit is Fit.NEVER:
+                    if in_a_row := self._unusable.too_many:
+                        self._stop_by_unusable(in_a_row, "earlier tries of this run got them; a new run begins anew")
+                    elif fit is Fit.NEVER:
                         self._stop_by_budget()
                     elif fit is Fit.LATER or self._admitted >= self._max_concurrency:
                         turn.wait()
@@ -307,7 +330,12 @@ class Gate:
             )
         )
 
-    def _note_picture(self, at: datetime) -> None:
+    def picture(self, at: datetime) -> None:
+        """Notes that an answer held a picture: those that come before it in time count no more as unusable.
+
+        Args:
+            at: When it had been read, aware.
+        """
         with self._lock:
             self._unusable.picture(at)
 
@@ -317,14 +345,16 @@ class Gate:
         with self._lock:
             in_a_row = self._unusable.answer(at)
             if in_a_row is not None:
-                self.stop(
-                    UnusableAnswersError(
-                        f"{in_a_row} paid answers in a row held no picture: look at what they hold and at the "
-                        "provider's usage page before running again (after how many a run stops is "
-                        "PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE, 0 for never); the last one: "
-                        f"{error}"
-                    )
-                )
+                self._stop_by_unusable(in_a_row, f"the last one: {error}")
+
+    def _stop_by_unusable(self, in_a_row: int, which: str) -> None:
+        self.stop(
+            UnusableAnswersError(
+                f"{in_a_row} paid answers in a row held no picture: look at what they hold and at the provider's usage "
+                "page before running again (after how many a run stops is "
+                f"PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE, 0 for never); {which}"
+            )
+        )
 
     def _note_sent(self, admission: Admission) -> None:
         with self._lock:

@@ -187,8 +187,9 @@ class Generation:
                 unreadable=bool(unread),
             )
             if what is Verdict.PAY:
-                if paid := self._pay(job, upload, run, found, unread):
-                    return paid
+                with self.gate.first(job.fingerprint) as first:
+                    if first and (paid := self._pay(job, upload, run, found, unread)):
+                        return paid
                 pauses = self._pause(job, pauses)
             elif what is Verdict.REUSE and found and found.record.picture:
                 self.say(f"reused: {job.name} is paid for and archived already; nothing to pay")
@@ -200,6 +201,7 @@ class Generation:
                     continue  # the run that has brought it has just claimed or archived it
                 self.say(f"recovered: {job.name} was paid for and lies in the outbox; nothing to pay")
                 path, entry = kept
+                self.gate.picture(entry.paid.paid_at)
                 attempts = found.record.attempts if found else entry.attempts
                 return self._result(job, None, run, "recovered", path, entry.paid, attempts)
             elif what is Verdict.WAIT:

@@ -16,7 +16,7 @@ from prefect_segmind.errors import SegmindError, SourceImageError
 from prefect_segmind.lease import held_beside, held_elsewhere
 from prefect_segmind.outbox import Outbox
 from prefect_segmind.price import usd
-from prefect_segmind.record import FlowRuns, OnUnknown, Run, Sums, Verdict, sums_of_earlier_tries, verdict
+from prefect_segmind.record import FlowRuns, OnUnknown, Record, Run, Verdict, verdict
 from prefect_segmind.request import Job
 from prefect_segmind.source import SourceReader
 from prefect_segmind.spool import Spool
@@ -171,6 +171,7 @@ def make_plan(
     on_unknown: OnUnknown = "repay",
     in_place: set[str] | None = None,
     flow_runs: FlowRuns = (),
+    call: str = "",
     unusable: dict[str, str] | None = None,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
@@ -185,7 +186,8 @@ def make_plan(
         on_unknown: As for `Generation`.
         in_place: Takes the `place` of each picture that is archived under the very name that is asked for, and that
             leaves nothing to be done: what is still in the outbox is not.
-        flow_runs: The flow run that is planned for: it may have sent requests before, and its seeds are drawn by it.
+        flow_runs: The flow run that is planned for: it may have sent requests before.
+        call: What names it in all its tries, and in those of the flow runs around it: its seeds are drawn by that.
         unusable: Takes name and reason of each job whose image cannot be used as it is, not of those whose image cannot
             be read at this moment.
 
@@ -197,7 +199,7 @@ def make_plan(
     warnings: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
     failing = 0
-    draw_by = f"{flow_runs[-1][0]} " if flow_runs else None
+    draw_by = f"{call} " if call else None
     for job, found in _inspected(jobs, reader):
         drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
         try:
@@ -226,7 +228,7 @@ def make_plan(
         for each in entries:
             if not isinstance(each, ValidatedJob):
                 continue
-            for known in filter(None, (each, each.earlier)):
+            for known in each.known_as:
                 if known.fingerprint in done and known.place in survey.places:
                     in_place.add(each.place)
     known_as: dict[str, str] = {}  # pictures that were paid for before their texts had one spelling
@@ -262,16 +264,13 @@ def make_plan(
     )
 
 
-def earlier_tries(
-    archive: Archive, fingerprints: Collection[str], flow_runs: FlowRuns, price_usd: Decimal
-) -> dict[str, Sums]:
-    """What earlier tries of a flow run have sent for each picture, by its record; nothing is read in the first try.
+def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: FlowRuns) -> dict[str, Record]:
+    """The records of pictures for which earlier tries of a flow run have sent requests; none is read in the first try.
 
     Args:
         archive: Has the records.
         fingerprints: Of the pictures.
         flow_runs: The flow run.
-        price_usd: What a request of unknown outcome may have cost.
 
     Raises:
         StoreError: A record cannot be read.
@@ -280,12 +279,11 @@ def earlier_tries(
         return {}
     run = Run("", flow_runs)
 
-    def look(fingerprint: str) -> tuple[str, Sums]:
-        found = archive.read(fingerprint)
-        return fingerprint, sums_of_earlier_tries(run, found.record.attempts if found else (), price_usd)
-
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
-        return {fingerprint: sent for fingerprint, sent in pool.map(look, fingerprints) if sent.requests_sent}
+        records = [found.record for found in pool.map(archive.read, fingerprints) if found]
+    return {
+        record.fingerprint: record for record in records if any(run.follows(each.flow_runs) for each in record.attempts)
+    }
 
 
 def _listed(

@@ -6,6 +6,7 @@ and never deleted, so that it alone answers "is this picture paid for?".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -335,6 +336,16 @@ def sums_of_earlier_tries(run: Run, attempts: tuple[Attempt, ...], price_usd: De
     unknown = sum(1 for each in earlier if each.possibly_billed is not False)
     cost_usd = sum((each.cost_usd or Decimal(0) for each in earlier), Decimal("0.00"))
     return Sums(len(earlier), cost_usd, price_usd * unknown)
+
+
+def answers_of_earlier_tries(run: Run, record: Record) -> Iterator[tuple[datetime, bool]]:
+    """When earlier tries of a run's flow run have asked for what was paid, and whether there was a picture in it.
+
+    There was one in an answer that could not be read when it came and has been read since.
+    """
+    for each in record.attempts:
+        if each.cost_usd and run.follows(each.flow_runs):
+            yield each.sent_at, each.reason is None or (each.kept is not None and record.state == "done")
 
 
 class Verdict(StrEnum):

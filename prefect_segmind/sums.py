@@ -43,7 +43,7 @@ def forget(archive: str, fingerprint: str, run: str) -> Sums:
 def inherit(archive: str, fingerprint: str, run: Run) -> bool:
     """Whether a run reports what earlier tries of its flow run have sent for a picture: the first that asks does."""
     with _lock:
-        heirs = _heirs.setdefault((archive, run.flow_runs), {})
+        heirs = _heirs.setdefault((archive, _tried_again(run.flow_runs)), {})
         if len(_heirs) > TRIES:
             del _heirs[next(iter(_heirs))]
         return heirs.setdefault(fingerprint, run.id) == run.id
@@ -52,17 +52,26 @@ def inherit(archive: str, fingerprint: str, run: Run) -> bool:
 def inherited(archive: str, flow_runs: FlowRuns) -> frozenset[str]:
     """The pictures of which a run in this try of a flow run reports what earlier tries have sent."""
     with _lock:
-        return frozenset(_heirs.get((archive, flow_runs), ()))
+        return frozenset(_heirs.get((archive, _tried_again(flow_runs)), ()))
 
 
-def wanted_before(flow_run: str, fingerprints: frozenset[str]) -> frozenset[str]:
+def _tried_again(flow_runs: FlowRuns) -> FlowRuns:
+    """The flow runs down to the last that had a try before: all that they call share what those tries have sent."""
+    return flow_runs[: max((depth for depth, (_, number) in enumerate(flow_runs, 1) if number > 1), default=0)]
+
+
+def wanted_before(call: str, fingerprints: frozenset[str]) -> frozenset[str]:
     """The pictures that this try of a flow run wants, and those that earlier ones wanted in this process.
 
     An inbox is emptied as its pictures are made, so that a later try no longer asks for them.
+
+    Args:
+        call: What names the flow run in all its tries, and in those of the flow runs around it.
+        fingerprints: What this try wants.
     """
     with _lock:
-        before = _wanted.pop(flow_run, frozenset())
-        _wanted[flow_run] = before | fingerprints
+        before = _wanted.pop(call, frozenset())
+        _wanted[call] = before | fingerprints
         if len(_wanted) > FLOW_RUNS:
             del _wanted[next(iter(_wanted))]
-        return _wanted[flow_run]
+        return _wanted[call]

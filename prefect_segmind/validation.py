@@ -75,6 +75,11 @@ class ValidatedJob(BaseModel):
         was = fingerprint(self.source_sha256, parameters)
         return self.model_copy(update={"parameters": parameters, "fingerprint": was})
 
+    @property
+    def known_as(self) -> tuple[ValidatedJob, ...]:
+        """The job as it is known, and as it was known earlier where that is another."""
+        return tuple(filter(None, (self, self.earlier)))
+
     def request(self, image_file: str, *, allow_unlisted_resolution: bool = True) -> ImageToImageRequest:
         """The request to send, once the source has an address that the provider can GET."""
         return ImageToImageRequest.model_validate(

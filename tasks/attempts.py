@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import NamedTuple
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import get_client
@@ -65,25 +66,47 @@ def flow_runs() -> FlowRuns:
     The id of a flow run stays when it is retried or run again; that of one inside another does not, when it is the
     outer one that is retried.
     """
+    return _place().flow_runs
+
+
+def flow_call() -> str:
+    """What names the flow run that a task is in, the same in all its tries and in those of the flow runs around it.
+
+    That is its id, or where it is inside another, the outermost one's and which of the calls made there it is.
+    """
+    return _place().call
+
+
+class _Place(NamedTuple):
+    """Where a task is: `flow_runs` and `flow_call` say what."""
+
+    flow_runs: FlowRuns
+    call: str
+
+
+def _place() -> _Place:
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     if run is None:
-        return ()
-    return (*_around(run.parent_task_run_id, (str(run.id), run.run_count)), (str(run.id), run.run_count))
+        return _Place((), "")
+    inner = str(run.id), run.run_count
+    around, call = _around(run.parent_task_run_id, inner)
+    return _Place((*around, inner), call or inner[0])
 
 
 @lru_cache(maxsize=256)
-def _around(parent: UUID | None, _inner: tuple[str, int]) -> FlowRuns:
-    """The flow runs around one, which are read once for each of its tries."""
-    found: FlowRuns = ()
+def _around(parent: UUID | None, _inner: tuple[str, int]) -> _Place:
+    """The flow runs around one, which are read once for each of its tries, and which call it is; nothing for none."""
+    found, calls = _Place((), ""), ""
     try:
         with get_client(sync_client=True) as client:
             while parent is not None:
-                outer_id = client.read_task_run(parent).flow_run_id
-                if outer_id is None:
+                called = client.read_task_run(parent)
+                if called.flow_run_id is None:
                     break
-                outer = client.read_flow_run(outer_id)
-                found = ((str(outer.id), outer.run_count), *found)
+                outer = client.read_flow_run(called.flow_run_id)
+                calls = f" {called.task_key} {called.dynamic_key}{calls}"
+                found = _Place(((str(outer.id), outer.run_count), *found.flow_runs), f"{outer.id}{calls}")
                 parent = outer.parent_task_run_id
     except Exception as error:  # noqa: BLE001 - whatever ails the server, the run itself is known
         get_run_logger().warning("the flow runs around this one are not known, nor what they have sent: %s", error)
@@ -111,7 +134,7 @@ def draw_by(job: Job) -> str:
             asking.append(run)
         if len(_drawn) > DRAWN:
             del _drawn[next(iter(_drawn))]
-        return f"{runs[-1][0]} {asking.index(run)}"
+        return f"{flow_call()} {asking.index(run)}"
 
 
 def refreshed_at() -> datetime:

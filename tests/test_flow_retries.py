@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from prefect_segmind import (
     BatchError,
     BatchResult,
     archive_image,
+    client,
+    configuration,
     generate_image,
     image_to_image,
     produce_asset,
@@ -33,8 +36,11 @@ from prefect_segmind import (
     upload_image,
     validate_job,
 )
+from prefect_segmind.download import DownloadError
 from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLimitError, SegmindError
+from prefect_segmind.record import Attempt, Record
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.walk import up_to_upload
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -290,3 +296,95 @@ def test_prefects_own_setting_pays_no_more_on_the_command_line(sandbox: Sandbox,
     told = json.loads(done.stdout)
     assert (done.returncode, told["attempts"], told["possibly_billed_usd"]) == (1, 2, "0.10"), done.stderr
     assert len(sandbox.ledger.requests) == 2
+
+
+def test_a_batch_stops_after_so_many_answers_without_a_picture_whatever_has_it_run_again(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    sandbox.play(*[Answer(kind="html")] * 12)
+    result = run(campaign(8), 2, max_concurrency=1)
+    assert sandbox.ledger.billed == 3
+    agrees(result, sandbox)
+    assert result.stopped is not None
+    assert "3 paid answers in a row held no picture" in result.stopped
+    assert "a new run begins anew" in result.stopped
+
+
+def test_a_batch_whose_unreadable_answers_are_read_by_now_goes_on_in_its_next_try(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    real = client.download
+
+    def down(*arguments: Any, **more: Any) -> object:
+        if flow_run.run_count == 1:
+            raise DownloadError("the network is down")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr("prefect_segmind.client.download", down)
+    sandbox.play(*[Answer(kind="json_url")] * 3)
+    result = run(campaign(5), 1, max_concurrency=1)
+    assert (result.failed, result.not_started, result.stopped) == (0, 0, None)
+    agrees(result, sandbox)
+    assert sandbox.ledger.billed == 5
+
+
+def test_random_seeds_stay_in_all_tries_of_a_flow_around_a_batch(
+    sandbox: Sandbox, campaign: Callable[..., str]
+) -> None:
+    sandbox.play(Answer(), Answer(status=400))
+    manifest = campaign(2, seed="random")
+
+    @flow(retries=1, retry_delay_seconds=0)
+    def around() -> list[BatchResult]:
+        return [refresh_assets(manifest, max_concurrency=1) for _ in range(2)]
+
+    results = around()
+    assert sandbox.ledger.billed == 4, "each call draws its own"
+    assert sum(each.cost_usd for each in results) == sandbox.ledger.billed_usd
+
+
+def test_random_seeds_stay_in_all_tries_of_a_flow_around_single_pictures(sandbox: Sandbox, photo: Path) -> None:
+    @flow(retries=1, retry_delay_seconds=0)
+    def around() -> list[ArchivedImage]:
+        made = [image_to_image(image=str(photo), prompt="a red mug", seed="random") for _ in range(2)]
+        if flow_run.run_count == 1:
+            raise RuntimeError("something of the user's own")
+        return made
+
+    made = around()
+    assert len({each.seed for each in made}) == sandbox.ledger.billed == 2
+    assert sum(each.cost_usd for each in made) == sandbox.ledger.billed_usd
+
+
+def test_what_an_earlier_try_paid_is_told_once_by_all_the_flows_that_the_next_one_calls(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    @flow(retries=1, retry_delay_seconds=0)
+    def around() -> list[ArchivedImage]:
+        made = [image_to_image(image=str(photo), prompt="a red mug", name=name) for name in "ab"]
+        if flow_run.run_count == 1:
+            raise RuntimeError("something of the user's own")
+        return made
+
+    made = around()
+    assert [each.status for each in made] == ["generated", "reused"]
+    assert sum(each.cost_usd for each in made) == sandbox.ledger.billed_usd
+
+
+def test_a_budget_holds_in_all_tries_for_pictures_that_are_known_by_an_older_spelling(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    assets = [{"name": f"mug/{n}", "image": photo.name, "prompt": f"mug {n} "} for n in range(3)]
+    manifest = tmp_path / "campaign.jsonl"
+    manifest.write_text("".join(f"{json.dumps(each)}\n" for each in assets))
+    for each in assets:
+        job, _ = up_to_upload(photo, prompt=each["prompt"], name=each["name"])
+        assert job.earlier
+        lost = Attempt(run="long ago", sent_at=datetime.now(UTC), status=502, reason="lost", possibly_billed=True)
+        before = Record(fingerprint=job.earlier.fingerprint, attempts=(lost,))
+        configuration.open_archive(None).write(before, None)
+    sandbox.play(*[LOST] * 12)
+    result = run(str(manifest), 2, max_concurrency=1, budget_usd=Decimal("0.10"))
+    agrees(result, sandbox)
+    assert sandbox.ledger.billed_usd == Decimal("0.10")

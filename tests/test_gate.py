@@ -178,6 +178,29 @@ def test_an_answer_without_a_picture_is_spent_at_what_it_has_cost_and_one_that_w
     assert money(gate) == (Decimal("0.07"), 0, Decimal("0.07")), "what was reserved: the dearest answer so far"
 
 
+@pytest.mark.parametrize(("answers", "stops"), [("--", True), ("+--", True), ("-+-", False), ("---+", False)])
+def test_answers_without_a_picture_in_earlier_tries_count_and_nothing_more_is_paid_for(
+    answers: str, stops: bool
+) -> None:
+    start = datetime(2026, 11, 23, tzinfo=UTC)
+    earlier = [(start + timedelta(seconds=number), each == "+") for number, each in enumerate(answers)]
+    gate = Gate(stop_after_unusable=2, earlier_answers=reversed(earlier))
+    assert gate.stopped is None, "what is paid for already may still be taken"
+    if not stops:
+        pay(gate)
+        return
+    with pytest.raises(NotStartedError, match="2 paid answers in a row held no picture"):
+        pay(gate)
+    assert isinstance(gate.stopped, UnusableAnswersError)
+
+
+def test_an_answer_that_can_be_read_by_now_is_none_of_those_without_a_picture() -> None:
+    start = datetime(2026, 11, 23, tzinfo=UTC)
+    gate = Gate(stop_after_unusable=2, earlier_answers=[(start, False), (start, False)])
+    gate.picture(start + timedelta(seconds=1))
+    pay(gate)
+
+
 def test_so_many_paid_answers_in_a_row_without_a_picture_stop_the_run_and_say_why() -> None:
     gate = Gate(stop_after_unusable=3)
     for at in range(3):

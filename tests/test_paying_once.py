@@ -329,6 +329,27 @@ def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
     assert sum(each.cost_usd for each in results) == Decimal("0.05")
 
 
+def test_a_budget_for_one_picture_is_enough_for_two_jobs_that_want_it(sandbox: Sandbox, photo: Path) -> None:
+    sandbox.play(Answer(delay=1.0))
+    gate = Gate(budget_usd=Decimal("0.05"))
+    generation, made = configuration.open_generation(None, None, None, gate=gate), list[str]()
+    asked = {name: up_to_upload(photo, name=name) for name in ("first", "second")}
+    assert all(map(gate.enter, asked))
+
+    def work(name: str) -> None:
+        job, uploaded = asked[name]
+        made.append(archive_picture(generation.generate(job, lambda: uploaded, name)).status)
+        gate.leave(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == ["generated", "reused"]
+    assert (gate.stopped, gate.budget.spent_usd, sandbox.ledger.billed) == (None, Decimal("0.05"), 1)
+
+
 @pytest.fixture
 def conditional_store() -> Iterator[str]:
     """An S3 server that honours conditional writes, and an archive on it."""
