@@ -38,7 +38,7 @@ def is_cut(data: bytes) -> bool:
     """
     kinds: tuple[tuple[bool, Callable[[bytes], bool]], ...] = (
         (data.startswith(b"\xff\xd8"), _jpeg_is_cut),
-        (data.startswith(b"\x89PNG"), lambda data: PNG_END not in data),
+        (data.startswith(b"\x89PNG"), lambda data: not has_png_end(data)),
         (data.startswith(b"RIFF"), lambda data: len(data) < 8 + int.from_bytes(data[4:8], "little")),
         (data.startswith((b"GIF87a", b"GIF89a")), _gif_is_cut),
         (data.startswith(_TIFF), _tiff_is_cut),
@@ -47,6 +47,11 @@ def is_cut(data: bytes) -> bool:
         (data[4:8] in (b"ftyp", b"jP  "), _boxes_are_cut),
     )
     return next((cut(data) for found, cut in kinds if found), False)
+
+
+def has_png_end(data: bytes) -> bool:
+    """Whether the last chunk of a PNG is there; a wrong checksum of it, which is over nothing, does no harm."""
+    return 0 <= data.rfind(b"\0\0\0\0IEND") <= len(data) - 12
 
 
 class PngParts(NamedTuple):
@@ -71,7 +76,7 @@ def split_png(data: bytes) -> PngParts:
     Raises:
         ValueError: A chunk that the pixels need is damaged.
     """
-    needed, info, frames = [data[:8]], dict[str, bytes | str](), 0
+    needed, info, frames, colours = [data[:8]], dict[str, bytes | str](), 0, 0
     kinds: set[bytes] = set()
     in_animation = False  # whether the picture is also the first one of an animation
     at = 8
@@ -82,11 +87,15 @@ def split_png(data: bytes) -> PngParts:
             needed.append(data[at:])
             break
         intact = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        if kind == b"IEND":
+            needed.append(b"\0\0\0\0" + PNG_END)
+            break
         if kind[:1].isupper():
             if not intact:
                 raise ValueError(f"wrong checksum in {kind.decode()}")
             needed.append(data[at:end])
-        elif kind == b"tRNS" and intact and len(content) >= {0: 2, 2: 6}.get(data[25], 0):
+            colours = len(content) // 3 if kind == b"PLTE" else colours
+        elif kind == b"tRNS" and intact and _fits_png(content, data[25], colours):
             needed.append(data[at:end])
         elif kind == b"acTL" and intact:
             frames = int.from_bytes(content[:4])
@@ -96,9 +105,12 @@ def split_png(data: bytes) -> PngParts:
             info |= _png_info(kind, content)
         kinds.add(kind)
         at = end
-        if kind == b"IEND":
-            break
     return PngParts(b"".join(needed), info, frames > in_animation)
+
+
+def _fits_png(transparency: bytes, colour_type: int, colours: int) -> bool:
+    """Whether a transparency is one of greys, of RGB or of a palette of so many colours; libpng ignores others."""
+    return len(transparency) <= colours if colour_type == 3 else len(transparency) >= {0: 2, 2: 6}.get(colour_type, 0)
 
 
 def _png_info(kind: bytes, content: bytes) -> dict[str, bytes | str]:

@@ -22,9 +22,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.container import (
-    PNG_END,
     describe_tiff,
     full_pages,
+    has_png_end,
     is_cut,
     split_png,
     without_odd_metadata,
@@ -232,7 +232,7 @@ def load_picture(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile
         image.load()
         if _is_deep_png(image, data):
             image.info.pop("transparency", None)  # a 16-bit colour, which Pillow would look for among 8-bit ones
-        if image.format == "PNG" and PNG_END not in data:
+        if image.format == "PNG" and not has_png_end(data):
             raise EOFError("no IEND")  # Pillow forgives a missing end once the pixels are there
     return image
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from prefect_segmind.container import PNG_END, describe_tiff, full_pages, is_cut, split_png, without_odd_metadata
 from prefect_segmind.errors import SourceImageError
 from prefect_segmind.image import BrokenPicture, inspect, picture_of
-from prefect_segmind.normalisation import prepare
+from prefect_segmind.normalisation import prepare, thumbnail
 from tests.test_image import FILES, chunk, exif, gradient, opened, png, saved
 
 PNG = FILES["png"]
@@ -184,7 +184,7 @@ class TestMetadata:
             source = inspect(with_chunk(kind, content), "a")
             assert (source.width, source.height) == (60, 90), kind
 
-    @pytest.mark.parametrize("kind", [b"IHDR", b"IDAT", b"IEND"])
+    @pytest.mark.parametrize("kind", [b"IHDR", b"IDAT"])
     def test_what_the_pixels_need_is_damage_where_its_checksum_is_wrong(self, kind: bytes) -> None:
         data = bytearray(PNG + b"trailer" + PNG_END)
         start = data.index(kind)
@@ -193,6 +193,19 @@ class TestMetadata:
         with pytest.raises(BrokenPicture, match=f"is damaged .wrong checksum in {kind.decode()}") as caught:
             picture_of(bytes(data))
         assert not caught.value.truncated
+
+    def test_a_wrong_checksum_of_the_end_which_holds_nothing_does_no_harm(self) -> None:
+        wrong = PNG[:-1] + bytes([PNG[-1] ^ 1])
+        assert not is_cut(wrong)
+        assert picture_of(wrong).format == inspect(wrong, "a").format == "PNG"
+
+    def test_a_transparency_of_more_colours_than_the_palette_has_is_passed_over(self) -> None:
+        canvas = BytesIO()
+        gradient().quantize(16).save(canvas, "PNG")
+        at = canvas.getvalue().index(b"IDAT") - 4
+        data = canvas.getvalue()[:at] + chunk(b"tRNS", bytes(300)) + canvas.getvalue()[at:]
+        assert not inspect(data, "a").changes
+        assert thumbnail(data).startswith(b"\xff\xd8")
 
     def test_an_animated_png_is_told_and_one_that_only_says_so_is_not(self) -> None:
         frames = [gradient(), gradient().rotate(90)]
