@@ -254,11 +254,11 @@ class Expansion:
             return "x"
         if field in ("name", "image"):
             return stripped(rendered)
-        if template == value and not any(isinstance(each, Spelled) for each in variables.values()):
+        if template == as_written(value) and not any(isinstance(each, Spelled) for each in variables.values()):
             return rendered
         with suppress(TemplateMistake):  # the text of before all had one spelling: it may be paid for
             was = {name: as_written(each) if isinstance(each, str) else each for name, each in variables.items()}
-            return Spelled(spelled(rendered), render(value, was).rstrip("\r\n"))
+            return Spelled(spelled(rendered), render(as_written(value), was).rstrip("\r\n"))
         return rendered
 
     def _note_names(self, *values: Iterable[Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from prefect_segmind.manifest import FIELDS, HEAD, MAX_ASSETS, TEXTS, Notes, Row, UnreadableManifest, shown, unknown
-from prefect_segmind.request import Job, spelled, stripped
+from prefect_segmind.request import Job, Spelled, spelled, stripped
 from prefect_segmind.template import Written, meant, written
 
 KINDS = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".csv": "CSV"} | dict.fromkeys(
@@ -378,13 +378,21 @@ def _records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[s
     try:
         for cells in reader:
             text = "".join(cells)
-            if "\0" in text:  # Python 3.10 says so by itself
-                raise csv.Error("a NUL character")
+            if "\0" in text:
+                raise UnreadableManifest(f"line {reader.line_num}: a NUL character; save the file as UTF-8")
             if text.strip():
-                yield f"line {reader.line_num}", cells
+                yield f"line {reader.line_num}", [_unquoted(cell) for cell in cells]
     except csv.Error as error:
         hint = "every quote must be closed, and one inside a quoted text doubled"
         raise UnreadableManifest(f"line {reader.line_num}: {error}; {hint}") from None
+
+
+def _unquoted(cell: str) -> str:
+    """A cell without quotes that stand behind a blank, which the reader takes for a part of the text."""
+    text = stripped(cell)
+    if cell.startswith('"') or len(text) < 2 or not (text[0] == text[-1] == '"'):
+        return cell
+    return Spelled(text[1:-1].replace('""', '"'), cell)
 
 
 def _delimiter(header: str) -> str:

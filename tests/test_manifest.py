@@ -197,6 +197,14 @@ def test_blanks_around_the_cells_of_a_csv_do_not_count(blank):
     assert job.written["prompt"] == f"{blank}a {blank}red{blank} mug{blank}"
 
 
+def test_quotes_of_a_csv_that_stand_behind_a_blank_are_no_part_of_the_text():
+    (job,) = jobs('image, "prompt" , name\n "mug.jpg",  "a ""red"" mug" ,\u00a0"mug"\n', "CSV")
+    assert (job.image, job.prompt, job.name) == ("mug.jpg", 'a "red" mug', "mug")
+    assert job.written["prompt"] == '  "a ""red"" mug" '
+    (job,) = jobs('image,prompt\nmug.jpg,"""red"" and ""blue"""\n', "CSV")
+    assert (job.prompt, job.written) == ('"red" and "blue"', {})
+
+
 def test_names_of_variables_and_texts_have_one_form():
     (job,) = jobs(
         asset(name="gro\u0308\u00dfe", prompt="{{ gro\u0308\u00dfe }}", vars={"gr\u00f6\u00dfe": "cafe\u0301"})
@@ -320,7 +328,7 @@ def test_a_text_that_is_no_yaml_is_told_once_with_its_place(text, told):
         ("JSON Lines", '{"image": ' + "[" * 200 + "]" * 200 + "}", "line 1: nested too deeply"),
         ("CSV", "", "it is empty; its first line names the columns, image and prompt among them"),
         ("CSV", "\n\n", "it is empty; its first line names the columns, image and prompt among them"),
-        ("CSV", "image;prompt\na;b\0", "line 2: .*NUL.*; every quote must be closed, .*"),
+        ("CSV", "image;prompt\na;b\0", "line 2: a NUL character; save the file as UTF-8"),
         ("CSV", 'image,prompt\na,"b\nc,d\n', "line 3: unexpected end of data; every quote must be closed, .*"),
         ("CSV", 'image,prompt\na,"b"c\n', "line 2: ',' expected after '\"'; every quote must be closed, .*"),
         ("CSV", "image,prompt\na," + "b" * 200_000, r"line 2: field larger than field limit \(131072\); .*"),
