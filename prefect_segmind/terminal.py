@@ -63,6 +63,7 @@ def unfailing_output() -> Iterator[None]:
     """Makes standard output and standard error unfailing; what is typed is never undecodable either."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    _open_what_was_closed()
     with ExitStack() as stack:
         # A stream that was closed before the command began is None, and takes nothing.
         for stream, name, redirect in (
@@ -74,6 +75,19 @@ def unfailing_output() -> Iterator[None]:
                 stack.callback(unfailing.flush)
                 stack.enter_context(redirect(unfailing))
         yield
+
+
+def _open_what_was_closed() -> None:
+    """Gives standard streams that were closed (`>&-`) the null device.
+
+    Else the next file that is opened gets their number, and what a child process prints; Prefect's temporary server
+    does not even start.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
 
 
 def begin_in_utf8() -> None:

@@ -200,6 +200,19 @@ def test_an_argument_that_is_no_text_is_bad_input_and_not_a_failure(
     assert "is not text in the encoding" in json.loads(capsys.readouterr().out)["error"]
 
 
+def test_a_standard_stream_that_was_closed_takes_what_a_child_prints_and_no_file_gets_its_number(
+    tmp_path: Path,
+) -> None:
+    code = """
+import subprocess
+from prefect_segmind.terminal import unfailing_output
+with unfailing_output(), open("file", "wb"):
+    subprocess.run(["sh", "-c", "echo told"], check=True)
+"""
+    subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 def test_lone_surrogates_and_what_the_encoding_lacks_are_replaced() -> None:
     for encoding, shown in {"utf-8": "☕?é", "latin-1": "??é", "ascii": "???"}.items():
         buffer = io.BytesIO()
