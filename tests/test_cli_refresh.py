@@ -8,6 +8,7 @@ import re
 import signal
 from collections import Counter
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,22 @@ def test_defaults_and_a_place_to_publish_to_are_options(
     assert {each["seed"] for each in told["images"]} == {4711}
     code, told, _ = refresh(capsys, manifest, "--default", "seed=many")
     assert (code, "defaults.seed: 'many' is not allowed" in told["error"]) == (outcome.BAD_INPUT, True)
+
+
+def test_with_on_unknown_fail_an_asset_whose_request_may_have_been_billed_fails_alone(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sandbox.play(Answer(status=504), prompt="number 1")
+    code, told, _ = refresh(capsys, manifest, "--on-unknown", "fail")
+    assert (code, told["generated"], told["failed"], told["possibly_billed_usd"]) == (outcome.FAILED, 2, 1, "0.05")
+    assert len(sandbox.ledger.requests) == 3, "no second one for it"
+
+
+def test_no_more_requests_are_sent_in_any_minute_than_the_option_says(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_segmind.pace.WINDOW_SECONDS", 2.0)  # a short minute
+    code, told, _ = refresh(capsys, manifest, "--requests-per-minute", "1")
+    assert (code, told["generated"]) == (outcome.DONE, 3)
+    sent = sorted(each.time for each in sandbox.ledger.requests)
+    assert all((after - before).total_seconds() > 1.5 for before, after in pairwise(sent))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +16,7 @@ from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 import yaml
 from prefect import Flow
@@ -25,7 +30,10 @@ from prefect.cli.deploy._models import (
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ParameterTypeError
+from prefect.flows import load_flow_from_entrypoint
 from prefect.server.events.actions import RunDeployment
+from prefect.settings import PREFECT_API_URL
+from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 from prefect.utilities.templating import find_placeholders
 from pydantic import BaseModel
@@ -38,6 +46,7 @@ from prefect_segmind.template import render
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deployments"
+DOCS = (ROOT / "docs" / "deployments.md").read_text(encoding="utf-8")
 NAMES = [
     "image-to-image/on-demand",
     "image-to-image/on-asset-changed",
@@ -273,3 +282,111 @@ def test_the_inbox_is_there_and_its_prompt_names_the_file() -> None:
     parameters = BY_NAME["process-inbox/every-15-minutes"]["parameters"]
     assert (ROOT / parameters["inbox"]).is_dir()
     assert render(parameters["prompt"], {"stem": "cup"}).startswith("cup on a picnic blanket")
+
+
+def test_the_schedules_are_of_different_season_style_and_budget_and_come_when_they_are_said_to() -> None:
+    deployment = BY_NAME["refresh-assets/scheduled"]
+    nightly, monday = (deployment["parameters"] | each["parameters"] for each in deployment["schedules"])
+    for name in ("variables", "defaults", "budget_usd"):
+        assert nightly.get(name) != monday.get(name), name
+    assert [each["cron"] for each in deployment["schedules"]] == ["30 3 * * *", "0 6 * * 1"]
+    (visits,) = BY_NAME["process-inbox/every-15-minutes"]["schedules"]
+    assert visits["cron"] == "*/15 * * * *"
+
+
+def test_the_blocks_of_the_docs_are_yaml_and_their_entrypoint_is_a_flow() -> None:
+    blocks = [yaml.safe_load(each) for each in re.findall(r"```yaml\n(.*?)```", DOCS, re.S)]
+    (deployment,) = next(each for each in blocks if isinstance(each, list))
+    assert load_flow_from_entrypoint(deployment["entrypoint"]).name == flows.image_to_image.name
+    assert deployment["pull"] == [], "there is no clone to pull"
+    assert list(unknown("docs", deployment, DeploymentConfig)) == []
+
+
+@pytest.fixture
+def api(prefect_server: None) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=str(PREFECT_API_URL.value()), timeout=60) as client:
+        yield client
+
+
+def test_a_webhook_is_told_which_part_of_an_event_is_missing(api: httpx.Client) -> None:
+    text = re.search(r"-d '(\[\{.*?\}\])'", DOCS, re.S)
+    assert text
+    (event,) = json.loads(text[1])
+    event["event"] = "marketing.asset.changed.in.a.test"  # which no deployment waits for
+    assert api.post("/events", json=[event]).status_code == 204
+    for key in ("id", "occurred", "event", "resource"):
+        answer = api.post("/events", json=[{name: value for name, value in event.items() if name != key}])
+        assert (answer.status_code, key in answer.text) == (422, True), key
+
+
+def test_a_key_gives_the_same_run_whatever_the_parameters_and_the_deployment(api: httpx.Client) -> None:
+    ids = [
+        flows.image_to_image.to_deployment(name, entrypoint_type=EntrypointType.MODULE_PATH).apply()
+        for name in ("one-of-two", "two-of-two")
+    ]
+
+    def start(number: int, **body: Any) -> httpx.Response:
+        return api.post(f"/deployments/{ids[number]}/create_flow_run", json=body)
+
+    job, key = {"image": "a.jpg", "prompt": "a mug"}, {"idempotency_key": "cms-4711-revision-3"}
+    first = start(0, parameters=job, **key)
+    again = [start(0, parameters=job | {"prompt": "a hat"}, **key), start(1, parameters=job, **key)]
+    assert [each.status_code for each in (first, *again)] == [201, 200, 200]
+    assert {each.json()["id"] for each in again} == {first.json()["id"]}
+    for wrong, named in ((job | {"style_type": "realistic"}, "realistic"), ({"image": "a.jpg"}, "prompt")):
+        refused = start(0, parameters=wrong)
+        assert (refused.status_code, named in refused.text) == (409, True)
+    unnoticed = start(0, parameters=job | {"promt": "a hat"})
+    assert unnoticed.status_code == 201
+    for run in (first, unnoticed):
+        api.delete(f"/flow_runs/{run.json()['id']}").raise_for_status()
+    for each in ids:
+        api.delete(f"/deployments/{each}").raise_for_status()
+
+
+@pytest.mark.slow
+def test_deploying_again_changes_what_the_file_says_and_wakes_deployments_but_no_schedule(
+    api: httpx.Client, tmp_path: Path
+) -> None:
+    pool = f"again-{uuid4()}"
+    api.post("/work_pools/", json={"name": pool, "type": "process"}).raise_for_status()
+    (tmp_path / "again.py").write_text("from prefect import flow\n\n@flow\ndef again(): ...\n")
+
+    def deploy(*schedules: dict[str, str]) -> dict[str, Any]:
+        entry = {
+            "name": pool,
+            "entrypoint": "again.py:again",
+            "work_pool": {"name": pool},
+            "schedules": list(schedules),
+        }
+        (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"deployments": [entry]}))
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            cwd=tmp_path,
+            env={**os.environ, "PREFECT_API_URL": str(api.base_url).rstrip("/")},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(api.get(f"/deployments/name/again/{pool}").raise_for_status().json())
+
+    def schedules(deployment: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+        return {each["slug"]: (each["schedule"]["cron"], each["active"]) for each in deployment["schedules"]}
+
+    deployment = deploy({"slug": "kept", "cron": "0 3 1 1 *"}, {"slug": "old", "cron": "0 4 1 1 *"})
+    url = f"/deployments/{deployment['id']}"
+    (kept,) = (each["id"] for each in deployment["schedules"] if each["slug"] == "kept")
+    api.patch(f"{url}/schedules/{kept}", json={"active": False}).raise_for_status()
+    api.patch(url, json={"paused": True}).raise_for_status()
+    assert api.get(url).json()["paused"] is True
+    deployment = deploy({"slug": "kept", "cron": "0 5 1 1 *"}, {"slug": "new", "cron": "0 6 1 1 *"})
+    assert deployment["paused"] is False
+    assert schedules(deployment) == {
+        "kept": ("0 5 1 1 *", False),
+        "old": ("0 4 1 1 *", True),  # it is not in the file any more, and goes on
+        "new": ("0 6 1 1 *", True),
+    }
+    deployment = deploy({"slug": "newer", "cron": "0 7 1 1 *", "replaces": "new"})
+    assert schedules(deployment).keys() == {"kept", "old", "newer"}
+    api.delete(url).raise_for_status()

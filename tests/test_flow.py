@@ -37,6 +37,7 @@ from prefect_segmind import (
     configuration,
     generate_image,
     image_to_image,
+    publish_image,
     upload_image,
     validate_job,
 )
@@ -266,6 +267,18 @@ def test_the_four_tasks_work_one_by_one_in_somebodys_own_flow(sandbox: Sandbox, 
 
     assert our_own(str(photo)).startswith("s3://segmind/")
     assert sandbox.ledger.requests[0].seed == 123456
+
+
+def test_a_fifth_task_copies_a_picture_to_an_address_that_stays(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
+    @flow
+    def our_own(image: str) -> ArchivedImage:
+        job = validate_job({"image": image, "prompt": "a red mug", "name": "shop/hero"})
+        archived = archive_image(generate_image(job, upload_image(job)))
+        return publish_image(archived, str(tmp_path / "live"))
+
+    published = our_own(str(photo))
+    assert published.published == str(tmp_path / "live" / "shop" / "hero.png")
+    assert Path(published.published).read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_of_tasks_are_small_records(sandbox: Sandbox, photo: Path) -> None:

@@ -245,6 +245,27 @@ def test_a_drawn_seed_is_the_same_in_the_plan_and_in_the_run(house: House) -> No
     assert first.parameters["seed"] == first.seed
 
 
+@pytest.mark.parametrize(
+    ("budget", "credits", "told"),
+    [
+        (None, None, []),
+        ("0.20", "0.20", []),
+        (None, "0.17", ["the account's credits of 0.17 USD pay for 3 of 4 pictures"]),
+        ("0.10", "0.17", ["the budget of 0.10 USD pays for 2 of 4", "the account's credits of 0.17 USD pay for 3"]),
+    ],
+)
+def test_a_plan_above_the_budget_or_the_credits_warns(budget: str | None, credits: str | None, told: list[str]) -> None:
+    plan = Plan(
+        **{"total": 4, "generate": 4, "reuse": 0, "recover": 0, "wait": 0, "fail": 0},
+        price_usd=Decimal("0.05"),
+        budget_usd=None if budget is None else Decimal(budget),
+        credits_usd=None if credits is None else Decimal(credits),
+    )
+    warnings = plan.shortfalls()
+    assert len(warnings) == len(told)
+    assert all(text in warning for text, warning in zip(told, warnings, strict=True))
+
+
 def test_warnings_are_told_once_with_their_number(house: House) -> None:
     plan, _ = house.plan(*(house.job(seed) for seed in range(100, 107)))
     ((warning, count),) = plan.warnings

@@ -1,27 +1,40 @@
-"""The README tells the truth: its example runs, its failures are what happens, its settings are the settings."""
+"""The README tells the truth: its examples run, its failures are what happens, its settings are the settings.
+
+What it and docs/deployments.md name exists: commands and options, variables, files and headings that links lead to.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Callable
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
+import prefect.settings
 import pytest
 import yaml
 from rich.console import Console
 
-from prefect_segmind import cli, outcome
+from prefect_segmind import batch, cli, image_to_image, outcome, report
 from prefect_segmind.batch import planned
 from prefect_segmind.console import print_facts
+from prefect_segmind.errors import InvalidJobError
 from prefect_segmind.plan import Plan, PlannedJob
+from prefect_segmind.request import ImageToImageRequest, parse_job
 from prefect_segmind.sandbox import Answer, Sandbox
-from prefect_segmind.settings import SegmindSettings
+from prefect_segmind.sandbox.script import Kind
+from prefect_segmind.settings import PREFIX, SegmindSettings
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/deployments.md")}
 CLOSED = "http://127.0.0.1:9"  # the discard port, where nobody listens
 
 
@@ -138,6 +151,9 @@ def test_the_manifest_becomes_the_pictures_that_are_told(
     assert {each["name"] for each in found["images"]} == {
         f"{name}/{weight}" for name in ("mug", "inbox/cup", "inbox/pot") for weight in ("w40", "w70")
     }
+    told = README.partition("`--json` for scripts: one object")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", told)) - {"generated", "reused", "recovered", "failed", "error"}
+    assert all(each.keys() == named for each in found["images"])
     assert {each.prompt for each in sandbox.ledger.requests} == {
         "a ceramic mug in autumn light",
         "cup on a picnic blanket, autumn light",
@@ -197,3 +213,125 @@ def test_the_picture_is_there_and_small() -> None:
     picture = Path(__file__).parents[1] / "docs" / "before-after.jpg"
     assert picture.name in README
     assert picture.stat().st_size < 200_000
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_two_flows_run_as_they_are_called(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mug.jpg", "inbox/cup.jpg"):
+        path = photo.parent / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo.read_bytes())
+    (photo.parent / "campaign.yaml").write_text(manifest_of_the_readme())
+    monkeypatch.chdir(photo.parent)
+    section = README.partition("\n## In a flow\n")[2].partition("\n## ")[0]
+    one, many = (
+        each for each in re.findall(r"```python\n(.*?)```", section, re.S) if "print(" in each and "@flow" not in each
+    )
+    capsys.readouterr()
+    exec(one, {})
+    assert capsys.readouterr().out.startswith("generated 0.05 s3://")
+    exec(many, {})
+    assert capsys.readouterr().out == "4 0 0 0.20 None\n"
+    assert sandbox.ledger.billed == 5
+
+
+def test_the_parameters_of_the_flow_are_those_of_the_api_with_its_defaults() -> None:
+    ours = {name: each.default for name, each in inspect.signature(image_to_image.fn).parameters.items()}
+    for name, field in ImageToImageRequest.model_fields.items():
+        if name != "image_file":
+            assert ours[name] == (inspect.Parameter.empty if field.is_required() else field.default), name
+
+
+def test_a_job_with_mistakes_is_told_them_as_shown() -> None:
+    with pytest.raises(InvalidJobError) as told:
+        parse_job({"image": "a.jpg", "prompt": "a", "resolution": "RESOLUTION_800_1280", "style_type": "realistic"})
+    assert f"```text\n{told.value}\n```" in README
+
+
+def test_the_numbers_of_what_is_named_are_those_of_the_code() -> None:
+    flat = " ".join(README.split())
+    assert f"A dry run names the first {outcome.SHOWN_JOBS} jobs so" in flat
+    assert f"the plan in Prefect's UI names the first {report.SHOWN_JOBS}." in flat
+    assert f"`not_started_names` (the first {batch.NAMED})" in flat
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """What is typed on a page, a command each, without its comments."""
+    for block in re.findall(r"```console\n(.*?)```", PAGES[page], re.S):
+        for text in re.split(r"^\$ ", block, flags=re.M)[1:]:
+            yield shlex.split(text.replace("\\\n", " "), comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_that_is_shown_is_understood(page: str) -> None:
+    typed = [each[1:] for each in commands(page) if each[0] == "prefect-segmind"]
+    typed += [text.split()[1:] for text in re.findall(r"`(prefect-segmind [a-z][^`]*)`", PAGES[page])]
+    assert typed or page != "README.md"
+    for each in typed:
+        cli.app.parse_args(each, exit_on_error=False, print_error=False)
+
+
+def test_every_option_that_is_named_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in (["generate", "--help"], ["refresh", "--help"], ["--help"]):
+        assert cli.run(asked) == 0
+    there = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"`(--[a-z-]+)", README)) - there == {"--background"}, "which is Prefect's"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_variable_that_is_named_is_read(page: str) -> None:
+    ours = {
+        "SEGMIND_API_KEY",
+        "SEGMIND_BASE_URL",
+        PREFIX,
+        *(PREFIX + each.upper() for each in SegmindSettings.model_fields),
+    }
+    named = set(re.findall(r"\b(?:PREFECT|SEGMIND)_[A-Z0-9_]+", PAGES[page]))
+    assert [each for each in sorted(named - ours) if not hasattr(prefect.settings, each)] == []
+
+
+def anchors(text: str) -> set[str]:
+    """The names under which GitHub has the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    links = [each for each in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in each]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_keys_of_a_scripted_answer_are_all_there_and_no_other() -> None:
+    rows = {tuple(re.findall(r"`(\w+)`", key)): meaning for key, meaning in table("The sandbox")}
+    assert {key for keys in rows for key in keys} == Answer.model_fields.keys()
+    told = re.findall(r"`(\w+)`", rows["kind",])
+    assert set(told) == set(get_args(Kind)) - {"error"}, "which is what any other status has"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_sandbox_is_told_to_fail_as_shown(sandbox: Sandbox) -> None:
+    script, ledger = (each for each in commands("README.md") if "/sandbox/" in " ".join(each))
+
+    def said(command: list[str]) -> str:
+        ours = [each.replace("http://127.0.0.1:8787", sandbox.base_url.removesuffix("/v1")) for each in command]
+        return subprocess.run([*ours, "-fsS"], check=True, capture_output=True, text=True, timeout=30).stdout
+
+    said(script)
+    assert [played.status for _ in range(2) if (played := sandbox.script.next_for("any"))] == [429, 502]
+    assert json.loads(said(ledger))["requests"] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_every_target_of_make_that_is_named_is_there() -> None:
+    named = sorted(set(re.findall(r"\bmake ([a-z-]+)(?=`|  )", README)))
+    assert named == ["check", "demo", "test", "test-quick"]
+    for target in named:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
