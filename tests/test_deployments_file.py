@@ -31,12 +31,21 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import load_flow_from_entrypoint
+from prefect.server.api.server import create_app
 from prefect.server.events.actions import RunDeployment
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_API_AUTH_STRING,
+    PREFECT_UI_ENABLED,
+    Settings,
+    temporary_settings,
+)
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 from prefect.utilities.templating import find_placeholders
 from pydantic import BaseModel
+from starlette.testclient import TestClient
 
 from prefect_segmind import flows
 from prefect_segmind.errors import InvalidJobError
@@ -390,3 +399,27 @@ def test_deploying_again_changes_what_the_file_says_and_wakes_deployments_but_no
     deployment = deploy({"slug": "newer", "cron": "0 7 1 1 *", "replaces": "new"})
     assert schedules(deployment).keys() == {"kept", "old", "newer"}
     api.delete(url).raise_for_status()
+
+
+def test_a_template_is_written_so_that_deploying_does_not_take_it_for_a_placeholder() -> None:
+    spared, bare = re.findall(r"In `parameters` write (.+), never a bare `(.+?)`", " ".join(DOCS.split()))[0]
+    assert len(templates := re.findall(r"`(.+?)`", spared)) == 2
+    assert [find_placeholders(each) for each in templates] == [set(), set()]
+    assert [each.name for each in find_placeholders(bare)] == ["stem"]
+
+
+def test_what_the_docs_say_of_prefects_settings_is_so() -> None:
+    assert "every 10 seconds (`PREFECT_WORKER_QUERY_SECONDS`)" in " ".join(DOCS.split())
+    assert "free after five minutes" in DOCS
+    settings = Settings()
+    assert settings.worker.query_seconds == 10
+    assert settings.server.concurrency.initial_deployment_lease_duration == 300
+
+
+def test_a_server_with_a_password_lets_nobody_in_without_it(tmp_path: Path) -> None:
+    with temporary_settings(
+        {PREFECT_SERVER_API_AUTH_STRING: "user:password", PREFECT_HOME: tmp_path, PREFECT_UI_ENABLED: False}
+    ):
+        server = TestClient(create_app(ephemeral=True, ignore_cache=True))
+    assert server.get("/api/admin/version").status_code == 401
+    assert server.get("/api/admin/version", auth=("user", "password")).status_code == 200

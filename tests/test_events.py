@@ -79,6 +79,7 @@ def test_an_archived_picture_says_where_it_is_and_what_it_cost(
     }
     payload = event["payload"]
     assert (payload["status"], payload["image"], payload["cost_usd"]) == ("generated", archived.image, "0.05")
+    assert (payload["published"], archived.published) == (None, str(tmp_path / "live" / "hero.png"))
     assert "flow-run" in {each.get("prefect.resource.role") for each in event["related"]}
 
 

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from prefect_segmind import batch, cli, image_to_image, outcome, report
+from prefect_segmind import batch, cli, image_to_image, outcome, process_inbox, refresh_assets, report
 from prefect_segmind.batch import planned
 from prefect_segmind.console import print_facts
 from prefect_segmind.errors import InvalidJobError
@@ -335,3 +336,38 @@ def test_every_target_of_make_that_is_named_is_there() -> None:
     assert named == ["check", "demo", "test", "test-quick"]
     for target in named:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_archive_looks_as_shown(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    made = image_to_image(str(photo), "a red mug", name="summer/hero", archive=str(archive))
+    section = README.partition("\n## The archive\n")[2].partition("\n## ")[0]
+    shown = [line.split()[0] for line in section.splitlines() if line.startswith("{archive}")]
+    values = {"archive": archive, "name": made.name, "short": made.fingerprint[:16], "fingerprint": made.fingerprint}
+    paths = [each.replace("fingerprint[:16]", "short").format(**values) for each in shown]
+    assert sorted(paths) == sorted(str(each) for each in archive.rglob("*") if each.is_file())
+    said = re.search(r"its sidecar: (.*)", section)
+    assert said
+    keys = json.loads(Path(made.sidecar).read_text()).keys()
+    for word in said[1].split(", "):
+        assert any(each.startswith(word.removesuffix("s")) or each.endswith(f"_{word}_id") for each in keys), word
+
+
+def test_the_defaults_that_are_told_are_those_of_the_flows() -> None:
+    flat = " ".join(README.split())
+    waits, at_once = (
+        inspect.signature(each.fn).parameters[name].default
+        for each, name in ((process_inbox, "settle_seconds"), (refresh_assets, "max_concurrency"))
+    )
+    assert (f"`--max-concurrency` requests at once ({at_once})" in flat, waits) == (True, 10)
+    assert "A file is taken once it has not changed for ten seconds" in flat
+
+
+def test_the_python_the_extras_and_the_licence_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in " ".join(README.split())
+    extras = {each for text in re.findall(r"(?:prefect-segmind|\.)\[([a-z,]+)\]\"", README) for each in text.split(",")}
+    assert extras
+    assert extras <= project["optional-dependencies"].keys()
+    assert README.rstrip().endswith(f"Licence: {project['license']}.")

@@ -28,7 +28,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelling
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
 from prefect_segmind import BatchError, BatchResult, Job, configuration, outcome, plan, produce_asset, refresh_assets
 from prefect_segmind import batch as batch_module
@@ -389,6 +390,18 @@ def test_there_is_one_task_run_for_each_asset_and_the_run_tells_plan_progress_an
     assert "X-Amz" not in "".join(texts.values())
 
 
+def test_the_progress_of_a_run_is_an_artifact_while_it_goes_on(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.05)
+    state: State[BatchResult] = refresh_assets(campaign(3), max_concurrency=1, return_state=True)
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))  # type: ignore[list-item]
+    with get_client(sync_client=True) as client:
+        (progress,) = (each for each in client.read_artifacts(artifact_filter=wanted) if each.type == "progress")
+    assert progress.data == 100
+    assert str(progress.description).startswith("3 of 3 done")
+
+
 def pages(state: State[Any]) -> dict[str, str]:
     """The markdown pages of a flow run, by the first word of their keys."""
     flow_run_id = state.state_details.flow_run_id
@@ -694,6 +707,26 @@ def test_an_older_refresh_is_not_published_over_a_newer_one(
     assert older.generated == 1
     assert older.images[0].published is None
     assert newer.images[0].published
+    assert (tmp_path / "live" / "hero.png").read_bytes() == live
+
+
+def test_a_run_is_as_old_as_when_it_was_due_however_long_it_waited_for_a_worker_or_for_its_turn(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path
+) -> None:
+    manifest = campaign(0, {"name": "hero", "image": "mug.jpg", "prompt": "a mug in {{ season }}"})
+    asked: dict[str, Any] = {"manifest": manifest, "publish_to": str(tmp_path / "live")}
+    with get_client(sync_client=True) as client:
+        late = client.create_flow_run(
+            refresh_assets,
+            parameters=asked | {"variables": {"season": "summer"}},
+            state=Scheduled(scheduled_time=datetime.now(UTC) - timedelta(hours=2)),
+        )
+        client.set_flow_run_state(late.id, AwaitingConcurrencySlot(scheduled_time=datetime.now(UTC)), force=True)
+        run(**asked, variables={"season": "autumn"})
+        live = (tmp_path / "live" / "hero.png").read_bytes()
+        result = run_flow(refresh_assets, flow_run=client.read_flow_run(late.id), parameters=late.parameters)
+    assert isinstance(result, BatchResult)
+    assert (result.generated, result.images[0].published) == (1, None)
     assert (tmp_path / "live" / "hero.png").read_bytes() == live
 
 
