@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import json
@@ -45,7 +46,6 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 from prefect.utilities.templating import find_placeholders
 from pydantic import BaseModel
-from starlette.testclient import TestClient
 
 from prefect_segmind import flows
 from prefect_segmind.errors import InvalidJobError
@@ -420,6 +420,10 @@ def test_a_server_with_a_password_lets_nobody_in_without_it(tmp_path: Path) -> N
     with temporary_settings(
         {PREFECT_SERVER_API_AUTH_STRING: "user:password", PREFECT_HOME: tmp_path, PREFECT_UI_ENABLED: False}
     ):
-        server = TestClient(create_app(ephemeral=True, ignore_cache=True))
-    assert server.get("/api/admin/version").status_code == 401
-    assert server.get("/api/admin/version", auth=("user", "password")).status_code == 200
+        server = httpx.ASGITransport(create_app(ephemeral=True, ignore_cache=True))
+
+    async def status(auth: tuple[str, str] | None) -> int:
+        async with httpx.AsyncClient(transport=server, base_url="http://server") as client:
+            return (await client.get("/api/admin/version", auth=auth)).status_code
+
+    assert [asyncio.run(status(auth)) for auth in (None, ("user", "wrong"), ("user", "password"))] == [401, 401, 200]

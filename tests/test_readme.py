@@ -25,6 +25,7 @@ from rich.console import Console
 
 from prefect_segmind import batch, cli, image_to_image, outcome, process_inbox, refresh_assets, report
 from prefect_segmind.batch import planned
+from prefect_segmind.configuration import open_archive
 from prefect_segmind.console import print_facts
 from prefect_segmind.errors import InvalidJobError
 from prefect_segmind.plan import Plan, PlannedJob
@@ -245,6 +246,13 @@ def test_the_parameters_of_the_flow_are_those_of_the_api_with_its_defaults() -> 
             assert ours[name] == (inspect.Parameter.empty if field.is_required() else field.default), name
 
 
+def test_the_command_for_one_picture_has_an_option_for_every_parameter_of_the_flow() -> None:
+    flow, command = (inspect.signature(each).parameters for each in (image_to_image.fn, cli.generate))
+    assert {"credentials_block" if name == "block" else name for name in command} - {"output"} == set(flow)
+    for name in flow.keys() & command.keys():
+        assert command[name].default == flow[name].default, name
+
+
 def test_a_job_with_mistakes_is_told_them_as_shown() -> None:
     with pytest.raises(InvalidJobError) as told:
         parse_job({"image": "a.jpg", "prompt": "a", "resolution": "RESOLUTION_800_1280", "style_type": "realistic"})
@@ -346,7 +354,7 @@ def test_the_archive_looks_as_shown(sandbox: Sandbox, photo: Path, tmp_path: Pat
     shown = [line.split()[0] for line in section.splitlines() if line.startswith("{archive}")]
     values = {"archive": archive, "name": made.name, "short": made.fingerprint[:16], "fingerprint": made.fingerprint}
     paths = [each.replace("fingerprint[:16]", "short").format(**values) for each in shown]
-    assert sorted(paths) == sorted(str(each) for each in archive.rglob("*") if each.is_file())
+    assert sorted(paths) == sorted(f"{archive}/{key}" for key in open_archive(str(archive)).store.keys(""))
     said = re.search(r"its sidecar: (.*)", section)
     assert said
     keys = json.loads(Path(made.sidecar).read_text()).keys()
