@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,20 @@ from prefect_segmind.sandbox import Sandbox, sample_photo
 FOREIGN = ("AWS_", "SEGMIND_", "PREFECT_INTEGRATIONS_SEGMIND_")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests begin first, so that nobody waits for them alone at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The slow tests begin first, on all workers alike, so that nobody waits for them alone at the end.
+
+    Each worker of pytest-xdist begins with a part of the list of its own, one as long as the other.
+    """
+    workers = int(getattr(config, "workerinput", {}).get("workercount", 1))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = iter([item for item in items if not item.get_closest_marker("slow")])
+    parts = [slow[number::workers] for number in range(workers)]
+    left = len(items)
+    for number, part in enumerate(parts):
+        part += islice(quick, max(0, left // (workers - number) - len(part)))
+        left -= len(part)
+    items[:] = [item for part in parts for item in part]
 
 
 @pytest.fixture(scope="session", autouse=True)
