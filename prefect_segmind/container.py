@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Final, Literal, NamedTuple
 
 PNG_END: Final = b"IEND\xaeB`\x82"
@@ -15,6 +16,7 @@ PNG_END: Final = b"IEND\xaeB`\x82"
 METADATA_LIMIT: Final = 64_000_000
 """Bytes that a compressed profile or text of a PNG may unpack to; one that holds more is left out."""
 
+_COMMON_LIMIT: Final = 1 << 20
 _JPEG_END: Final = b"\xff\xd9"  # of JPEG 2000 too; neither has it anywhere in its compressed pixels
 _TIFF: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PAGES: Final = 1_000  # of a TIFF that are looked at; their chain may lead in a circle
@@ -61,11 +63,13 @@ class PngParts(NamedTuple):
         pixels: The same picture with nothing but what its pixels need.
         info: Its colour profile, EXIF and XMP as far as they are intact, under the names that Pillow gives them.
         animated: Whether it holds more pictures than that one.
+        odd: Whether something in it that the pixels do not need makes common readers refuse it.
     """
 
     pixels: bytes
     info: dict[str, bytes | str]
     animated: bool
+    odd: bool = False
 
 
 def split_png(data: bytes) -> PngParts:
@@ -78,6 +82,7 @@ def split_png(data: bytes) -> PngParts:
     """
     needed, info, frames, colours = [data[:8]], dict[str, bytes | str](), 0, 0
     kinds: set[bytes] = set()
+    odd = False
     in_animation = False  # whether the picture is also the first one of an animation
     at = 8
     while at + 8 <= len(data):
@@ -87,6 +92,7 @@ def split_png(data: bytes) -> PngParts:
             needed.append(data[at:])
             break
         intact = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        odd |= not intact or _unpacks_to_much(kind, content)
         if kind == b"IEND":
             needed.append(b"\0\0\0\0" + PNG_END)
             break
@@ -105,7 +111,22 @@ def split_png(data: bytes) -> PngParts:
             info |= _png_info(kind, content)
         kinds.add(kind)
         at = end
-    return PngParts(b"".join(needed), info, frames > in_animation)
+    return PngParts(b"".join(needed), info, frames > in_animation, odd)
+
+
+def _unpacks_to_much(kind: bytes, content: bytes) -> bool:
+    """Whether a compressed profile or text holds more than Pillow and libpng take by themselves, about 1 MB."""
+    rest = content.partition(b"\0")[2]
+    if kind == b"iTXt" and rest[:1] == b"\1":
+        packed = rest[2:].split(b"\0", 2)[-1]
+    elif kind in (b"iCCP", b"zTXt"):
+        packed = rest[1:]
+    else:
+        return False
+    unpacker = zlib.decompressobj()
+    with suppress(zlib.error):
+        unpacker.decompress(packed, _COMMON_LIMIT)
+    return bool(unpacker.unconsumed_tail)
 
 
 def _fits_png(transparency: bytes, colour_type: int, colours: int) -> bool:

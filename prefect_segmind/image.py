@@ -272,6 +272,8 @@ def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], ori
         yield f"converted from {image.format}"
     if orientation > 1:
         yield "rotated by its EXIF orientation"
+    if _has_odd_metadata(image, data):
+        yield "freed of metadata that others cannot read"
     if image.mode == "CMYK":  # YCCK as well, by Pillow's decoder
         yield "converted from CMYK to RGB"
     if image.mode[0] in "IF" or _is_deep_png(image, data):
@@ -281,6 +283,18 @@ def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], ori
         yield f"scaled from {size[0]}×{size[1]} to {fitted[0]}×{fitted[1]} pixels"
     if len(data) > MAX_BYTES:
         yield f"made smaller than {MAX_BYTES // 1_000_000} MB (it has {len(data) / 1_000_000:.1f})"
+
+
+def _has_odd_metadata(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether the file goes up as it is only to be refused: who reads it there looks at its metadata too."""
+    if image.format == "PNG":
+        return split_png(data).odd
+    if image.format in ("JPEG", "WEBP"):
+        try:
+            Image.OPEN[image.format][0](BytesIO(data), "")
+        except Exception:  # noqa: BLE001 - any of a reader, as in `_opened`
+            return True
+    return False
 
 
 def exif_orientation(image: Image.Image) -> int:

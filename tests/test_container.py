@@ -199,6 +199,19 @@ class TestMetadata:
         assert not is_cut(wrong)
         assert picture_of(wrong).format == inspect(wrong, "a").format == "PNG"
 
+    def test_what_common_readers_refuse_for_its_metadata_goes_up_without(self) -> None:
+        changes = ("freed of metadata that others cannot read",)
+        text = with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000)))
+        jpeg = FILES["jpeg"][:2] + b"\xff\xee\0\x07Adobe" + FILES["jpeg"][2:]
+        for data in (text, with_chunk(b"tEXt", b"a\0b", wrong=True), jpeg):
+            with pytest.raises(Exception, match="."), Image.open(BytesIO(data)) as image:
+                image.load()
+            source = inspect(data, "a")
+            assert source.changes == changes
+            with Image.open(BytesIO(prepare(data, source).data)) as image:
+                image.load()
+        assert not inspect(with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(900_000))), "a").changes
+
     def test_a_transparency_of_more_colours_than_the_palette_has_is_passed_over(self) -> None:
         canvas = BytesIO()
         gradient().quantize(16).save(canvas, "PNG")
@@ -336,5 +349,5 @@ def test_the_files_that_gave_rise_to_this_are_read(tmp_path: Any) -> None:
     file = BytesIO()
     gradient().save(file, "PNG", pnginfo=notes, icc_profile=PROFILE + bytes(1_500_000))
     assert picture_of(file.getvalue()).width == 90
-    assert inspect(file.getvalue(), "export.png").changes == ()
+    assert inspect(file.getvalue(), "export.png").changes == ("freed of metadata that others cannot read",)
     assert picture_of(png(2, 2, 8, 2, bytes(14))).width == 2
