@@ -99,8 +99,8 @@ def _proxies() -> tuple[dict[str, httpx.Proxy], list[str]]:
 def _proxy(address: str, variable: str) -> httpx.Proxy:
     try:
         proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
-        if not proxy.url.host:
-            raise ValueError("no host")
+        if not proxy.url.host or (proxy.url.port or 0) > 65_535:
+            raise ValueError("no host, or no port")
     except (httpx.InvalidURL, ValueError):
         raise ConfigurationError(
             f"{variable}: it is no address of a proxy; write http://host:port, a name and a password in it with their "

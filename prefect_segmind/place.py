@@ -14,6 +14,9 @@ from prefect_segmind.store import LocalStore, Store
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+QUOTED = re.compile(r"""(?s)(["']).*\1""")
+"""A value whose quotes have become part of it, as `docker run --env-file` passes them on."""
+
 
 def given_text(field: str, text: str | None) -> str | None:
     """A parameter or variable without the blanks around it, such as the CR of a Windows line; None if nothing is left.
@@ -51,6 +54,8 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         bucket, prefix = split_uri(url)
         return S3Store(bucket, prefix, client or s3_client())
     allowed = "use s3://bucket/prefix, a folder, or file:///folder"
+    if QUOTED.fullmatch(url):
+        raise ConfigurationError(f"{url} is no place for a store: take the quotes away")
     if found := re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", url):
         url = url2pathname(url[found.end() :])
     elif re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", url) or not url.strip():

@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.place import is_relative
+from prefect_segmind.place import QUOTED, is_relative
 from prefect_segmind.price import LIST_PRICE_USD
 from prefect_segmind.request import CONTROL, stripped
 
@@ -103,9 +103,11 @@ class SegmindSettings(PrefectBaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_control_characters(cls, value: Any) -> Any:
+    def _no_control_characters_and_no_quotes(cls, value: Any) -> Any:
         if isinstance(value, str) and CONTROL.search(value):
             raise ValueError("it holds a control character; write it anew")
+        if isinstance(value, str) and QUOTED.fullmatch(value):
+            raise ValueError("its quotes are part of it; take them away")
         return value
 
     @field_validator("s3_encryption")

@@ -64,6 +64,13 @@ class TestSettings:
             monkeypatch.setenv(PREFIX + name.upper(), "")
         assert load_settings() == before
 
+    def test_quotes_that_have_become_part_of_one_are_told_with_its_variable(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(f"{PREFIX}OUTBOX", '"/data/outbox"')
+        with pytest.raises(errors.ConfigurationError, match=f"{PREFIX}OUTBOX: .*take them away"):
+            load_settings()
+
     @pytest.mark.parametrize("blank", [" ", "\r", "\r\n", "\t", "\u00a0"])
     def test_blanks_around_one_do_not_count(self, blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", f"{blank}{tmp_path}/archive{blank}")

@@ -27,6 +27,7 @@ WRONG = [
     ("HTTPS_PROXY", "http://me:password@proxy:port"),
     ("https_proxy", "http://me:pass/word@proxy:3128"),
     ("HTTPS_PROXY", "http://"),
+    ("HTTPS_PROXY", "http://proxy:99999"),
     ("HTTPS_PROXY", " http://proxy:3128"),
     ("NO_PROXY", "[::1]"),
     ("NO_PROXY", "localhost,[::1]:8080"),

@@ -314,6 +314,12 @@ def test_other_addresses_are_refused_with_what_is_allowed(address: str) -> None:
         open_store(address)
 
 
+def test_an_address_whose_quotes_have_become_part_of_it_is_no_folder() -> None:
+    for address in ('"s3://bucket/pictures"', "'pictures'"):
+        with pytest.raises(ConfigurationError, match="take the quotes away"):
+            open_store(address)
+
+
 @posix
 def test_a_home_that_nobody_has_is_a_wrong_setting() -> None:
     with pytest.raises(ConfigurationError, match="no place for a store"):
