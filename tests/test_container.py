@@ -204,7 +204,7 @@ class TestMetadata:
         text = with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000)))
         jpeg = FILES["jpeg"][:2] + b"\xff\xee\0\x07Adobe" + FILES["jpeg"][2:]
         for data in (text, with_chunk(b"tEXt", b"a\0b", wrong=True), jpeg):
-            with pytest.raises(Exception, match="."), Image.open(BytesIO(data)) as image:
+            with pytest.raises(Exception, match=r"."), Image.open(BytesIO(data)) as image:
                 image.load()
             source = inspect(data, "a")
             assert source.changes == changes
