@@ -17,7 +17,7 @@ import yaml
 from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
-from prefect_segmind import cli, outcome
+from prefect_segmind import cli, outcome, report
 from prefect_segmind.batch import BatchError, BatchResult, Progress, observer, planned
 from prefect_segmind.flows import refresh_assets
 from prefect_segmind.plan import Plan, PlannedJob
@@ -127,6 +127,20 @@ def test_of_a_long_plan_people_see_the_first_jobs_how_many_more_there_are_and_al
     assert ("fails 2" in facts, "and fail" in facts) == (False, False)
     told = outcome.batch(planned(plan))
     assert (len(told["jobs"]), told["jobs_left_out"]) == (1000, 500)
+
+
+def test_the_plan_in_the_ui_names_the_first_hundred_jobs_and_counts_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[str] = []
+    monkeypatch.setattr(report, "create_markdown_artifact", lambda markdown, **_: pages.append(markdown))
+    plan = Plan(
+        **{"total": 1500, "generate": 1500, "reuse": 0, "recover": 0, "wait": 0, "fail": 0},
+        price_usd=Decimal("0.05"),
+        jobs=tuple(PlannedJob(name=f"mug/{n}", needs="generate", usd=Decimal("0.05")) for n in range(1000)),
+    )
+    report.publish_plan(plan, "campaign")
+    (page,) = pages
+    assert re.findall(r"^- mug/(\d+): generate", page, re.M) == [str(n) for n in range(100)]
+    assert "- and 1400 more" in page
 
 
 def test_people_read_the_plan_and_then_what_came_of_it(

@@ -398,7 +398,8 @@ def test_deploying_again_changes_what_the_file_says_and_wakes_deployments_but_no
     }
     deployment = deploy({"slug": "newer", "cron": "0 7 1 1 *", "replaces": "new"})
     assert schedules(deployment).keys() == {"kept", "old", "newer"}
-    api.delete(url).raise_for_status()
+    for each in (url, f"/work_pools/{pool}"):
+        api.delete(each).raise_for_status()
 
 
 def test_a_template_is_written_so_that_deploying_does_not_take_it_for_a_placeholder() -> None:

@@ -80,7 +80,7 @@ def test_an_archived_picture_says_where_it_is_and_what_it_cost(
     payload = event["payload"]
     assert (payload["status"], payload["image"], payload["cost_usd"]) == ("generated", archived.image, "0.05")
     assert (payload["published"], archived.published) == (None, str(tmp_path / "live" / "hero.png"))
-    assert "flow-run" in {each.get("prefect.resource.role") for each in event["related"]}
+    assert {"flow-run", "flow"} <= {each.get("prefect.resource.role") for each in event["related"]}
 
 
 def test_a_failed_job_says_where_and_why(sandbox: Sandbox, photo: Path, events: Events) -> None:
