@@ -263,7 +263,7 @@ def _taken(name: str, first: InboxFile, later: InboxFile) -> str:
     """The mistake of a file whose picture would have the name of another one's."""
     apart = suffix_from_image(first.below) != suffix_from_image(later.below)
     remedy = ", or put {{ (stem) }}-{{ (suffix) }} into the flow's name" if apart else ""
-    return f"name: {name} is the name of {first.below}, which came first; rename this file{remedy}"
+    return f"name: {name} is the name of {first.below}, which came first; rename {later.below}{remedy}"
 
 
 def _report(bad: _Bad, memory: Memory, *, dry_run: bool) -> None:

@@ -453,6 +453,7 @@ def _unsettled(job: ValidatedJob, found: RecordRead | None, unread: list[Path]) 
         return f"{job.name} was paid for, and {what} lies in {kept.kept}, out of reach (run the same job there)"
     if any(each.paid_for_nothing for each in attempts):
         return f"{job.name} was paid for, and there was nothing in the answer"
-    if any(each.possibly_billed is not False for each in attempts):
-        return f"an earlier request for {job.name} may have been billed, and no picture came of it"
+    if lost := next((each for each in reversed(attempts) if each.possibly_billed is not False), None):
+        why = f" ({lost.reason})" if lost.reason else ""
+        return f"an earlier request for {job.name} may have been billed, and no picture came of it{why}"
     return None

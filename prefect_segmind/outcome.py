@@ -191,6 +191,9 @@ def dry_run_facts(result: BatchResult) -> dict[str, str]:
 def batch_facts(result: BatchResult) -> dict[str, str]:
     """What people see of a run in the terminal."""
     facts = {"result": result.sentence()}
+    if result.images:
+        first = result.images[0]
+        facts["archive"] = first.image[: first.image.replace("\\", "/").rindex(f"/{first.name}/")]
     for number, each in enumerate(result.failures[:SHOWN_FAILURES], start=1):
         facts[f"failed {number}"] = f"{each.name} ({each.stage}): {each.error}"
     if len(result.failures) > SHOWN_FAILURES:
@@ -233,6 +236,11 @@ def told(error: BaseException) -> str:
                 f"picture if it had arrived{ended}"
             )
         return f"interrupted; the same command again goes on from here{ended}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Failed to reach API"):  # Prefect's words
+        return redact(
+            f"PREFECT_API_URL: Prefect's server at {PREFECT_API_URL.value()} does not answer: start it, or go on "
+            "without one: prefect config unset PREFECT_API_URL"
+        )
     return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
 
 

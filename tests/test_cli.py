@@ -416,3 +416,17 @@ def test_the_sandbox_is_used_even_where_a_file_names_another_account(
     monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK")
     with pytest.raises(ConfigurationError, match="production"):
         load_credentials()
+
+
+@pytest.mark.slow
+def test_a_prefect_server_that_does_not_answer_is_named_with_its_setting(sandbox: Sandbox, photo: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect_segmind", "generate", str(photo), "a red mug"],
+        env={**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == outcome.FAILED
+    assert "PREFECT_API_URL: Prefect's server at http://127.0.0.1:9/api does not answer: start it" in done.stderr
+    assert sandbox.ledger.billed == 0

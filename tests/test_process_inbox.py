@@ -350,7 +350,7 @@ def test_of_two_files_of_one_name_the_later_is_told_and_skipped_and_the_address_
     (failure,) = result.failures
     assert (failure.name, failure.stage, result.failed) == ("inbox/cup", "validate", 1)
     assert failure.error == (
-        f"name: inbox/cup is the name of {first}, which came first; rename this file, or put "
+        f"name: inbox/cup is the name of {first}, which came first; rename {later}, or put "
         "{{ (stem) }}-{{ (suffix) }} into the flow's name"
     )
     assert sandbox.ledger.billed == 1
