@@ -24,6 +24,7 @@ from prefect_segmind.production import shared
 from prefect_segmind.record import FlowRuns
 from prefect_segmind.request import Job, name_from_image
 from prefect_segmind.retry import RetryPolicy, holds_all
+from prefect_segmind.validation import with_drawn_seed
 
 STAGES = {
     "validate_job": "validate",
@@ -119,22 +120,20 @@ DRAWN = 10_000
 """Jobs with a random seed that are remembered."""
 
 
-def draw_by(job: Job) -> str:
-    """What a random seed is drawn by: the same in each try of a flow run, another for each task that asks for the job.
-
-    Args:
-        job: With the seed `random`.
-    """
+def with_seed(job: Job) -> Job:
+    """The job with a random seed drawn: the same in each try of a flow run, another for each task that asks for it."""
+    if job.seed != "random":
+        return job
     runs, run = flow_runs(), run_id()
     if not runs:
-        return run
+        return with_drawn_seed(job, run)
     with _drawing:
         asking = _drawn.setdefault((runs, job.model_dump_json()), [])
         if run not in asking:
             asking.append(run)
         if len(_drawn) > DRAWN:
             del _drawn[next(iter(_drawn))]
-        return f"{flow_call()} {asking.index(run)}"
+        return with_drawn_seed(job, f"{flow_call()} {asking.index(run)}")
 
 
 def refreshed_at() -> datetime:

@@ -22,7 +22,6 @@ from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
 from prefect_segmind.tasks.attempts import (
-    draw_by,
     failures_reported,
     flow_runs,
     mention_conditions,
@@ -30,10 +29,11 @@ from prefect_segmind.tasks.attempts import (
     run_id,
     run_name,
     task_policy,
+    with_seed,
 )
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
 from prefect_segmind.upload import UploadedImage
-from prefect_segmind.validation import ValidatedJob, validate, with_drawn_seed
+from prefect_segmind.validation import ValidatedJob, validate
 
 
 @task(task_run_name=run_name)
@@ -55,7 +55,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
         if not isinstance(job, Job):
             job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
         validated = validate(
-            with_drawn_seed(job, draw_by(job)),
+            with_seed(job),
             configuration.source_reader(credentials_block),
             price_usd=settings.price_usd,
         )

@@ -20,7 +20,6 @@ from prefect_segmind.request import Job, parse_job
 from prefect_segmind.retry import RetryPolicy
 from prefect_segmind.settings import load_settings
 from prefect_segmind.tasks.attempts import (
-    draw_by,
     failures_reported,
     flow_runs,
     mention_conditions,
@@ -28,9 +27,10 @@ from prefect_segmind.tasks.attempts import (
     run_id,
     run_name,
     task_policy,
+    with_seed,
 )
 from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
-from prefect_segmind.validation import ValidatedJob, with_drawn_seed
+from prefect_segmind.validation import ValidatedJob
 
 
 @task(
@@ -77,7 +77,7 @@ def produce_asset(
             if isinstance(job, Mapping):
                 job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
             if isinstance(job, Job):
-                job = with_drawn_seed(job, draw_by(job))  # a retry is for the same picture
+                job = with_seed(job)  # a retry is for the same picture
             archived = produces.produce(
                 *(job, run_id(), flow_run.id, flow_runs()),
                 say=log.info,

@@ -995,12 +995,17 @@ def test_a_manifest_in_json_and_in_json_lines_is_read_as_it_was_written(made, as
     assert jobs("\n".join(lines), "JSON Lines") == made
 
 
+NUMBER_OF_YAML_1_2 = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
 @wide
 @given(JOBS, st.sampled_from(["'", '"', "|", None]))
 def test_a_manifest_of_pyyaml_is_read_as_it_was_written(made, style):
     head, assets = shared(made)
     text = yaml.safe_dump({**head, "assets": assets}, allow_unicode=True, default_style=style, sort_keys=False)
     if yaml.safe_load(text) == {**head, "assets": assets}:  # PyYAML loses a line break of its own at times
+        if style is None and any(NUMBER_OF_YAML_1_2.fullmatch(str(each)) for job in assets for each in job.values()):
+            return  # PyYAML, which knows YAML 1.1, writes it without quotes
         assert jobs(text) == made
 
 

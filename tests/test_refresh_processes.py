@@ -141,7 +141,8 @@ def test_two_processes_at_once_pay_once_for_each_picture_and_neither_stands_stil
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "archive"))
     manifest = campaign(photo, 60)
-    sandbox.play(*[Answer(delay=0.6)] * 200)
+    # The first answers are so slow that both have begun before one of them could have made all.
+    sandbox.play(*[Answer(delay=5.0)] * 12, *[Answer(delay=0.6)] * 200)
     both = [start(manifest, "--max-concurrency", "4") for _ in range(2)]
     (_, one, _), (_, other, _) = (ended(each) for each in both)
     assert sandbox.ledger.billed == 60
