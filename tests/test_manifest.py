@@ -33,7 +33,7 @@ from prefect_segmind.manifest import (
 )
 from prefect_segmind.manifest_text import read_text, write_manifest
 from prefect_segmind.request import Job, MagicPromptOption, parse_job
-from prefect_segmind.template import TemplateMistake, meant, render, template_names
+from prefect_segmind.template import TemplateMistake, meant, render, template_names, written
 
 DOCS = Path(__file__).parents[1] / "docs"
 ASSET = {"image": "mug.jpg", "prompt": "a red mug"}
@@ -1121,3 +1121,12 @@ def test_the_schema_refuses_what_is_refused(wrong):
         jsonschema.validate(wrong, json_schema(), jsonschema.Draft202012Validator)
     with pytest.raises(ManifestError):
         load(json.dumps(wrong), "JSON")
+
+
+def test_what_an_alias_repeats_is_written_as_at_its_first_place():
+    text = "vars: {a: &a {b: 1.10}, c: *a}\nassets: [{image: m, prompt: '{{ a.b }} {{ c.b }}'}]"
+    assert jobs(text)[0].prompt == "1.10 1.10"
+
+
+def test_nothing_is_a_key_as_ever():
+    assert {None: 1}[written("~", None)] == 1

@@ -597,3 +597,12 @@ def test_a_spelling_is_final(text):
     once = spelled(text)
     assert spelled(str(once)) == once
     assert as_written(once) == text
+
+
+def test_a_text_remembers_how_it_was_written_on_its_way_between_processes():
+    again = pickle.loads(pickle.dumps(spelled("a mug\u00a0")))
+    assert (again, again.written) == ("a mug", "a mug\u00a0")
+
+
+def test_a_job_that_nobody_has_checked_was_written_as_it_stands():
+    assert Job.model_construct(name="mug", image="mug.jpg", prompt="a mug ").written == {}
