@@ -34,6 +34,17 @@ def given_text(field: str, text: str | None) -> str | None:
     return clean or None
 
 
+def path_of_file_url(url: str) -> str:
+    """The path of a `file:` URL of this machine, in which `#` and `?` are part of the path; anything else as it is.
+
+    Example:
+        >>> path_of_file_url("file:///srv/live#1"), path_of_file_url("s3://bucket/live")
+        ('/srv/live#1', 's3://bucket/live')
+    """
+    found = re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", url)
+    return url2pathname(url[found.end() :]) if found else url
+
+
 def open_store(url: str, client: S3Client | None = None) -> Store:
     """The store at an address.
 
@@ -56,9 +67,8 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
     allowed = "use s3://bucket/prefix, a folder, or file:///folder"
     if QUOTED.fullmatch(url):
         raise ConfigurationError(f"{url} is no place for a store: take the quotes away")
-    if found := re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", url):
-        url = url2pathname(url[found.end() :])
-    elif re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", url) or not url.strip():
+    url = path_of_file_url(url)
+    if re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", url) or not url.strip():
         raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
     try:
         return LocalStore(Path(url).expanduser())

@@ -26,7 +26,6 @@ from datetime import datetime
 from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any, Final, Literal
-from urllib.request import url2pathname
 
 from PIL import Image
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
@@ -34,6 +33,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
 from prefect_segmind.image import BrokenPicture, decoding, file_type, load_picture, open_picture
 from prefect_segmind.normalisation import upright_srgb
+from prefect_segmind.place import path_of_file_url
 from prefect_segmind.store import Store, StoredObject
 
 DEFAULT_CACHE_CONTROL: Final = "public, max-age=300"
@@ -247,9 +247,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         >>> split_publish_to("/srv/live/mugs/{name}/large.webp")
         ('/srv/live/mugs', '{name}/large.webp')
     """
-    path = publish_to.strip()
-    if found := re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", path):
-        path = url2pathname(path[found.end() :])
+    path = path_of_file_url(publish_to.strip())
     if not (in_s3 := path.lower().startswith("s3:")):
         path = path.replace(os.sep, "/")
     place, pattern = path.rstrip("/") or path[:1], f"{_NAME}.png"
