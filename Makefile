@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # Tests mostly wait for servers, so four at once suit two cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
-CORE := prefect_segmind/approval.py,prefect_segmind/budget.py,prefect_segmind/errors.py,prefect_segmind/fingerprint.py,prefect_segmind/manifest.py,prefect_segmind/manifest_text.py,prefect_segmind/pace.py,prefect_segmind/price.py,prefect_segmind/record.py,prefect_segmind/request.py,prefect_segmind/resolution.py,prefect_segmind/retry.py,prefect_segmind/template.py
+CORE := prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py
 
 .PHONY: demo test test-quick check clean
 demo: $(VENV)/.ready

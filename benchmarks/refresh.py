@@ -30,7 +30,8 @@ SERVER = {
     "DO_NOT_TRACK": "1",
 }
 
-TERMINAL = {"PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "prefect_segmind.console.QuietConsole"}  # as the command has it
+# As the command has it.
+TERMINAL = {"PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "prefect_segmind.cli.terminal.QuietConsole"}
 
 
 def main() -> None:

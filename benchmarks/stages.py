@@ -26,13 +26,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from prefect_segmind import configuration
-from prefect_segmind.archiving import ArchivedImage
-from prefect_segmind.gate import Gate
-from prefect_segmind.production import Production
-from prefect_segmind.request import parse_job
+from prefect_segmind import services
+from prefect_segmind.api.request import parse_job
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.pipeline.pipeline import Production
+from prefect_segmind.pipeline.validate import InspectedSource, inspect_source, settle
 from prefect_segmind.sandbox import Sandbox, sample_photo
-from prefect_segmind.validation import InspectedSource, inspect_source, settle
 
 
 @dataclass
@@ -65,8 +65,8 @@ def measure(
     archive: str | None, jobs: int, at_once: int, window: int, photo: Path, inspect_each: bool
 ) -> tuple[Stages, float]:
     """Walks the jobs: the CPU of each stage and the seconds that all took. The archive of the settings if None."""
-    generation = configuration.open_generation(archive, None, None, gate=Gate(max_concurrency=at_once))
-    production = configuration.open_production(replace(generation, say=logging.debug), None, None)
+    generation = services.open_generation(archive, None, None, gate=Gate(max_concurrency=at_once))
+    production = services.open_production(replace(generation, say=logging.debug), None, None)
     stages = Stages(production)
     stages.walk(str(photo), 99_999, None)  # uploads the source, probes the store, imports what is imported late
     stages.spent.clear()

@@ -17,10 +17,13 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from prefect_segmind import configuration
-from prefect_segmind.archive import Archive
-from prefect_segmind.asking import approve
-from prefect_segmind.batch import BatchError, BatchResult, Failure, Tally, planned
+from prefect_segmind import services
+from prefect_segmind.api.request import Job
+from prefect_segmind.archive.archive import Archive
+from prefect_segmind.archive.outbox import Outbox
+from prefect_segmind.archive.record import OnUnknown, Run, Sums, answers_of_earlier_tries, sums_of_earlier_tries
+from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
+from prefect_segmind.batch.tally import BatchError, BatchResult, Failure, Tally, planned
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import (
     ApiError,
@@ -34,24 +37,21 @@ from prefect_segmind.errors import (
     StoreError,
     redact,
 )
-from prefect_segmind.events import run_stopped
+from prefect_segmind.flows.approval_form import approve
 from prefect_segmind.flows.dispatch import POLICY, dispatch
-from prefect_segmind.gate import Gate
-from prefect_segmind.interrupts import end_run_on_hangup
-from prefect_segmind.manifest import MAX_ASSETS
-from prefect_segmind.manifest_text import MAX_TEXT, write_manifest
-from prefect_segmind.outbox import Outbox
-from prefect_segmind.plan import Plan, earlier_tries, make_plan
-from prefect_segmind.price import usd
-from prefect_segmind.production import shared
-from prefect_segmind.record import OnUnknown, Run, Sums, answers_of_earlier_tries, sums_of_earlier_tries
-from prefect_segmind.report import publish_batch, publish_plan
-from prefect_segmind.request import Job
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.manifest.expansion import MAX_ASSETS
+from prefect_segmind.manifest.formats import MAX_TEXT, write_manifest
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline.pipeline import shared
+from prefect_segmind.pipeline.sums import inherited, wanted_before
+from prefect_segmind.pipeline.validate import ValidatedJob
+from prefect_segmind.reporting.artifacts import publish_batch, publish_plan
+from prefect_segmind.reporting.events import run_stopped
 from prefect_segmind.settings import load_settings
-from prefect_segmind.spool import Spool
-from prefect_segmind.sums import inherited, wanted_before
-from prefect_segmind.tasks.attempts import TOLD_AT_END, flow_call, flow_runs, mention_conditions, refreshed_at
-from prefect_segmind.validation import ValidatedJob
+from prefect_segmind.storage.spool import Spool
+from prefect_segmind.tasks.interrupts import end_run_on_hangup
+from prefect_segmind.tasks.run_context import TOLD_AT_END, flow_call, flow_runs, mention_conditions, refreshed_at
 
 R = TypeVar("R", bound=BatchResult)
 SHOWN_VALUE, SHOWN_VALUES = 60, 120
@@ -93,8 +93,8 @@ class Terms:
                 raise ConfigurationError(f"{name}: {amount} is not allowed; allowed is 0 or more")
         if not self.dry_run:
             load_credentials(self.credentials_block)
-        configuration.open_outbox(configuration.open_archive(self.archive))
-        configuration.open_publisher(self.publish_to)
+        services.open_outbox(services.open_archive(self.archive))
+        services.open_publisher(self.publish_to)
 
 
 def run_name(what: str) -> str:
@@ -157,7 +157,7 @@ def run_batch(
         BaseException: What has interrupted it, with the sums so far in its `batch`.
     """
     end_run_on_hangup()
-    opened, settings, log = configuration.open_archive(terms.archive), load_settings(), get_run_logger()
+    opened, settings, log = services.open_archive(terms.archive), load_settings(), get_run_logger()
     places: set[str] = set()
     runs = flow_runs()
     unusable: dict[str, str] = {}
@@ -165,9 +165,9 @@ def run_batch(
         plan = make_plan(
             jobs,
             entries,
-            reader=configuration.source_reader(terms.credentials_block),
+            reader=services.source_reader(terms.credentials_block),
             archive=opened,
-            outbox=configuration.open_outbox(opened),
+            outbox=services.open_outbox(opened),
             price_usd=settings.price_usd,
             on_unknown=terms.on_unknown,
             in_place=places if skip_archived else None,
@@ -236,15 +236,15 @@ def run_batch(
             longest_wait_seconds=settings.longest_wait_seconds,
             say=log.warning,
         )
-        generation = configuration.open_generation(
+        generation = services.open_generation(
             *(terms.archive, terms.upload_to, terms.credentials_block),
             on_unknown=terms.on_unknown,
             policy=POLICY,
             gate=gate,
         )
         mention_conditions(opened)
-        publisher = configuration.open_publisher(terms.publish_to, refreshed_at(), flow_run.id)
-        production = configuration.open_production(generation, terms.upload_to, terms.credentials_block, publisher)
+        publisher = services.open_publisher(terms.publish_to, refreshed_at(), flow_run.id)
+        production = services.open_production(generation, terms.upload_to, terms.credentials_block, publisher)
         token = shared.set(production)
 
         def carry() -> None:

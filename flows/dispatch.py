@@ -17,14 +17,14 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from prefect_segmind.batch import Tally
+from prefect_segmind.api.request import Job
+from prefect_segmind.batch.tally import Tally
 from prefect_segmind.errors import RunCancelledError
-from prefect_segmind.gate import Gate
-from prefect_segmind.interrupts import ended_by
-from prefect_segmind.request import Job
-from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.tasks import produce_asset
-from prefect_segmind.validation import ValidatedJob
+from prefect_segmind.tasks.interrupts import ended_by
 
 WATCH_SECONDS = 10.0
 """Seconds between two lines of progress, and between two looks whether the run was cancelled in Prefect."""

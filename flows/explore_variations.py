@@ -14,22 +14,22 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import configuration
-from prefect_segmind.batch import BatchResult
-from prefect_segmind.contact_sheet import MAX_LABELS, contact_sheet
+from prefect_segmind import services
+from prefect_segmind.api.request import Job, name_from_image, parse_job
+from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
 from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch, run_name
-from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
-from prefect_segmind.manifest import Found, Row
-from prefect_segmind.manifest_source import expand
-from prefect_segmind.markdown import cell, picture
-from prefect_segmind.record import OnUnknown
-from prefect_segmind.report import artifact_key
-from prefect_segmind.request import Job, name_from_image, parse_job
+from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
+from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
+from prefect_segmind.manifest.expansion import Found, Row
+from prefect_segmind.manifest.loading import expand
+from prefect_segmind.pipeline.source import UnreadableSource
+from prefect_segmind.pipeline.validate import validate
+from prefect_segmind.reporting.artifacts import artifact_key
+from prefect_segmind.reporting.markdown import cell, picture
 from prefect_segmind.settings import load_settings
-from prefect_segmind.source import UnreadableSource
-from prefect_segmind.validation import validate
 
 SHEET_WIDTH = 1200
 """Pixels of the contact sheet in Prefect's UI; the one in the archive is as large as it is."""
@@ -131,7 +131,7 @@ def explore_variations(
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
     }
-    reader = configuration.source_reader(credentials_block)
+    reader = services.source_reader(credentials_block)
     # Also where the seed comes from: derived from each job it would differ, and so would more than style and weight.
     derived = validate(parse_job(base, allow_unlisted_resolution=unlisted), reader).seed
     axes: dict[str, list[Any]] = {
@@ -167,7 +167,7 @@ def _publish_sheet(
     terms: Terms,
 ) -> str | None:
     """Puts the contact sheet beside the pictures, and into an artifact; where that fails, the pictures are there."""
-    archive = configuration.open_archive(terms.archive)
+    archive = services.open_archive(terms.archive)
     found = {each.name: each.image for each in ended.result.images}
     rows = list(product(axes["style_type"], axes["seed"]))
     labels = [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows]
@@ -202,7 +202,7 @@ def _publish_sheet(
 
 def _source(image: str, terms: Terms) -> bytes | None:
     try:
-        return configuration.source_reader(terms.credentials_block).read(image)
+        return services.source_reader(terms.credentials_block).read(image)
     except (SegmindError, UnreadableSource):
         return None
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from prefect import flow
 from prefect.runtime import flow_run
 
-from prefect_segmind import configuration
-from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind import services
+from prefect_segmind.api.request import name_from_image
+from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
+from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.credentials import load_credentials
-from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
-from prefect_segmind.record import OnUnknown
-from prefect_segmind.report import publish_before_after, tell_begun
-from prefect_segmind.request import name_from_image
-from prefect_segmind.resolution import DEFAULT_RESOLUTION
+from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
+from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.reporting.artifacts import publish_before_after, tell_begun
 from prefect_segmind.tasks import archive_image, generate_image, publish_image, upload_image, validate_job
 
 
@@ -73,8 +73,8 @@ def image_to_image(
     """
     tell_begun()
     load_credentials(credentials_block)  # what is not configured is said before anything is done
-    configuration.open_outbox(configuration.open_archive(archive))
-    configuration.open_publisher(publish_to)
+    services.open_outbox(services.open_archive(archive))
+    services.open_publisher(publish_to)
     job = validate_job(
         {
             "name": name,

@@ -11,20 +11,20 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import configuration
-from prefect_segmind.batch import BatchResult, Failure
+from prefect_segmind import services
+from prefect_segmind.api.request import Job, parse_job, suffix_from_image
+from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.batch.tally import BatchResult, Failure
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
-from prefect_segmind.events import asset_failed
 from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
-from prefect_segmind.flows.choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.flows.dispatch import task_runner
-from prefect_segmind.inbox import InboxFile, Memory, open_inbox
-from prefect_segmind.manifest import Expansion, Found, Notes, Row
-from prefect_segmind.manifest_source import named
-from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import Job, parse_job, suffix_from_image
+from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
+from prefect_segmind.inbox.open_inbox import InboxFile, Memory, open_inbox
+from prefect_segmind.manifest.expansion import Expansion, Found, Notes, Row
+from prefect_segmind.manifest.loading import named
+from prefect_segmind.reporting.events import asset_failed
 from prefect_segmind.settings import load_settings
-from prefect_segmind.spool import Spool
+from prefect_segmind.storage.spool import Spool
 
 _EMPTY = "it has been empty for an hour; put it there again, or remove it"
 
@@ -165,8 +165,8 @@ def process_inbox(
     if not 0 <= settle_seconds <= 3600:
         raise ConfigurationError(f"settle_seconds: {settle_seconds} is not allowed; allowed is 0 to 3600")
     log = get_run_logger()
-    place = open_inbox(inbox, configuration.s3_client)
-    memory = Memory(configuration.open_archive(archive).store, place.url, name)
+    place = open_inbox(inbox, services.s3_client)
+    memory = Memory(services.open_archive(archive).store, place.url, name)
     look = place.look(settle_seconds, known=memory.settled)
     log.info(
         "%s: %s images, %s still being written, %s other files",

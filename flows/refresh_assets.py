@@ -10,13 +10,13 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import configuration
-from prefect_segmind.batch import BatchResult
+from prefect_segmind import services
+from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
-from prefect_segmind.manifest_source import load_manifest
-from prefect_segmind.record import OnUnknown
-from prefect_segmind.report import tell_begun
+from prefect_segmind.manifest.loading import load_manifest
+from prefect_segmind.reporting.artifacts import tell_begun
 from prefect_segmind.settings import load_settings
 
 
@@ -91,7 +91,7 @@ def refresh_assets(
     terms.check()
     unlisted = load_settings().allow_unlisted_resolution
     with load_manifest(
-        manifest, variables, defaults=defaults, s3=configuration.s3_client, allow_unlisted_resolution=unlisted
+        manifest, variables, defaults=defaults, s3=services.s3_client, allow_unlisted_resolution=unlisted
     ) as asked:
         for warning in asked.warnings:
             get_run_logger().warning(warning)

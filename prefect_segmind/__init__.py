@@ -10,18 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefect_segmind.archiving import ArchivedImage
-    from prefect_segmind.batch import BatchError, BatchResult
-    from prefect_segmind.client import SegmindClient
+    from prefect_segmind.api.client import SegmindClient
+    from prefect_segmind.api.request import ImageToImageRequest, Job, parse_job
+    from prefect_segmind.api.resolutions import Resolution
+    from prefect_segmind.batch.tally import BatchError, BatchResult
     from prefect_segmind.credentials import SegmindCredentials
     from prefect_segmind.errors import SegmindError
     from prefect_segmind.flows.explore_variations import explore_variations
     from prefect_segmind.flows.image_to_image import image_to_image
     from prefect_segmind.flows.process_inbox import process_inbox
     from prefect_segmind.flows.refresh_assets import refresh_assets
-    from prefect_segmind.generation import GeneratedImage
-    from prefect_segmind.request import ImageToImageRequest, Job, parse_job
-    from prefect_segmind.resolution import Resolution
+    from prefect_segmind.pipeline.archive import ArchivedImage
+    from prefect_segmind.pipeline.look_up import GeneratedImage
+    from prefect_segmind.pipeline.upload import UploadedImage
+    from prefect_segmind.pipeline.validate import ValidatedJob
     from prefect_segmind.settings import SegmindSettings
     from prefect_segmind.tasks.image_to_image import (
         archive_image,
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
         validate_job,
     )
     from prefect_segmind.tasks.produce_asset import produce_asset
-    from prefect_segmind.upload import UploadedImage
-    from prefect_segmind.validation import ValidatedJob
 
 __version__ = "0.1.0"
 
@@ -65,19 +65,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "archiving": ("ArchivedImage",),
-    "batch": ("BatchError", "BatchResult"),
-    "client": ("SegmindClient",),
+    "pipeline.archive": ("ArchivedImage",),
+    "batch.tally": ("BatchError", "BatchResult"),
+    "api.client": ("SegmindClient",),
     "credentials": ("SegmindCredentials",),
     "errors": ("SegmindError",),
     "flows": ("explore_variations", "image_to_image", "process_inbox", "refresh_assets"),
-    "generation": ("GeneratedImage",),
-    "request": ("ImageToImageRequest", "Job", "parse_job"),
-    "resolution": ("Resolution",),
+    "pipeline.look_up": ("GeneratedImage",),
+    "api.request": ("ImageToImageRequest", "Job", "parse_job"),
+    "api.resolutions": ("Resolution",),
     "settings": ("SegmindSettings",),
     "tasks": ("archive_image", "generate_image", "produce_asset", "publish_image", "upload_image", "validate_job"),
-    "upload": ("UploadedImage",),
-    "validation": ("ValidatedJob",),
+    "pipeline.upload": ("UploadedImage",),
+    "pipeline.validate": ("ValidatedJob",),
 }
 
 

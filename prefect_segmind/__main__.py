@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from prefect_segmind.terminal import begin_in_utf8, unfailing_output
+from prefect_segmind.cli.streams import begin_in_utf8, unfailing_output
 
 
 def main() -> None:
@@ -17,13 +17,13 @@ def main() -> None:
     os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE", "100")
     os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE", "100")
     console = "CommandConsole" if "--verbose" in sys.argv else "QuietConsole"
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", f"prefect_segmind.console.{console}")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", f"prefect_segmind.cli.terminal.{console}")
     if sys.argv[1:2] == ["demo"]:
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # no request of a demo leaves the machine
         os.environ.setdefault("DO_NOT_TRACK", "1")
     with unfailing_output():
         try:
-            from prefect_segmind.cli import run
+            from prefect_segmind.cli.commands import run
 
             code = run(sys.argv[1:])
         except KeyboardInterrupt:  # before a command began, or after

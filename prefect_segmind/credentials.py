@@ -8,12 +8,12 @@ from typing import ClassVar, cast
 from prefect.blocks.abstract import CredentialsBlock
 from pydantic import Field, SecretStr
 
-from prefect_segmind.client import DEFAULT_BASE_URL, SegmindClient
+from prefect_segmind.api.client import DEFAULT_BASE_URL, SegmindClient
+from prefect_segmind.api.request import CONTROL, stripped
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.http_environment import check_environment
-from prefect_segmind.place import given_text
-from prefect_segmind.request import CONTROL, stripped
 from prefect_segmind.settings import SegmindSettings, load_settings
+from prefect_segmind.storage.http_environment import check_environment
+from prefect_segmind.storage.open_store import given_text
 
 
 class SegmindCredentials(CredentialsBlock):

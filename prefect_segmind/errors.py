@@ -11,8 +11,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefect_segmind.record import Answered
-    from prefect_segmind.retry import Decision
+    from prefect_segmind.archive.record import Answered
+    from prefect_segmind.limits.retry import Decision
 
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
 # Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one where the

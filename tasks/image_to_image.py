@@ -13,15 +13,19 @@ from prefect import task
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import configuration, events
-from prefect_segmind.archiving import ArchivedImage, Archiving
-from prefect_segmind.generation import GeneratedImage
-from prefect_segmind.price import usd
-from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import Job, parse_job
-from prefect_segmind.retry import RetryPolicy
+from prefect_segmind import services
+from prefect_segmind.api.request import Job, parse_job
+from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
+from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.upload import UploadedImage
+from prefect_segmind.pipeline.validate import ValidatedJob, validate
+from prefect_segmind.reporting import events
 from prefect_segmind.settings import load_settings
-from prefect_segmind.tasks.attempts import (
+from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
+from prefect_segmind.tasks.run_context import (
     failures_reported,
     flow_runs,
     mention_conditions,
@@ -31,9 +35,6 @@ from prefect_segmind.tasks.attempts import (
     task_policy,
     with_seed,
 )
-from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
-from prefect_segmind.upload import UploadedImage
-from prefect_segmind.validation import ValidatedJob, validate
 
 
 @task(task_run_name=run_name)
@@ -56,7 +57,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
             job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
         validated = validate(
             with_seed(job),
-            configuration.source_reader(credentials_block),
+            services.source_reader(credentials_block),
             price_usd=settings.price_usd,
         )
     for warning in validated.warnings:
@@ -88,8 +89,8 @@ def upload_image(
     """
     log = get_run_logger()
     with failures_reported(job):
-        reader = configuration.source_reader(credentials_block)
-        uploaded = configuration.open_uploads(upload_to).upload(job, reader)
+        reader = services.source_reader(credentials_block)
+        uploaded = services.open_uploads(upload_to).upload(job, reader)
     for warning in uploaded.warnings:
         log.warning(warning)
     log.info("%s %s", "uploaded to" if uploaded.uploaded else "nothing to upload, it is at", uploaded.uri)
@@ -133,7 +134,7 @@ def generate_image(
     """
     log = get_run_logger()
     with failures_reported(job):
-        generation = configuration.open_generation(
+        generation = services.open_generation(
             archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
         )
         mention_conditions(generation.archive)
@@ -156,8 +157,8 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
         ArchiveError: The archive cannot be written. The picture is safe; the same job run again archives it unpaid.
     """
     with failures_reported(generated):
-        opened = configuration.open_archive(generated.archive)
-        archived = Archiving(opened, configuration.open_outbox(opened)).archive_picture(generated, flow_run.id)
+        opened = services.open_archive(generated.archive)
+        archived = Archiving(opened, services.open_outbox(opened)).archive_picture(generated, flow_run.id)
     events.asset_archived(archived)
     get_run_logger().info("archived: %s (%s)", archived.image, archived.status)
     return archived
@@ -182,6 +183,6 @@ def publish_image(archived: ArchivedImage, publish_to: str, archive: str | None 
     """
     log = get_run_logger()
     with failures_reported(archived):
-        publisher = configuration.open_publisher(publish_to, refreshed_at(), flow_run.id)
+        publisher = services.open_publisher(publish_to, refreshed_at(), flow_run.id)
         assert publisher is not None
-        return publisher.publish(archived, configuration.open_archive(archive), log.info)
+        return publisher.publish(archived, services.open_archive(archive), log.info)

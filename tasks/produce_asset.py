@@ -11,15 +11,19 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from prefect_segmind import configuration, events, production
-from prefect_segmind.archiving import ArchivedImage
+from prefect_segmind import services
+from prefect_segmind.api.request import Job, parse_job
+from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.errors import NotStartedError
-from prefect_segmind.price import usd
-from prefect_segmind.record import OnUnknown
-from prefect_segmind.request import Job, parse_job
-from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline import pipeline
+from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.pipeline.validate import ValidatedJob
+from prefect_segmind.reporting import events
 from prefect_segmind.settings import load_settings
-from prefect_segmind.tasks.attempts import (
+from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
+from prefect_segmind.tasks.run_context import (
     failures_reported,
     flow_runs,
     mention_conditions,
@@ -29,8 +33,6 @@ from prefect_segmind.tasks.attempts import (
     task_policy,
     with_seed,
 )
-from prefect_segmind.tasks.pacing import ServerPacedDelays, retry_if_decided
-from prefect_segmind.validation import ValidatedJob
 
 
 @task(
@@ -64,16 +66,16 @@ def produce_asset(
     Raises:
         SegmindError: In one of its classes; its `stage` says where.
     """
-    log, produces = get_run_logger(), production.shared.get()
+    log, produces = get_run_logger(), pipeline.shared.get()
     try:
         with failures_reported(job):
             if produces is None:
-                generation = configuration.open_generation(
+                generation = services.open_generation(
                     archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
                 )
                 mention_conditions(generation.archive)
-                publisher = configuration.open_publisher(publish_to, refreshed_at(), flow_run.id)
-                produces = configuration.open_production(generation, upload_to, credentials_block, publisher)
+                publisher = services.open_publisher(publish_to, refreshed_at(), flow_run.id)
+                produces = services.open_production(generation, upload_to, credentials_block, publisher)
             if isinstance(job, Mapping):
                 job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
             if isinstance(job, Job):

@@ -18,7 +18,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from prefect.testing.utilities import prefect_test_harness
 
-from prefect_segmind import configuration
+from prefect_segmind import services
 from prefect_segmind.sandbox import Sandbox, sample_photo
 
 FOREIGN = ("AWS_", "SEGMIND_", "PREFECT_INTEGRATIONS_SEGMIND_")
@@ -89,7 +89,7 @@ def sandbox(_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", f"{place}/uploads")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "outbox"))
     yield _sandbox
-    configuration._archive.cache_clear()
+    services._archive.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_segmind.approval import GO_ON, STOP, TRIM, Answer, Approved, must_ask, parse_answer, settle
+from prefect_segmind.batch.approval import GO_ON, STOP, TRIM, Answer, Approved, must_ask, parse_answer, settle
 from prefect_segmind.errors import NotApprovedError
 
 money = st.decimals(min_value=0, max_value=10_000, places=2)

@@ -21,8 +21,9 @@ from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Pending
 
-from prefect_segmind import BatchError, BatchResult, asking, refresh_assets
+from prefect_segmind import BatchError, BatchResult, refresh_assets
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, NotApprovedError
+from prefect_segmind.flows import approval_form
 from prefect_segmind.sandbox import Sandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 @pytest.fixture
 def manifest(photo: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Five pictures, 0.25 USD."""
-    monkeypatch.setattr(asking, "POLL_SECONDS", 1)
+    monkeypatch.setattr(approval_form, "POLL_SECONDS", 1)
     assets = [
         {"name": f"mug/{n}", "image": photo.name, "prompt": f"a red | mug, number {n}", "seed": 1000 + n}
         for n in range(5)
@@ -254,11 +255,11 @@ def test_the_form_tells_what_goes_live_until_when_it_waits_and_for_which_deploym
 )
 def test_what_goes_live_is_told_by_its_addresses(publish_to: str | None, told: str) -> None:
     plan = _plan().model_copy(update={"total": 8})
-    assert asking.Question("x", plan, Decimal(0), (("a", "b"),), (), publish_to).goes_live() == told
+    assert approval_form.Question("x", plan, Decimal(0), (("a", "b"),), (), publish_to).goes_live() == told
 
 
 def test_the_examples_are_true() -> None:
-    assert doctest.testmod(asking).failed == 0
+    assert doctest.testmod(approval_form).failed == 0
 
 
 def test_nobody_is_asked_for_what_costs_no_more(sandbox: Sandbox, manifest: str) -> None:
@@ -292,13 +293,13 @@ def test_the_setting_counts_where_the_flow_names_none(
 
 
 def test_where_nobody_could_answer_it_says_so_at_once(sandbox: Sandbox, manifest: str) -> None:
-    question = asking.Question("x", _plan(), Decimal(0), (), ())
+    question = approval_form.Question("x", _plan(), Decimal(0), (), ())
     with temporary_settings({PREFECT_API_URL: None}), pytest.raises(ConfigurationError, match="no Prefect server"):
-        asking._ask_in_prefect(question, None)
+        approval_form._ask_in_prefect(question, None)
 
 
 def _plan() -> Any:
-    from prefect_segmind.plan import Plan
+    from prefect_segmind.batch.plan import Plan
 
     return Plan(total=1, generate=1, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
 
@@ -306,6 +307,6 @@ def _plan() -> Any:
 def test_a_source_that_cannot_be_read_is_named_in_the_form(sandbox: Sandbox, photo: Path) -> None:
     (photo.parent / "text.jpg").write_text("no picture")
     sources = [str(photo), str(photo.parent / "text.jpg"), str(photo.parent / "lost.jpg")]
-    told = asking.description(asking.Question("x", _plan(), Decimal(0), (("a", "b"),), sources), None)
+    told = approval_form.description(approval_form.Question("x", _plan(), Decimal(0), (("a", "b"),), sources), None)
     assert told.count("data:image/jpeg") == 1
     assert told.count("cannot be read") == 2

@@ -88,7 +88,7 @@ def test_every_key_is_known_to_prefect(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_events_are_those_that_the_plugin_emits(file: Path) -> None:
-    from prefect_segmind import events
+    from prefect_segmind.reporting import events
 
     own = {value for name, value in vars(events).items() if name.isupper() and isinstance(value, str)}
     named = re.findall(r"prefect-segmind\.[a-z]+\.[a-z]+", file.read_text())

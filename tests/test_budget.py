@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind import budget as module
-from prefect_segmind.budget import Budget, Fit
+from prefect_segmind.limits import ledger as module
+from prefect_segmind.limits.ledger import Budget, Fit
 
 PRICE = Decimal("0.05")
 PRICES = st.decimals(0, 1, places=4)

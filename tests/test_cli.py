@@ -17,8 +17,9 @@ from unittest.mock import patch
 import httpx
 import pytest
 
-from prefect_segmind import __version__, cli, configuration, outcome
+from prefect_segmind import __version__, services
 from prefect_segmind.__main__ import main
+from prefect_segmind.cli import commands, output
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -33,7 +34,7 @@ KEYS = {
 def generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Runs `generate … --json`; standard output must be one JSON object and nothing else."""
     capsys.readouterr()
-    code = cli.run(["generate", *arguments, "--json"])
+    code = commands.run(["generate", *arguments, "--json"])
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert found.keys() == (KEYS if code == 0 else KEYS | {"error"})
@@ -92,7 +93,7 @@ def test_a_local_image_without_a_place_to_upload_to_is_bad_input_and_says_what_t
 ) -> None:
     monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
     code, found, told = generate(capsys, str(photo), "a red mug")
-    assert (code, found["status"], found["cost_usd"]) == (outcome.BAD_INPUT, "failed", "0.00")
+    assert (code, found["status"], found["cost_usd"]) == (output.BAD_INPUT, "failed", "0.00")
     for name in ("--upload-to", "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"):
         assert name in found["error"]
     assert "This run paid nothing." in told
@@ -120,7 +121,7 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
     sandbox: Sandbox, photo: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found, _ = generate(capsys, *(str(photo) if each == "PHOTO" else each for each in arguments))
-    assert (code, found["status"]) == (outcome.BAD_INPUT, "failed")
+    assert (code, found["status"]) == (output.BAD_INPUT, "failed")
     assert said in found["error"]
     assert sandbox.ledger.requests == ()
 
@@ -128,12 +129,12 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        *[(Answer(status=each), outcome.FAILED) for each in (400, 405, 422, 500)],
-        *[(Answer(status=each), outcome.ACCOUNT_REFUSED) for each in (401, 403, 404, 410)],
-        (Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'), outcome.NO_MONEY),
-        (Answer(status=406, body='{"error": "Invalid value for parameter style_type"}'), outcome.FAILED),
-        (Answer(status=406, body='{"error": "Content-Type must be application/json"}'), outcome.FAILED),
-        (Answer(kind="html"), outcome.FAILED),
+        *[(Answer(status=each), output.FAILED) for each in (400, 405, 422, 500)],
+        *[(Answer(status=each), output.ACCOUNT_REFUSED) for each in (401, 403, 404, 410)],
+        (Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'), output.NO_MONEY),
+        (Answer(status=406, body='{"error": "Invalid value for parameter style_type"}'), output.FAILED),
+        (Answer(status=406, body='{"error": "Content-Type must be application/json"}'), output.FAILED),
+        (Answer(kind="html"), output.FAILED),
     ],
     ids=lambda each: str(each.status) if isinstance(each, Answer) else str(each),
 )
@@ -154,16 +155,16 @@ def test_an_answer_that_is_no_picture_is_named_by_its_full_path_and_recovered_on
     sandbox.play(Answer(kind="error", status=200, body=json.dumps({"image_url": link})))
     code, found, err = generate(capsys, str(photo), "a red mug")
     (kept,) = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.answer")
-    assert (code, found["cost_usd"], found["possibly_billed_usd"]) == (outcome.FAILED, "0.05", "0.00")
+    assert (code, found["cost_usd"], found["possibly_billed_usd"]) == (output.FAILED, "0.05", "0.00")
     assert str(kept) in found["error"]
     assert link in kept.read_text()
     code, refused, more = generate(capsys, str(photo), "a red mug", "--on-unknown", "fail")
-    assert (code, refused["cost_usd"], sandbox.ledger.billed) == (outcome.FAILED, "0.00", 1)
+    assert (code, refused["cost_usd"], sandbox.ledger.billed) == (output.FAILED, "0.00", 1)
     assert str(kept) in refused["error"]
     assert "feedbeef" not in err + more + caplog.text + json.dumps([found, refused])
     kept.write_bytes(photo.read_bytes())  # as if the link had come to life
     code, again, _ = generate(capsys, str(photo), "a red mug", "--on-unknown", "fail")
-    assert (code, again["status"], again["cost_usd"], again["attempts"]) == (outcome.DONE, "recovered", "0.00", 0)
+    assert (code, again["status"], again["cost_usd"], again["attempts"]) == (output.DONE, "recovered", "0.00", 0)
     assert sandbox.ledger.billed == 1
 
 
@@ -172,7 +173,7 @@ def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_th
 ) -> None:
     archive = tmp_path / "archive"
     (archive / "mug").mkdir(parents=True)
-    put = configuration.open_archive(str(archive)).store.__class__.put
+    put = services.open_archive(str(archive)).store.__class__.put
 
     def full(self: Any, key: str, *arguments: Any, **options: Any) -> str:
         if not key.startswith(".segmind"):
@@ -182,9 +183,9 @@ def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_th
         return put(self, key, *arguments, **options)
 
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.store.LocalStore.put", full)
+        now.setattr("prefect_segmind.storage.store.LocalStore.put", full)
         code, found, told = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
-    assert (code, found["cost_usd"], found["attempts"]) == (outcome.FAILED, "0.05", 1)
+    assert (code, found["cost_usd"], found["attempts"]) == (output.FAILED, "0.05", 1)
     assert str(tmp_path / "outbox") in found["error"]
     assert "Paid: 0.05 USD" in told
     code, found, _ = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
@@ -195,12 +196,12 @@ def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_th
 def test_people_get_a_few_lines_and_no_traceback_unless_they_ask(
     sandbox: Sandbox, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["generate", str(photo), "a red mug"]) == 0
+    assert commands.run(["generate", str(photo), "a red mug"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"generated +mug\n", out)
     assert "0.05 USD in 1 request\n" in out
     sandbox.play(Answer(status=502), Answer(status=502))
-    assert cli.run(["generate", str(photo), "another mug", "--verbose"]) == outcome.FAILED
+    assert commands.run(["generate", str(photo), "another mug", "--verbose"]) == output.FAILED
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "possibly billed: 0.10 USD" in err
@@ -212,7 +213,7 @@ def test_an_interrupt_before_a_request_does_not_speak_of_a_bill(
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "image_to_image", interrupted)
+    monkeypatch.setattr(commands, "image_to_image", interrupted)
     code, found, told = generate(capsys, str(photo), "a red mug")
     assert code == 130
     assert found["error"] == "interrupted; the same command again goes on from here"
@@ -226,7 +227,7 @@ def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.client.SegmindClient.generate", interrupted)
+        now.setattr("prefect_segmind.api.client.SegmindClient.generate", interrupted)
         code, found, told = generate(capsys, str(photo), "a red mug")
     assert (code, found["attempts"], found["possibly_billed_usd"]) == (130, 1, "0.05")
     assert found["fingerprint"]
@@ -239,7 +240,7 @@ def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
 def test_an_interrupt_names_the_signal(
     sandbox: Sandbox, photo: Path, by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "image_to_image", lambda **_: signal.raise_signal(signal.Signals[by]))
+    monkeypatch.setattr(commands, "image_to_image", lambda **_: signal.raise_signal(signal.Signals[by]))
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
@@ -256,14 +257,14 @@ def test_an_interrupt_before_a_command_has_begun_is_no_traceback(monkeypatch: py
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(commands, "run", interrupted)
     with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == outcome.INTERRUPTED
+    assert ended.value.code == output.INTERRUPTED
 
 
 def test_check_says_ok_for_all_that_works(sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["check"]) == 0
+    assert commands.run(["check"]) == 0
     out = capsys.readouterr().out
     for title in ("key and credits", "upload place", "versions", "Prefect server"):
         assert re.search(rf"^ok +{title}: ", out, re.M), out
@@ -279,7 +280,7 @@ def test_check_says_for_each_thing_that_does_not_work_what_to_do(
     monkeypatch.delenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", "s3://no-such-bucket/x")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "file"))
-    assert cli.run(["check"]) == outcome.ACCOUNT_REFUSED
+    assert commands.run(["check"]) == output.ACCOUNT_REFUSED
     out = capsys.readouterr().out
     for title, remedy in {
         "key and credits": "set SEGMIND_API_KEY",
@@ -294,31 +295,31 @@ def test_check_finds_an_upload_place_whose_signed_addresses_cannot_be_read(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PUBLIC_BASE_URL", sandbox.base_url)
-    assert cli.run(["check"]) == outcome.FAILED
+    assert commands.run(["check"]) == output.FAILED
     assert re.search(r"^bad +upload place: .* answers 404", capsys.readouterr().out, re.M)
 
 
 def test_check_tells_versions_that_break_prefect(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("prefect_segmind.checks.version", lambda name: {"sqlalchemy": "2.1.0"}.get(name, "0"))
-    assert cli.run(["check"]) == outcome.BAD_INPUT
+    monkeypatch.setattr("prefect_segmind.cli.check.version", lambda name: {"sqlalchemy": "2.1.0"}.get(name, "0"))
+    assert commands.run(["check"]) == output.BAD_INPUT
     assert re.search(r"^bad +versions: .*pip install", capsys.readouterr().out, re.M)
 
 
 def test_check_minds_an_outbox_that_dies_with_its_container(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("prefect_segmind.checks._in_container", lambda: True)
+    monkeypatch.setattr("prefect_segmind.cli.check._in_container", lambda: True)
     monkeypatch.setattr("os.path.ismount", lambda path: False)
-    cli.run(["check"])
+    commands.run(["check"])
     assert re.search(r"^mind outbox: .* mount a volume there", capsys.readouterr().out, re.M)
 
 
 def test_help_and_version_cost_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["--version"]) == 0
+    assert commands.run(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
-    assert cli.run(["generate", "--help"]) == 0
+    assert commands.run(["generate", "--help"]) == 0
     out = capsys.readouterr().out
     for option in ("--image-weight", "--name", "--archive", "--upload-to", "--block", "--json", "--on-unknown"):
         assert option in out
@@ -346,7 +347,7 @@ def test_generate_works_with_no_server_configured_and_its_standard_output_is_onl
     assert json.loads(done.stdout)["status"] == "generated"
     sandbox.play(Answer(status=500))
     failed = command("generate", str(photo), "a hat", "--json", home=tmp_path)
-    assert failed.returncode == outcome.FAILED
+    assert failed.returncode == output.FAILED
     assert json.loads(failed.stdout)["status"] == "failed"
     assert "Traceback" not in failed.stderr
     assert failed.stderr.count("the API answered 500") == 1
@@ -427,6 +428,6 @@ def test_a_prefect_server_that_does_not_answer_is_named_with_its_setting(sandbox
         text=True,
         timeout=240,
     )
-    assert done.returncode == outcome.FAILED
+    assert done.returncode == output.FAILED
     assert "PREFECT_API_URL: Prefect's server at http://127.0.0.1:9/api does not answer: start it" in done.stderr
     assert sandbox.ledger.billed == 0

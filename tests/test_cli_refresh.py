@@ -17,11 +17,12 @@ import yaml
 from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
-from prefect_segmind import cli, outcome, report
-from prefect_segmind.batch import BatchError, BatchResult, Progress, observer, planned
+from prefect_segmind.batch.plan import Plan, PlannedJob
+from prefect_segmind.batch.tally import BatchError, BatchResult, Progress, observer, planned
+from prefect_segmind.cli import commands, output
+from prefect_segmind.cli.progress import batch_progress
 from prefect_segmind.flows import refresh_assets
-from prefect_segmind.plan import Plan, PlannedJob
-from prefect_segmind.progress import batch_progress
+from prefect_segmind.reporting import artifacts
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -47,7 +48,7 @@ def manifest(photo: Path) -> str:
 def refresh(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Runs `refresh … --json`; standard output must be one JSON object and nothing else."""
     capsys.readouterr()
-    code = cli.run(["refresh", *arguments, "--json"])
+    code = commands.run(["refresh", *arguments, "--json"])
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert found.keys() >= KEYS
@@ -102,7 +103,7 @@ def test_a_dry_run_with_assets_that_will_fail_is_done_and_names_every_job_with_w
     assert "lost.jpg does not exist" in jobs[-1]["problem"]
     assert {each["problem"] for each in jobs[:-1]} == {None}
     assert told["jobs_left_out"] == 0
-    assert cli.run(["refresh", manifest, "--set", "season=winter", "--dry-run"]) == 0
+    assert commands.run(["refresh", manifest, "--set", "season=winter", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "7 assets: would generate 1, reuse 5; 1 would fail; would cost 0.05 USD" in out
     assert not re.search(r"\bpaid 0\.00|\d generated", out)
@@ -119,25 +120,25 @@ def test_of_a_long_plan_people_see_the_first_jobs_how_many_more_there_are_and_al
             *(PlannedJob(name=f"mug/{n}", needs="generate", usd=Decimal("0.05")) for n in range(999)),
         ),
     )
-    facts = outcome.dry_run_facts(planned(plan))
+    facts = output.dry_run_facts(planned(plan))
     assert facts["job 1"] == "lost: fail, no such image"
     assert facts["job 20"] == "mug/18: generate, 0.05 USD"
     assert ("job 21" in facts, facts["and"]) == (False, "1480 more")
     assert facts["fails 1"] == "gone: no such image either"
     assert ("fails 2" in facts, "and fail" in facts) == (False, False)
-    told = outcome.batch(planned(plan))
+    told = output.batch(planned(plan))
     assert (len(told["jobs"]), told["jobs_left_out"]) == (1000, 500)
 
 
 def test_the_plan_in_the_ui_names_the_first_hundred_jobs_and_counts_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[str] = []
-    monkeypatch.setattr(report, "create_markdown_artifact", lambda markdown, **_: pages.append(markdown))
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda markdown, **_: pages.append(markdown))
     plan = Plan(
         **{"total": 1500, "generate": 1500, "reuse": 0, "recover": 0, "wait": 0, "fail": 0},
         price_usd=Decimal("0.05"),
         jobs=tuple(PlannedJob(name=f"mug/{n}", needs="generate", usd=Decimal("0.05")) for n in range(1000)),
     )
-    report.publish_plan(plan, "campaign")
+    artifacts.publish_plan(plan, "campaign")
     (page,) = pages
     assert re.findall(r"^- mug/(\d+): generate", page, re.M) == [str(n) for n in range(100)]
     assert "- and 1400 more" in page
@@ -147,7 +148,7 @@ def test_people_read_the_plan_and_then_what_came_of_it(
     sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert cli.run(["refresh", manifest, "--dry-run", "--budget-usd", "0.10"]) == 0
+    assert commands.run(["refresh", manifest, "--dry-run", "--budget-usd", "0.10"]) == 0
     *plan, address = capsys.readouterr().out.splitlines()
     assert re.search(r"in the UI  http://.+/runs/flow-run/[0-9a-f-]{36}$", address)
     assert [" ".join(line.split()) for line in plan] == [
@@ -159,7 +160,7 @@ def test_people_read_the_plan_and_then_what_came_of_it(
         *(f"job {n + 1} mug/{n}: generate, 0.05 USD" for n in range(3)),
     ]
     sandbox.play(Answer(status=422), prompt="number 1")
-    assert cli.run(["refresh", manifest]) == outcome.FAILED
+    assert commands.run(["refresh", manifest]) == output.FAILED
     told = capsys.readouterr()
     assert "3 assets: 2 generated, 1 failed; paid 0.10 USD" in told.out
     assert "mug/1 (generate): the API answered 422" in told.out
@@ -170,11 +171,11 @@ def test_people_read_the_plan_and_then_what_came_of_it(
 @pytest.mark.parametrize(
     ("answer", "options", "code", "stopped"),
     [
-        (Answer(status=422), [], outcome.FAILED, None),
-        (Answer(status=401), [], outcome.ACCOUNT_REFUSED, "the API answered 401"),
-        (Answer(status=406, body='{"error": "Insufficient credits"}'), [], outcome.NO_MONEY, "Insufficient credits"),
-        (Answer(), ["--budget-usd", "0.10"], outcome.NO_MONEY, "the budget of 0.10 USD is reached"),
-        (Answer(status=429, retry_after="300"), [], outcome.FAILED, "the API answered 429"),
+        (Answer(status=422), [], output.FAILED, None),
+        (Answer(status=401), [], output.ACCOUNT_REFUSED, "the API answered 401"),
+        (Answer(status=406, body='{"error": "Insufficient credits"}'), [], output.NO_MONEY, "Insufficient credits"),
+        (Answer(), ["--budget-usd", "0.10"], output.NO_MONEY, "the budget of 0.10 USD is reached"),
+        (Answer(status=429, retry_after="300"), [], output.FAILED, "the API answered 429"),
     ],
     ids=["bad asset", "account", "credits", "budget", "rate limit"],
 )
@@ -218,7 +219,7 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
     wrong.write_text("name,image,prompt,style_type\na,mug.jpg,a mug,realistic\n")
     given = [{"MANIFEST": manifest, "WRONG": str(wrong)}.get(each, each) for each in arguments]
     code, told, _ = refresh(capsys, *given)
-    assert code == outcome.BAD_INPUT
+    assert code == output.BAD_INPUT
     assert said in told["error"]
     assert told["cost_usd"] == "0.00"
     assert sandbox.ledger.requests == ()
@@ -244,7 +245,7 @@ def test_an_interrupt_is_told_as_one_even_if_prefect_fails_on_top_of_it(
         except interrupt:
             raise ConnectionError("Prefect's server is gone") from OSError("refused")
 
-    monkeypatch.setattr(cli, "refresh_assets", interrupted)
+    monkeypatch.setattr(commands, "refresh_assets", interrupted)
     code, told, _ = refresh(capsys, manifest)
     assert (code, told["reused"], told["cost_usd"]) == (130, 3, "0.10")
     assert told["error"].startswith("interrupted; a request that was under way may be billed")
@@ -256,7 +257,7 @@ def test_an_interrupt_while_planning_does_not_speak_of_a_bill(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefect_segmind.configuration.source_reader", interrupted)  # the plan is made with it
+    monkeypatch.setattr("prefect_segmind.services.source_reader", interrupted)  # the plan is made with it
     code, told, err = refresh(capsys, manifest)
     assert (code, told["total"], sandbox.ledger.requests) == (130, 0, ())
     assert told["error"] == "interrupted; the same command again goes on from here"
@@ -286,9 +287,9 @@ class Typing(io.StringIO):
 @pytest.mark.parametrize(
     ("typed", "code", "billed"),
     [
-        ("yes\n", outcome.DONE, 3),
-        ("perhaps\n\n0.10\n", outcome.DONE, 2),
-        ("no\n", outcome.NO_MONEY, 0),
+        ("yes\n", output.DONE, 3),
+        ("perhaps\n\n0.10\n", output.DONE, 2),
+        ("no\n", output.NO_MONEY, 0),
     ],
 )
 def test_a_person_is_asked_in_the_terminal_and_the_answer_counts(
@@ -313,7 +314,7 @@ def test_a_person_is_asked_in_the_terminal_and_the_answer_counts(
 
 def test_yes_asks_nobody(sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, told, people = refresh(capsys, manifest, "--approve-above-usd", "0", "--yes")
-    assert (code, told["generated"]) == (outcome.DONE, 3)
+    assert (code, told["generated"]) == (output.DONE, 3)
     assert "Go on?" not in people
 
 
@@ -322,7 +323,7 @@ def test_where_nobody_can_be_asked_nothing_is_paid(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
     code, told, _ = refresh(capsys, manifest, "--approve-above-usd", "0.05")
-    assert code == outcome.BAD_INPUT
+    assert code == output.BAD_INPUT
     assert "with --yes" in told["error"]
     assert sandbox.ledger.requests == ()
 
@@ -344,7 +345,7 @@ def test_defaults_and_a_place_to_publish_to_are_options(
     assert {each["published"] for each in told["images"]} == {str(live / "mug" / f"{n}.jpg") for n in range(3)}
     assert {each["seed"] for each in told["images"]} == {4711}
     code, told, _ = refresh(capsys, manifest, "--default", "seed=many")
-    assert (code, "defaults.seed: 'many' is not allowed" in told["error"]) == (outcome.BAD_INPUT, True)
+    assert (code, "defaults.seed: 'many' is not allowed" in told["error"]) == (output.BAD_INPUT, True)
 
 
 def test_with_on_unknown_fail_an_asset_whose_request_may_have_been_billed_fails_alone(
@@ -352,15 +353,15 @@ def test_with_on_unknown_fail_an_asset_whose_request_may_have_been_billed_fails_
 ) -> None:
     sandbox.play(Answer(status=504), prompt="number 1")
     code, told, _ = refresh(capsys, manifest, "--on-unknown", "fail")
-    assert (code, told["generated"], told["failed"], told["possibly_billed_usd"]) == (outcome.FAILED, 2, 1, "0.05")
+    assert (code, told["generated"], told["failed"], told["possibly_billed_usd"]) == (output.FAILED, 2, 1, "0.05")
     assert len(sandbox.ledger.requests) == 3, "no second one for it"
 
 
 def test_no_more_requests_are_sent_in_any_minute_than_the_option_says(
     sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefect_segmind.pace.WINDOW_SECONDS", 2.0)  # a short minute
+    monkeypatch.setattr("prefect_segmind.limits.rate_limiter.WINDOW_SECONDS", 2.0)  # a short minute
     code, told, _ = refresh(capsys, manifest, "--requests-per-minute", "1")
-    assert (code, told["generated"]) == (outcome.DONE, 3)
+    assert (code, told["generated"]) == (output.DONE, 3)
     sent = sorted(each.time for each in sandbox.ledger.requests)
     assert all((after - before).total_seconds() > 1.5 for before, after in pairwise(sent))

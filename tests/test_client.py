@@ -1,4 +1,4 @@
-"""Promises of `prefect_segmind.client`, kept over real HTTP on loopback: what comes of whatever the API answers."""
+"""Promises of `prefect_segmind.api.client`, kept over real HTTP on loopback: what comes of whatever the API answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from prefect_segmind import client as room
-from prefect_segmind import configuration, errors
-from prefect_segmind.client import SegmindClient, on_loopback
+from prefect_segmind import errors, services
+from prefect_segmind.api import client as room
+from prefect_segmind.api.client import SegmindClient, on_loopback
+from prefect_segmind.api.request import ImageToImageRequest
+from prefect_segmind.archive.record import PaidPicture
 from prefect_segmind.credentials import load_credentials
-from prefect_segmind.record import PaidPicture
-from prefect_segmind.request import ImageToImageRequest
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
 from tests.walk import up_to_upload
@@ -244,7 +244,7 @@ class TestPictures:
         found = set()
         with load_credentials().get_client() as client:
             for kind in kinds:
-                request = job.request(configuration.open_uploads(None).address(uploaded.uri))
+                request = job.request(services.open_uploads(None).address(uploaded.uri))
                 picture = client.generate(request, photo.with_name(kind))
                 found.add((picture.sha256, picture.seed, picture.cost_usd, picture.cost_source, picture.notices))
         assert found == {(picture.sha256, job.seed, Decimal("0.05"), "x-cost", ())}
@@ -506,9 +506,9 @@ class TestLinks:
 IN_A_SMALL_DISK = f"""
 import resource, signal, sys
 from pathlib import Path
-from prefect_segmind.client import SegmindClient
+from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.errors import OutboxError
-from prefect_segmind.request import ImageToImageRequest
+from prefect_segmind.api.request import ImageToImageRequest
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from prefect_segmind.contact_sheet import MAX_LABELS, MAX_SIDE, contact_sheet
+from prefect_segmind.images.contact_sheet import MAX_LABELS, MAX_SIDE, contact_sheet
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]

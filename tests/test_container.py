@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from prefect_segmind.container import PNG_END, describe_tiff, full_pages, is_cut, split_png, without_odd_metadata
 from prefect_segmind.errors import SourceImageError
-from prefect_segmind.image import BrokenPicture, inspect, picture_of
-from prefect_segmind.normalisation import prepare, thumbnail
+from prefect_segmind.images.container import PNG_END, describe_tiff, full_pages, is_cut, split_png, without_odd_metadata
+from prefect_segmind.images.conversion import prepare, thumbnail
+from prefect_segmind.images.inspection import BrokenPicture, inspect, picture_of
 from tests.test_image import FILES, chunk, exif, gradient, opened, png, saved
 
 PNG = FILES["png"]

@@ -26,7 +26,7 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL
 
-from prefect_segmind import configuration
+from prefect_segmind import services
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(840)]
@@ -359,7 +359,7 @@ def the_schedule_runs_with_its_own_parameters(sandbox: Sandbox, team: Team) -> N
 
 
 def every_picture_is_in_the_archive_and_billed_once(sandbox: Sandbox) -> None:
-    archive = configuration.open_archive(None)
+    archive = services.open_archive(None)
     names = {key.rpartition("/")[0] for key in archive.store.keys("") if key.endswith((".jpg", ".png", ".webp"))}
     pictures = {
         "shop/mug",
@@ -405,5 +405,5 @@ def test_without_a_work_pool_one_process_serves_the_same(
             server.kill()
             server.wait()
     assert sandbox.ledger.billed == 2
-    keys = set(configuration.open_archive(None).store.keys("mug/"))
+    keys = set(services.open_archive(None).store.keys("mug/"))
     assert [each for each in keys if "contact-sheet" in each]

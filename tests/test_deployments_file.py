@@ -48,10 +48,10 @@ from prefect.utilities.templating import find_placeholders
 from pydantic import BaseModel
 
 from prefect_segmind import flows
+from prefect_segmind.api.request import parse_job
 from prefect_segmind.errors import InvalidJobError
-from prefect_segmind.manifest_source import load_manifest
-from prefect_segmind.request import parse_job
-from prefect_segmind.template import render
+from prefect_segmind.manifest.loading import load_manifest
+from prefect_segmind.manifest.templates import render
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deployments"

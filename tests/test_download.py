@@ -1,4 +1,4 @@
-"""Promises of `prefect_segmind.download`, kept over real HTTP on loopback."""
+"""Promises of `prefect_segmind.storage.http`, kept over real HTTP on loopback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_segmind.download import Destination, Downloaded, DownloadError, download, download_bytes
+from prefect_segmind.storage.http import Destination, Downloaded, DownloadError, download, download_bytes
 
 LOOPBACK = Destination(allow_loopback=True)
 LIMIT = 1_000_000
@@ -225,7 +225,7 @@ class TestFailing:
 
     def test_a_body_that_drips_ends_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = iter(range(0, 10_000, 50))
-        monkeypatch.setattr("prefect_segmind.download.time.monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr("prefect_segmind.storage.http.time.monotonic", lambda: float(next(clock)))
         with Server(answer()) as server:
             error = failure(server.url, timeout=99)
         assert error.retryable

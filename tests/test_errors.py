@@ -16,6 +16,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind import errors
+from prefect_segmind.archive.record import Answered
 from prefect_segmind.errors import (
     ADVICE,
     STATUS_ERRORS,
@@ -33,8 +34,7 @@ from prefect_segmind.errors import (
     redact,
     status_error,
 )
-from prefect_segmind.record import Answered
-from prefect_segmind.retry import Decision
+from prefect_segmind.limits.retry import Decision
 
 CLASSES = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SegmindError)]
 CORE = ["errors", "fingerprint", "price", "record", "request", "resolution", "retry", "response"]

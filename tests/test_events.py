@@ -15,11 +15,12 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 
-from prefect_segmind import asking, image_to_image, refresh_assets
-from prefect_segmind import events as our_events
-from prefect_segmind.approval import Answer as Answered
-from prefect_segmind.batch import BatchError
+from prefect_segmind import image_to_image, refresh_assets
+from prefect_segmind.batch.approval import Answer as Answered
+from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
+from prefect_segmind.flows import approval_form
+from prefect_segmind.reporting import events as our_events
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -126,12 +127,12 @@ def test_credits_that_end_a_trimmed_batch_are_told_too(
     sandbox: Sandbox, manifest: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
-    token = asking.asker.set(lambda _: Answered("trim", Decimal("0.10")))
+    token = approval_form.asker.set(lambda _: Answered("trim", Decimal("0.10")))
     try:
         with pytest.raises(BatchError):
             refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
     finally:
-        asking.asker.reset(token)
+        approval_form.asker.reset(token)
     assert events(3)[-1]["event"] == "prefect-segmind.credits.exhausted"
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind import checks, configuration
+from prefect_segmind import services
+from prefect_segmind.api.request import Job
+from prefect_segmind.archive.outbox import Outbox
+from prefect_segmind.cli import check
 from prefect_segmind.errors import (
     ApiUnreachableError,
     ConfigurationError,
@@ -23,14 +26,12 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.inbox import open_inbox
-from prefect_segmind.manifest_source import load_manifest
-from prefect_segmind.outbox import Outbox
-from prefect_segmind.request import Job
-from prefect_segmind.s3 import S3Store, s3_client
-from prefect_segmind.s3_errors import explained
+from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.sandbox import Sandbox
-from prefect_segmind.spool import Spool
+from prefect_segmind.storage.s3 import S3Store, s3_client
+from prefect_segmind.storage.s3_errors import explained
+from prefect_segmind.storage.spool import Spool
 
 
 def failing(code: int, path: str | None = None) -> Callable[..., Any]:
@@ -49,7 +50,7 @@ class Full(BytesIO):
 
 def put_manifest(sandbox: Sandbox, tmp_path: Path) -> str:
     text = b"image,prompt\ns3://segmind/mug.jpg,a mug\n"
-    configuration.s3_client().put_object(Bucket="segmind", Key=f"{tmp_path.name}.csv", Body=text)
+    services.s3_client().put_object(Bucket="segmind", Key=f"{tmp_path.name}.csv", Body=text)
     return f"s3://segmind/{tmp_path.name}.csv"
 
 
@@ -63,7 +64,7 @@ class TestATemporaryFolder:
         place = put_manifest(sandbox, tmp_path)
         monkeypatch.setattr(tempfile, "TemporaryFile", made)
         with pytest.raises(StoreError, match=r"cannot use a temporary file .*TMPDIR") as caught:
-            load_manifest(place, None, s3=configuration.s3_client)
+            load_manifest(place, None, s3=services.s3_client)
         assert type(caught.value) is StoreError
         assert tempfile.gettempdir() in str(caught.value)
         assert "credentials" not in str(caught.value)
@@ -71,7 +72,7 @@ class TestATemporaryFolder:
     def test_that_is_missing_is_named(self, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         place, missing = put_manifest(sandbox, tmp_path), str(tmp_path / "gone")
         monkeypatch.setattr(tempfile, "tempdir", missing)
-        for use in (lambda: load_manifest(place, None, s3=configuration.s3_client), lambda: Spool(Job)):
+        for use in (lambda: load_manifest(place, None, s3=services.s3_client), lambda: Spool(Job)):
             with pytest.raises(StoreError, match=r"No such file or directory.*TMPDIR") as caught:
                 use()
             assert missing in str(caught.value)
@@ -126,7 +127,7 @@ def test_a_manifest_on_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: py
     (manifest := tmp_path / "m.csv").write_text("image,prompt\n")
     monkeypatch.setattr(Path, "open", lambda *_: Broken())
     with pytest.raises(ManifestError, match="it cannot be read: Input/output error"):
-        load_manifest(str(manifest), None, s3=configuration.s3_client)
+        load_manifest(str(manifest), None, s3=services.s3_client)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_file_that_cannot_be_moved_out_of_the_inbox_says_why(
     code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cup.png").write_bytes(b"x")
-    inbox = open_inbox(str(tmp_path), configuration.s3_client)
+    inbox = open_inbox(str(tmp_path), services.s3_client)
     (file,) = inbox.look(0).settled
     monkeypatch.setattr(Path, "replace", failing(code))
     with pytest.raises(StoreError, match=f"{os.strerror(code)}; .*{words}"):
@@ -165,6 +166,6 @@ class TestAnOutbox:
 
 
 def test_check_says_that_an_upload_place_on_disk_is_none(tmp_path: Path) -> None:
-    looks = dict(checks.all_checks(None, None, str(tmp_path)))
+    looks = dict(check.all_checks(None, None, str(tmp_path)))
     with pytest.raises(ConfigurationError, match="is no s3:// place, so the provider could not read it"):
         looks["upload place"]()

@@ -34,16 +34,16 @@ from prefect_segmind import (
     ArchivedImage,
     Job,
     archive_image,
-    configuration,
     generate_image,
     image_to_image,
     publish_image,
+    services,
     upload_image,
     validate_job,
 )
-from prefect_segmind.client import SegmindClient
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import BadGatewayError, InvalidJobError, InvalidKeyError, RateLimitError
-from prefect_segmind.resolution import Resolution
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -204,7 +204,7 @@ def test_all_mistakes_of_a_job_are_told_at_once_and_nothing_is_uploaded(sandbox:
     for line in ("Did you mean REALISTIC?", "Did you mean RESOLUTION_768_1280?", "Did you mean 1?"):
         assert line in str(error.value)
     assert sandbox.ledger.requests == ()
-    assert list(configuration.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store.keys("")) == []
+    assert list(services.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store.keys("")) == []
 
 
 def test_before_and_after_stand_side_by_side_in_an_artifact_that_never_expires(sandbox: Sandbox, photo: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_report_that_cannot_be_made_does_not_fail_a_paid_run(
     def gone(*_: object, **__: object) -> None:
         raise ConnectionError("no artifacts today")
 
-    monkeypatch.setattr("prefect_segmind.report.create_markdown_artifact", gone)
+    monkeypatch.setattr("prefect_segmind.reporting.artifacts.create_markdown_artifact", gone)
     assert run(photo).result().status == "generated"
     assert "no artifacts today" in caplog.text
 

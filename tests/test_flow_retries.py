@@ -27,19 +27,19 @@ from prefect_segmind import (
     BatchError,
     BatchResult,
     archive_image,
-    client,
-    configuration,
     generate_image,
     image_to_image,
     produce_asset,
     refresh_assets,
+    services,
     upload_image,
     validate_job,
 )
-from prefect_segmind.download import DownloadError
+from prefect_segmind.api import client
+from prefect_segmind.archive.record import Attempt, Record
 from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLimitError, SegmindError
-from prefect_segmind.record import Attempt, Record
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.storage.http import DownloadError
 from tests.walk import up_to_upload
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -313,7 +313,7 @@ def test_a_batch_stops_after_so_many_answers_without_a_picture_whatever_has_it_r
 def test_a_batch_whose_unreadable_answers_are_read_by_now_goes_on_in_its_next_try(
     sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
     real = client.download
 
     def down(*arguments: Any, **more: Any) -> object:
@@ -321,7 +321,7 @@ def test_a_batch_whose_unreadable_answers_are_read_by_now_goes_on_in_its_next_tr
             raise DownloadError("the network is down")
         return real(*arguments, **more)
 
-    monkeypatch.setattr("prefect_segmind.client.download", down)
+    monkeypatch.setattr("prefect_segmind.api.client.download", down)
     sandbox.play(*[Answer(kind="json_url")] * 3)
     result = run(campaign(5), 1, max_concurrency=1)
     assert (result.failed, result.not_started, result.stopped) == (0, 0, None)
@@ -383,7 +383,7 @@ def test_a_budget_holds_in_all_tries_for_pictures_that_are_known_by_an_older_spe
         assert job.earlier
         lost = Attempt(run="long ago", sent_at=datetime.now(UTC), status=502, reason="lost", possibly_billed=True)
         before = Record(fingerprint=job.earlier.fingerprint, attempts=(lost,))
-        configuration.open_archive(None).write(before, None)
+        services.open_archive(None).write(before, None)
     sandbox.play(*[LOST] * 12)
     result = run(str(manifest), 2, max_concurrency=1, budget_usd=Decimal("0.10"))
     agrees(result, sandbox)

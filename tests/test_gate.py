@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind import gate as module
+from prefect_segmind.archive.record import Answered
 from prefect_segmind.errors import (
     AnswerCutError,
     ApiUnreachableError,
@@ -36,8 +36,8 @@ from prefect_segmind.errors import (
     UnprocessableError,
     UnusableAnswersError,
 )
-from prefect_segmind.gate import PARKED, Admission, Gate
-from prefect_segmind.record import Answered
+from prefect_segmind.limits import admission as module
+from prefect_segmind.limits.admission import PARKED, Admission, Gate
 
 PRICE = Decimal("0.05")
 STOP = RunCancelledError("the run was cancelled")

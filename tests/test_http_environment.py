@@ -9,12 +9,13 @@ import certifi
 import httpx
 import pytest
 
-from prefect_segmind import cli, configuration, outcome
-from prefect_segmind.client import SegmindClient
+from prefect_segmind import services
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.cli import commands, output
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.http_environment import check_environment, proxy_for, ssl_context
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.storage.http_environment import check_environment, proxy_for, ssl_context
 
 WRONG = [
     ("SSL_CERT_FILE", "/no/such/file"),
@@ -46,7 +47,7 @@ def nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_wrong_variable_is_named_with_what_to_do(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if value.startswith("socks"):
-        monkeypatch.setattr("prefect_segmind.http_environment.find_spec", lambda _: None)
+        monkeypatch.setattr("prefect_segmind.storage.http_environment.find_spec", lambda _: None)
     monkeypatch.setenv(name, value)
     for made in (check_environment, lambda: SegmindClient("SG_0123456789", "https://api.example/v1")):
         with pytest.raises(ConfigurationError, match=f"^{name}: .*(name|write)") as caught:
@@ -72,13 +73,13 @@ def test_check_and_all_commands_say_it_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert cli.run(["check"]) == outcome.BAD_INPUT
+    assert commands.run(["check"]) == output.BAD_INPUT
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"bad  proxy and certificates: {name}: ")
     assert [line for line in lines if line.startswith(f"bad  Prefect server: {name}: ")]
     (manifest := photo.with_suffix(".csv")).write_text(f"image,prompt\n{photo.name},a mug\n")
     for command in (["generate", str(photo), "a mug"], ["refresh", str(manifest)], ["demo", "--folder", str(photo)]):
-        assert cli.run(command) == outcome.BAD_INPUT
+        assert commands.run(command) == output.BAD_INPUT
         said = capsys.readouterr()
         assert f"{name}: " in said.err
         assert "Traceback" not in said.out + said.err
@@ -91,7 +92,7 @@ def test_a_block_that_cannot_be_asked_for_is_told_so_too(monkeypatch: pytest.Mon
         load_credentials("marketing")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK", "aws-credentials/prod")
     with pytest.raises(ConfigurationError, match=r"^NO_PROXY: "):
-        configuration.s3_client()
+        services.s3_client()
 
 
 def test_check_says_which_way_the_api_is_reached(
@@ -100,10 +101,10 @@ def test_check_says_which_way_the_api_is_reached(
     monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost,::1")
-    cli.run(["check"])
+    commands.run(["check"])
     assert "the API is reached directly, with the certificates of SSL_CERT_FILE" in capsys.readouterr().out
     monkeypatch.setenv("SEGMIND_BASE_URL", "https://api.example/v1")
-    cli.run(["check"])
+    commands.run(["check"])
     assert "the API is reached through the proxy of the environment" in capsys.readouterr().out
 
 

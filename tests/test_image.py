@@ -19,17 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
-from prefect_segmind import image, normalisation
 from prefect_segmind.errors import SourceImageError
-from prefect_segmind.image import (
-    MAX_BYTES,
-    MAX_PIXELS,
-    BrokenPicture,
-    fitted_size,
-    inspect,
-    read_picture,
-)
-from prefect_segmind.normalisation import prepare, thumbnail
+from prefect_segmind.images import conversion, inspection
+from prefect_segmind.images.conversion import prepare, thumbnail
+from prefect_segmind.images.inspection import MAX_BYTES, MAX_PIXELS, BrokenPicture, fitted_size, inspect, read_picture
 
 
 def saved(picture: Image.Image, format: str, **options: Any) -> bytes:
@@ -399,7 +392,7 @@ class TestPrepare:
         assert all(abs(each - 90) <= 2 for each in pixel)
 
     def test_a_file_of_more_than_ten_megabytes_is_made_to_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for room in (image, normalisation):
+        for room in (inspection, conversion):
             monkeypatch.setattr(room, "MAX_BYTES", 40_000)  # the same code at a hundredth of the time
         for mode, extension in [("RGB", "jpg"), ("RGBA", "webp")]:
             data = saved(noise((300, 150), mode), "PNG")
@@ -419,7 +412,7 @@ class TestPrepare:
     def test_sides_that_jpeg_and_webp_cannot_hold_become_png(
         self, opaque: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for room in (image, normalisation):
+        for room in (inspection, conversion):
             monkeypatch.setattr(room, "MAX_BYTES", 60_000)
         mode = "RGB" if opaque else "RGBA"
         data = saved(noise((70_000, 1), mode), "TIFF")
@@ -520,7 +513,7 @@ class TestReadPicture:
             except BrokenPicture as broken:
                 verdicts[0] = broken.truncated
             try:
-                image.load_picture(image.open_picture(data), data)
+                inspection.load_picture(inspection.open_picture(data), data)
             except BrokenPicture as broken:
                 verdicts[1] = broken.truncated
             assert verdicts[0] == verdicts[1]

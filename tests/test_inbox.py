@@ -32,7 +32,6 @@ from moto.s3.exceptions import PreconditionFailed
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from prefect_segmind import inbox as module
 from prefect_segmind.errors import (
     BucketNotFoundError,
     ConfigurationError,
@@ -40,8 +39,9 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.inbox import Inbox, InboxFile, Look, Memory, open_inbox
-from prefect_segmind.store import LocalStore
+from prefect_segmind.inbox import open_inbox as module
+from prefect_segmind.inbox.open_inbox import Inbox, InboxFile, Look, Memory, open_inbox
+from prefect_segmind.storage.store import LocalStore
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 HOUR = 3600.0
@@ -914,7 +914,7 @@ def test_a_move_that_stops_half_way_says_where_the_file_is(tmp_path, monkeypatch
 
 def test_an_inbox_on_disk_does_not_load_boto3(tmp_path):
     code = f"""
-import sys, prefect_segmind.inbox as i
+import sys, prefect_segmind.inbox.open_inbox as i
 i.open_inbox({str(tmp_path)!r}, None).look(0)
 print([name for name in ("boto3", "botocore", "prefect") if name in sys.modules])
 """

@@ -13,10 +13,11 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.runtime import deployment
 
-from prefect_segmind import cli, configuration, image_to_image, refresh_assets
+from prefect_segmind import image_to_image, refresh_assets, services
+from prefect_segmind.cli import commands
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.place import is_relative
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.storage.open_store import is_relative
 
 PREFIX = "PREFECT_INTEGRATIONS_SEGMIND_"
 
@@ -42,40 +43,40 @@ class TestInADeployment:
     @pytest.mark.parametrize("place", ["pictures", "./pictures", "../pictures", "pictures/2026", " pictures"])
     def test_a_relative_archive_is_refused_by_the_name_of_its_parameter(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match=r"^archive: .* is a relative folder") as caught:
-            configuration.open_archive(place)
+            services.open_archive(place)
         for said in (repr(place.strip()), "nothing was paid", "s3://bucket/prefix", "/srv/pictures"):
             assert said in str(caught.value)
 
     def test_and_by_the_name_of_its_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "pictures")
         with pytest.raises(ConfigurationError, match=f"^{PREFIX}ARCHIVE: 'pictures' is a relative folder"):
-            configuration.open_archive(None)
+            services.open_archive(None)
 
     def test_so_is_an_outbox(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "outbox")
         with pytest.raises(ConfigurationError, match=f"^{PREFIX}OUTBOX: 'outbox' is a relative folder"):
-            configuration.open_outbox()
+            services.open_outbox()
 
     def test_so_is_the_outbox_in_a_relative_home_of_prefect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("prefect_segmind.settings.PREFECT_HOME.value", lambda: Path("home"), raising=False)
         with pytest.raises(ConfigurationError, match=r"^PREFECT_HOME: 'home/segmind/outbox' is a relative folder"):
-            configuration.open_outbox()
+            services.open_outbox()
 
     @pytest.mark.parametrize("place", ["live", "live/{name}.jpg", "{name}.jpg"])
     def test_so_is_a_place_to_publish_to(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match=r"^publish_to: .* is a relative folder"):
-            configuration.open_publisher(place)
+            services.open_publisher(place)
 
     @pytest.mark.parametrize("folder", ["/tmp/tmpab_12xyzprefect/clone", "/tmp/runner_storage/1f2e/clone"])
     def test_so_is_a_folder_that_prefect_deletes_with_the_run(self, folder: str) -> None:
         with pytest.raises(ConfigurationError, match="in a folder that Prefect deletes"):
-            configuration.open_archive(f"{folder}/pictures")
+            services.open_archive(f"{folder}/pictures")
 
     @pytest.mark.parametrize("file", [".env", "prefect.toml", "pyproject.toml"])
     def test_what_a_file_names_is_taken_from_the_folder_of_the_file(self, file: str, folder: Path) -> None:
         write(folder / file, archive="pictures", outbox="../outbox")
-        assert configuration.open_archive(None).url == str(folder / "pictures")
-        assert configuration.open_outbox().folder == folder / "../outbox"
+        assert services.open_archive(None).url == str(folder / "pictures")
+        assert services.open_outbox().folder == folder / "../outbox"
 
     def test_absolute_folders_homes_and_buckets_are_taken(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(folder))
@@ -85,10 +86,10 @@ class TestInADeployment:
             (folder / "pictures").as_uri(),
             f"file:{folder}/pictures",
         ):
-            assert configuration.open_archive(place).url == str(folder / "pictures")
-            assert configuration.open_publisher(place)
+            assert services.open_archive(place).url == str(folder / "pictures")
+            assert services.open_publisher(place)
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "~/outbox")
-        assert configuration.open_outbox().folder == folder / "outbox"
+        assert services.open_outbox().folder == folder / "outbox"
 
 
 def write(path: Path, **settings: str) -> None:
@@ -106,27 +107,27 @@ class TestElsewhere:
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "outbox")
         for here in (folder, tmp_path):
             monkeypatch.chdir(here)
-            assert configuration.open_archive("pictures").url == str(here / "pictures")
-            assert configuration.open_outbox().folder == here / "outbox"
+            assert services.open_archive("pictures").url == str(here / "pictures")
+            assert services.open_outbox().folder == here / "outbox"
 
     def test_a_variable_wins_over_a_file_and_one_file_over_the_next(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(folder / "pyproject.toml", archive="third", outbox="/third")
         write(folder / "prefect.toml", archive="/second", outbox="second")
-        assert configuration.open_archive(None).url == "/second"
-        assert configuration.open_outbox().folder == folder / "second"
+        assert services.open_archive(None).url == "/second"
+        assert services.open_outbox().folder == folder / "second"
         write(folder / ".env", archive="first")
-        assert configuration.open_archive(None).url == str(folder / "first")
+        assert services.open_archive(None).url == str(folder / "first")
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "s3://bucket/archive")
-        assert configuration.load_settings().archive == "s3://bucket/archive"
+        assert services.load_settings().archive == "s3://bucket/archive"
 
     @pytest.mark.parametrize("place", ["file:pictures", "FILE:pictures", "file://host/pictures"])
     def test_a_file_url_without_a_whole_path_is_refused(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match="file:///folder"):
-            configuration.open_archive(place)
+            services.open_archive(place)
         with pytest.raises(ConfigurationError, match="publish_to"):
-            configuration.open_publisher(place)
+            services.open_publisher(place)
 
 
 def test_check_says_what_a_relative_place_is_and_that_deployments_refuse_it(
@@ -134,7 +135,7 @@ def test_check_says_what_a_relative_place_is_and_that_deployments_refuse_it(
 ) -> None:
     monkeypatch.setenv(f"{PREFIX}ARCHIVE", "pictures")
     monkeypatch.setenv(f"{PREFIX}OUTBOX", "outbox")
-    cli.run(["check"])
+    commands.run(["check"])
     lines = {line.split(": ")[0]: line for line in capsys.readouterr().out.splitlines()}
     for title, place in {"archive": "pictures", "outbox": "outbox"}.items():
         line = lines[f"mind {title}"]

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind import configuration, lease
-from prefect_segmind.archive import Archive
+from prefect_segmind import services
+from prefect_segmind.archive import leases
+from prefect_segmind.archive.archive import Archive
+from prefect_segmind.archive.record import Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError
-from prefect_segmind.record import Record, Run
-from prefect_segmind.s3 import S3Store
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.storage.s3 import S3Store
 from tests.walk import archive_picture, generate, up_to_upload, walk
 
 
@@ -29,22 +30,22 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def claimed(archive: Archive, fingerprint: str, run: str = "a run") -> lease.Claim:
-    claim = lease.claim(archive, archive.read(fingerprint), fingerprint, Run(run))
+def claimed(archive: Archive, fingerprint: str, run: str = "a run") -> leases.Claim:
+    claim = leases.claim(archive, archive.read(fingerprint), fingerprint, Run(run))
     assert claim is not None
     return claim
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
-    return configuration.open_archive(str(tmp_path / "archive"))
+    return services.open_archive(str(tmp_path / "archive"))
 
 
 def test_a_renewal_under_way_never_overwrites_a_record_that_is_done(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generated = generate(*up_to_upload(photo))
-    claim = lease.held_claim(configuration.open_archive(None), generated.job.fingerprint)
+    claim = leases.held_claim(services.open_archive(None), generated.job.fingerprint)
     assert claim is not None
     checked, go_on, put = threading.Event(), threading.Event(), S3Store._put
 
@@ -61,7 +62,7 @@ def test_a_renewal_under_way_never_overwrites_a_record_that_is_done(
     threading.Timer(0.5, go_on.set).start()
     archive_picture(generated)
     renewal.join()
-    again = configuration.open_archive(None).read(generated.job.fingerprint)
+    again = services.open_archive(None).read(generated.job.fingerprint)
     assert again is not None
     assert again.record.state == "done"
     assert walk(photo).status == "reused"
@@ -76,7 +77,7 @@ def test_a_claim_that_is_released_is_not_renewed(archive: Archive, monkeypatch: 
     claim.renew()
     with pytest.raises(PreconditionFailedError, match="let go"):
         claim.write(Record.renewed)
-    assert lease.held_claim(archive, "ab" * 32) is None
+    assert leases.held_claim(archive, "ab" * 32) is None
 
 
 def test_a_claim_that_is_no_longer_needed_is_given_up_in_the_record_too(archive: Archive) -> None:
@@ -95,7 +96,7 @@ def test_a_write_keeps_the_claim_that_was_about_to_end(archive: Archive) -> None
     claim.hold(-1)
     claim.write(Record.renewed)
     claim.renew()
-    assert lease.held_claim(archive, "ab" * 32) is claim
+    assert leases.held_claim(archive, "ab" * 32) is claim
     claim.release()
 
 
@@ -108,13 +109,13 @@ def test_a_claim_is_given_up_even_if_the_archive_is_down(archive: Archive, monke
     with monkeypatch.context() as now:
         now.setattr(archive, "write", down)
         claim.give_up()
-    assert lease.held_claim(archive, "ab" * 32) is None
+    assert leases.held_claim(archive, "ab" * 32) is None
 
 
 def test_a_record_that_was_just_written_is_not_written_again(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = claimed(archive, "ab" * 32)
     assert not claim.take_turn()
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.0)
     assert claim.take_turn()
     assert not claim.take_turn(), "one renewal of a claim at a time"
     claim.renew()
@@ -142,8 +143,8 @@ def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
 
     with monkeypatch.context() as now:
         now.setattr(archive, "write", slow)
-        now.setattr(lease, "RENEW_SECONDS", 0.05)
-        now.setattr(lease, "LOOK_SECONDS", 0.05)
+        now.setattr(leases, "RENEW_SECONDS", 0.05)
+        now.setattr(leases, "LOOK_SECONDS", 0.05)
         wait_for(lambda: hanging.is_set() and broke.is_set())
         before = renewals()
         wait_for(lambda: renewals() >= before + 3)
@@ -157,7 +158,7 @@ def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
 HANGS = """
 import sys, threading, time
 from prefect_segmind import configuration, lease
-from prefect_segmind.record import Run
+from prefect_segmind.archive.record import Run
 lease.RENEW_SECONDS = lease.LOOK_SECONDS = 0.05
 archive = configuration.open_archive(sys.argv[1])
 claim = lease.claim(archive, None, "ab" * 32, Run("a run"))
@@ -181,6 +182,6 @@ def test_a_process_whose_name_is_no_text_is_alive_like_any_other() -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     try:
         wait_for(lambda: b"caf\xe9" in Path(f"/proc/{child.pid}/comm").read_bytes())
-        assert lease._process_started(child.pid)
+        assert leases._process_started(child.pid)
     finally:
         child.communicate(b"\n")

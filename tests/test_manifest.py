@@ -17,10 +17,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind import manifest_text
+from prefect_segmind.api.request import Job, MagicPromptOption, parse_job
 from prefect_segmind.errors import InvalidJobError, ManifestError
-from prefect_segmind.fingerprint import fingerprint
-from prefect_segmind.manifest import (
+from prefect_segmind.jobs.fingerprint import fingerprint
+from prefect_segmind.manifest import formats
+from prefect_segmind.manifest.expansion import (
     MAX_ASSETS,
     Expansion,
     Found,
@@ -31,9 +32,8 @@ from prefect_segmind.manifest import (
     shown,
     unknown,
 )
-from prefect_segmind.manifest_text import read_text, write_manifest
-from prefect_segmind.request import Job, MagicPromptOption, parse_job
-from prefect_segmind.template import TemplateMistake, meant, render, template_names, written
+from prefect_segmind.manifest.formats import read_text, write_manifest
+from prefect_segmind.manifest.templates import TemplateMistake, meant, render, template_names, written
 
 DOCS = Path(__file__).parents[1] / "docs"
 ASSET = {"image": "mug.jpg", "prompt": "a red mug"}
@@ -344,13 +344,13 @@ def test_a_document_has_limits_that_streams_do_not_have(monkeypatch):
     many = json.dumps({"assets": [{**ASSET, "name": str(n)} for n in range(MAX_ASSETS + 1)]})
     told = "it has 10,001 assets, more than 10,000: use JSON Lines (.jsonl) or CSV, which are read row by row"
     assert mistake(many, "JSON") == told
-    monkeypatch.setattr(manifest_text, "MAX_TEXT", 1_000_000)
+    monkeypatch.setattr(formats, "MAX_TEXT", 1_000_000)
     told = "it has more than 1 MB: use JSON Lines (.jsonl) or CSV, which are read row by row"
     assert mistake(f"assets: []\n#{'x' * 1_000_000}") == told
 
 
 def test_the_slower_reader_of_yaml_says_the_same(monkeypatch):
-    monkeypatch.setattr(manifest_text, "_LOADER", yaml.SafeLoader)
+    monkeypatch.setattr(formats, "_LOADER", yaml.SafeLoader)
     assert jobs(FORMS["YAML"]) == [MUG]
     assert mistake("assets:\n\t- a").startswith("line 2, column 1: ")
 

@@ -19,6 +19,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 from pydantic import BaseModel
 
+from prefect_segmind.api.request import Job
 from prefect_segmind.errors import (
     BucketNotFoundError,
     ConfigurationError,
@@ -28,13 +29,12 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.manifest import Found
-from prefect_segmind.manifest_source import Images, load_manifest
-from prefect_segmind.manifest_text import write_manifest
-from prefect_segmind.request import Job
+from prefect_segmind.manifest.expansion import Found
+from prefect_segmind.manifest.formats import write_manifest
+from prefect_segmind.manifest.loading import Images, load_manifest
+from prefect_segmind.pipeline.source import SourceReader, found_path
 from prefect_segmind.sandbox import Sandbox
-from prefect_segmind.source import SourceReader, found_path
-from prefect_segmind.spool import Spool
+from prefect_segmind.storage.spool import Spool
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
@@ -136,7 +136,7 @@ def test_a_text_that_is_no_utf8_is_told_with_its_line(tmp_path):
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("prefect_segmind.manifest_source.MAX_TEXT", 1_000_000)
+    monkeypatch.setattr("prefect_segmind.manifest.loading.MAX_TEXT", 1_000_000)
     assert mistake(write(tmp_path, "m.jsonl", b"\n" + b" " * 1_000_001)) == "line 2 has more than 1 MB"
 
 
@@ -502,7 +502,7 @@ KEYS = [
 
 @pytest.mark.parametrize("prefix", ["", "q?#/", "/a//b/"])
 def test_a_key_is_a_key_wherever_it_is_named(moto, prefix):
-    from prefect_segmind.s3 import presign_uri, read
+    from prefect_segmind.storage.s3 import presign_uri, read
 
     bucket = f"keys-{len(prefix)}"
     moto.create_bucket(Bucket=bucket)
@@ -595,7 +595,7 @@ def test_a_bucket_that_does_not_answer_is_no_mistake_of_the_manifest():
 
 
 def test_a_manifest_and_its_patterns_on_the_sandbox_s_s3(sandbox: Sandbox, tmp_path: Path):
-    from prefect_segmind.s3 import s3_client
+    from prefect_segmind.storage.s3 import s3_client
 
     client = s3_client()
     text = b"image,prompt\nin/*.jpg,{{ stem }}\n"
@@ -686,7 +686,7 @@ def test_a_full_disk_is_told(monkeypatch):
 ROWS = 100_000
 MEASURE = """
 import resource, sys
-from prefect_segmind.manifest_source import load_manifest
+from prefect_segmind.manifest.loading import load_manifest
 unit = 1 if sys.platform == "darwin" else 1024
 load_manifest(sys.argv[1], None, s3=None).jobs.close()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

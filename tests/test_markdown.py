@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prefect_segmind.markdown import before_and_after, cell
+from prefect_segmind.reporting.markdown import before_and_after, cell
 from prefect_segmind.sandbox import sample_photo
 
 

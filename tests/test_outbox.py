@@ -1,4 +1,4 @@
-"""Promises of `prefect_segmind.outbox`: nothing is paid for that could not be kept, and what is paid for is found."""
+"""The outbox: nothing is paid for that could not be kept, and what is paid for is found."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.archive.record import Attempt, PaidPicture
 from prefect_segmind.errors import AnswerCutError, OutboxError
-from prefect_segmind.image import read_picture
-from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.record import Attempt, PaidPicture
+from prefect_segmind.images.inspection import read_picture
 
 PRINT = "ab" * 32
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -114,7 +114,7 @@ class TestReceiving:
 import resource, signal
 from pathlib import Path
 from prefect_segmind.errors import OutboxError
-from prefect_segmind.outbox import RESERVED_BYTES, Outbox
+from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (RESERVED_BYTES - 1, RESERVED_BYTES - 1))
 try:
@@ -145,7 +145,7 @@ except OutboxError as error:
         def refuse(_: Path) -> list[str]:  # as for anybody but root
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr("prefect_segmind.outbox.os.listdir", refuse)
+        monkeypatch.setattr("prefect_segmind.archive.outbox.os.listdir", refuse)
         with pytest.raises(OutboxError, match="it cannot be read: Permission denied; nothing was paid"):
             found(outbox)
         outbox.remove(PRINT)
@@ -153,7 +153,7 @@ except OutboxError as error:
     def test_a_folder_that_may_not_be_written_is_told_before_anything_is_paid(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("prefect_segmind.outbox.os.access", lambda *_: False)  # as for anybody but root
+        monkeypatch.setattr("prefect_segmind.archive.outbox.os.access", lambda *_: False)  # as for anybody but root
         with pytest.raises(OutboxError, match="it cannot be written; nothing was paid"):
             outbox.check()
 
@@ -188,7 +188,7 @@ class TestKeeping:
             return real(path, flags)
 
         outbox.check()
-        monkeypatch.setattr("prefect_segmind.outbox.os.open", refuse)
+        monkeypatch.setattr("prefect_segmind.archive.outbox.os.open", refuse)
         if what == "folder":
             assert received(outbox)[0].read_bytes() == drawn()
         else:
@@ -260,7 +260,7 @@ class TestFinding:
         def refuse(path: Path) -> None:
             raise OSError(errno.EMFILE, "Too many open files")
 
-        monkeypatch.setattr("prefect_segmind.outbox.read_picture", refuse)
+        monkeypatch.setattr("prefect_segmind.archive.outbox.read_picture", refuse)
         with pytest.raises(OutboxError, match="cannot be read: Too many open files"):
             found(outbox)
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind import pace as module
-from prefect_segmind.pace import Pace
+from prefect_segmind.limits import rate_limiter as module
+from prefect_segmind.limits.rate_limiter import Pace
 
 
 def send(pace: Pace, now: float) -> int:

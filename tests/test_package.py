@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import sys
 import tarfile
 import venv
 import zipfile
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,137 +20,6 @@ import prefect_segmind
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefect_segmind"
-
-FLOORS = [
-    {
-        *(
-            "approval",
-            "budget",
-            "container",
-            "errors",
-            "fingerprint",
-            "manifest",
-            "manifest_text",
-            "pace",
-            "price",
-            "record",
-            "request",
-        ),
-        *("resolution", "retry", "template"),
-    },
-    {
-        *(
-            "image",
-            "normalisation",
-            "download",
-            "http_environment",
-            "response",
-            "client",
-            "store",
-            "place",
-            "s3",
-            "s3_errors",
-            "source",
-            "outbox",
-        ),
-        *("archive", "lease", "validation", "upload", "generation", "archiving", "provenance", "production"),
-        *("batch", "gate", "manifest_source", "plan", "spool", "sums"),
-        *("contact_sheet", "inbox", "markdown", "publishing"),
-        *("settings", "credentials", "configuration"),
-    },
-    {"asking", "events", "interrupts", "tasks", "report"},
-    {"flows"},
-    {
-        "arguments",
-        "cli",
-        "checks",
-        "console",
-        "demonstration",
-        "outcome",
-        "progress",
-        "sandbox",
-        "temporary_server",
-        "terminal",
-        "__main__",
-    },
-]
-CORE_MAY_NOT = {"prefect", "httpx", "boto3", "botocore", "PIL", "pathlib", "os", "io", "socket", "shutil"}
-WITHOUT_PREFECT = FLOORS[1] - {"settings", "credentials", "configuration"}
-
-
-def files() -> dict[str, list[Path]]:
-    rooms: dict[str, list[Path]] = {}
-    for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")):
-        rooms.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(path)
-    rooms.pop("__init__")
-    return rooms
-
-
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports when it runs; what is imported for type checkers only does not count."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = [
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    ]
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {each.name for each in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{each.name}" for each in node.names}
-    return found
-
-
-def arrows() -> dict[str, set[str]]:
-    """Each room and the rooms that it imports from."""
-    rooms = files()
-    return {
-        room: {
-            parts[1]
-            for path in paths
-            for each in imports(path)
-            if (parts := each.split("."))[0] == "prefect_segmind" and len(parts) > 1 and parts[1] in rooms
-        }
-        - {room}
-        for room, paths in rooms.items()
-    }
-
-
-def test_every_room_has_its_floor() -> None:
-    assert set(files()) == set().union(*FLOORS)
-
-
-def test_arrows_point_down() -> None:
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-    upward = [(room, other) for room, others in arrows().items() for other in others if floor[other] > floor[room]]
-    assert upward == []
-
-
-def test_there_are_no_import_cycles() -> None:
-    TopologicalSorter(arrows()).prepare()
-
-
-def test_the_core_knows_neither_prefect_nor_the_world() -> None:
-    rooms = files()
-    known = {room: {each.split(".")[0] for path in rooms[room] for each in imports(path)} for room in FLOORS[0]}
-    known["request"].discard("pathlib")  # pure paths only: it takes names apart and touches no file
-    assert {room: names & CORE_MAY_NOT for room, names in known.items() if names & CORE_MAY_NOT} == {}
-
-
-def test_the_edges_do_not_know_prefect() -> None:
-    rooms = files()
-    knowing = {
-        room
-        for room in WITHOUT_PREFECT
-        for path in rooms[room]
-        if any(i.split(".")[0] == "prefect" for i in imports(path))
-    }
-    assert knowing == set()
 
 
 def test_importing_the_package_is_quick_and_loads_names_when_they_are_used() -> None:
@@ -240,7 +107,7 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built: Path) -> None:
         "LICENSE",
         "CHANGELOG.md",
         "flows/image_to_image.py",
-        "tasks/pacing.py",
+        "tasks/retry_delays.py",
         "tests/conftest.py",
     ):
         assert name in held

@@ -27,9 +27,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from prefect_segmind import client, configuration, lease
-from prefect_segmind.archive import Archive, RecordRead, record_key
-from prefect_segmind.download import DownloadError
+from prefect_segmind import services
+from prefect_segmind.api import client
+from prefect_segmind.archive import leases
+from prefect_segmind.archive.archive import Archive, RecordRead, record_key
+from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run, Sums
 from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
@@ -45,21 +48,20 @@ from prefect_segmind.errors import (
     SegmindError,
     StoreError,
 )
-from prefect_segmind.fingerprint import derived_seed, fingerprint
-from prefect_segmind.gate import Gate
-from prefect_segmind.image import BrokenPicture
-from prefect_segmind.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.record import Holder, OnUnknown, Record, Run, Sums
-from prefect_segmind.retry import RetryPolicy
+from prefect_segmind.images.inspection import BrokenPicture
+from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.sums import forget
+from prefect_segmind.pipeline.upload import UploadedImage
+from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
-from prefect_segmind.sums import forget
-from prefect_segmind.upload import UploadedImage
-from prefect_segmind.validation import ValidatedJob
+from prefect_segmind.storage.http import DownloadError
 from tests.walk import archive_picture, generate, up_to_upload, walk
 
 
 def recorded(fingerprint: str, archive: str | None = None) -> RecordRead:
-    found = configuration.open_archive(archive).read(fingerprint)
+    found = services.open_archive(archive).read(fingerprint)
     assert found is not None
     return found
 
@@ -83,7 +85,7 @@ def test_the_same_picture_under_another_name_is_copied_there_and_costs_nothing(s
     first, second = walk(photo, name="spring/hero"), walk(photo, name="summer/hero")
     assert (second.status, second.cost_usd, second.sha256) == ("reused", Decimal("0.00"), first.sha256)
     assert second.image != first.image
-    store = configuration.open_archive(None).store
+    store = services.open_archive(None).store
     copy = json.loads(store.get(f"summer/hero/{first.fingerprint[:16]}.json").data)  # type: ignore[union-attr]
     assert (copy["cost_usd"], copy["copied_from"]) == ("0.00", first.image)
     assert sandbox.ledger.billed == 1
@@ -117,8 +119,8 @@ def test_what_was_paid_for_under_another_spelling_is_reused(sandbox: Sandbox, ph
 def test_what_lies_in_the_outbox_under_another_spelling_is_recovered(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo, prompt="a red mug ")
     generate(as_it_was(job), uploaded)
-    lease._claims.clear()
-    configuration.open_archive(None).write(
+    leases._claims.clear()
+    services.open_archive(None).write(
         Record(fingerprint=as_it_was(job).fingerprint), recorded(as_it_was(job).fingerprint).etag
     )
     again = walk(photo, prompt="a red mug ")
@@ -193,7 +195,7 @@ def test_a_picture_without_its_facts_is_recovered_all_the_same(sandbox: Sandbox,
     generated = generate(*up_to_upload(photo))
     assert generated.path is not None
     generated.path.with_suffix(".json").unlink()
-    lease.held_claim(configuration.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(services.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
     again = walk(photo)
     assert (again.status, again.sha256, sandbox.ledger.billed) == ("recovered", generated.picture.sha256, 1)
 
@@ -206,7 +208,7 @@ def test_an_answer_that_had_arrived_whole_when_the_run_died_is_recovered(
     arrived = generated.path.with_name(f"{generated.job.fingerprint}.0123456789abcdef.part")
     generated.path.with_suffix(".json").unlink()
     generated.path.rename(arrived)
-    lease.held_claim(configuration.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(services.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
     again = walk(photo)
     assert (again.status, again.sha256, sandbox.ledger.billed) == ("recovered", generated.picture.sha256, 1)
 
@@ -221,7 +223,7 @@ def test_an_answer_that_had_arrived_in_part_is_not_taken_for_a_picture(sandbox: 
     (outbox / f"{generated.job.fingerprint}.aaaaaaaaaaaaaaaa.part").write_bytes(data[: len(data) // 2])
     reserved = data[: len(data) // 2] + bytes(RESERVED_BYTES - len(data) // 2)
     (outbox / f"{generated.job.fingerprint}.bbbbbbbbbbbbbbbb.part").write_bytes(reserved)
-    lease.held_claim(configuration.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(services.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
     assert walk(photo).status == "generated"
     assert list(outbox.iterdir()) == []
 
@@ -248,7 +250,7 @@ def test_a_run_killed_while_it_waited_is_repaid_at_once_and_counted(sandbox: San
     killed_while_waiting(sandbox, photo)
     began = time.monotonic()
     again = walk(photo)
-    assert time.monotonic() - began < lease.RENEW_SECONDS, "a dead process of this host is not waited for"
+    assert time.monotonic() - began < leases.RENEW_SECONDS, "a dead process of this host is not waited for"
     assert (again.status, again.cost_usd) == ("generated", Decimal("0.05"))
     assert again.possibly_billed_usd == Decimal("0.05")
     assert sandbox.ledger.billed_usd == again.cost_usd + again.possibly_billed_usd
@@ -273,7 +275,7 @@ def test_a_picture_that_waits_for_one_archive_is_not_taken_by_another(
         assert walk(photo).status == "generated"
     assert waiting.path is not None
     assert waiting.path.is_file()
-    lease.held_claim(configuration.open_archive(None), waiting.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(services.open_archive(None), waiting.job.fingerprint).release()  # type: ignore[union-attr]
     assert walk(photo).status == "recovered"
 
 
@@ -284,7 +286,7 @@ def test_an_interrupt_after_the_answer_leaves_the_picture_for_the_next_run(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.client.read_picture", interrupted)
+        now.setattr("prefect_segmind.api.client.read_picture", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(*up_to_upload(photo))
     again = walk(photo)
@@ -296,7 +298,7 @@ def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named(
     sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = generate(*up_to_upload(photo))
-    lease.held_claim(configuration.open_archive(None), theirs.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(services.open_archive(None), theirs.job.fingerprint).release()  # type: ignore[union-attr]
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another machine"))
     with pytest.raises(OutcomeUnknownError, match=f"was paid for, and its picture lies in {theirs.path}"):
         walk(photo, on_unknown="fail")
@@ -332,7 +334,7 @@ def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
 def test_a_budget_for_one_picture_is_enough_for_two_jobs_that_want_it(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(Answer(delay=1.0))
     gate = Gate(budget_usd=Decimal("0.05"))
-    generation, made = configuration.open_generation(None, None, None, gate=gate), list[str]()
+    generation, made = services.open_generation(None, None, None, gate=gate), list[str]()
     asked = {name: up_to_upload(photo, name=name) for name in ("first", "second")}
     assert all(map(gate.enter, asked))
 
@@ -427,7 +429,7 @@ def test_where_rate_limits_are_counted_apart_they_leave_the_retries_to_other_fai
     sandbox.play(*[Answer(status=429)] * 3, Answer(status=502))
     job, uploaded = up_to_upload(photo)
     policy = RetryPolicy(retries=1, rate_limit_retries=3)
-    generation = configuration.open_generation(None, None, None, policy=policy)
+    generation = services.open_generation(None, None, None, policy=policy)
     for kind in (RateLimitError, RateLimitError, RateLimitError, BadGatewayError):
         with pytest.raises(kind) as error:
             generation.generate(job, lambda: uploaded, "one")
@@ -481,7 +483,7 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request
         raise KeyboardInterrupt
 
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.client.SegmindClient.generate", interrupted)
+        now.setattr("prefect_segmind.api.client.SegmindClient.generate", interrupted)
         with pytest.raises(KeyboardInterrupt) as error:
             generate(job, uploaded)
     assert vars(error.value)["possibly_billed_usd"] == Decimal("0.05")
@@ -493,7 +495,7 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request
 
 def test_a_record_that_cannot_be_read_is_never_taken_for_not_there(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    archive = configuration.open_archive(None)
+    archive = services.open_archive(None)
     archive.store.put(record_key(job.fingerprint), b'{"state": "done"', "application/json")
     with pytest.raises(StoreError, match="no record that this version can read"):
         generate(job, uploaded)
@@ -522,7 +524,7 @@ def test_a_picture_that_is_gone_from_the_archive_is_not_paid_for_again_behind_yo
 ) -> None:
     first = walk(photo)
     bucket, _, key = first.image.removeprefix("s3://").partition("/")
-    configuration.s3_client().delete_object(Bucket=bucket, Key=key)
+    services.s3_client().delete_object(Bucket=bucket, Key=key)
     with pytest.raises(ArchiveError, match="is gone from the archive, though it was paid for"):
         walk(photo)
     assert sandbox.ledger.billed == 1
@@ -530,7 +532,7 @@ def test_a_picture_that_is_gone_from_the_archive_is_not_paid_for_again_behind_yo
 
 def test_a_different_picture_under_the_same_key_is_never_overwritten(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    store = configuration.open_archive(None).store
+    store = services.open_archive(None).store
     key = f"{job.name}/{job.fingerprint[:16]}.jpg"
     store.put(key, b"somebody's own", "image/jpeg")
     archived = archive_picture(generate(job, uploaded))
@@ -555,15 +557,15 @@ def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Pat
 
 def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, uploaded = up_to_upload(photo)
-    archive = configuration.open_archive(None)
+    archive = services.open_archive(None)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(lease, "host_id", lambda: "another host")
-        claimed = lease.claim(archive, None, job.fingerprint, Run("their run"))
+        elsewhere.setattr(leases, "host_id", lambda: "another host")
+        claimed = leases.claim(archive, None, job.fingerprint, Run("their run"))
     assert claimed is not None
     claimed.release()
-    assert lease.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
-    monkeypatch.setattr(lease, "LEASE_SECONDS", -1.0)
-    assert not lease.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
+    assert leases.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
+    monkeypatch.setattr(leases, "LEASE_SECONDS", -1.0)
+    assert not leases.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
     assert generate(job, uploaded).possibly_billed_usd == Decimal("0.05")
 
 
@@ -571,8 +573,8 @@ def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _ = up_to_upload(photo)
-    archive = configuration.open_archive(None)
-    claimed = lease.claim(archive, None, job.fingerprint, Run("a run"))
+    archive = services.open_archive(None)
+    claimed = leases.claim(archive, None, job.fingerprint, Run("a run"))
     assert claimed is not None
     before = archive.read(job.fingerprint)
     time.sleep(1.1)
@@ -585,12 +587,12 @@ def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
     assert after.etag != before.etag, "so that nobody takes over by the version from before"
     claimed.hold(-1)
     claimed.renew()
-    assert lease.held_claim(archive, job.fingerprint) is None
+    assert leases.held_claim(archive, job.fingerprint) is None
 
 
 def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    archive = configuration.open_archive(str(tmp_path / "archive"))
+    archive = services.open_archive(str(tmp_path / "archive"))
     sandbox.play(Answer(status=429))
     with pytest.raises(RateLimitError):
         generate(job, uploaded, run="slow", archive=archive.url)
@@ -604,10 +606,10 @@ def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox
 
 
 def test_only_one_of_two_claims_on_one_version_of_a_record_wins(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
-    archive: Archive = configuration.open_archive(str(tmp_path / "archive"))
+    archive: Archive = services.open_archive(str(tmp_path / "archive"))
     job, _ = up_to_upload(photo)
-    assert lease.claim(archive, None, job.fingerprint, Run("one")) is not None
-    assert lease.claim(archive, None, job.fingerprint, Run("two")) is None
+    assert leases.claim(archive, None, job.fingerprint, Run("one")) is not None
+    assert leases.claim(archive, None, job.fingerprint, Run("two")) is None
 
 
 def never() -> UploadedImage:
@@ -617,10 +619,10 @@ def never() -> UploadedImage:
 def test_what_is_paid_for_needs_neither_the_upload_place_nor_a_client(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo)
     generation = replace(
-        configuration.open_generation(None, None, None), open_client=lambda: pytest.fail("a client was opened")
+        services.open_generation(None, None, None), open_client=lambda: pytest.fail("a client was opened")
     )
     waiting = generate(job, uploaded)
-    lease.held_claim(generation.archive, job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(generation.archive, job.fingerprint).release()  # type: ignore[union-attr]
     recovered = generation.generate(job, never, "two")
     archive_picture(waiting)
     reused = generation.generate(job, never, "three")
@@ -634,7 +636,7 @@ def test_an_upload_that_fails_costs_nothing_and_claims_nothing(sandbox: Sandbox,
     def gone() -> UploadedImage:
         raise StoreError("the bucket is gone")
 
-    generation = configuration.open_generation(None, None, None)
+    generation = services.open_generation(None, None, None)
     with pytest.raises(StoreError, match="the bucket is gone"):
         generation.generate(job, gone, "one")
     assert generation.archive.read(job.fingerprint) is None
@@ -688,9 +690,9 @@ def test_a_run_that_is_stopped_before_it_tries_again_reports_its_request_and_nob
     sandbox: Sandbox, photo: Path, lapsed: bool
 ) -> None:
     job, uploaded = billed_502(sandbox, photo)
-    generation = configuration.open_generation(None, None, None)
+    generation = services.open_generation(None, None, None)
     if lapsed:
-        claim = lease.held_claim(generation.archive, job.fingerprint)
+        claim = leases.held_claim(generation.archive, job.fingerprint)
         assert claim is not None
         claim.hold(-1)
         claim.renew()
@@ -707,18 +709,18 @@ def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, uploaded = billed_502(sandbox, photo)
-    archive, write = configuration.open_archive(None), lease.Claim.write
-    lapsed = lease.held_claim(archive, job.fingerprint)
+    archive, write = services.open_archive(None), leases.Claim.write
+    lapsed = leases.held_claim(archive, job.fingerprint)
 
-    def late(self: lease.Claim, change: Callable[[Record], Record]) -> Record:
+    def late(self: leases.Claim, change: Callable[[Record], Record]) -> Record:
         if self is lapsed:
             self.release()
         return write(self, change)
 
-    monkeypatch.setattr(lease.Claim, "write", late)
+    monkeypatch.setattr(leases.Claim, "write", late)
     generated = generate(job, uploaded, run="one")
     assert (generated.requests_sent, generated.possibly_billed_usd) == (2, Decimal("0.05"))
-    held = lease.held_claim(archive, job.fingerprint)
+    held = leases.held_claim(archive, job.fingerprint)
     assert held is not None
     assert held is not lapsed
     assert len(sandbox.ledger.requests) == 2
@@ -730,7 +732,7 @@ def test_an_overload_that_names_a_time_is_counted_with_the_rate_limits_and_anoth
     asked = [Answer(status=429), Answer(status=503, retry_after="1"), Answer(status=529, reset_in=1)]
     sandbox.play(*asked, Answer(status=503), Answer(status=503, retry_after="1"), Answer(status=503))
     job, uploaded = up_to_upload(photo)
-    generation = configuration.open_generation(None, None, None, policy=RetryPolicy(retries=1, rate_limit_retries=4))
+    generation = services.open_generation(None, None, None, policy=RetryPolicy(retries=1, rate_limit_retries=4))
     for retry in (True, True, True, True, True, False):
         with pytest.raises(SegmindError) as error:
             generation.generate(job, lambda: uploaded, "one")
@@ -748,7 +750,7 @@ def test_the_time_that_a_rate_limit_took_does_not_end_a_run(
     job, uploaded = up_to_upload(photo)
     with pytest.raises(SegmindError):
         generate(job, uploaded, run="one")
-    claim = lease.held_claim(configuration.open_archive(None), job.fingerprint)
+    claim = leases.held_claim(services.open_archive(None), job.fingerprint)
     assert claim is not None
 
     def an_hour_ago(record: Record) -> Record:
@@ -795,7 +797,7 @@ def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_l
     began = time.monotonic()
     got = generate(job, uploaded)
     assert got.status == status
-    assert lives or time.monotonic() - began < lease.RENEW_SECONDS, "a dead process is not waited for"
+    assert lives or time.monotonic() - began < leases.RENEW_SECONDS, "a dead process is not waited for"
     archive_picture(got)
     process.wait(30)
     assert sandbox.ledger.billed == 1
@@ -805,7 +807,7 @@ def test_a_picture_in_this_outbox_is_not_left_to_another_host(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(lease, "host_id", lambda: "another host")
+        elsewhere.setattr(leases, "host_id", lambda: "another host")
         kept = generate(*up_to_upload(photo))
     said: list[str] = []
     assert generate(*up_to_upload(photo), said=said).status == "recovered"
@@ -915,7 +917,7 @@ def test_an_answer_that_another_version_can_read_is_recovered_unpaid(
         raise BrokenPicture("is of a kind that is not read here")
 
     with monkeypatch.context() as old:
-        old.setattr("prefect_segmind.client.read_picture", too_new)
+        old.setattr("prefect_segmind.api.client.read_picture", too_new)
         with pytest.raises(NotAnImageError) as error:
             generate(job, uploaded)
         said: list[str] = []
@@ -941,10 +943,10 @@ def down(*_: object, **__: object) -> None:
 def test_a_link_that_works_again_is_followed_unpaid(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
     asked, real = up_to_upload(photo), client.download
     with monkeypatch.context() as network:
-        network.setattr("prefect_segmind.client.download", down)
+        network.setattr("prefect_segmind.api.client.download", down)
         sandbox.play(Answer(kind="json_url"))
         with pytest.raises(ResultLinkError, match="the network is down"):
             generate(*asked)
@@ -960,10 +962,10 @@ def test_two_runs_that_read_one_kept_answer_at_once_pay_for_nothing(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A link may work but once: the one that gets nothing from it looks where the other has put the picture."""
-    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
+    monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
     asked, real = up_to_upload(photo), client.download
     with monkeypatch.context() as network:
-        network.setattr("prefect_segmind.client.download", down)
+        network.setattr("prefect_segmind.api.client.download", down)
         sandbox.play(Answer(kind="json_url"))
         with pytest.raises(ResultLinkError):
             generate(*asked)
@@ -979,7 +981,7 @@ def test_two_runs_that_read_one_kept_answer_at_once_pay_for_nothing(
         wait_for(lambda: kept_answers() == [])
         raise DownloadError("the link was for one time", status=403)
 
-    monkeypatch.setattr("prefect_segmind.client.download", once)
+    monkeypatch.setattr("prefect_segmind.api.client.download", once)
     made: list[str] = []
     threads = [threading.Thread(target=lambda: made.append(generate(*asked).status)) for _ in range(2)]
     for thread in threads:
@@ -999,7 +1001,7 @@ def test_an_answer_that_another_run_takes_away_while_it_is_read_is_no_error(
         raise BrokenPicture("is of a kind that is not read here")
 
     with monkeypatch.context() as old:
-        old.setattr("prefect_segmind.client.read_picture", too_new)
+        old.setattr("prefect_segmind.api.client.read_picture", too_new)
         with pytest.raises(NotAnImageError):
             generate(*asked)
     read, others = client.SegmindClient.read, [1]
@@ -1022,11 +1024,11 @@ def test_a_flow_run_that_goes_on_where_its_picture_is_out_of_reach_keeps_to_the_
 
     def on_machine(number: int, on_unknown: OnUnknown) -> str:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / f"machine {number}"))
-        opened = configuration.open_generation(None, None, None, on_unknown=on_unknown)
+        opened = services.open_generation(None, None, None, on_unknown=on_unknown)
         flow_runs = (("flow", number),)
         generation = replace(opened, warn=said.append)
         made = generation.generate(job, lambda: uploaded, f"task {number}", flow_runs)
-        lease._claims.clear()
+        leases._claims.clear()
         return made.status
 
     assert on_machine(1, "fail") == "generated"
@@ -1050,7 +1052,7 @@ def test_what_a_link_has_led_to_is_kept_too_for_the_link_may_not_live_as_long(
         raise BrokenPicture("is of a kind that is not read here")
 
     with monkeypatch.context() as old:
-        old.setattr("prefect_segmind.client.read_picture", too_new)
+        old.setattr("prefect_segmind.api.client.read_picture", too_new)
         sandbox.play(Answer(kind="json_url"))
         with pytest.raises(ResultLinkError, match="leads to no picture"):
             generate(*asked)
@@ -1058,8 +1060,8 @@ def test_what_a_link_has_led_to_is_kept_too_for_the_link_may_not_live_as_long(
         with pytest.raises(OutcomeUnknownError):
             generate(*asked, on_unknown="fail")
         assert len(kept_answers()) == 2, "and once is enough"
-    monkeypatch.setattr("prefect_segmind.client._LINK_WAITS", ())
-    monkeypatch.setattr("prefect_segmind.client.download", lambda *_, **__: pytest.fail("the link is dead by now"))
+    monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
+    monkeypatch.setattr("prefect_segmind.api.client.download", lambda *_, **__: pytest.fail("the link is dead by now"))
     again = walk(photo)
     assert (again.status, sandbox.ledger.billed) == ("recovered", 1)
 
@@ -1071,12 +1073,12 @@ def test_json_that_had_arrived_whole_when_a_run_was_interrupted_is_read_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.client.download", interrupted)
+        now.setattr("prefect_segmind.api.client.download", interrupted)
         sandbox.play(Answer(kind="json_url"))
         with pytest.raises(KeyboardInterrupt):
             generate(*up_to_upload(photo))
     with monkeypatch.context() as network:
-        network.setattr("prefect_segmind.client.download", down)
+        network.setattr("prefect_segmind.api.client.download", down)
         with pytest.raises(OutcomeUnknownError) as refused:
             walk(photo, on_unknown="fail")
     (kept,) = kept_answers()
@@ -1147,7 +1149,7 @@ def test_a_disk_that_fails_under_an_answer_loses_nothing(
     sandbox.play(Answer(kind="html"))
     said: list[str] = []
     with monkeypatch.context() as disk:
-        disk.setattr("prefect_segmind.outbox.sync", failing)
+        disk.setattr("prefect_segmind.archive.outbox.sync", failing)
         with pytest.raises(NotAnImageError) as error:
             generate(*up_to_upload(photo), said=said)
     (part,) = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"]).rglob("*.part")

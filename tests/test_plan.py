@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind import plan as plan_module
-from prefect_segmind.archive import Archive
-from prefect_segmind.lease import this_process
-from prefect_segmind.outbox import Outbox
-from prefect_segmind.place import open_store
-from prefect_segmind.plan import Plan, make_plan
-from prefect_segmind.record import Holder, OnUnknown, PaidPicture, Record, Run
-from prefect_segmind.request import Job
-from prefect_segmind.source import SourceReader
-from prefect_segmind.spool import Spool
-from prefect_segmind.store import LocalStore
-from prefect_segmind.validation import ValidatedJob, validate
+from prefect_segmind.api.request import Job
+from prefect_segmind.archive.archive import Archive
+from prefect_segmind.archive.leases import this_process
+from prefect_segmind.archive.outbox import Outbox
+from prefect_segmind.archive.record import Holder, OnUnknown, PaidPicture, Record, Run
+from prefect_segmind.batch import plan as plan_module
+from prefect_segmind.batch.plan import Plan, make_plan
+from prefect_segmind.pipeline.source import SourceReader
+from prefect_segmind.pipeline.validate import ValidatedJob, validate
+from prefect_segmind.storage.open_store import open_store
+from prefect_segmind.storage.spool import Spool
+from prefect_segmind.storage.store import LocalStore
 
 NOW = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 PICTURE = PaidPicture.model_validate(

@@ -23,15 +23,19 @@ import pytest
 import yaml
 from rich.console import Console
 
-from prefect_segmind import batch, cli, image_to_image, outcome, process_inbox, refresh_assets, report
-from prefect_segmind.batch import planned
-from prefect_segmind.configuration import open_archive
-from prefect_segmind.console import print_facts
+from prefect_segmind import image_to_image, process_inbox, refresh_assets
+from prefect_segmind.api.request import ImageToImageRequest, parse_job
+from prefect_segmind.batch import tally
+from prefect_segmind.batch.plan import Plan, PlannedJob
+from prefect_segmind.batch.tally import planned
+from prefect_segmind.cli import commands as cli
+from prefect_segmind.cli import output
+from prefect_segmind.cli.terminal import print_facts
 from prefect_segmind.errors import InvalidJobError
-from prefect_segmind.plan import Plan, PlannedJob
-from prefect_segmind.request import ImageToImageRequest, parse_job
+from prefect_segmind.reporting import artifacts
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
+from prefect_segmind.services import open_archive
 from prefect_segmind.settings import PREFIX, SegmindSettings
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +53,7 @@ def table(heading: str) -> list[list[str]]:
 
 
 def s3_down_after_the_answer(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect_segmind.client import SegmindClient
+    from prefect_segmind.api.client import SegmindClient
 
     generate = SegmindClient.generate
 
@@ -184,9 +188,9 @@ def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str], m
         credits_usd=Decimal("41.35"),
         jobs=tuple(PlannedJob.model_validate(each) for each in shown),
     )
-    monkeypatch.setattr(outcome, "SHOWN_JOBS", len(shown))
+    monkeypatch.setattr(output, "SHOWN_JOBS", len(shown))
     capsys.readouterr()
-    print_facts(Console(), outcome.dry_run_facts(planned(plan)))
+    print_facts(Console(), output.dry_run_facts(planned(plan)))
     assert capsys.readouterr().out in README
 
 
@@ -206,8 +210,8 @@ def test_the_settings_are_all_there_with_their_defaults() -> None:
 def test_the_exit_codes_are_the_ones_of_the_command_line() -> None:
     told = re.findall(r"^\| (\d+) \| (.+?) \|$", README, re.M)
     assert [int(code) for code, _ in told] == [
-        *(outcome.DONE, outcome.FAILED, outcome.BAD_INPUT, outcome.ACCOUNT_REFUSED, outcome.NO_MONEY),
-        outcome.INTERRUPTED,
+        *(output.DONE, output.FAILED, output.BAD_INPUT, output.ACCOUNT_REFUSED, output.NO_MONEY),
+        output.INTERRUPTED,
     ]
 
 
@@ -261,9 +265,9 @@ def test_a_job_with_mistakes_is_told_them_as_shown() -> None:
 
 def test_the_numbers_of_what_is_named_are_those_of_the_code() -> None:
     flat = " ".join(README.split())
-    assert f"A dry run names the first {outcome.SHOWN_JOBS} jobs so" in flat
-    assert f"the plan in Prefect's UI names the first {report.SHOWN_JOBS}." in flat
-    assert f"`not_started_names` (the first {batch.NAMED})" in flat
+    assert f"A dry run names the first {output.SHOWN_JOBS} jobs so" in flat
+    assert f"the plan in Prefect's UI names the first {artifacts.SHOWN_JOBS}." in flat
+    assert f"`not_started_names` (the first {tally.NAMED})" in flat
 
 
 def commands(page: str) -> Iterator[list[str]]:

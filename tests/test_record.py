@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prefect_segmind.record import (
+from prefect_segmind.archive.record import (
     Attempt,
     Holder,
     PaidPicture,

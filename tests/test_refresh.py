@@ -31,12 +31,13 @@ from prefect.client.schemas.objects import State
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
-from prefect_segmind import BatchError, BatchResult, Job, configuration, outcome, plan, produce_asset, refresh_assets
-from prefect_segmind import batch as batch_module
-from prefect_segmind.approval import Answer as ApprovalAnswer
-from prefect_segmind.asking import asker
-from prefect_segmind.batch import Tally
-from prefect_segmind.budget import Budget
+from prefect_segmind import BatchError, BatchResult, Job, produce_asset, refresh_assets, services
+from prefect_segmind.batch import plan
+from prefect_segmind.batch import tally as batch_module
+from prefect_segmind.batch.approval import Answer as ApprovalAnswer
+from prefect_segmind.batch.plan import Plan
+from prefect_segmind.batch.tally import Tally
+from prefect_segmind.cli import output
 from prefect_segmind.errors import (
     BadGatewayError,
     BudgetReachedError,
@@ -50,10 +51,11 @@ from prefect_segmind.errors import (
     StoreError,
 )
 from prefect_segmind.flows import batch_run, dispatch
-from prefect_segmind.plan import Plan
+from prefect_segmind.flows.approval_form import asker
+from prefect_segmind.limits.ledger import Budget
+from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.sandbox import Answer, Sandbox
-from prefect_segmind.spool import Spool
-from prefect_segmind.upload import Uploads
+from prefect_segmind.storage.spool import Spool
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -140,7 +142,7 @@ def test_every_mistake_is_told_at_once_and_nothing_is_uploaded(sandbox: Sandbox,
     for text in ("Did you mean REALISTIC?", "prompt: missing", "'../b' is not allowed", "nothing was uploaded or paid"):
         assert text in str(error.value)
     assert sandbox.ledger.requests == ()
-    uploads = configuration.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store
+    uploads = services.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store
     assert list(uploads.keys("")) == []
 
 
@@ -341,7 +343,7 @@ def test_a_plan_asks_nothing_for_each_job_that_is_archived_or_new(
 ) -> None:
     run(campaign(5))
     asked: list[str] = []
-    store = configuration.open_archive(None).store
+    store = services.open_archive(None).store
     get = store.get
     monkeypatch.setattr(store, "get", lambda key: asked.append(key) or get(key))
     result = run(campaign(10), dry_run=True)
@@ -577,7 +579,7 @@ def test_a_run_that_breaks_tells_what_it_has_paid(
     monkeypatch.setattr(batch_run, "publish_batch", broken)
     with pytest.raises(OSError, match="no space") as error:
         refresh_assets(campaign(3))
-    told = outcome.batch_of(error.value)
+    told = output.batch_of(error.value)
     assert told is not None
     assert (told.generated, told.cost_usd) == (3, Decimal("0.15"))
 
@@ -589,7 +591,7 @@ def test_a_batch_stops_where_answer_after_answer_is_paid_for_and_holds_no_pictur
     with pytest.raises(BatchError) as error:
         refresh_assets(campaign(30), max_concurrency=2, fail_run_on_failures=False)
     result = error.value.result
-    assert outcome.exit_code(error.value) == outcome.FAILED
+    assert output.exit_code(error.value) == output.FAILED
     assert 3 <= result.failed <= 3 + 1, "what was in flight goes on"
     assert (result.generated, result.failed + result.not_started) == (0, 30)
     assert (result.cost_usd, result.possibly_billed_usd) == (sandbox.ledger.billed_usd, Decimal(0))
@@ -669,7 +671,7 @@ def test_the_runs_defaults_win_over_the_manifests_and_give_way_to_an_assets(
     own = {"name": "own", "image": "mug.jpg", "prompt": "x", "style_type": "DESIGN"}
     manifest = campaign(1, own, defaults={"style_type": "ANIME", "image_weight": 30})
     result = run(manifest, defaults={"style_type": "REALISTIC"})
-    archive = configuration.open_archive(None)
+    archive = services.open_archive(None)
     sent = {each.name: json.loads(archive.content(each.sidecar) or b"")["request"] for each in result.images}
     assert {name: (each["style_type"], each["image_weight"]) for name, each in sent.items()} == {
         **{"mug/000": ("REALISTIC", 30), "own": ("DESIGN", 30)}

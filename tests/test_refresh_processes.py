@@ -24,8 +24,8 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL
 
-from prefect_segmind import configuration
-from prefect_segmind.record import Record
+from prefect_segmind import services
+from prefect_segmind.archive.record import Record
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
@@ -75,7 +75,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], sec
 
 
 def records() -> list[Record]:
-    archive = configuration.open_archive(None)
+    archive = services.open_archive(None)
     found = (archive.store.get(key) for key in archive.store.keys(".segmind/") if key.count("/") == 1)
     return [Record.model_validate_json(each.data) for each in found if each and b'"fingerprint"' in each.data]
 
@@ -91,7 +91,7 @@ def runs_that_report(found: list[Record]) -> list[str | None]:
 
 
 def pictures() -> list[str]:
-    return [key for key in configuration.open_archive(None).store.keys("mug/") if key.endswith(".jpg")]
+    return [key for key in services.open_archive(None).store.keys("mug/") if key.endswith(".jpg")]
 
 
 @pytest.mark.timeout(1200)

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prefect_segmind.errors import InvalidJobError
-from prefect_segmind.request import (
+from prefect_segmind.api.request import (
     ALLOWED,
     ImageToImageRequest,
     Job,
@@ -28,7 +27,8 @@ from prefect_segmind.request import (
     spelled,
     suffix_from_image,
 )
-from prefect_segmind.resolution import Resolution
+from prefect_segmind.api.resolutions import Resolution
+from prefect_segmind.errors import InvalidJobError
 
 JOB = {"image": "photos/mug.jpg", "prompt": "a red mug"}
 BODY = {"image_file": "https://b.example/mug.jpg?X-Amz-Signature=abc", "prompt": "a red mug"}

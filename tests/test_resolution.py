@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.resolution import (
+from prefect_segmind.api.resolutions import (
     AUTO,
     DEFAULT_RESOLUTION,
     Resolution,

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefect_segmind.api.response import TEXT_LIMIT, Link, answer_error, error_text, header, picture_or_link, wait_asked
 from prefect_segmind.errors import (
     ADVICE,
     InsufficientCreditsError,
@@ -19,7 +20,6 @@ from prefect_segmind.errors import (
     NotAnImageError,
     UnsafeImageError,
 )
-from prefect_segmind.response import TEXT_LIMIT, Link, answer_error, error_text, header, picture_or_link, wait_asked
 
 NOW = datetime(2025, 3, 1, 12, 0, 0, tzinfo=UTC)
 RESET = "x-rate-limit-reset-at-utc"

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind import errors
+from prefect_segmind.api.response import answer_error
 from prefect_segmind.errors import (
     AnswerCutError,
     BadGatewayError,
@@ -18,8 +19,7 @@ from prefect_segmind.errors import (
     RateLimitError,
     SegmindError,
 )
-from prefect_segmind.response import answer_error
-from prefect_segmind.retry import RETRIED, Decision, RetryPolicy, decide, holds_all
+from prefect_segmind.limits.retry import RETRIED, Decision, RetryPolicy, decide, holds_all
 
 MAYBE_BILLED = {BadGatewayError, GatewayTimeoutError, AnswerCutError}
 ASKED = st.none() | st.floats(0, 120)

@@ -28,12 +28,12 @@ from botocore.exceptions import ClientError
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 from pydantic import ValidationError
 
+from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.resolution import Resolution
 from prefect_segmind.sandbox import Answer, Sandbox, Script, make_picture, sample_photo
 from prefect_segmind.sandbox import s3 as s3_module
+from prefect_segmind.sandbox.drawing.picture import STYLES, _prepared
 from prefect_segmind.sandbox.fetch import FetchError, fetch, is_loopback
-from prefect_segmind.sandbox.picture import STYLES, _prepared
 from prefect_segmind.sandbox.s3 import S3Server, rclone_binary
 
 MODEL = "ideogram-2a-img-2-img"

@@ -31,7 +31,8 @@ from botocore.config import Config
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from prefect_segmind import checks, configuration, s3
+from prefect_segmind import services
+from prefect_segmind.cli import check
 from prefect_segmind.errors import (
     BucketNotFoundError,
     ConfigurationError,
@@ -42,10 +43,11 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.inbox import open_inbox
-from prefect_segmind.place import open_store
-from prefect_segmind.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
-from prefect_segmind.store import LocalStore, Store
+from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.storage import s3
+from prefect_segmind.storage.open_store import open_store
+from prefect_segmind.storage.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
+from prefect_segmind.storage.store import LocalStore, Store
 
 KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "pictures"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -265,7 +267,7 @@ def test_of_racing_processes_exactly_one_wins_on_disk(condition: str, tmp_path: 
     script = (
         "import os, sys, time\n"
         "from prefect_segmind.errors import PreconditionFailedError\n"
-        "from prefect_segmind.store import LocalStore\n"
+        "from prefect_segmind.storage.store import LocalStore\n"
         "store, start, etag = LocalStore(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]\n"
         "condition = dict(if_match=etag[0]) if etag else dict(if_absent=True)\n"
         "time.sleep(max(0, start - time.time()))\n"
@@ -284,7 +286,12 @@ def test_of_racing_processes_exactly_one_wins_on_disk(condition: str, tmp_path: 
 
 
 def test_opening_a_store_on_disk_does_not_load_boto3() -> None:
-    script = "import sys; from prefect_segmind.place import open_store; open_store('x'); print('boto3' in sys.modules)"
+    script = """
+import sys
+from prefect_segmind.storage.open_store import open_store
+open_store("x")
+print("boto3" in sys.modules)
+"""
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "False"
 
 
@@ -376,7 +383,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     LocalStore(tmp_path).put("a/k", b"before", "text/plain")
     script = (
         "import resource, sys\n"
-        "from prefect_segmind.store import LocalStore\n"
+        "from prefect_segmind.storage.store import LocalStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: LocalStore(sys.argv[1]).put('a/k', b'x' * 5000, 'text/plain')\n"
         "except Exception as error: print(type(error).__name__, error)\n"
@@ -395,7 +402,7 @@ def test_a_folder_that_may_not_be_written_or_listed_is_no_empty_folder(tmp_path:
     store.put("closed/k", b"x", "text/plain")
     code = (
         "import os, sys\n"
-        "from prefect_segmind.store import LocalStore\n"
+        "from prefect_segmind.storage.store import LocalStore\n"
         "store = LocalStore(sys.argv[1])\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"
         "for call in (lambda: store.get('closed/k'), lambda: list(store.keys('')),\n"
@@ -916,7 +923,7 @@ def test_check_says_that_a_server_gets_no_checksums(
 ) -> None:
     environment(monkeypatch, picky(takes_no_checksums(400, "InvalidArgument")).endpoint)
     place = f"s3://{BUCKET}/{tmp_path.name}"
-    looks = dict(checks.all_checks(None, f"{place}/archive", f"{place}/uploads"))
+    looks = dict(check.all_checks(None, f"{place}/archive", f"{place}/uploads"))
     for title in ("upload place", "archive"):
         assert "can be written (without checksum headers)" in looks[title]().text
 
@@ -948,18 +955,18 @@ def test_every_write_asks_for_the_encryption_that_is_set(
     environment(monkeypatch, server.endpoint)
     place = f"s3://{BUCKET}/{tmp_path.name}"
     with pytest.raises(StoreAccessError, match="set PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION"):
-        configuration.open_archive(f"{place}/archive").store.put("k", b"x", "image/png")
+        services.open_archive(f"{place}/archive").store.put("k", b"x", "image/png")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", setting)
     server.seen.clear()
-    archive = configuration.open_archive(f"{place}/archive")
+    archive = services.open_archive(f"{place}/archive")
     assert archive.store.conditional
     etag = archive.store.put("k", b"x", "image/png", if_absent=True)
     archive.store.put("k", b"y", "image/png", if_match=etag)
-    publisher = configuration.open_publisher(f"{place}/live")
+    publisher = services.open_publisher(f"{place}/live")
     assert publisher
     publisher.publishing.store.put("k.png", b"x", "image/png", cache_control="no-cache")
-    open_store(f"{place}/inbox", configuration.s3_client()).put("cup.png", b"x", "image/png")
-    inbox = open_inbox(f"{place}/inbox", configuration.s3_client)
+    open_store(f"{place}/inbox", services.s3_client()).put("cup.png", b"x", "image/png")
+    inbox = open_inbox(f"{place}/inbox", services.s3_client)
     (file,) = inbox.look(0).settled
     assert inbox.move_done(file)
     assert len(server.writes()) >= 7
@@ -972,7 +979,7 @@ def test_every_write_asks_for_the_encryption_that_is_set(
 def test_another_encryption_is_refused_by_the_name_of_its_setting(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", value)
     with pytest.raises(ConfigurationError, match=r"PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION: .*allowed is AES256"):
-        configuration.s3_client()
+        services.s3_client()
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "KMS.NotFoundException"), (501, "NotImplemented")])

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL
 
-from prefect_segmind import cli, outcome
+from prefect_segmind.cli import commands, output
+from prefect_segmind.cli.streams import UnfailingStream
 from prefect_segmind.sandbox import Answer, Sandbox
-from prefect_segmind.terminal import UnfailingStream
 
 PROMPT = "Kaffee ☕ für alle"
 BARE = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -154,7 +154,7 @@ def test_a_batch_leaves_warnings_what_came_of_it_and_its_address_on_the_screen_a
     sandbox.play(Answer(status=502), prompt="number 2")
     code, lines = on_a_terminal("refresh", "campaign.csv", "--max-concurrency", "2", home=tmp_path, width=width)
     shown = "\n".join(lines)
-    assert code == outcome.FAILED, shown
+    assert code == output.FAILED, shown
     assert re.match(r"\d\d:\d\d:\d\d request 1 of mug/2 failed and may have been billed: ", lines[0]), shown
     assert not [line for line in lines if re.search(r".\d\d:\d\d:\d\d ", line)], shown
     whole = "".join(lines)
@@ -189,14 +189,14 @@ def test_what_was_wrong_keeps_its_exit_code_though_nobody_reads_it(tmp_path: Pat
         done = command("generate", "--json", home=tmp_path, stdout=write)
     finally:
         os.close(write)
-    assert done.returncode == outcome.BAD_INPUT, done.stderr
+    assert done.returncode == output.BAD_INPUT, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["generate", "caf\udce9.jpg", "x"], ["refresh", "x\udce9.yaml"]])
 def test_an_argument_that_is_no_text_is_bad_input_and_not_a_failure(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run([*arguments, "--json"]) == outcome.BAD_INPUT
+    assert commands.run([*arguments, "--json"]) == output.BAD_INPUT
     assert "is not text in the encoding" in json.loads(capsys.readouterr().out)["error"]
 
 
@@ -205,7 +205,7 @@ def test_a_standard_stream_that_was_closed_takes_what_a_child_prints_and_no_file
 ) -> None:
     code = """
 import subprocess
-from prefect_segmind.terminal import unfailing_output
+from prefect_segmind.cli.streams import unfailing_output
 with unfailing_output(), open("file", "wb"):
     subprocess.run(["sh", "-c", "echo told"], check=True)
 """

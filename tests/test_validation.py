@@ -1,4 +1,4 @@
-"""Promises of `prefect_segmind.validation`: what is open in a job is settled or refused before anything is paid."""
+"""Validation: what is open in a job is settled or refused before anything is paid."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from prefect_segmind.api.request import parse_job
 from prefect_segmind.errors import SourceImageError
-from prefect_segmind.request import parse_job
-from prefect_segmind.source import SourceReader
-from prefect_segmind.validation import ValidatedJob, validate
+from prefect_segmind.pipeline.source import SourceReader
+from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from tests.wire import Wire, http
 
 READER = SourceReader(s3=lambda: pytest.fail("S3 was asked"), allow_loopback=True)

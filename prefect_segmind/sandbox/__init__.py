@@ -15,8 +15,8 @@ from types import TracebackType
 import uvicorn
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.sandbox.drawing.picture import make_picture, make_sketch, sample_photo
 from prefect_segmind.sandbox.ledger import Entry, Ledger
-from prefect_segmind.sandbox.picture import make_picture, make_sketch, sample_photo
 from prefect_segmind.sandbox.s3 import REGION, S3Server
 from prefect_segmind.sandbox.script import Answer, Script
 from prefect_segmind.sandbox.server import PRICE, SandboxApi, create_app

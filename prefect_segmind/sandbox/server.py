@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from prefect_segmind.resolution import DEFAULT_RESOLUTION, Resolution
+from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION, Resolution
 from prefect_segmind.sandbox import answers
+from prefect_segmind.sandbox.drawing.picture import make_picture, make_sketch
 from prefect_segmind.sandbox.fetch import FetchError, fetch
 from prefect_segmind.sandbox.ledger import Entry, Ledger
-from prefect_segmind.sandbox.picture import make_picture, make_sketch
 from prefect_segmind.sandbox.script import Answer, Script
 
 PRICE = Decimal("0.05")

@@ -1,0 +1,1 @@
+"""Segmind's endpoint: the request, the sizes, the answer, the client."""

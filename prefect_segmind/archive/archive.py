@@ -1,0 +1,191 @@
+"""The archive: pictures and their sidecars, and the record of each picture, in one store.
+
+{archive}/{job name}/{fingerprint[:16]}.{ext}     the picture
+{archive}/{job name}/{fingerprint[:16]}.json      its sidecar
+{archive}/.segmind/{fingerprint}.json             its record
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from prefect_segmind.archive.record import PaidPicture, Record
+from prefect_segmind.errors import PreconditionFailedError, StoreError
+from prefect_segmind.storage.store import Store
+
+_WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
+"""Seconds before another look at a record that cannot be read: some servers write in place, and show half of it."""
+_RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
+_SIDECAR = re.compile(r"(.+/([0-9a-f]{16}))(?:-[0-9a-f]{16})?\.json")
+
+
+@dataclass(frozen=True)
+class RecordRead:
+    """A record as it was read.
+
+    Attributes:
+        record: What it says.
+        etag: Its version, for a conditional write.
+        age: Seconds since it was written, by the store's own clock.
+    """
+
+    record: Record
+    etag: str
+    age: float
+
+
+class Survey(NamedTuple):
+    """What a listing of an archive shows.
+
+    Attributes:
+        recorded: Fingerprints that have a record.
+        archived: Those of them that have a sidecar too, which is put just before the record is done: they are paid and
+            archived.
+        places: Where they lie: `{name}/{fingerprint[:16]}`.
+    """
+
+    recorded: set[str]
+    archived: set[str]
+    places: set[str]
+
+
+class Archive:
+    """Reads and writes an archive.
+
+    Args:
+        store: Where it lies.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.url = store.url
+
+    def read(self, fingerprint: str) -> RecordRead | None:
+        """The record of a picture; None only where the store says for certain that there is none.
+
+        Raises:
+            StoreError: The record cannot be read, which is never taken for "not there".
+        """
+        key = record_key(fingerprint)
+        for wait in (*_WAITS_FOR_A_WRITER, None):
+            found = self.store.get(key)
+            if found is None:
+                return None
+            try:
+                return RecordRead(Record.model_validate_json(found.data), found.etag, found.age)
+            except ValidationError:
+                if wait is not None:
+                    time.sleep(wait)
+        raise StoreError(
+            f"{self.store.uri(key)} is no record that this version can read; it says whether a picture is paid, so "
+            "nothing is paid until it is restored (or removed, if the picture may be paid once more)"
+        )
+
+    def write(self, record: Record, etag: str | None) -> str:
+        """Writes a record over the version that was read, or as the first one.
+
+        Args:
+            record: What to write.
+            etag: The version it replaces; None if there was none.
+
+        Returns:
+            The new version.
+
+        Raises:
+            PreconditionFailedError: Somebody else has written it meanwhile.
+        """
+        data = record.model_dump_json(indent=2).encode()
+        key = record_key(record.fingerprint)
+        return self.store.put(key, data, "application/json", if_absent=etag is None, if_match=etag)
+
+    def content(self, uri: str) -> bytes | None:
+        """What lies at a URI of this archive; None if nothing does."""
+        found = self.store.get(uri[len(self.store.uri("x")) - 1 :].replace("\\", "/"))
+        return found.data if found else None
+
+    def survey(self, fingerprints: Collection[str]) -> Survey:
+        """Which of these pictures are recorded and archived, by one listing of the archive.
+
+        Args:
+            fingerprints: Those that matter; a listing holds all that were ever made.
+        """
+        short = {each[:16] for each in fingerprints}
+        recorded: set[str] = set()
+        places: set[str] = set()
+        for key in self.store.keys("") if fingerprints else ():
+            if found := _RECORD.fullmatch(key):
+                if found[1] in fingerprints:
+                    recorded.add(found[1])
+            elif (found := _SIDECAR.fullmatch(key)) and found[2] in short:
+                places.add(found[1])
+        beside = {each[-16:] for each in places}
+        return Survey(recorded, {each for each in recorded if each[:16] in beside}, places)
+
+    def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
+        """Puts a picture under a job's name and never over a different one.
+
+        Args:
+            name: The job's.
+            fingerprint: The job's.
+            picture: The picture's facts.
+            data: The picture.
+
+        Returns:
+            Its key: `{name}/{fingerprint[:16]}.{ext}`, or with the picture's own hash where another one lies there.
+        """
+        stem = f"{name}/{fingerprint[:16]}"
+        for key in (f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"):
+            try:
+                self.store.put(key, data, picture.content_type, if_absent=True)
+            except PreconditionFailedError:
+                if not self.store.holds(key, data):
+                    continue
+            return key
+        raise StoreError(f"{self.store.uri(stem)} is taken by other pictures; choose another name for the job")
+
+    def put_sidecar(self, image_key: str, sidecar: Mapping[str, Any]) -> str:
+        """Puts a picture's sidecar beside it; one that is there already stays.
+
+        Returns:
+            Its key.
+        """
+        key = sidecar_key(image_key)
+        data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
+        with suppress(PreconditionFailedError):
+            self.store.put(key, data, "application/json", if_absent=True)
+        return key
+
+    def get_picture(self, record: Record) -> bytes:
+        """The picture of a record that is done.
+
+        Raises:
+            StoreError: It is gone or changed, though it was paid for.
+        """
+        key = record.image or ""
+        found = self.store.get(key)
+        if found is None or record.picture is None or hashlib.sha256(found.data).hexdigest() != record.picture.sha256:
+            what = "is gone from the archive" if found is None else "is no longer the one that was archived"
+            raise StoreError(
+                f"{self.store.uri(key)} {what}, though it was paid for; restore it, or remove "
+                f"{self.store.uri(record_key(record.fingerprint))} to pay once more"
+            )
+        return found.data
+
+
+def sidecar_key(image_key: str) -> str:
+    """Key of the sidecar of a picture in the archive."""
+    return image_key.rpartition(".")[0] + ".json"
+
+
+def record_key(fingerprint: str) -> str:
+    """Key of a picture's record in the archive."""
+    return f".segmind/{fingerprint}.json"

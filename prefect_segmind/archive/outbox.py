@@ -1,0 +1,396 @@
+"""The outbox: a folder on this machine where a paid picture lies from the moment its answer has been read until the
+archive holds it. Each archive has an outbox of its own, as it has records of its own.
+
+A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
+`{fingerprint}.{run}.part`. Where the system can do it, space for an answer is taken before the request is sent, so that
+a full disk costs nothing.
+
+An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as it came, for
+nobody's eyes but the user's, since a link in it may be signed; what its headers told is in the same name and `.json`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from itertools import count
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prefect_segmind.api.response import Link, picture_or_link
+from prefect_segmind.archive.record import Answered, Attempt, PaidPicture
+from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
+from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
+from prefect_segmind.storage.store import sync
+
+RESERVED_BYTES = 8 << 20
+"""Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
+
+_NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
+_KEPT = (".answer", ".answer.json")
+
+Reader = Callable[[Path, Path], Picture]
+"""Finds the picture in the body of a 200, the first file, and writes it to the second where the body is not it."""
+
+
+class OutboxEntry(BaseModel):
+    """What is known of a picture in the outbox."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    paid: PaidPicture
+    attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """The folder of paid pictures.
+
+    Attributes:
+        folder: Made when it is first needed. In a container it must be a volume.
+        min_free_bytes: Free space without which nothing is paid for.
+    """
+
+    folder: Path
+    min_free_bytes: int = 100_000_000
+
+    def check(self) -> None:
+        """Makes the folder and makes sure that it can take a picture.
+
+        Raises:
+            OutboxError: It cannot be made or written, or has too little free space. Nothing was paid.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from error
+        if free < self.min_free_bytes:
+            raise self._unusable(f"{free / 1e6:.0f} MB are free, {self.min_free_bytes / 1e6:.0f} MB are needed")
+        if not os.access(self.folder, os.W_OK):
+            raise self._unusable("it cannot be written")
+
+    @contextmanager
+    def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
+        """Yields the file for an answer that is about to be asked for, its space taken.
+
+        It is removed where the API has answered with an error, or its answer was cut. After anything else, an interrupt
+        for example, what has arrived stays: it may be a picture, and paid for. Nobody else can read it.
+
+        Raises:
+            OutboxError: The space cannot be taken. Nothing was paid.
+        """
+        self.check()
+        part = self._part(fingerprint, run)
+        try:
+            with part.open("wb") as file:
+                part.chmod(0o600)
+                _reserve(file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise self._unusable(error.strerror or str(error)) from error
+        try:
+            yield part
+        except BaseException as error:
+            with suppress(OSError):  # what has failed counts, not that its remains cannot be removed
+                if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
+                    part.unlink(missing_ok=True)
+            raise
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+    def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
+        """Makes a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
+
+        Returns:
+            The picture's path.
+
+        Raises:
+            OutboxError: The disk failed under a picture that was paid for.
+        """
+        path = self.folder / f"{fingerprint}.{entry.paid.extension}"
+        try:
+            sync(part)
+            part.replace(path)
+            sync(self.folder)
+        except OSError as error:
+            raise OutboxError(
+                f"outbox: {part} holds a picture that was paid for and could not be made durable: {error.strerror}",
+                status=200,
+                possibly_billed=True,
+            ) from error
+        with suppress(OSError):  # the picture is safe, and found without its facts too
+            facts = part.with_suffix(".facts")
+            facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
+            sync(facts)
+            facts.replace(path.with_suffix(".json"))
+        return path
+
+    def keep_answer(self, part: Path, answered: Answered) -> Path | None:
+        """Keeps the body of a 200 that could not be read as a picture, for good: no later one replaces it.
+
+        Args:
+            part: The body as it came; beside it, with the suffix `.found`, may lie what a link in it has led to.
+            answered: What the headers told.
+
+        Returns:
+            Where it lies now; None where there was nothing in it.
+
+        Raises:
+            OutboxError: The disk failed; the body lies in `part`.
+        """
+        found = part.with_suffix(".found")
+        try:
+            if found.exists():
+                self._set_aside(found, answered)
+            return self._set_aside(part, answered)
+        except OSError as error:
+            raise OutboxError(
+                f"outbox: {part} holds an answer that was paid for and could not be made durable: {error.strerror}",
+                status=200,
+            ) from error
+
+    def _set_aside(self, file: Path, answered: Answered | None) -> Path | None:
+        if not file.stat().st_size:
+            file.unlink()
+            return None
+        file.chmod(0o600)
+        sync(file)
+        path = next(path for number in count(1) if not (path := file.with_suffix(f".{number}.answer")).exists())
+        file.rename(path)
+        sync(self.folder)
+        with suppress(OSError):  # the answer is safe, and read without its facts too
+            if answered is not None:
+                facts = _facts_path(path)
+                facts.touch(0o600)
+                facts.write_text(answered.model_dump_json(indent=2), encoding="utf-8")
+        return path
+
+    def answers(self, fingerprint: str) -> list[Path]:
+        """The answers for a job that were paid for and could not be read as a picture.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        return sorted(each for each in self._listed(fingerprint) if each.suffix == ".answer")
+
+    def read_again(
+        self, fingerprint: str, run: str, read: Reader, *, seed: int, list_price_usd: Decimal
+    ) -> tuple[Path, OutboxEntry] | None:
+        """The picture in an answer that could not be read when it came, made durable; None where it still cannot.
+
+        So can what a run had received whole when it was interrupted.
+
+        Args:
+            fingerprint: Of the job.
+            run: Identifies the run that reads.
+            read: Does it.
+            seed: The job's.
+            list_price_usd: What an answer is taken to have cost whose headers were not noted.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        found = self._part(fingerprint, run).with_suffix(".found")
+        received = [each for each in self._listed(fingerprint) if each.suffix == ".part" and _arrived(each)]
+        for body in (*self.answers(fingerprint), *received):
+            try:
+                found.unlink(missing_ok=True)
+                picture = read(body, found)
+            except ApiError as error:
+                self._keep_found(found, body)
+                if isinstance(error, ResultLinkError) and body in received:
+                    with suppress(OSError):  # what holds a link is whole, and no longer arriving
+                        self._set_aside(body, None)
+                continue
+            except FileNotFoundError:
+                continue  # another run has read it meanwhile
+            except OSError as error:
+                raise self._unusable(f"{body.name} cannot be read: {error.strerror}") from error
+            try:
+                answered = _facts_of(body) or Answered(
+                    cost_usd=list_price_usd,
+                    cost_source="list price",
+                    at=datetime.fromtimestamp(body.stat().st_mtime, UTC),
+                )
+                entry = OutboxEntry(paid=answered.brought(picture, seed))
+                path = self.keep(fingerprint, found if found.exists() else body, entry)
+            except (FileNotFoundError, OutboxError):
+                if body.exists():
+                    raise
+                continue  # another run has kept it meanwhile
+            for each in (body, _facts_path(body)):
+                with suppress(OSError):
+                    each.unlink()
+            return path, entry
+        return None
+
+    def _keep_found(self, found: Path, body: Path) -> None:
+        """Keeps what a link has led to, unless the same lies there already: the link may not live as long."""
+        with suppress(OSError):
+            new = found.read_bytes()
+            known = _facts_of(body)
+            same = any(each.read_bytes() == new for each in self.answers(found.name.partition(".")[0]))
+            if same or known is None:
+                found.unlink()
+            else:
+                self._set_aside(found, known)
+
+    def find(
+        self, fingerprint: str, *, seed: int, list_price_usd: Decimal, unfinished: bool
+    ) -> tuple[Path, OutboxEntry] | None:
+        """The paid picture of a job and what is known of it.
+
+        After a crash between reading an answer and noting its facts the picture may lie there without them; it is
+        found all the same.
+
+        Args:
+            fingerprint: Of the job.
+            seed: The job's; for a picture whose facts were not noted.
+            list_price_usd: What such a picture is taken to have cost.
+            unfinished: Whether to take what a dead run had received whole but not yet renamed.
+
+        Raises:
+            OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
+        """
+        files = self._listed(fingerprint)
+        paths = [each for each in files if each.suffix not in _NO_PICTURES]
+        # Answers that may have arrived whole when their run died: cut to their length, no longer as reserved.
+        received = [each for each in files if unfinished and each.suffix == ".part" and _arrived(each)]
+        for path in (*paths, *received):
+            try:
+                picture = read_picture(path)
+                written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            except FileNotFoundError:
+                continue  # its run has renamed it, or the archive has it by now
+            except OSError as error:
+                raise self._unusable(f"{path.name} cannot be read: {error.strerror}") from error
+            except BrokenPicture as error:
+                if path.suffix == ".part":
+                    continue
+                raise OutboxError(
+                    f"outbox: {path} was paid for and {error}; restore it, or move it away to pay once more"
+                ) from error
+            with suppress(OSError, ValidationError):
+                facts = (self.folder / f"{fingerprint}.json").read_bytes()
+                known = OutboxEntry.model_validate_json(facts)
+                if known.paid.sha256 == picture.sha256:
+                    return path, known
+            paid = PaidPicture(
+                **picture.model_dump(),
+                seed=seed,
+                cost_usd=list_price_usd,
+                cost_source="list price",
+                paid_at=written,
+                notices=("recovered after a crash: its cost and request id are not known",),
+            )
+            entry = OutboxEntry(paid=paid)
+            return (path if path in paths else self.keep(fingerprint, path, entry)), entry
+        return None
+
+    def fingerprints(self) -> set[str]:
+        """Those of all pictures that lie here, as far as the names of the files tell; none is read.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        return {
+            each.name.partition(".")[0]
+            for each in self._all()
+            if each.suffix not in _NO_PICTURES or (each.suffix == ".part" and _arrived(each))
+        }
+
+    def unread(self) -> set[str]:
+        """The fingerprints of jobs of which answers lie here that could not be read as a picture.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        return {each.name.partition(".")[0] for each in self._all() if each.suffix == ".answer"}
+
+    def is_readable(self, fingerprint: str) -> bool:
+        """Whether one of these answers of a job holds a picture that can be read now, links aside."""
+        for body in self.answers(fingerprint):
+            with suppress(OSError, ApiError, BrokenPicture):
+                data = body.read_bytes()
+                held = picture_or_link(data)
+                if not isinstance(held, Link):
+                    picture_of(data if held is None else held)
+                    return True
+        return False
+
+    def remove(self, fingerprint: str) -> None:
+        """Empties the outbox of a picture that the archive holds; what cannot be removed does no harm.
+
+        Answers of which no picture came stay: they were paid for, and what they are worth only a person can tell.
+        """
+        with suppress(OSError):
+            for path in self._files(fingerprint):
+                if not path.name.endswith(_KEPT):
+                    with suppress(OSError):
+                        path.unlink()
+
+    def _part(self, fingerprint: str, run: str) -> Path:
+        return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
+
+    def _all(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir()) if self.folder.is_dir() else []
+        except OSError as error:
+            raise self._unusable(f"it cannot be read: {error.strerror}") from error
+
+    def _listed(self, fingerprint: str) -> list[Path]:
+        try:
+            return self._files(fingerprint)
+        except OSError as error:
+            raise self._unusable(f"it cannot be read: {error.strerror}") from error
+
+    def _files(self, fingerprint: str) -> list[Path]:
+        """All files of a picture. `glob` would find none in a folder that may not be read."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
+        return [self.folder / name for name in names if name.startswith(f"{fingerprint}.")]
+
+    def _unusable(self, why: str) -> OutboxError:
+        return OutboxError(
+            f"outbox: {self.folder} cannot take a picture: {why}; nothing was paid (free space there, or set "
+            "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
+        )
+
+
+def _arrived(part: Path) -> bool:
+    """Whether an answer may be whole: the file was cut to its length and is no longer as it was reserved."""
+    try:
+        return part.is_file() and part.stat().st_size not in (0, RESERVED_BYTES)
+    except FileNotFoundError:  # renamed by its run at this moment
+        return False
+
+
+def _facts_path(body: Path) -> Path:
+    return body.with_suffix(".answer.json")
+
+
+def _facts_of(body: Path) -> Answered | None:
+    """What the headers of a kept answer told."""
+    with suppress(OSError, ValidationError):
+        return Answered.model_validate_json(_facts_path(body).read_bytes())
+    return None
+
+
+def _reserve(descriptor: int) -> None:
+    """Takes the space for an answer, where the system can."""
+    if sys.platform == "linux":
+        try:
+            os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # some file systems cannot
+                raise

@@ -1,0 +1,1 @@
+"""Many jobs in one run: the plan, the totals, the approval."""

@@ -1,0 +1,377 @@
+"""The plan of a batch: what each of its jobs needs and what that will cost, before anything is paid."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from decimal import Decimal
+from itertools import islice
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.api.request import Job
+from prefect_segmind.archive.archive import Archive, Survey
+from prefect_segmind.archive.leases import held_beside, held_elsewhere
+from prefect_segmind.archive.outbox import Outbox
+from prefect_segmind.archive.record import FlowRuns, OnUnknown, Record, Run, Verdict, verdict
+from prefect_segmind.errors import SegmindError, SourceImageError
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline.source import SourceReader
+from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, inspect_source, settle, with_drawn_seed
+from prefect_segmind.storage.spool import Spool
+
+INSPECTORS = 8
+"""Threads that read and decode source images; it is S3 and the disk that they wait for."""
+READERS = 32
+"""Threads that read records."""
+LOOK_AHEAD = 64
+"""Jobs whose images are being read while the plan waits for the first of them."""
+KEPT = 10_000
+"""Images whose facts are remembered; jobs of one image mostly follow each other."""
+LISTED = 1_000
+"""Jobs that a plan names, and problems; beyond them it counts, so that no plan is a burden to Prefect."""
+REFUSED = (
+    "an earlier request may have been billed though no picture came of it, and another is not allowed: by "
+    'on_unknown="fail" (on_unknown="repay" pays once more), or in this flow run (a new one pays once more)'
+)
+"""The problem of a job that may not be paid for again."""
+
+Need = Literal["generate", "reuse", "recover", "wait", "fail"]
+_NEEDS: dict[Verdict, Need] = {
+    Verdict.PAY: "generate",
+    Verdict.REUSE: "reuse",
+    Verdict.RECOVER: "recover",
+    Verdict.WAIT: "wait",
+    Verdict.REFUSE: "fail",
+}
+
+
+class PlannedJob(BaseModel):
+    """What one job of a plan needs.
+
+    Attributes:
+        name: The job's.
+        needs: `generate`: it is to be paid for. `reuse`: its picture is in the archive, or comes there by another job
+            of this run. `recover`: it lies in the outbox, paid for. `wait`: another run is paying for it. `fail`: it
+            will fail, unpaid.
+        usd: What this run would pay for it.
+        problem: Why it will fail; None if it will not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    needs: Need
+    usd: Decimal = Decimal("0.00")
+    problem: str | None = None
+
+    def sentence(self) -> str:
+        """The job in one line.
+
+        Example:
+            >>> PlannedJob(name="mug", needs="generate", usd=Decimal("0.05")).sentence()
+            'mug: generate, 0.05 USD'
+        """
+        more = f", {usd(self.usd)} USD" if self.usd else f", {self.problem}" if self.problem else ""
+        return f"{self.name}: {self.needs}{more}"
+
+
+_KEPT_ANSWER = "paid for before; the answer is kept in the outbox, and read again before anything is paid"
+
+
+class Plan(BaseModel):
+    """What a run of a batch is going to do and to cost.
+
+    Attributes:
+        total: Jobs of the manifest.
+        generate: Pictures to pay for.
+        reuse: Jobs whose picture is in the archive, or comes there by another job of this run.
+        recover: Pictures that lie in the outbox, paid for.
+        wait: Pictures that another run is paying for at this moment.
+        fail: Jobs that will fail unpaid: no image that can be used, or `on_unknown` forbids to pay again.
+        price_usd: Of one picture.
+        budget_usd: What the run may spend, if it is limited.
+        credits_usd: What the account has, where the API tells.
+        warnings: What was found in the jobs, with how many of them it is true of.
+        problems: Name and reason of jobs that will fail, the first `LISTED`.
+        jobs: What each job needs, the first `LISTED` of them, in their order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    total: int
+    generate: int
+    reuse: int
+    recover: int
+    wait: int
+    fail: int
+    price_usd: Decimal
+    budget_usd: Decimal | None = None
+    credits_usd: Decimal | None = None
+    warnings: tuple[tuple[str, int], ...] = ()
+    problems: tuple[tuple[str, str], ...] = ()
+    jobs: tuple[PlannedJob, ...] = ()
+
+    @property
+    def planned_usd(self) -> Decimal:
+        """What the pictures will cost."""
+        return self.price_usd * self.generate
+
+    def with_failures(self, problems: Iterable[tuple[str, str]]) -> Plan:
+        """The plan with jobs that were found to fail before it was made, by name and reason; they come first."""
+        more = tuple(problems)
+        failing = (PlannedJob(name=name, needs="fail", problem=problem) for name, problem in more)
+        changes = {
+            "total": self.total + len(more),
+            "fail": self.fail + len(more),
+            "problems": (*more, *self.problems)[:LISTED],
+            "jobs": (*failing, *self.jobs)[:LISTED],
+        }
+        return self.model_copy(update=changes)
+
+    def facts(self) -> dict[str, str]:
+        """The plan as people read it, a title and a text for each line."""
+        facts = {
+            "plan": f"{self.total} asset{'s' * (self.total != 1)}",
+            "generate": f"{self.generate}, {usd(self.planned_usd)} USD at {usd(self.price_usd)} USD each",
+            "reuse": f"{self.reuse}, in the archive or made by another asset of this run",
+            "recover": f"{self.recover}, paid for and waiting in the outbox",
+            "wait": f"{self.wait}, another run is paying for them",
+            "fail": f"{self.fail}, nothing is paid for them",
+        }
+        shown = {title: text for title, text in facts.items() if title == "generate" or not text.startswith("0,")}
+        if self.budget_usd is not None:
+            shown["budget"] = f"{usd(self.budget_usd)} USD"
+        if self.credits_usd is not None:
+            shown["credits"] = f"{usd(self.credits_usd)} USD"
+        return shown
+
+    def shortfalls(self) -> list[str]:
+        """A warning for the budget and one for the credits, if the plan costs more."""
+        limits = {"the budget": self.budget_usd, "the account's credits": self.credits_usd}
+        return [
+            f"the plan costs {usd(self.planned_usd)} USD, {what} of {usd(limit)} USD "
+            f"{'pays' if what == 'the budget' else 'pay'} for {int(limit / self.price_usd)} of {self.generate} "
+            "pictures: the run stops there"
+            for what, limit in limits.items()
+            if limit is not None and self.planned_usd > limit
+        ]
+
+
+def make_plan(
+    jobs: Spool[Job],
+    entries: Spool[Job | ValidatedJob],
+    *,
+    reader: SourceReader,
+    archive: Archive,
+    outbox: Outbox,
+    price_usd: Decimal,
+    on_unknown: OnUnknown = "repay",
+    in_place: set[str] | None = None,
+    flow_runs: FlowRuns = (),
+    call: str = "",
+    unusable: dict[str, str] | None = None,
+) -> Plan:
+    """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
+
+    Args:
+        jobs: What is asked for.
+        entries: Takes the jobs in their order, validated; one that will fail goes in as it is, a random seed drawn.
+        reader: Reads the source images.
+        archive: Has the records.
+        outbox: Has pictures that are not archived yet.
+        price_usd: What a picture costs.
+        on_unknown: As for `Generation`.
+        in_place: Takes the `place` of each picture that is archived under the very name that is asked for, and that
+            leaves nothing to be done: what is still in the outbox is not.
+        flow_runs: The flow run that is planned for: it may have sent requests before.
+        call: What names it in all its tries, and in those of the flow runs around it: its seeds are drawn by that.
+        unusable: Takes name and reason of each job whose image cannot be used as it is, not of those whose image cannot
+            be read at this moment.
+
+    Raises:
+        StoreError: The archive cannot be listed or read.
+    """
+    wanted: Counter[str] = Counter()
+    earlier: dict[str, str] = {}
+    warnings: Counter[str] = Counter()
+    problems: list[tuple[str, str]] = []
+    failing = 0
+    draw_by = f"{call} " if call else None
+    for job, found in _inspected(jobs, reader):
+        drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
+        try:
+            if isinstance(found, SegmindError):
+                raise type(found)(str(found))
+            entry = settle(drawn, found, price_usd=price_usd)
+        except SegmindError as error:
+            failing += 1
+            if unusable is not None and isinstance(error, SourceImageError):
+                unusable[job.name] = str(error)
+            if len(problems) < LISTED:
+                problems.append((job.name, str(error)))
+            entries.append(drawn)
+        else:
+            wanted[entry.fingerprint] += 1
+            if was := entry.earlier:
+                earlier[was.fingerprint] = entry.fingerprint
+            if len(warnings) < 1000:
+                warnings.update(entry.warnings)
+            entries.append(entry)
+    needs: Counter[Verdict] = Counter()
+    survey = archive.survey(wanted.keys() | earlier.keys())
+    kept = outbox.fingerprints()
+    if in_place is not None:
+        done = survey.archived - kept
+        for each in entries:
+            if not isinstance(each, ValidatedJob):
+                continue
+            for known in each.known_as:
+                if known.fingerprint in done and known.place in survey.places:
+                    in_place.add(each.place)
+    known_as: dict[str, str] = {}  # pictures that were paid for before their texts had one spelling
+    for before, now in earlier.items():
+        if now in wanted and now not in survey.recorded | kept and before in survey.recorded | kept:
+            wanted[before] += wanted.pop(now)
+            known_as[now] = before
+    survey = survey._replace(recorded=survey.recorded & wanted.keys(), archived=survey.archived & wanted.keys())
+    unread = outbox.unread() & wanted.keys() - survey.archived - kept
+    kept |= {each for each in unread if outbox.is_readable(each)}
+    if unread := unread - kept:  # no link is followed here: what it would cost to pay again is in the plan
+        warnings[_KEPT_ANSWER] += sum(wanted[each] for each in unread)
+    verdicts = dict(_verdicts(wanted, survey, kept, unread, archive, on_unknown, flow_runs))
+    for fingerprint, need in verdicts.items():
+        needs[need] += 1
+        # Whatever else wants the same picture finds it archived.
+        needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
+    verdicts |= {now: verdicts[before] for now, before in known_as.items()}
+    left = (each for each in entries if not (in_place and isinstance(each, ValidatedJob) and each.place in in_place))
+    listed = tuple(_listed(islice(left, LISTED), verdicts, problems, price_usd))
+    problems += [(each.name, REFUSED) for each in listed if each.problem == REFUSED]
+    return Plan(
+        total=len(jobs),
+        generate=needs[Verdict.PAY],
+        reuse=needs[Verdict.REUSE],
+        recover=needs[Verdict.RECOVER],
+        wait=needs[Verdict.WAIT],
+        fail=failing + needs[Verdict.REFUSE],
+        price_usd=price_usd,
+        warnings=tuple(warnings.most_common(10)),
+        problems=tuple(problems[:LISTED]),
+        jobs=listed,
+    )
+
+
+def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: FlowRuns) -> dict[str, Record]:
+    """The records of pictures for which earlier tries of a flow run have sent requests; none is read in the first try.
+
+    Args:
+        archive: Has the records.
+        fingerprints: Of the pictures.
+        flow_runs: The flow run.
+
+    Raises:
+        StoreError: A record cannot be read.
+    """
+    if all(number == 1 for _, number in flow_runs):
+        return {}
+    run = Run("", flow_runs)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
+        records = [found.record for found in pool.map(archive.read, fingerprints) if found]
+    return {
+        record.fingerprint: record for record in records if any(run.follows(each.flow_runs) for each in record.attempts)
+    }
+
+
+def _listed(
+    entries: Iterable[Job | ValidatedJob],
+    verdicts: Mapping[str, Verdict],
+    problems: Iterable[tuple[str, str]],
+    price_usd: Decimal,
+) -> Iterator[PlannedJob]:
+    """What each of the first jobs needs; of several that want one picture, the first one pays for it.
+
+    Args:
+        entries: The jobs; one that is not validated has the next of the problems.
+        verdicts: What is to be done for each picture.
+        problems: Name and reason of the jobs that cannot be validated, in their order.
+        price_usd: Of one picture.
+    """
+    why, taken = iter(problems), set[str]()
+    for each in entries:
+        if isinstance(each, Job):
+            yield PlannedJob(name=each.name, needs="fail", problem=next(why)[1])
+            continue
+        need = _NEEDS[verdicts[each.fingerprint]]
+        if each.fingerprint in taken and need != "fail":
+            need = "reuse"
+        yield PlannedJob(
+            name=each.name,
+            needs=need,
+            usd=price_usd if need == "generate" else Decimal("0.00"),
+            problem=REFUSED if need == "fail" else None,
+        )
+        taken.add(each.fingerprint)
+
+
+def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | SegmindError]]:
+    """Each job with what its image is, or why it cannot be used, in their order; the images are read in parallel."""
+    known: OrderedDict[tuple[str, bool], Future[InspectedSource | SegmindError]] = OrderedDict()
+    waiting: deque[tuple[Job, Future[InspectedSource | SegmindError]]] = deque()
+
+    def look(image: str, allow_extreme_ratio: bool) -> InspectedSource | SegmindError:
+        try:
+            return inspect_source(image, reader, allow_extreme_ratio=allow_extreme_ratio)
+        except SegmindError as error:  # that one itself would keep the image's bytes alive
+            return (SourceImageError if isinstance(error, SourceImageError) else SegmindError)(str(error))
+
+    with ThreadPoolExecutor(INSPECTORS, thread_name_prefix="segmind-plan") as pool:
+        for job in jobs:
+            key = job.image, job.allow_extreme_ratio
+            if key not in known:
+                known[key] = pool.submit(look, *key)
+            known.move_to_end(key)
+            waiting.append((job, known[key]))
+            if len(known) > KEPT:
+                known.popitem(last=False)
+            if len(waiting) > LOOK_AHEAD:
+                first, source = waiting.popleft()
+                yield first, source.result()
+        for job, source in waiting:
+            yield job, source.result()
+
+
+def _verdicts(
+    wanted: Counter[str],
+    survey: Survey,
+    kept: set[str],
+    unread: set[str],
+    archive: Archive,
+    on_unknown: OnUnknown,
+    flow_runs: FlowRuns,
+) -> Iterator[tuple[str, Verdict]]:
+    """What is to be done for each picture. Only records of pictures that are not archived yet are read."""
+    recorded, archived, _ = survey
+
+    def look(fingerprint: str) -> tuple[str, Verdict]:
+        found = archive.read(fingerprint)
+        need = verdict(
+            found.record if found else None,
+            run=Run("", flow_runs),
+            in_outbox=fingerprint in kept and not held_beside(archive, found, ""),
+            held_elsewhere=held_elsewhere(archive, found, ""),
+            on_unknown=on_unknown,
+            unreadable=fingerprint in unread,
+        )
+        return fingerprint, need
+
+    yield from ((each, Verdict.REUSE) for each in archived)
+    for each in wanted:
+        if each not in recorded:
+            refused = each in unread and on_unknown == "fail"
+            yield each, Verdict.RECOVER if each in kept else Verdict.REFUSE if refused else Verdict.PAY
+    with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
+        yield from pool.map(look, recorded - archived)

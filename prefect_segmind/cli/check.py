@@ -1,0 +1,198 @@
+"""What `prefect-segmind check` looks at: everything a run needs, tried for real, without paying anything."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import httpx
+from packaging.requirements import Requirement
+from prefect import __version__ as prefect_version
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL
+
+from prefect_segmind import services
+from prefect_segmind.api.client import on_loopback
+from prefect_segmind.credentials import load_base_url, load_credentials
+from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError
+from prefect_segmind.money import usd
+from prefect_segmind.settings import PREFIX, load_settings
+from prefect_segmind.storage.http_environment import check_environment, proxy_for, ssl_context
+from prefect_segmind.storage.open_store import is_relative, open_store
+from prefect_segmind.storage.store import Store
+
+
+class Found(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        text: What it found, or what to do.
+        mark: `ok`, `mind` for what works but may surprise, `bad` for what does not work.
+    """
+
+    text: str
+    mark: Literal["ok", "mind", "bad"] = "ok"
+
+
+Check = tuple[str, Callable[[], Found]]
+
+
+def all_checks(block: str | None, archive: str | None, upload_to: str | None) -> Iterator[Check]:
+    """Titles and checks; a check says what it found, or raises an error that says what to do.
+
+    Args:
+        block: Name of a `SegmindCredentials` block; the settings if None.
+        archive: `s3://bucket/prefix` or a folder; the settings if None.
+        upload_to: `s3://bucket/prefix`; the settings if None.
+    """
+    yield "proxy and certificates", lambda: _http(block)
+    yield "key and credits", lambda: _credits(block)
+    yield "upload place", lambda: _upload_place(upload_to)
+    yield "archive", lambda: _archive(archive)
+    yield "outbox", _outbox
+    yield "versions", _versions
+    yield "Prefect server", _server
+
+
+def _http(block: str | None) -> Found:
+    check_environment()
+    url = load_base_url(block)
+    way = "directly" if on_loopback(url) or proxy_for(url) is None else "through the proxy of the environment"
+    own = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
+    return Found(f"the API is reached {way}, " + (f"with the certificates of {own}" if own else "with certifi's"))
+
+
+def _credits(block: str | None) -> Found:
+    price = load_settings().price_usd
+    with load_credentials(block).get_client() as client:
+        left = client.credits()
+    pictures = f"about {int(left / price)} pictures" if price else "pictures cost nothing"
+    return Found(f"the key is good; {usd(left)} USD of credits, {pictures}")
+
+
+def _upload_place(place: str | None) -> Found:
+    uploads = services.open_uploads(place)
+    if uploads.place is None:
+        raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
+    store = open_store(uploads.checked_place(), services.s3_client())
+    said = secrets.token_bytes(16)
+    store.put(".segmind-check", said, "application/octet-stream")
+    answer = _signed(uploads.address(store.uri(".segmind-check")))
+    if answer.content != said:
+        raise StoreError(
+            f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
+            "endpoint and the bucket's policy for GET"
+        )
+    return Found(f"{uploads.place} can be written{_checked(store)}, and a signed address can be read")
+
+
+def _archive(place: str | None) -> Found:
+    store = services.open_archive(place).store
+    store.put(".segmind/check", secrets.token_bytes(16), "application/octet-stream")
+    named = place or load_settings().archive or ""
+    if is_relative(named):
+        return _relative(f"{store.url} can be written", "--archive" if place else f"{PREFIX}ARCHIVE", named)
+    conditional, works = store.conditional, f"{store.url} can be written{_checked(store)}"
+    if conditional:
+        return Found(f"{works}, and honours conditional writes")
+    return Found(
+        f"{works}, but ignores conditional writes: do not run the same job in two processes at once",
+        "mind",
+    )
+
+
+def _signed(url: str) -> httpx.Response:
+    """What lies at a signed address, which no message shows."""
+    proxy = None if on_loopback(url) else proxy_for(url)
+    try:
+        with httpx.Client(trust_env=False, proxy=proxy, verify=ssl_context(), timeout=10) as client:
+            return client.get(url)
+    except httpx.HTTPError as error:
+        raise StoreUnreachableError(
+            f"a signed address cannot be read ({type(error).__name__}: {error}); check the network and any proxy"
+        ) from None
+
+
+def _checked(store: Store) -> str:
+    return "" if store.checksums else " (without checksum headers)"
+
+
+def _outbox() -> Found:
+    outbox, named = services.open_outbox(), load_settings()
+    outbox.check()
+    if is_relative(str(named.outbox_folder)):
+        variable = f"{PREFIX}OUTBOX" if named.outbox else "PREFECT_HOME"
+        return _relative(f"{outbox.folder} can take pictures", variable, str(named.outbox_folder))
+    if _in_container() and not _on_volume(outbox.folder):
+        return Found(
+            f"{outbox.folder} can take pictures, but lies in this container and is lost with it: mount a volume there, "
+            "so that a paid picture survives",
+            "mind",
+        )
+    return Found(f"{outbox.folder} can take pictures")
+
+
+def _relative(works: str, named: str, place: str) -> Found:
+    return Found(
+        f"{works}, but {place!r} is taken from the working directory, and runs of deployments refuse it: name an "
+        f"absolute folder in {named}, or the same one in prefect.toml, which counts from that file's folder",
+        "mind",
+    )
+
+
+def _in_container() -> bool:
+    return (
+        Path("/.dockerenv").exists() or Path("/run/.containerenv").exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+    )
+
+
+def _on_volume(folder: Path) -> bool:
+    """Whether a folder, or one above it, is mounted from outside the container."""
+    return any(os.path.ismount(each) for each in (folder, *folder.parents) if each != each.parent)
+
+
+def _versions() -> Found:
+    said = []
+    for text in requires("prefect-segmind") or []:
+        need = Requirement(text)
+        if need.name not in ("prefect", "fastapi", "sqlalchemy") or need.marker is not None:
+            continue
+        have = version(need.name)
+        if have not in need.specifier:
+            raise ConfigurationError(
+                f"{need.name} {have} is installed, and Prefect's server does not work with it: "
+                f'pip install "{need.name}{need.specifier}"'
+            )
+        said.append(f"{need.name} {have}")
+    return Found(", ".join(said))
+
+
+def _server() -> Found:
+    check_environment()  # Prefect's client reads it too
+    where = PREFECT_API_URL.value()
+    try:
+        made = get_client(sync_client=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"PREFECT_API_SSL_CERT_FILE: {PREFECT_API_SSL_CERT_FILE.value()} cannot be used ({error.strerror or error})"
+        ) from None
+    with made as client:
+        if failed := client.api_healthcheck():
+            raise ConfigurationError(f"{where} does not answer ({failed}); start it, or check PREFECT_API_URL")
+        server = str(client.api_version())
+    if server.split(".")[:2] != prefect_version.split(".")[:2]:
+        raise ConfigurationError(
+            f"the server is Prefect {server}, this is {prefect_version}; use the same minor version"
+        )
+    if where is None:
+        return Found(
+            f"a temporary one, Prefect {server}, is started for each command, which takes seconds and shows nothing "
+            "live: run `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`, then `prefect server start` in "
+            "a terminal of its own",
+            "mind",
+        )
+    return Found(f"{where} answers, Prefect {server}")

@@ -1,0 +1,319 @@
+"""Reading pictures: what a source image is and what must change in it, and whether what the API answers is one.
+
+The one room that reads pictures; `normalisation` changes them. Whatever bytes come in, a picture comes out or a named
+error does. The limits of the API (JPEG, PNG or WebP, at most 10 MB) are from the provider's documentation; 25
+megapixels and side ratios up to 3:1 are this package's own, far above what a model that works at about one megapixel
+can use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+from PIL import ExifTags, Image, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.errors import SourceImageError
+from prefect_segmind.images.container import (
+    describe_tiff,
+    full_pages,
+    has_png_end,
+    is_cut,
+    split_png,
+    without_odd_metadata,
+)
+
+MAX_BYTES: Final = 10_000_000
+"""The largest file that the API takes, by the provider's documentation."""
+MAX_PIXELS: Final = 25_000_000
+"""A picture with more pixels is scaled down before it goes up."""
+BOMB_PIXELS: Final = 178_956_970
+"""A picture with more pixels is not decoded at all: where Pillow raises DecompressionBombError by default."""
+MAX_RATIO: Final = 3
+"""The longer side over the shorter one; the resolutions of the model reach from 1:3 to 3:1."""
+
+# A closed list: Pillow's other readers guess at bytes without a signature (TGA) or start programs (EPS starts
+# Ghostscript). AVIF comes with Pillow 11.3; MPO, a phone's JPEG with more pictures behind it, is the JPEG reader's.
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
+_EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
+_HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_UNKNOWN: Final = re.compile(r"(?i)unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|compression)")
+# Pillow's words for what it does not read, whole as it may be.
+
+Image.init()  # registers the readers once, at import, instead of in whichever thread comes first
+
+
+class BrokenPicture(ValueError):
+    """Bytes that do not decode to a picture.
+
+    Attributes:
+        truncated: True where a picture provably lacks its end; False where it is something else, damaged, or whole.
+        remedy: What somebody who has such a source image can do.
+    """
+
+    def __init__(self, message: str, remedy: str = "give a JPEG, PNG or WebP in RGB", truncated: bool = False) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+        self.truncated = truncated
+
+
+class _FileFacts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str  # Pillow's name of it, such as JPEG
+    width: int
+    height: int
+    size_bytes: int
+    sha256: str  # of the file as it is, in hexadecimal
+
+
+class SourceImage(_FileFacts):
+    """What inspecting a source image has shown; width and height are pixels after the EXIF rotation.
+
+    `changes` says what is changed before it goes up, each to be read after "the image is"; empty: it goes up as it is.
+    """
+
+    changes: tuple[str, ...] = ()
+
+
+class Picture(_FileFacts):
+    """What a picture that the API answered is, by its bytes and not its headers; width and height as stored."""
+
+    content_type: str
+    extension: str
+
+
+def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> SourceImage:
+    """Decodes a source image fully and says what it is and what must change before the API takes it.
+
+    Args:
+        data: The file.
+        label: What the user calls it, for messages.
+        allow_extreme_ratio: Whether sides beyond 1:3 and 3:1 are let through.
+
+    Raises:
+        SourceImageError: It is empty, cut short, no picture, animated, too large to decode, or too long and narrow.
+
+    Example:
+        >>> canvas = BytesIO()
+        >>> Image.new("CMYK", (640, 480)).save(canvas, "JPEG")
+        >>> inspect(canvas.getvalue(), "ad.jpg").changes
+        ('converted from CMYK to RGB',)
+    """
+    try:
+        image = open_picture(data)
+        if _has_several(image, data):
+            raise BrokenPicture(
+                f"is animated or has several pages ({image.format})", "save the one to use as JPEG or PNG"
+            )
+        load_picture(image, data)
+        if image.mode == "LAB":  # Pillow converts it through a profile only, and next to nobody has such files
+            raise BrokenPicture("has the colour mode LAB")
+    except BrokenPicture as broken:
+        raise SourceImageError(f"image: {label} {broken}; {broken.remedy}") from None
+    orientation = exif_orientation(image)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    if max(width, height) > MAX_RATIO * min(width, height) and not allow_extreme_ratio:
+        raise SourceImageError(
+            f"image: {label} has {width}×{height} pixels, beyond the ratios 1:3 to 3:1 that the model makes; "
+            "crop it, or set allow_extreme_ratio to have the model crop it"
+        )
+    facts = _facts(image, data).model_copy(update={"width": width, "height": height})
+    return SourceImage(**facts.model_dump(), changes=tuple(_changes(image, data, (width, height), orientation)))
+
+
+def read_picture(path: Path) -> Picture:
+    """Decodes all the data of a picture that the API answered, and says what it is.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        BrokenPicture: It does not decode; `truncated` says whether it provably lacks its end.
+        OSError: The file cannot be read.
+    """
+    return picture_of(path.read_bytes())
+
+
+def picture_of(data: bytes) -> Picture:
+    """Decodes all the data of a picture that the API answered, and says what it is.
+
+    Args:
+        data: The file.
+
+    Raises:
+        BrokenPicture: As `read_picture`.
+    """
+    image = open_picture(data)
+    facts = _facts(image, data)
+    content_type, extension = file_type(facts.format)
+    with decoding(data):
+        # All of a JPEG's data is read, so that damage shows as ever, but only an eighth of its pixels are worked out.
+        image.draft(None, (1, 1))
+    load_picture(image, data)
+    return Picture(**facts.model_dump(), content_type=content_type, extension=extension)
+
+
+def _facts(image: ImageFile.ImageFile, data: bytes) -> _FileFacts:
+    width, height = image.size
+    sha256 = hashlib.sha256(data).hexdigest()
+    return _FileFacts(format=str(image.format), width=width, height=height, size_bytes=len(data), sha256=sha256)
+
+
+def file_type(format: str) -> tuple[str, str]:
+    """The content type and the extension of a format; an MPO is a JPEG to everybody else."""
+    return Image.MIME["JPEG" if format == "MPO" else format], _EXTENSIONS.get(format, format.lower())
+
+
+def open_picture(data: bytes) -> ImageFile.ImageFile:
+    """Reads a picture's header, as `Image.open` does but for its warning about large pictures.
+
+    To silence that warning takes a global setting of Pillow or a filter of warnings, which is not thread-safe; so the
+    registered reader is called directly, and the size is checked here before anything is decoded.
+    """
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and b"avif" not in data[:64]:
+        raise BrokenPicture("is HEIC, which is not read here", "convert it to JPEG")
+    for name in _FORMATS:
+        reader, accepts = Image.OPEN.get(name, (None, None))
+        # `accepts` answers with a string, a reason, where this build of Pillow lacks the format.
+        if reader is not None and accepts is not None and accepts(data[:16]) is True:
+            with decoding(data):
+                image = _opened(reader, data)
+                if image.width * image.height > BOMB_PIXELS:
+                    raise Image.DecompressionBombError(f"{image.width}×{image.height}")
+                return image
+    raise BrokenPicture("is empty" if not data else "is not an image of a kind that can be read")
+
+
+def _opened(reader: Callable[[BytesIO, str], ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
+    """What a reader of Pillow makes of a file, whatever its metadata is like, and of its own pictures the first."""
+    if data.startswith(b"\x89PNG"):
+        parts = split_png(data)
+        image = reader(BytesIO(parts.pixels), "")
+        for name, value in parts.info.items():
+            image.info[name] = value
+        return image
+    try:
+        image = reader(BytesIO(data), "")
+    except Exception:
+        plain = without_odd_metadata(data)
+        if plain == data:
+            raise
+        return reader(BytesIO(plain), "")
+    if isinstance(image, TiffImageFile) and (page := next(iter(full_pages(data)), 0)):
+        image.seek(page)  # those before it are previews
+    return image
+
+
+def _has_several(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether a file holds several pictures that count; a phone's JPEG does not, nor does a TIFF with a preview."""
+    if image.format == "PNG":
+        with decoding(data):
+            return split_png(data).animated
+    if image.format == "TIFF":
+        return len(full_pages(data)) > 1
+    return image.format != "MPO" and getattr(image, "is_animated", False)
+
+
+def load_picture(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
+    """Decodes the first frame of an opened picture."""
+    with decoding(data):
+        if isinstance(image, TiffImageFile):
+            # Its loader would warn of a large picture while it makes room for the pixels; so the room is made here.
+            image.im = Image.new(image.mode, (image.tag_v2[256], image.tag_v2[257])).im
+        image.load()
+        if _is_deep_png(image, data):
+            image.info.pop("transparency", None)  # a 16-bit colour, which Pillow would look for among 8-bit ones
+        if image.format == "PNG" and not has_png_end(data):
+            raise EOFError("no IEND")  # Pillow forgives a missing end once the pixels are there
+    return image
+
+
+def _is_deep_png(image: Image.Image, data: bytes) -> bool:
+    """Whether it has 16 bits a channel, by its header (IHDR): Pillow halves 16-bit RGB to 8 and does not tell."""
+    return image.format == "PNG" and data[24] == 16
+
+
+@contextmanager
+def decoding(data: bytes) -> Iterator[None]:
+    """Turns whatever a decoder raises over foreign bytes into BrokenPicture."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise BrokenPicture(f"has more than {BOMB_PIXELS:,} pixels ({error})", "scale it down") from error
+    except MemoryError:
+        raise  # says nothing about the picture
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        if is_cut(data):
+            message = f"is cut short (truncated: {why})"
+            raise BrokenPicture(message, "copy or export it again", truncated=True) from error
+        if data[:2] in (b"II", b"MM") and isinstance(error, (SyntaxError, KeyError)):
+            why = describe_tiff(data)  # Pillow knows no mode for such pixels, or not their compression
+        elif not _UNKNOWN.search(why):
+            what = f"; {describe_tiff(data)}" if data[:2] in (b"II", b"MM") else ""
+            raise BrokenPicture(f"is damaged ({why}{what})") from error
+        raise BrokenPicture(f"is of a kind that is not read here ({why})", "export it as JPEG or PNG in RGB") from error
+
+
+def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], orientation: int) -> Iterator[str]:
+    """What keeps a picture from going up as it is, in the words of `SourceImage.changes`."""
+    if image.format == "MPO":
+        yield "reduced to the first of its pictures (MPO)"
+    elif image.format not in ("JPEG", "PNG", "WEBP"):
+        yield f"converted from {image.format}"
+    if orientation > 1:
+        yield "rotated by its EXIF orientation"
+    if _has_odd_metadata(image, data):
+        yield "freed of metadata that others cannot read"
+    if image.mode == "CMYK":  # YCCK as well, by Pillow's decoder
+        yield "converted from CMYK to RGB"
+    if image.mode[0] in "IF" or _is_deep_png(image, data):
+        yield "reduced to 8 bits a channel"
+    fitted = fitted_size(size, MAX_PIXELS)
+    if fitted != size:
+        yield f"scaled from {size[0]}×{size[1]} to {fitted[0]}×{fitted[1]} pixels"
+    if len(data) > MAX_BYTES:
+        yield f"made smaller than {MAX_BYTES // 1_000_000} MB (it has {len(data) / 1_000_000:.1f})"
+
+
+def _has_odd_metadata(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether the file goes up as it is only to be refused: who reads it there looks at its metadata too."""
+    if image.format == "PNG":
+        return split_png(data).odd
+    if image.format in ("JPEG", "WEBP"):
+        try:
+            Image.OPEN[image.format][0](BytesIO(data), "")
+        except Exception:  # noqa: BLE001 - any of a reader, as in `_opened`
+            return True
+    return False
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or EXIF is broken, as viewers take it."""
+    with suppress(Exception):  # anybody writes EXIF; whatever is wrong with it, the picture is still a picture
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        if found is not None and found in range(2, 9):
+            return int(found)
+    return 1
+
+
+def fitted_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """A size of at most so many pixels in the same ratio; never beyond 3:1 by rounding where it was within."""
+    long, short = max(size), min(size)
+    if long * short <= pixels:
+        return size
+    factor = math.sqrt(pixels / (long * short))
+    fitted_short = max(1, int(short * factor))
+    fitted_long = min(int(long * factor), pixels)
+    if long <= MAX_RATIO * short:
+        fitted_long = min(fitted_long, MAX_RATIO * fitted_short)
+    return (fitted_long, fitted_short) if size[0] == long else (fitted_short, fitted_long)

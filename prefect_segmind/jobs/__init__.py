@@ -1,0 +1,1 @@
+"""One job: its fields, its mistakes, its identity."""

@@ -1,0 +1,125 @@
+"""The one decision about a failed request: wait and try again, or stop.
+
+It is pure, so that a table can test it; Prefect does the waiting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect_segmind.archive.record import UNKNOWN_RETRIES
+from prefect_segmind.errors import (
+    AnswerCutError,
+    ApiUnreachableError,
+    BadGatewayError,
+    GatewayTimeoutError,
+    OverloadedError,
+    RateLimitError,
+    SegmindError,
+)
+
+RETRIED = (
+    *(RateLimitError, OverloadedError, BadGatewayError, GatewayTimeoutError),
+    *(ApiUnreachableError, AnswerCutError),
+)
+"""The errors that pass by themselves. All others would fail again, or would pay again."""
+
+
+def holds_all(error: BaseException | None) -> bool:
+    """Whether an error concerns every request of a run: a rate limit, or an overload that the provider puts a time to.
+
+    Example:
+        >>> holds_all(OverloadedError("…", status=503, retry_after=5.0)), holds_all(OverloadedError("…", status=503))
+        (True, False)
+    """
+    return isinstance(error, RateLimitError) or (isinstance(error, OverloadedError) and bool(error.retry_after))
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How patient a run is.
+
+    Attributes:
+        retries: Requests after the first one, at most.
+        rate_limit_retries: Requests after those of which `holds_all` is true, at most, where these are counted apart;
+            None if they are not.
+        base_seconds: The first wait; it doubles with each attempt.
+        longest_backoff_seconds: It doubles no further than to this.
+        unknown_retries: Requests after one that may have been billed, at most.
+        longest_wait_seconds: A server that asks for more is not waited for.
+        longest_run_seconds: No retry begins later than this after the first request that did not hold all.
+    """
+
+    retries: int = 5
+    rate_limit_retries: int | None = None
+    base_seconds: float = 1.0
+    longest_backoff_seconds: float = 60.0
+    unknown_retries: int = UNKNOWN_RETRIES
+    longest_wait_seconds: float = 120.0
+    longest_run_seconds: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a failed request.
+
+    Attributes:
+        wait_seconds: Seconds to wait before the next request; None to stop.
+        reason: Why, in a few words for the log.
+    """
+
+    wait_seconds: float | None
+    reason: str
+
+    @property
+    def retry(self) -> bool:
+        """Whether there is to be another request."""
+        return self.wait_seconds is not None
+
+
+def decide(
+    error: SegmindError,
+    *,
+    attempts: int,
+    unknown: int,
+    elapsed: float,
+    jitter: float = 0.0,
+    policy: RetryPolicy | None = None,
+) -> Decision:
+    """Decides what follows a failed request.
+
+    A wait is never less than what the server asks for. After a request that may have been billed there is at most one
+    more that may be billed too (none with `unknown_retries=0`), so that a picture is paid for twice at the very worst.
+
+    Args:
+        error: What the last request ended with.
+        attempts: Requests this run has sent for the job, the failed one included; only those of which `holds_all` is
+            true, or only the others, where the policy counts them apart.
+        unknown: How many of them may have been billed, the failed one included.
+        elapsed: Seconds since the first of them was sent that did not hold all: waits that all share do not count.
+        jitter: A number from 0 to 1; it lengthens the wait by up to a quarter of the backoff, never shortens it.
+        policy: How patient to be; the defaults if None.
+
+    Example:
+        >>> decide(RateLimitError("…", status=429, retry_after=3.0), attempts=1, unknown=0, elapsed=0.1).wait_seconds
+        3.0
+    """
+    policy = policy or RetryPolicy()
+    if not isinstance(error, RETRIED):
+        return Decision(None, "trying again would not help")
+    apart = policy.rate_limit_retries if holds_all(error) else None
+    retries = policy.retries if apart is None else apart
+    if attempts > retries:
+        return Decision(None, f"all {retries} retries are spent")
+    if unknown > policy.unknown_retries:
+        return Decision(
+            None, f"{unknown} request{'s' * (unknown > 1)} may have been billed; another might pay once more"
+        )
+    asked = error.retry_after or 0.0
+    if asked > policy.longest_wait_seconds:
+        return Decision(None, f"the server asks to wait {asked:.0f} s, more than {policy.longest_wait_seconds:.0f} s")
+    backoff = min(policy.base_seconds * 2 ** (attempts - 1), policy.longest_backoff_seconds)
+    wait = max(backoff, asked) + backoff * jitter / 4
+    if elapsed + wait > policy.longest_run_seconds:
+        return Decision(None, f"{policy.longest_run_seconds:.0f} s have passed since the first request")
+    return Decision(wait, "the server says when" if asked > backoff else "exponential backoff")

@@ -1,0 +1,416 @@
+"""The rules of a manifest: how its head and each of its assets become jobs, and what is a mistake.
+
+Where the text lies and how it is written is not known here: an asset comes as a `Row` of plain values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import product
+from typing import Any, NamedTuple
+
+from prefect_segmind.api.request import (
+    ALLOWED,
+    Job,
+    Spelled,
+    as_written,
+    composed,
+    name_from_image,
+    parse_job,
+    spelled,
+    stripped,
+    suffix_from_image,
+)
+from prefect_segmind.api.resolutions import AUTO, Resolution, resolution_size
+from prefect_segmind.errors import InvalidJobError, ManifestError, redact
+from prefect_segmind.manifest.templates import TemplateMistake, render, template_names
+
+FIELDS = tuple(Job.model_fields)
+_FIELDS = frozenset(FIELDS)
+TEXTS = ("name", "image", "prompt", "negative_prompt")
+"""The fields that may be templates."""
+AXES = ("prompt", "negative_prompt", "image_weight", "magic_prompt_option", "resolution", "seed", "style_type")
+"""The fields that may vary."""
+HEAD = ("defaults", "vars", "variants", "templates")
+"""What a manifest may say beside its assets."""
+MAX_ASSETS = MAX_VARIANTS = 10_000
+_SHOWN, _KEPT = 100, 10_000  # mistakes in a message, and in memory
+
+
+class Row(NamedTuple):
+    """An asset as it stands in the text: where, such as `line 12`, and its values, not checked yet."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+class Found(NamedTuple):
+    """An image: its absolute location and, where a pattern has found it, the name that it gets from its path."""
+
+    location: str
+    name: str = ""
+
+
+class UnreadableManifest(Exception):
+    """From some place on nothing can be read."""
+
+
+class MistakenManifest(ManifestError):
+    """A manifest has mistakes; `mistakes` holds a line for each of the first 10,000, with where it is."""
+
+    mistakes: tuple[str, ...] = ()
+
+
+class Notes:
+    """Lines for a person: the first 10,000 of them, and how many there were."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._count = 0
+
+    def add(self, line: str) -> None:
+        """Notes a line, without keys and signed addresses."""
+        self._count += 1
+        if self._count <= _KEPT:
+            self.lines.append(redact(line))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def first(self) -> list[str]:
+        """The first 100, and how many more there are."""
+        return self.lines[:_SHOWN] + [f"… and {len(self) - _SHOWN} more"] * (len(self) > _SHOWN)
+
+    def error(self, place: str) -> MistakenManifest:
+        """The error of a manifest with these mistakes."""
+        first = f"{place}: {len(self)} mistake{'s' * (len(self) > 1)}; nothing was uploaded or paid."
+        error = MistakenManifest("\n  ".join([first, *self.first()]))
+        error.mistakes = tuple(self.lines)
+        return error
+
+
+class Expansion:
+    """Makes jobs of assets, for one run of one manifest.
+
+    Args:
+        head: What the manifest says beside its assets: defaults, vars, variants and templates, not checked yet.
+        variables: The run's own, which win over the manifest's vars and give way to an asset's.
+        find: The images for what an asset says; its second argument tells whether wildcards count. An InvalidJobError
+            of it is a mistake of the asset.
+        mistakes: Where mistakes go.
+        warnings: Where warnings go.
+        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+        absent: Says why nothing can be at a location, if that is known at little cost; it is told of each location.
+
+    Attributes:
+        unmatched: What is no mistake by itself: patterns that nothing matches.
+        missing: And images that are not there, with where they are asked for.
+    """
+
+    def __init__(
+        self,
+        head: Mapping[str, Any],
+        variables: Mapping[str, Any],
+        find: Callable[[str, bool], Sequence[Found]],
+        *,
+        mistakes: Notes,
+        warnings: Notes,
+        allow_unlisted_resolution: bool = False,
+        absent: Callable[[str, str], str | None] = lambda location, where: None,
+    ) -> None:
+        self.unmatched, self.missing = Notes(), Notes()
+        self._absent = absent
+        self._find, self._mistakes, self._warnings = find, mistakes, warnings
+        self._run, self._unlisted = _variables(variables), allow_unlisted_resolution
+        self._seen: dict[int, str] = {}  # the hash of each name and where it stands
+        self._used: set[str] = set()
+        told = dict.fromkeys(unknown(key, [*HEAD, "assets"]) for key in head if key not in HEAD)
+        self._templates = head.get("templates", True)
+        if not isinstance(self._templates, bool):
+            told[f"templates: {shown(self._templates)} is not allowed; allowed is true or false"] = None
+        self._vars: dict[str, Any] = {**_variables(_section(head, "vars", told)), **self._run}
+        self._defaults = self._checked(_section(head, "defaults", told), told)
+        self._variants: dict[str, list[Any]] = {}
+        for field, values in _axes(_section(head, "variants", told), told).items():
+            wrong = [line for value in values for line in self._wrong({field: value}).values()]
+            told.update(dict.fromkeys(f"variants.{line}" for line in wrong))
+            if not wrong:
+                self._variants[field] = values
+        self._note_names(self._defaults.values(), *self._variants.values())
+        for line in told:
+            mistakes.add(line)
+
+    def jobs(self, row: Row) -> Iterator[Job]:
+        """The jobs of an asset; every mistake in it is noted, and none of a wrong asset's jobs is promised."""
+        told: dict[str, None] = {}  # a mistake of many variants is one
+        yield from self._jobs(row, told)
+        if told:
+            name = f" ({shown(row.values['name'])})" if row.values.get("name") else ""
+            for line in told:
+                self._mistakes.add(f"{row.where}{name}: {line}")
+
+    def warn_of_unused(self) -> None:
+        """Notes each variable of the run that no template of the assets so far has named."""
+        for name in self._run:
+            if name not in self._used:
+                near = difflib.get_close_matches(name, sorted(self._used), n=1)
+                why = "no template of the manifest names it" if self._templates else "its templates are switched off"
+                self._warnings.add(f"variable {shown(name)}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def _jobs(self, row: Row, told: dict[str, None]) -> Iterator[Job]:
+        own = {field: value for field, value in row.values.items() if field in _FIELDS}
+        others = [field for field in row.values if field not in own and field not in ("vars", "variants")]
+        told.update(dict.fromkeys(unknown(field, [*FIELDS, "vars", "variants"]) for field in others))
+        variables: dict[str, Any] = {**self._vars, **_variables(_section(row.values, "vars", told))}
+        axes = self._axes_of(row, own, told)
+        fields = {**self._defaults, **own}
+        found: Sequence[Found] = [Found("")]
+        if "image" in fields:
+            fields["image"] = image = self._text("image", fields["image"], variables, told)
+            if isinstance(image, str) and (image := stripped(image)):
+                try:
+                    found = self._find(image, bool(self._templates))
+                except InvalidJobError as error:
+                    told[f"image: {error}"] = None
+            if not found:
+                self.unmatched.add(f"{row.where}: nothing matches {shown(image)}")
+                self._warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
+            for each in found if not any(line.startswith("image:") for line in told) else ():
+                # A match of a pattern has a name and is there.
+                if each.location and not each.name and (why := self._absent(each.location, row.where)):
+                    self.missing.add(f"{row.where}: {why}")
+        names_each = self._templates and "stem" in template_names(str(fields.get("name")))  # else it names their folder
+        first: dict[str, Found] = {}  # of the matches, by the name that it gets
+        alike: dict[str, None] = {}
+        for each in found:
+            if each.location:
+                fields["image"] = each.location
+            stem, suffix = name_from_image(each.location), suffix_from_image(each.location)
+            scope = {"stem": stem, "suffix": suffix, **variables}
+            texts: dict[str, Any] = {
+                field: self._text(field, fields[field], scope, told)
+                for field in ("name", "prompt", "negative_prompt")
+                if field in fields and field not in axes
+            }
+            base = "/".join(filter(None, (texts.get("name"), "" if names_each else each.name)))
+            other = first.setdefault(base, each)
+            if other is not each and not any(line.startswith("name:") for line in told):
+                alike[_alike(base, other, each, names_each)] = None
+                continue
+            rendered = [[self._text(field, value, scope, told) for value in values] for field, values in axes.items()]
+            labels = [_labels(field, values) for field, values in axes.items()]
+            for picks, label in zip(product(*rendered), product(*labels), strict=True):
+                name = f"{base or stem}/{'-'.join(label)}" if label else base
+                picked = dict(zip(axes, picks, strict=True))
+                yield from self._job(row, {**fields, **texts, **picked, "name": name}, told)
+        told.update(alike)
+
+    def _job(self, row: Row, values: Mapping[str, Any], told: dict[str, None]) -> Iterator[Job]:
+        name = spelled(values["name"]) or (name_from_image(str(values["image"])) if "image" in values else "")
+        if name and not any(line.startswith("name:") for line in told):
+            if (key := hash(name)) in self._seen:
+                told[f"name: {shown(name)} is taken already, by {self._seen[key]}"] = None
+            self._seen.setdefault(key, row.where)
+        try:
+            job = parse_job(values, allow_unlisted_resolution=self._unlisted)
+        except InvalidJobError as error:
+            told.update(dict.fromkeys(str(error).split("\n  ")[1:]))
+            return
+        if not told:
+            yield job
+
+    def _axes_of(self, row: Row, own: Mapping[str, Any], told: dict[str, None]) -> dict[str, list[Any]]:
+        if row.values.get("variants") is None:
+            axes = {field: values for field, values in self._variants.items() if field not in own}
+        else:
+            axes = _axes(_section(row.values, "variants", told), told)
+            for field in (each for each in axes if each in own):
+                told[f"variants.{field}: the asset gives {field} as well; keep one of the two"] = None
+        if (many := math.prod(map(len, axes.values()))) > MAX_VARIANTS:
+            told[f"variants: they make {many:,} jobs of one asset; at most {MAX_VARIANTS:,} are made"] = None
+            return {}
+        return axes
+
+    def _text(self, field: str, value: Any, variables: Mapping[str, Any], told: dict[str, None]) -> Any:
+        """A value, rendered if it is a text that may be a template; where that fails, a text that is right."""
+        if field not in TEXTS:
+            return value
+        if value is not None and not isinstance(value, str):
+            told[f"{field}: {shown(value)} is no text; a number must stand in quotes"] = None
+            return "x"
+        if value is None or not self._templates:
+            return value
+        self._note_names([value])
+        template = composed(value) if field != "image" else value
+        try:
+            # A block of YAML ends in a line break that nobody means.
+            rendered = render(template, variables).rstrip("\r\n")
+        except TemplateMistake as mistake:
+            told.update(dict.fromkeys(f"{field}: {line}" for line in mistake.lines))
+            return "x"
+        if field in ("name", "image"):
+            return stripped(rendered)
+        if template == as_written(value) and not any(isinstance(each, Spelled) for each in variables.values()):
+            return rendered
+        with suppress(TemplateMistake):  # the text of before all had one spelling: it may be paid for
+            was = {name: as_written(each) if isinstance(each, str) else each for name, each in variables.items()}
+            return Spelled(spelled(rendered), render(as_written(value), was).rstrip("\r\n"))
+        return rendered
+
+    def _note_names(self, *values: Iterable[Any]) -> None:
+        if self._run and self._templates:
+            for text in (each for some in values for each in some if isinstance(each, str)):
+                self._used |= template_names(composed(text))
+
+    def _checked(self, defaults: Mapping[str, Any], told: dict[str, None]) -> dict[str, Any]:
+        """The defaults that are right by themselves."""
+        if "name" in defaults:
+            told["defaults.name: each asset has a name of its own"] = None
+        others = [field for field in defaults if field not in _FIELDS]
+        told.update(dict.fromkeys(f"defaults.{unknown(field, FIELDS)}" for field in others))
+        kept = {field: value for field, value in defaults.items() if field in _FIELDS and field != "name"}
+        wrong = self._wrong(kept)
+        told.update(dict.fromkeys(f"defaults.{line}" for line in wrong.values()))
+        return {field: value for field, value in kept.items() if field not in wrong}
+
+    def _wrong(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The line for each field that is wrong by itself."""
+        try:
+            parse_job({"image": "x", "prompt": "x", **values}, allow_unlisted_resolution=self._unlisted)
+        except InvalidJobError as error:
+            return {line.partition(":")[0]: line for line in str(error).split("\n  ")[1:]}
+        return {}
+
+
+def shown(value: object) -> str:
+    """A value in an error message: one short line without secrets."""
+    text = text if (text := redact(str(value))).isprintable() else repr(text)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _alike(name: str, one: Found, other: Found, names_each: bool) -> str:
+    """The mistake of two matches of a pattern that get one name.
+
+    Args:
+        name: What both would be called.
+        one: The first.
+        other: The second.
+        names_each: Whether the asset's `name` is all of their names, and not the folder that they go to.
+    """
+    if suffix_from_image(one.location) != suffix_from_image(other.location):
+        remedy = "put {{ stem }}-{{ suffix }} into name" + ("" if names_each else ", or {{ suffix }} for a folder each")
+    elif names_each and one.name != other.name:
+        remedy = "leave {{ stem }} out of name, so that they keep their folders"
+    else:
+        remedy = "rename one of them"
+    both = " and ".join(each if each.isprintable() else repr(each) for each in (one.location, other.location))
+    return f"name: {shown(name)} would be both {both}; {remedy}"
+
+
+def unknown(field: object, known: Iterable[str]) -> str:
+    """The mistake of a field that does not exist, with the nearest that does.
+
+    Example:
+        >>> unknown("varients", ["vars", "variants"])
+        'varients: there is no such field. Did you mean variants?'
+    """
+    near = difflib.get_close_matches(str(field).lower(), list(known), n=1)
+    return f"{shown(field)}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
+
+
+def _labels(field: str, values: list[Any]) -> Iterator[str]:
+    """What each value of an axis is called in a name."""
+    prefix = {"image_weight": "w", "seed": "seed", "magic_prompt_option": "magic-"}.get(field, "")
+    for number, value in enumerate(values, start=1):
+        text = re.sub(r"[^a-z0-9_]+", "-", "auto" if value is None else str(value).lower())[:40]
+        if field in ("prompt", "negative_prompt"):
+            text = f"{field.partition('_')[0]}{number}"
+        elif value == "random" and values.count(value) > 1:
+            text += str(number)
+        elif field == "resolution":
+            with suppress(ValueError):  # AUTO, or a wrong one, which the check of the job tells
+                text = "x".join(map(str, resolution_size(str(value))))
+        yield prefix + text
+
+
+def _section(values: Mapping[str, Any], key: str, told: dict[str, None]) -> Mapping[str, Any]:
+    """A mapping under a key, empty where there is none."""
+    section = values.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping) or not all(isinstance(name, str) for name in section):
+        told[f"{key}: {shown(section)} is not allowed; allowed is a mapping of names to values"] = None
+        return {}
+    return section
+
+
+def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables by their names in one spelling, as templates name them."""
+    return {composed(name): value for name, value in given.items()}
+
+
+def _axes(variants: Mapping[str, Any], told: dict[str, None]) -> dict[str, list[Any]]:
+    axes: dict[str, list[Any]] = {}
+    for field, values in variants.items():
+        if field not in AXES:
+            _, did, near = unknown(field, AXES).partition(" Did")
+            told[f"variants.{shown(field)}: what may vary is {', '.join(AXES)}.{did}{near}"] = None
+        elif not isinstance(values, list) or not values:
+            told[f"variants.{field}: {shown(values)} is not allowed; allowed is a list of at least one value"] = None
+        else:
+            axes[field] = values
+    return axes
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema, draft 2020-12, of a manifest in YAML or JSON, for editors and other tools.
+
+    What it cannot say, such as that names are unique, is checked when a manifest is read.
+    """
+    job = Job.model_json_schema()
+    told = dict(re.findall(r"(?m)^ {4}(\w+): (.+)$", job["description"]))
+    types = {field: _plain(schema) for field, schema in job["properties"].items()}
+    for field, schema in types.items():
+        schema["description"] = f"{told[field]} Allowed is {ALLOWED[field]}."
+    types["name"]["description"] += " {{ stem }} is the image's name, {{ suffix }} its extension, such as jpg."
+    types["image"]["description"] += " Relative to the manifest's folder; * ? and ** make a job of each match."
+    types["resolution"]["enum"] = [AUTO, *(each.value for each in Resolution)]
+    fields = {field: {"$ref": f"#/$defs/{field}"} for field in FIELDS}
+    axes = {field: {"type": "array", "minItems": 1, "items": fields[field]} for field in AXES}
+    variants = _object("Fields with the values they take in turn; each combination is a job of its own.", axes)
+    free = {"type": "object", "description": "Variables for the templates."}
+    more = {"vars": free, "variants": {"$ref": "#/$defs/variants"}}
+    inherited = {field: reference for field, reference in fields.items() if field != "name"}
+    shared = _object("What holds for each asset that does not say otherwise.", inherited)
+    asset = _object("One asset, a picture or several.", {**fields, **more})
+    templates = "Whether texts are Jinja2 templates, and images with * or ? in them patterns."
+    manifest = {
+        "$schema": {"type": "string", "description": "Where this schema lies, for an editor."},
+        "defaults": shared,
+        **more,
+        "templates": {"type": "boolean", "default": True, "description": templates},
+        "assets": {"type": "array", "maxItems": MAX_ASSETS, "items": asset, "description": "What is to be made."},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Manifest of prefect-segmind",
+        **_object("The assets of a batch and what they share.", manifest),
+        "required": ["assets"],
+        "$defs": {**job["$defs"], **types, "variants": variants},
+    }
+
+
+def _object(description: str, properties: dict[str, Any]) -> dict[str, Any]:
+    what = {"description": description, "type": "object"}
+    return {**what, "properties": properties, "additionalProperties": False}
+
+
+def _plain(schema: Any) -> Any:
+    """Pydantic's schema of a field without the titles that it makes up."""
+    if isinstance(schema, dict):
+        return {key: _plain(value) for key, value in schema.items() if key != "title"}
+    return [_plain(each) for each in schema] if isinstance(schema, list) else schema

@@ -1,0 +1,1 @@
+"""One picture from job to address, a module for each stage."""

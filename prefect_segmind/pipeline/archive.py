@@ -1,0 +1,179 @@
+"""The last stage: a paid picture, its sidecar and its record go to the archive, for ever."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.archive.archive import Archive, sidecar_key
+from prefect_segmind.archive.leases import Claim, held_claim
+from prefect_segmind.archive.outbox import Outbox
+from prefect_segmind.archive.record import Record
+from prefect_segmind.errors import ArchiveError, PreconditionFailedError, SegmindError, StoreError
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.sidecar import sidecar
+
+
+class ArchivedImage(BaseModel):
+    """A picture in the archive.
+
+    Attributes:
+        status: `generated` by this run; `recovered` or `reused` where it was paid for before.
+        name: The job's.
+        image: URI of the picture.
+        sidecar: URI of its sidecar.
+        fingerprint: The job's.
+        sha256: Of the picture.
+        width: In pixels.
+        height: In pixels.
+        seed: The seed it was made with.
+        cost_usd: What this run paid for it.
+        possibly_billed_usd: What requests of unknown outcome may have cost besides.
+        attempts: Requests that this run has sent for it.
+        published: Where it was copied to; None if it was not to be, or a newer refresh is there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status: Literal["generated", "reused", "recovered"]
+    name: str
+    image: str
+    sidecar: str
+    fingerprint: str
+    sha256: str
+    width: int
+    height: int
+    seed: int
+    cost_usd: Decimal
+    possibly_billed_usd: Decimal
+    attempts: int
+    published: str | None = None
+
+
+@dataclass(frozen=True)
+class Archiving:
+    """Moves pictures from the outbox to the archive.
+
+    Attributes:
+        archive: Where they go.
+        outbox: Where they lie.
+    """
+
+    archive: Archive
+    outbox: Outbox
+
+    def archive_picture(self, generated: GeneratedImage, flow_run_id: str | None = None) -> ArchivedImage:
+        """Archives a picture: first the picture, then its sidecar, then the record, and then the outbox is emptied.
+
+        A picture that is in the archive under another name is copied to this one.
+
+        Args:
+            generated: The picture.
+            flow_run_id: The Prefect flow run, for the sidecar.
+
+        Raises:
+            ArchiveError: The archive cannot be written. A picture from the outbox is still there; running the same job
+                again archives it without paying.
+        """
+        held = held_claim(self.archive, generated.job.fingerprint)
+        try:
+            if generated.path is None or not generated.path.exists():
+                return self._reuse(generated, flow_run_id)
+            return self._archive(generated, generated.path, flow_run_id, held)
+        except SegmindError as error:
+            safe = (
+                f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again on this "
+                "machine when the archive is back, and it is archived without another payment"
+                if generated.path and generated.path.exists()
+                else f"this run paid {usd(generated.cost_usd)} USD"
+            )
+            failed = ArchiveError(f"{generated.name} could not be archived; {safe}. The archive says: {error}")
+            failed.fingerprint = generated.job.fingerprint
+            failed.cost_usd = generated.cost_usd
+            failed.requests_sent = generated.requests_sent
+            failed.possibly_billed_usd = generated.possibly_billed_usd
+            raise failed from error
+        finally:
+            if held is not None and held.run == generated.run:
+                held.release()
+
+    def _archive(
+        self, generated: GeneratedImage, path: Path, flow_run_id: str | None, held: Claim | None
+    ) -> ArchivedImage:
+        fingerprint, picture = generated.job.fingerprint, generated.picture
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return self._reuse(generated, flow_run_id)  # another run of the same job has archived it meanwhile
+        except OSError as error:
+            raise StoreError(f"outbox: {path} cannot be read: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != picture.sha256:
+            raise StoreError(f"outbox: {path} is no longer the picture that was paid for")
+        image = self.archive.put_picture(generated.name, fingerprint, picture, data)
+        beside_key = sidecar_key(image)
+        before = Record(fingerprint=fingerprint, attempts=generated.attempts)
+
+        def archived(record: Record) -> Record:
+            return record.archived(picture, image, beside_key)
+
+        self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
+        self._note_done(held if held and held.run == generated.run else None, before, archived)
+        self.outbox.remove(fingerprint)
+        return self._result(generated, image, beside_key)
+
+    def _note_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
+        """Writes the record that says done: over the claim of this run, or over what others have made of it."""
+        if held is not None:
+            try:
+                held.write(archived)
+                return
+            except PreconditionFailedError:
+                held.release()  # the claim was lost meanwhile
+        while True:
+            found = self.archive.read(before.fingerprint)
+            if found is not None and found.record.state == "done":
+                return
+            try:
+                self.archive.write(archived(found.record if found else before), found.etag if found else None)
+                return
+            except PreconditionFailedError:
+                continue  # another run came in between: look again
+
+    def _reuse(self, generated: GeneratedImage, flow_run_id: str | None) -> ArchivedImage:
+        found = self.archive.read(generated.job.fingerprint)
+        if found is None or found.record.picture is None or not found.record.image or not found.record.sidecar:
+            raise StoreError(f"the record of {generated.name} is gone, and its picture is not in the outbox")
+        record, picture = found.record, found.record.picture
+        data = self.archive.get_picture(record)
+        if found.record.image.rpartition("/")[0] == generated.name:
+            image, beside_key = found.record.image, found.record.sidecar
+        else:
+            image = self.archive.put_picture(generated.name, record.fingerprint, picture, data)
+            copied_from = self.archive.store.uri(found.record.image)
+            beside_key = self.archive.put_sidecar(image, sidecar(generated, record, flow_run_id, copied_from))
+        self.outbox.remove(record.fingerprint)
+        return self._result(generated, image, beside_key)
+
+    def _result(self, generated: GeneratedImage, image: str, beside: str) -> ArchivedImage:
+        picture = generated.picture
+        return ArchivedImage(
+            status=generated.status,
+            name=generated.name,
+            image=self.archive.store.uri(image),
+            sidecar=self.archive.store.uri(beside),
+            fingerprint=generated.job.fingerprint,
+            sha256=picture.sha256,
+            width=picture.width,
+            height=picture.height,
+            seed=picture.seed,
+            cost_usd=generated.cost_usd,
+            possibly_billed_usd=generated.possibly_billed_usd,
+            attempts=generated.requests_sent,
+        )

@@ -1,0 +1,289 @@
+"""Publishing: a finished picture is copied to an address that stays, where a CDN or a CMS reads it.
+
+{place}/{pattern with the job's name}     the picture, such as live/hero/summer.png
+{place}/.segmind/live/{key}.json          a note: which refresh the picture there is of, or is about to be of
+
+A picture of an older refresh does not replace that of a newer one. The picture is read before the note, the note is
+written before the picture, each on the condition that it is still what was read, so a slow older run loses and sees
+why. A run that dies on the way leaves a note that keeps older ones out, and the next refresh does the rest.
+
+The condition on a picture is one on its content, and a newer refresh may have left or brought back the very content
+that an older run has read. So everybody takes another look: who left the picture as it was, at the picture; who wrote
+it, at the note; and who has overwritten what a newer note names puts that back. In this one case the older picture is
+seen for a moment, or until the next refresh if the run dies in that moment. On a store that ignores conditions all of
+this is best effort.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from io import BytesIO
+from pathlib import PurePosixPath
+from typing import Any, Final, Literal
+
+from PIL import Image
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
+from prefect_segmind.images.conversion import upright_srgb
+from prefect_segmind.images.inspection import BrokenPicture, decoding, file_type, load_picture, open_picture
+from prefect_segmind.storage.open_store import path_of_file_url
+from prefect_segmind.storage.store import Store, StoredObject
+
+DEFAULT_CACHE_CONTROL: Final = "public, max-age=300"
+"""Short, because the same address gets new content."""
+
+_NAME: Final = "{name}"
+_FORMATS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 90}),
+}
+_WAITS_FOR_A_WRITER: Final = (0.05, 0.2, 0.5)  # as in `archive`: some servers write in place, and show half of it
+_ROUNDS: Final = 20  # each one lost means that somebody else has won one
+
+
+class Published(BaseModel):
+    """What has become of a picture at its address.
+
+    Attributes:
+        uri: The address.
+        published: Whether the picture is there; False if a newer refresh is, or is about to be.
+        changed: Whether this call has written it; False where it was there already.
+        why: Why it is not published; empty if it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    published: bool
+    changed: bool
+    why: str = ""
+
+
+class Note(BaseModel):
+    """Which refresh a published picture is of, or is about to be of.
+
+    Attributes:
+        refreshed_at: When the run was due.
+        run: The run.
+        fingerprint: The job's.
+        sha256: Of the picture as it is published.
+        cache_control: What caches are told of it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal[1] = 1
+    refreshed_at: AwareDatetime
+    run: str
+    fingerprint: str
+    sha256: str
+    cache_control: str | None = None
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """Copies pictures to addresses that stay. Threads may share it.
+
+    Attributes:
+        store: The place.
+        pattern: Of the keys, such as `{name}.png`, as `split_publish_to` gives it; its extension is the format.
+        cache_control: What caches are told; empty for nothing. A folder keeps no such thing.
+    """
+
+    store: Store
+    pattern: str
+    cache_control: str = DEFAULT_CACHE_CONTROL
+
+    def publish(self, name: str, picture: bytes, *, fingerprint: str, refreshed_at: datetime, run: str) -> Published:
+        """Puts a picture to its address, unless a newer refresh is there; of two of the same time the later call wins.
+
+        A picture of the format that the address asks for is copied as it is; any other is converted: upright, sRGB, 8
+        bits a channel, on white where the format has no transparency.
+
+        Args:
+            name: The job's, which takes the place of `{name}`.
+            picture: As it was archived: PNG, JPEG, WebP or whatever else the API answered.
+            fingerprint: The job's, for the note.
+            refreshed_at: When the run was due, with its time zone; the same in each try of a run.
+            run: Identifies the run, for the note.
+
+        Raises:
+            ConfigurationError: The address lies among the plugin's own records.
+            StoreError: The picture cannot be decoded or converted, or the place cannot be read or written.
+        """
+        key = self.pattern.replace(_NAME, name)
+        if key.lower().startswith(".segmind/"):
+            raise ConfigurationError(f"publish_to: {key!r} lies in .segmind, which is kept for records; choose another")
+        data = self._formatted(key, picture)
+        mine = Note(
+            refreshed_at=refreshed_at,
+            run=run,
+            fingerprint=fingerprint,
+            sha256=_sha256(data),
+            cache_control=self.cache_control or None,
+        )
+        stands, changed = self._settle(key, data, mine)
+        why = ""
+        if stands != mine:
+            why = f"a refresh that is not older has this address: that of {stands.refreshed_at}, by run {stands.run}"
+        return Published(uri=self.store.uri(key), published=not why, changed=changed, why=why)
+
+    def _settle(self, key: str, data: bytes, note: Note, *, stood: bool = False) -> tuple[Note, bool]:
+        """Works until a picture is there with its note, or another note keeps it out.
+
+        The order of the calls is what holds; the tests step through their interleavings.
+
+        Args:
+            key: Of the picture.
+            data: The picture.
+            note: Its note.
+            stood: Whether the note has been there. Whatever is there later has replaced it, and is not older.
+
+        Returns:
+            The note that stands, and whether the picture was written.
+        """
+        for _ in range(_ROUNDS):
+            with suppress(PreconditionFailedError):  # somebody else came in between: look again
+                before = self.store.get(key)
+                noted, version = self._noted(key)
+                if noted and noted != note and (stood or noted.refreshed_at > note.refreshed_at):
+                    return noted, False
+                if noted != note:
+                    self._note(key, note, version)
+                stood = True
+                if before and before.data == data and noted and noted.cache_control == note.cache_control:
+                    if self.store.holds(key, data):  # still: an older run may have written until it could see the note
+                        return note, False
+                    continue
+                self._write(key, data, note, before)
+                noted, _ = self._noted(key)
+                if noted is None or noted == note:
+                    return note, True
+                if before and noted.sha256 == _sha256(before.data):  # what a newer run has published is overwritten
+                    self._settle(key, before.data, noted, stood=True)
+                return noted, False
+        raise StoreError(f"{self.store.uri(key)} is written by others all the time; run again when they have finished")
+
+    def _note(self, key: str, note: Note, version: str | None) -> None:
+        data = note.model_dump_json(indent=2).encode()
+        self.store.put(_note_key(key), data, "application/json", if_absent=version is None, if_match=version)
+
+    def _write(self, key: str, data: bytes, note: Note, before: StoredObject | None) -> None:
+        self.store.put(
+            key,
+            data,
+            file_type(_FORMATS[_extension(key)][0])[0],
+            if_absent=before is None,
+            if_match=before.etag if before else None,
+            cache_control=note.cache_control,
+        )
+
+    def _noted(self, key: str) -> tuple[Note | None, str | None]:
+        """The note of a key and its version; neither only where the store says for certain that there is none."""
+        where = _note_key(key)
+        for wait in (*_WAITS_FOR_A_WRITER, None):
+            found = self.store.get(where)
+            if found is None:
+                return None, None
+            try:
+                return Note.model_validate_json(found.data), found.etag
+            except ValidationError:
+                if wait is not None:
+                    time.sleep(wait)
+        raise StoreError(
+            f"{self.store.uri(where)} is no note that this version can read; it says which refresh is published, so "
+            "nothing is published there until it is restored (or removed, if any refresh may be published there)"
+        )
+
+    def _formatted(self, key: str, picture: bytes) -> bytes:
+        """The picture in the format of its address: itself, or a converted copy."""
+        format, options = _FORMATS[_extension(key)]
+        try:
+            image = open_picture(picture)
+            if file_type(str(image.format)) == file_type(format):
+                return picture
+            load_picture(image, picture)
+            with decoding(picture):
+                upright = upright_srgb(image, image.size)
+        except BrokenPicture as broken:
+            raise StoreError(
+                f"{self.store.uri(key)} is not published: the picture {broken}; restore it in the archive"
+            ) from None
+        if format == "JPEG" and upright.mode == "RGBA":
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+        file = BytesIO()
+        try:
+            upright.save(file, format, **options)
+        except (OSError, ValueError) as error:  # too wide or too high for the format
+            raise StoreError(
+                f"{self.store.uri(key)} is not published: its {upright.width}×{upright.height} pixels cannot be "
+                f"written as {format} ({error}); choose another extension in publish_to"
+            ) from error
+        return file.getvalue()
+
+
+def split_publish_to(publish_to: str) -> tuple[str, str]:
+    """The place of a `publish_to`, for `open_store`, and the pattern of the keys there.
+
+    Args:
+        publish_to: `s3://bucket/live`, a folder or `file:///folder`, for PNGs by the jobs' names; or with a pattern
+            behind it, such as `s3://bucket/live/{name}.jpg`.
+
+    Raises:
+        ConfigurationError: It is of no such kind.
+
+    Example:
+        >>> split_publish_to("s3://bucket/live")
+        ('s3://bucket/live', '{name}.png')
+        >>> split_publish_to("/srv/live/mugs/{name}/large.webp")
+        ('/srv/live/mugs', '{name}/large.webp')
+    """
+    path = path_of_file_url(publish_to.strip())
+    if not (in_s3 := path.lower().startswith("s3:")):
+        path = path.replace(os.sep, "/")
+    place, pattern = path.rstrip("/") or path[:1], f"{_NAME}.png"
+    if _NAME in path:
+        before, _, after = path.partition(_NAME)
+        place, slash, start = before.rpartition("/")
+        place, pattern = place or slash or ".", f"{start}{_NAME}{after}"
+    if not path:
+        mistake = "it is empty"
+    elif re.search("[{}]", path.replace(_NAME, "", 1)):
+        mistake = "it has another placeholder than one {name}"
+    elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", path):
+        mistake = "nothing can be written there"
+    elif in_s3 and not re.match(r"(?i)s3://[^/]", place):
+        mistake = "it has no bucket before {name}"
+    elif _NAME not in path and _extension(path) in _FORMATS:
+        mistake = "all pictures would have this address"
+    elif _extension(pattern) not in _FORMATS:
+        mistake = "its extension is of no format that is published"
+    elif ".segmind" in path.lower().split("/") or {"", ".", ".."} & {*pattern.split("/")}:
+        mistake = "it has a part that is empty, ., .. or .segmind"
+    else:
+        return place, pattern
+    raise ConfigurationError(
+        f"publish_to: {publish_to!r} is no place to publish to, {mistake}; name s3://bucket/live or a folder, or a "
+        "pattern there such as s3://bucket/live/{name}.jpg, with {name} once and .png, .jpg, .jpeg or .webp at its end"
+    )
+
+
+def _extension(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def _note_key(key: str) -> str:
+    return f".segmind/live/{key}.json"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

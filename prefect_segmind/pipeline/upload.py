@@ -1,0 +1,141 @@
+"""The second stage: the source image gets an address that the provider can GET."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.errors import ConfigurationError, SourceImageError
+from prefect_segmind.images.conversion import prepare
+from prefect_segmind.pipeline.source import SourceReader
+from prefect_segmind.pipeline.validate import ValidatedJob
+from prefect_segmind.storage.open_store import open_store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class UploadedImage(BaseModel):
+    """Where the provider will find the source image.
+
+    Attributes:
+        uri: `s3://bucket/prefix/{sha256}.{ext}`, or the source's own `s3://` or `http(s)://` address.
+        sha256: Of what lies there; None where it could not be read.
+        size_bytes: Of what lies there; None where it could not be read.
+        uploaded: Whether it was put there just now; False where the same content was there already.
+        warnings: What the person should know before paying.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    sha256: str | None
+    size_bytes: int | None
+    uploaded: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """Puts source images up and signs addresses for them.
+
+    Attributes:
+        s3: Makes the S3 client, when one is needed.
+        place: `s3://bucket/prefix` for uploads; None if none is set.
+        presigned_seconds: How long a signed address lives.
+        public_base_url: Address under which `place` can be read without a signature, if it can.
+    """
+
+    s3: Callable[[], S3Client]
+    place: str | None = None
+    presigned_seconds: int = 3600
+    public_base_url: str | None = None
+
+    def upload(self, job: ValidatedJob, reader: SourceReader) -> UploadedImage:
+        """Uploads a job's source image under its content's hash, unless the same content is there already.
+
+        A remote source that needs no change stays where it is.
+
+        Raises:
+            ConfigurationError: There is no place to upload to.
+            SourceImageError: The source has changed since it was validated.
+            StoreError: S3 refuses or does not answer.
+        """
+        image, source = job.job.image, job.source
+        remote = image.startswith(("s3://", "http://", "https://"))
+        if source is None or (remote and not source.changes):
+            size = source.size_bytes if source else None
+            sha256 = source.sha256 if source else None
+            return UploadedImage(
+                uri=image, sha256=sha256, size_bytes=size, uploaded=False, warnings=self._short_lived(image)
+            )
+        place = self.checked_place()
+        data = reader.read(image)
+        if hashlib.sha256(data).hexdigest() != source.sha256:
+            raise SourceImageError(f"image: {image} has changed since it was validated; run the job again")
+        prepared = prepare(data, source)
+        store = open_store(place, self.s3())
+        key = f"{prepared.sha256}.{prepared.extension}"
+        new = not store.holds(key, prepared.data)
+        if new:
+            store.put(key, prepared.data, prepared.content_type)
+        uri = store.uri(key)
+        return UploadedImage(
+            uri=uri,
+            sha256=prepared.sha256,
+            size_bytes=len(prepared.data),
+            uploaded=new,
+            warnings=self._short_lived(uri),
+        )
+
+    def address(self, uri: str) -> str:
+        """An address that the provider can GET: signed just now, so call it for each request, and keep it nowhere.
+
+        Args:
+            uri: Of an uploaded image.
+        """
+        if not uri.startswith("s3://"):
+            return uri
+        if self._public(uri):
+            key = uri.removeprefix((self.place or "").rstrip("/") + "/")
+            return f"{(self.public_base_url or '').rstrip('/')}/{quote(key)}"
+        from prefect_segmind.storage.s3 import presign_uri
+
+        return presign_uri(uri, self.s3(), self.presigned_seconds)
+
+    def _public(self, uri: str) -> bool:
+        return bool(self.public_base_url and self.place) and uri.startswith(f"{(self.place or '').rstrip('/')}/")
+
+    def checked_place(self) -> str:
+        """The place, if the provider can read what lies there.
+
+        Raises:
+            ConfigurationError: There is none, or it is no bucket.
+        """
+        if self.place is None:
+            raise ConfigurationError(
+                "upload_to: a local image must be uploaded for the provider to read it; name a place such as "
+                "s3://bucket/uploads with --upload-to, the flow's upload_to or PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"
+            )
+        if not self.place.startswith("s3://"):
+            raise ConfigurationError(f"upload_to: {self.place} is no s3:// place, so the provider could not read it")
+        return self.place
+
+    def _short_lived(self, uri: str) -> tuple[str, ...]:
+        """A warning where the address will die with the credentials that sign it."""
+        if not uri.startswith("s3://") or self._public(uri):
+            return ()
+        from prefect_segmind.storage.s3 import credentials_expire_in
+
+        left = credentials_expire_in(self.s3())
+        if left is None or left >= self.presigned_seconds:
+            return ()
+        return (
+            f"the credentials that sign the image's address expire in {left:.0f} s, sooner than the "
+            f"{self.presigned_seconds} s that the address should live",
+        )

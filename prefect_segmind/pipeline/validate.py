@@ -1,0 +1,205 @@
+"""The first stage: a job is checked against its source image, and all that is open is settled. Nothing is paid."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.api.request import ImageToImageRequest, Job
+from prefect_segmind.api.resolutions import AUTO, crop_loss, nearest_resolution
+from prefect_segmind.errors import SourceImageError
+from prefect_segmind.images.inspection import SourceImage, inspect
+from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
+from prefect_segmind.money import LIST_PRICE_USD
+from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
+
+CROP_WARNING = 0.10
+"""The share of a source's area that may be cropped away without a warning."""
+
+
+class ValidatedJob(BaseModel):
+    """A job that can be paid for.
+
+    Attributes:
+        job: What was asked for.
+        source: What was found in the source image; None where it could not be read.
+        source_sha256: Of its content, or of its URL where it could not be read.
+        parameters: Every parameter of the request but `image_file`, seed and resolution settled.
+        fingerprint: Which picture this is.
+        price_usd: What it will cost.
+        warnings: What the person should know before paying.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: Job
+    source: SourceImage | None
+    source_sha256: str
+    parameters: dict[str, Any]
+    fingerprint: str
+    price_usd: Decimal
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.job.name
+
+    @property
+    def place(self) -> str:
+        """Where the archive puts it: the key of the picture and its sidecar, without an extension."""
+        return f"{self.name}/{self.fingerprint[:16]}"
+
+    @property
+    def seed(self) -> int:
+        """The seed that is sent, 100 to 999999."""
+        return int(self.parameters["seed"])
+
+    @property
+    def earlier(self) -> ValidatedJob | None:
+        """The job as it was known before its texts had one spelling; None where that is the same.
+
+        Its picture may have been paid for then, under that fingerprint and with that seed.
+        """
+        if not self.job.written:
+            return None
+        parameters = {**self.parameters, **self.job.written}
+        if self.job.seed is None:
+            del parameters["seed"]
+            parameters["seed"] = derived_seed(self.source_sha256, parameters)
+        was = fingerprint(self.source_sha256, parameters)
+        return self.model_copy(update={"parameters": parameters, "fingerprint": was})
+
+    @property
+    def known_as(self) -> tuple[ValidatedJob, ...]:
+        """The job as it is known, and as it was known earlier where that is another."""
+        return tuple(filter(None, (self, self.earlier)))
+
+    def request(self, image_file: str, *, allow_unlisted_resolution: bool = True) -> ImageToImageRequest:
+        """The request to send, once the source has an address that the provider can GET."""
+        return ImageToImageRequest.model_validate(
+            {"image_file": image_file, **self.parameters},
+            context={"allow_unlisted_resolution": allow_unlisted_resolution},
+        )
+
+
+@dataclass(frozen=True)
+class InspectedSource:
+    """What is known of a source image, whatever jobs it has.
+
+    Attributes:
+        image: What was found in it; None where it could not be read.
+        sha256: Of its content, or of its URL where it could not be read.
+        warnings: What a person should know before paying.
+        location: Where it was found; None for where it was said to be.
+    """
+
+    image: SourceImage | None
+    sha256: str
+    warnings: tuple[str, ...] = ()
+    location: str | None = None
+
+
+def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: bool = False) -> InspectedSource:
+    """Reads, decodes and hashes a source image.
+
+    Args:
+        image: Where it lies.
+        reader: Reads it.
+        allow_extreme_ratio: Whether sides beyond 1:3 and 3:1 are let through.
+
+    Raises:
+        SourceImageError: It cannot be used; the message says why and what to do.
+        StoreError: It lies in S3 and cannot be read.
+    """
+    location = reader.locate(image)
+    try:
+        found = inspect(reader.read(location), image, allow_extreme_ratio=allow_extreme_ratio)
+    except UnreadableSource as error:
+        warning = f"the image could not be read from here ({error}); it goes to the provider unchecked"
+        return InspectedSource(None, hashlib.sha256(image.encode()).hexdigest(), (warning,))
+    warnings = tuple(f"the image is {change}" for change in found.changes)
+    return InspectedSource(found, found.sha256, warnings, None if location == image else location)
+
+
+def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
+    """Settles a job's seed, resolution, fingerprint and price.
+
+    Args:
+        job: What was asked for; a `random` seed is drawn by chance.
+        source: What its source image is.
+        price_usd: What a picture costs.
+
+    Raises:
+        SourceImageError: `AUTO` was asked for an image that could not be read.
+    """
+    if source.location is not None:
+        job = job.model_copy(update={"image": source.location})
+    warnings = list(source.warnings)
+    parameters = job.parameters()
+    parameters["resolution"] = _settled_resolution(job, source.image, warnings)
+    if job.negative_prompt:
+        warnings.append("negative_prompt may be ignored: Ideogram documents it for other versions than 2a")
+    if job.seed is None:
+        parameters["seed"] = derived_seed(source.sha256, parameters)
+    elif job.seed == "random":
+        parameters["seed"] = with_drawn_seed(job).seed
+    return ValidatedJob(
+        job=job,
+        source=source.image,
+        source_sha256=source.sha256,
+        parameters=parameters,
+        fingerprint=fingerprint(source.sha256, parameters),
+        price_usd=price_usd,
+        warnings=tuple(warnings),
+    )
+
+
+def with_drawn_seed(job: Job, draw_by: str | None = None) -> Job:
+    """The job with a seed in the place of `random`, for whoever may validate it more than once.
+
+    Args:
+        job: What is asked for.
+        draw_by: The same text draws the same seed for the same job; by chance if None.
+    """
+    if job.seed != "random":
+        return job
+    seed = 100 + secrets.randbelow(999_900) if draw_by is None else derived_seed(draw_by, job.parameters())
+    return job.model_copy(update={"seed": seed})
+
+
+def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
+    """Inspects a job's source image and settles its seed, resolution, fingerprint and price.
+
+    Args:
+        job: What was asked for.
+        reader: Reads the source.
+        price_usd: What a picture costs.
+
+    Raises:
+        SourceImageError: The source cannot be used; the message says why and what to do.
+        StoreError: The source lies in S3 and cannot be read.
+    """
+    source = inspect_source(job.image, reader, allow_extreme_ratio=job.allow_extreme_ratio)
+    return settle(job, source, price_usd=price_usd)
+
+
+def _settled_resolution(job: Job, source: SourceImage | None, warnings: list[str]) -> str:
+    if source is None:
+        if job.resolution == AUTO:
+            raise SourceImageError("resolution: AUTO needs an image that can be read from here; name one of the 78")
+        return job.resolution
+    nearest = nearest_resolution(source.width, source.height).value
+    chosen = nearest if job.resolution == AUTO else job.resolution
+    lost = crop_loss(source.width, source.height, chosen)
+    if lost > CROP_WARNING:
+        warning = f"{chosen} crops {lost:.0%} of the {source.width}×{source.height} image away; "
+        least = crop_loss(source.width, source.height, nearest)
+        better = f"{nearest} would crop {least:.0%} (resolution: AUTO chooses it)"
+        warnings.append(warning + (better if chosen != nearest else "no resolution crops less"))
+    return chosen

@@ -1,0 +1,107 @@
+"""What the plugin tells Prefect's event system, for automations and other people's tools.
+
+| event | about | when |
+| --- | --- | --- |
+| `prefect-segmind.asset.archived` | a job | its picture is in the archive, paid for now or before |
+| `prefect-segmind.asset.failed` | a job | it has failed and is not tried again in this run; of a bad inbox file, once |
+| `prefect-segmind.attempt.failed` | a job | a request has failed, whatever follows |
+| `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |
+| `prefect-segmind.credits.exhausted` | the account | the provider refuses for want of credits |
+
+The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name of a job that is too wrong to have one;
+`prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect adds the
+flow run, its flow, deployment and tags as related resources.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.events import emit_event
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from prefect_segmind.batch.tally import BatchResult
+from prefect_segmind.errors import BudgetReachedError, InsufficientCreditsError, SegmindError, redact
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline.archive import ArchivedImage
+
+ASSET_ARCHIVED = "prefect-segmind.asset.archived"
+ASSET_FAILED = "prefect-segmind.asset.failed"
+ATTEMPT_FAILED = "prefect-segmind.attempt.failed"
+BUDGET_EXHAUSTED = "prefect-segmind.budget.exhausted"
+CREDITS_EXHAUSTED = "prefect-segmind.credits.exhausted"
+
+
+def asset_archived(archived: ArchivedImage) -> None:
+    """Tells that a picture is in the archive. The resource's label `prefect-segmind.status` says how it came there."""
+    payload = archived.model_dump(mode="json")
+    payload |= {name: usd(getattr(archived, name)) for name in ("cost_usd", "possibly_billed_usd")}
+    _emit(ASSET_ARCHIVED, _job(archived.name, archived.fingerprint, status=archived.status), payload)
+
+
+def asset_failed(name: str, error: SegmindError, stage: str) -> None:
+    """Tells that a job has failed, at one of the stages `validate`, `upload`, `generate`, `archive` and `publish`."""
+    payload = {
+        "name": name,
+        "fingerprint": error.fingerprint,
+        "stage": stage,
+        "error": str(error),
+        "status": error.status,
+        "cost_usd": usd(error.cost_usd),
+        "possibly_billed_usd": usd(error.possibly_billed_usd),
+        "attempts": error.requests_sent,
+    }
+    _emit(ASSET_FAILED, _job(name, error.fingerprint, stage=stage), payload)
+
+
+def attempt_failed(name: str, error: SegmindError) -> None:
+    """Tells that a request has failed, and what follows."""
+    assert error.decision is not None
+    payload = {
+        "name": name,
+        "fingerprint": error.fingerprint,
+        "attempt": error.requests_sent,
+        "status": error.status,
+        "error": str(error),
+        "reason": error.decision.reason,
+        "wait_seconds": error.decision.wait_seconds,
+        "possibly_billed": error.possibly_billed,
+        "request_id": error.request_id,
+    }
+    _emit(ATTEMPT_FAILED, _job(name, error.fingerprint), payload)
+
+
+def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
+    """Tells that a batch has stopped for want of money, if it has."""
+    payload = {
+        "error": str(stopped),
+        "cost_usd": usd(result.cost_usd),
+        "possibly_billed_usd": usd(result.possibly_billed_usd),
+        "not_started": result.not_started,
+    }
+    if isinstance(stopped, BudgetReachedError):
+        _emit(BUDGET_EXHAUSTED, {"prefect.resource.id": f"prefect-segmind.run.{flow_run.id}"}, payload)
+    elif isinstance(stopped, InsufficientCreditsError):
+        _emit(CREDITS_EXHAUSTED, _ACCOUNT, payload)
+
+
+def credits_exhausted(error: InsufficientCreditsError) -> None:
+    """Tells that a single job was refused for want of credits."""
+    sums = {"cost_usd": usd(error.cost_usd), "possibly_billed_usd": usd(error.possibly_billed_usd)}
+    _emit(CREDITS_EXHAUSTED, _ACCOUNT, {"error": str(error), **sums, "not_started": 0})
+
+
+_ACCOUNT = {"prefect.resource.id": "prefect-segmind.account"}
+
+
+def _job(name: str, fingerprint: str | None, **labels: str) -> dict[str, str]:
+    resource = {"prefect.resource.id": f"prefect-segmind.job.{fingerprint or name}", "prefect.resource.name": name}
+    return resource | {f"prefect-segmind.{label}": value for label, value in labels.items()}
+
+
+def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
+    try:
+        emit_event(event=event, resource=resource, payload=payload)
+    except Exception as error:  # noqa: BLE001 - what is paid for does not depend on it
+        get_run_logger().warning("no event %s: %s", event, redact(str(error)))

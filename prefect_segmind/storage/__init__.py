@@ -1,0 +1,1 @@
+"""Bytes at an address: a folder, a bucket, http."""

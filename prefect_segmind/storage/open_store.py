@@ -1,0 +1,87 @@
+"""Which store an address names: a bucket or a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.request import url2pathname
+
+from prefect_segmind.api.request import CONTROL, stripped
+from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.storage.store import LocalStore, Store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+QUOTED = re.compile(r"""(?s)(["']).*\1""")
+"""A value whose quotes have become part of it, as `docker run --env-file` passes them on."""
+
+
+def given_text(field: str, text: str | None) -> str | None:
+    """A parameter or variable without the blanks around it, such as the CR of a Windows line; None if nothing is left.
+
+    Args:
+        field: What it is called, for the message.
+        text: Its value, if it is given.
+
+    Raises:
+        ConfigurationError: There is a control character in it.
+    """
+    clean = stripped(text or "")
+    if CONTROL.search(clean):
+        raise ConfigurationError(f"{field}: {clean!r} holds a control character; write it anew")
+    return clean or None
+
+
+def path_of_file_url(url: str) -> str:
+    """The path of a `file:` URL of this machine, in which `#` and `?` are part of the path; anything else as it is.
+
+    Example:
+        >>> path_of_file_url("file:///srv/live#1"), path_of_file_url("s3://bucket/live")
+        ('/srv/live#1', 's3://bucket/live')
+    """
+    found = re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", url)
+    return url2pathname(url[found.end() :]) if found else url
+
+
+def open_store(url: str, client: S3Client | None = None) -> Store:
+    """The store at an address.
+
+    Args:
+        url: `s3://bucket[/prefix]`, a folder (`~` is the home), or `file:///folder`.
+        client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.storage.s3.s3_client()`.
+
+    Raises:
+        ConfigurationError: The address is of no such kind, or the S3 client cannot be made.
+
+    Example:
+        >>> open_store("~/pictures").conditional
+        True
+    """
+    if url.lower().startswith("s3:"):
+        from prefect_segmind.storage.s3 import S3Store, s3_client, split_uri  # boto3 takes a second to import
+
+        bucket, prefix = split_uri(url)
+        return S3Store(bucket, prefix, client or s3_client())
+    allowed = "use s3://bucket/prefix, a folder, or file:///folder"
+    if QUOTED.fullmatch(url):
+        raise ConfigurationError(f"{url} is no place for a store: take the quotes away")
+    url = path_of_file_url(url)
+    if re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", url) or not url.strip():
+        raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
+    try:
+        return LocalStore(Path(url).expanduser())
+    except RuntimeError as error:  # pathlib's word for a home that nobody has
+        raise ConfigurationError(f"{url!r} is no place for a store ({error}): {allowed}") from error
+
+
+def is_relative(url: str) -> bool:
+    """Whether an address is a folder that depends on the working directory; `~` and a `file:` URL do not.
+
+    Example:
+        >>> is_relative("pictures"), is_relative("~/pictures"), is_relative("s3://bucket/pictures")
+        (True, False, False)
+    """
+    url = url.strip()
+    return bool(url) and not re.match(r"(?i)s3:|file:|[a-z][a-z0-9+.-]+://|~", url) and not Path(url).is_absolute()

@@ -1,0 +1,432 @@
+"""S3 through boto3: the store in a bucket, single objects, presigned addresses, and every failure in plain words.
+
+Importing this costs about a second of boto3, so it is imported where an `s3://` address turns up.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore import exceptions as aws
+from botocore.config import Config
+
+from prefect_segmind import __version__
+from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
+from prefect_segmind.storage.s3_errors import LOST, error_code, explained, may_be_the_checksum
+from prefect_segmind.storage.store import StoredObject, require
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectRequestTypeDef, PutObjectRequestTypeDef
+
+PROBE_KEY = ".segmind/conditional-writes"
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+_creating = threading.Lock()
+_trying_without = threading.Lock()
+_log = logging.getLogger("prefect.segmind")
+
+
+def s3_client() -> S3Client:
+    """A client as the AWS configuration has it: profile, role, region, `AWS_ENDPOINT_URL_S3`. Threads may share it.
+
+    It signs with SigV4, gives up a connection after 10 s and an answer after 60 s, and repeats a request up to three
+    times. Custom endpoints get path-style addresses, as botocore chooses by itself. At AWS the bucket goes into the
+    regional host name, unless the AWS configuration says otherwise: by default a presigned address names the global
+    host, which redirects for young buckets in other regions, and a redirected signature is refused
+    (https://github.com/boto/boto3/issues/3015).
+
+    Raises:
+        StoreCredentialsError: The profile is unknown, or its credentials cannot be had.
+        ConfigurationError: The endpoint or the AWS configuration is malformed.
+    """
+    settings = Config(
+        signature_version="s3v4",
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "max_attempts": 3},
+        max_pool_connections=64,
+        # botocore puts its own together anew for each request, which takes an eighth of the request's CPU.
+        user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
+        response_checksum_validation="when_required",  # as `ask_for_no_checksums` explains
+    )
+    with _creating, explained("make an S3 client"):
+        session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
+        client = session.client("s3", config=settings)
+        at_aws = re.search(r"\.amazonaws\.com(\.cn)?$", client.meta.endpoint_url)
+        if at_aws and not getattr(client.meta.config, "s3", None):
+            client = session.client("s3", config=settings.merge(Config(s3={"addressing_style": "virtual"})))
+        return client
+
+
+def ask_for_no_checksums(client: S3Client) -> None:
+    """Has a client not ask for the checksums of what it reads: that is checked by its own hash.
+
+    botocore's check breaks on a 5xx that carries a checksum header (AttributeError: 'StreamingChecksumBody' object has
+    no attribute 'strip'), as S3-compatible servers send it, and some servers refuse to be asked.
+    """
+    config: Any = client.meta.config
+    config.response_checksum_validation = "when_required"
+
+
+def encrypt_writes(client: S3Client, encryption: str | None) -> None:
+    """Has a client ask for server-side encryption with all that it writes, copies included; for none if None.
+
+    Args:
+        client: Whoever made it.
+        encryption: `AES256`, `aws:kms` for the account's own key, or `aws:kms:` and the id or ARN of a key.
+    """
+    headers = {"ServerSideEncryption": encryption} if encryption else {}
+    if encryption and encryption.startswith("aws:kms:"):
+        headers = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": encryption.removeprefix("aws:kms:")}
+
+    def add(params: dict[str, Any], **_: Any) -> None:
+        params.update(headers)
+
+    for operation in ("PutObject", "CopyObject"):
+        event = f"before-parameter-build.s3.{operation}"
+        client.meta.events.unregister(event, unique_id="segmind-encryption")
+        client.meta.events.register(event, add, unique_id="segmind-encryption")
+
+
+def sign_where_buckets_are(client: S3Client) -> None:
+    """Has a client sign addresses for the region into which it was redirected with a bucket's requests.
+
+    botocore learns from a redirect for its next requests, and for the host of an address that it signs, but signs that
+    for the client's own region, which is refused.
+    """
+    regions: dict[str, str] = {}
+
+    def before_sign(request: Any, region_name: str, **_: Any) -> None:
+        bucket = request.context.get("s3_redirect", {}).get("bucket")
+        signing = request.context.setdefault("signing", {})
+        if request.context.get("is_presign_request"):
+            if bucket in regions:
+                signing["region"] = regions[bucket]
+        elif signing.get("region", region_name) != region_name:
+            regions[bucket] = signing["region"]
+
+    client.meta.events.register("before-sign.s3", before_sign, unique_id="segmind-regions")
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """The bucket and the key of an address; the key is empty where only the bucket is named.
+
+    Raises:
+        ConfigurationError: It is not of the form `s3://bucket/key`.
+
+    Example:
+        >>> split_uri("s3://pictures/summer/hat 1.png")
+        ('pictures', 'summer/hat 1.png')
+    """
+    found = re.fullmatch(r"(?is)s3://([a-z0-9][a-z0-9._-]{1,254})(?:/(.*))?", uri)
+    if not found:
+        raise ConfigurationError(f"{uri!r} is no S3 address: write s3://bucket/key, with the key as it is, not encoded")
+    return found[1], found[2] or ""
+
+
+def read(uri: str, client: S3Client, limit: int) -> bytes:
+    """The content of any object of at most `limit` bytes.
+
+    Raises:
+        ConfigurationError: The address is malformed or names no object.
+        StoreError: There is no such object, it is larger, or it cannot be read.
+    """
+    bucket, key = _object(uri)
+    sign_where_buckets_are(client)
+    with explained(f"read {uri}", client):
+        answer = _get(client, bucket, key)
+        if answer is None:
+            raise StoreError(f"{uri} does not exist: check the key", status=404)
+        with answer["Body"] as body:
+            data = body.read(limit + 1) if answer["ContentLength"] <= limit else b""
+    if max(answer["ContentLength"], len(data)) > limit:
+        raise StoreError(f"{uri} has {answer['ContentLength']} bytes, more than the {limit} that are read")
+    return data
+
+
+def exists(uri: str, client: S3Client) -> bool:
+    """Whether there is an object, by HEAD; True too where that is refused, so that reading it says why.
+
+    Raises:
+        ConfigurationError: The address is malformed or names no object.
+        StoreError: S3 does not answer.
+    """
+    bucket, key = _object(uri)
+    with explained(f"read {uri}", client):
+        try:
+            client.head_object(Bucket=bucket, Key=key)
+        except aws.ClientError as error:
+            return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404
+    return True
+
+
+def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
+    """A https address by which anybody can GET the object until it dies, or the credentials that signed it.
+
+    It is a bearer secret: never logged, stored or shown. It is a signature only; nothing is asked of the server. It is
+    for the region that this client's requests to the bucket have led to.
+
+    Args:
+        uri: `s3://bucket/key`.
+        client: One that signs with SigV4, as that of `s3_client()` does.
+        seconds: How long it lives, up to 604800 (seven days, the most that SigV4 allows,
+            https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html).
+
+    Raises:
+        ConfigurationError: The address is malformed, or the client signs with the old SigV2.
+        StoreCredentialsError: There are no credentials to sign with.
+    """
+    bucket, key = _object(uri)
+    with explained(f"sign an address for {uri}", client):
+        url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
+    if "X-Amz-Signature=" not in url:
+        raise ConfigurationError("the S3 client signs with SigV2: make it with Config(signature_version='s3v4')")
+    return url
+
+
+def credentials_expire_in(client: S3Client) -> float | None:
+    """Seconds until the credentials that would sign now die, refreshed first if due; None where none is known.
+
+    Raises:
+        StoreCredentialsError: They are due to be refreshed and cannot be.
+    """
+    # botocore shows a client's credentials and their expiry nowhere in public; a test pins that these are there.
+    credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
+    if credentials is None:
+        return None
+    with explained("refresh the S3 credentials", client):
+        credentials.get_frozen_credentials()
+    expiry = getattr(credentials, "_expiry_time", None)
+    return (expiry - datetime.now(UTC)).total_seconds() if isinstance(expiry, datetime) else None
+
+
+class S3Store:
+    """A store in a bucket.
+
+    Args:
+        bucket: It must exist.
+        prefix: What all keys begin with; slashes around it do not count.
+        client: As of `s3_client()`; threads may share it.
+    """
+
+    def __init__(self, bucket: str, prefix: str, client: S3Client) -> None:
+        self._bucket = bucket
+        self._root = f"{prefix.strip('/')}/".lstrip("/")
+        self._client = client
+        self._probing = threading.Lock()
+        self._conditional: bool | None = None
+        sign_where_buckets_are(client)
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix`."""
+        return f"s3://{self._bucket}/{self._root}".rstrip("/")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the server honours `If-None-Match: *`; asked once, by writing `.segmind/conditional-writes`.
+
+        Some servers take the header and ignore it, hence two writes: the second one must be refused.
+        """
+        with self._probing:
+            if self._conditional is None:
+                self._conditional = self._probe()
+            return self._conditional
+
+    @property
+    def checksums(self) -> bool:
+        """Whether writes send checksums: unless the server has refused one, or the AWS configuration says not to."""
+        return _sends_checksums(self._client)
+
+    def uri(self, key: str) -> str:
+        """`s3://bucket/prefix/key`."""
+        return f"{self.url}/{key}"
+
+    def get(self, key: str) -> StoredObject | None:
+        """The object; None only where S3 says `NoSuchKey`. Without s3:ListBucket it says 403 instead: an error.
+
+        Raises:
+            StoreError: Its subclass says what to do.
+        """
+        with explained(f"read {self.uri(key)}", self._client):
+            answer = _get(self._client, self._bucket, self._root + key)
+            if answer is None:
+                return None
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+            age = max(0.0, (now - answer["LastModified"]).total_seconds())
+            return StoredObject(answer["Body"].read(), answer["ETag"], age)
+
+    def put(
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
+    ) -> str:
+        """Write an object, with its SHA-256 for the server to check; see `Store.put`.
+
+        Where the server ignores conditions they are checked beforehand, which another writer can slip past. The
+        checksum is left out where the server has refused it, and under
+        `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
+
+        Raises:
+            PreconditionFailedError: The condition does not hold, or another write was under way.
+            StoreError: Its subclass says what to do.
+        """
+        if not if_absent and if_match is None:
+            return self._put(key, data, content_type, cache_control=cache_control)
+        if not self.conditional:
+            require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
+            return self._put(key, data, content_type, cache_control=cache_control)
+        try:
+            return self._put(
+                key, data, content_type, if_absent=if_absent, if_match=if_match, cache_control=cache_control
+            )
+        except PreconditionFailedError:
+            # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
+            found = self.get(key)
+            if found is not None and found.data == data:
+                return found.etag
+            raise
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether the object is there with this content, by HEAD: every sign that the server gives must agree.
+
+        The signs are the size, the SHA-256 and the ETag; this one is the MD5 of the content only if it looks like one
+        and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
+
+        Raises:
+            StoreError: Its subclass says what to do.
+        """
+        with explained(f"read {self.uri(key)}", self._client):
+            try:
+                where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
+                if self.checksums:
+                    where["ChecksumMode"] = "ENABLED"
+                head = self._client.head_object(**where)
+            except aws.ClientError:
+                head = None
+        if head is None:  # a refused HEAD has no text: 404 may be the key or the bucket, 403 the key pair or the rights
+            found = self.get(key)
+            return found is not None and found.data == data
+        checksum, etag = head.get("ChecksumSHA256"), _MD5.fullmatch(head["ETag"])
+        plain = not head.get("ServerSideEncryption", "").startswith("aws:kms")
+        return (
+            head["ContentLength"] == len(data)
+            and (not checksum or "-" in checksum or checksum == _sha256(data))  # with a dash: of the parts of an upload
+            and (not etag or not plain or etag[1] == hashlib.md5(data, usedforsecurity=False).hexdigest())
+        )
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys that start with these characters, a thousand at a time; "folder" markers are left out.
+
+        Raises:
+            StoreError: Its subclass says what to do.
+        """
+        with explained(f"list {self.uri(prefix)}", self._client):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
+                for entry in page.get("Contents", ()):
+                    if not entry.get("Key", "/").endswith("/"):
+                        yield entry.get("Key", "")[len(self._root) :]
+
+    def _put(
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
+    ) -> str:
+        request: PutObjectRequestTypeDef = {
+            "Bucket": self._bucket,
+            "Key": self._root + key,
+            "Body": data,
+            "ContentType": content_type,
+        }
+        if cache_control is not None:
+            request["CacheControl"] = cache_control
+        if if_absent:
+            request["IfNoneMatch"] = "*"
+        if if_match is not None:
+            request["IfMatch"] = if_match
+        with explained(f"write {self.uri(key)}", self._client):
+            return _put(self._client, request, _sha256(data))
+
+    def _probe(self) -> bool:
+        for _ in range(2):
+            try:
+                self._put(PROBE_KEY, b"asked whether If-None-Match is honoured\n", "text/plain", if_absent=True)
+            except PreconditionFailedError:
+                return True
+            except StoreError as error:
+                if type(error) is StoreError and error.status in (400, 501):  # the server does not know the header
+                    return False
+                raise
+        return False
+
+
+def _object(uri: str) -> tuple[str, str]:
+    bucket, key = split_uri(uri)
+    if not key:
+        raise ConfigurationError(f"{uri!r} names a bucket, not an object: write s3://bucket/key")
+    return bucket, key
+
+
+def _sha256(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def _put(client: S3Client, request: PutObjectRequestTypeDef, sha256: str) -> str:
+    """Writes an object with its checksum; without, from here on, where the server takes it only so. Gives the ETag."""
+    if not _sends_checksums(client):
+        return client.put_object(**request)["ETag"]
+    try:
+        # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
+        checked: PutObjectRequestTypeDef = {**request, "ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
+        return client.put_object(**checked)["ETag"]
+    except aws.ClientError as error:
+        if not may_be_the_checksum(error):
+            raise
+    config: Any = client.meta.config  # what botocore looks at for each request: else it adds a checksum of its own
+    with _trying_without:
+        before = config.request_checksum_calculation
+        config.request_checksum_calculation = "when_required"
+        try:
+            return client.put_object(**request)["ETag"]
+        except Exception as error:
+            if not (isinstance(error, aws.ClientError) and error_code(error) in LOST):  # it was not the checksum
+                config.request_checksum_calculation = before
+            raise
+        finally:
+            if config.request_checksum_calculation != before:
+                ask_for_no_checksums(client)
+                _log.info("%s refuses checksum headers: objects are written without", client.meta.endpoint_url)
+
+
+def _sends_checksums(client: S3Client) -> bool:
+    return getattr(client.meta.config, "request_checksum_calculation", None) != "when_required"
+
+
+def _get(client: S3Client, bucket: str, key: str) -> GetObjectOutputTypeDef | None:
+    try:
+        return client.get_object(Bucket=bucket, Key=key)
+    except aws.ClientError as error:
+        if error_code(error) == "NoSuchKey":
+            return None
+        raise

@@ -1,0 +1,110 @@
+"""A list on disk: as many records as there are, in little memory."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel
+
+from prefect_segmind.errors import StoreError
+
+M = TypeVar("M", bound=BaseModel)
+
+_CHUNK = 1 << 16  # bytes read at a time; whole lines, so at least one record
+
+
+class Spool(Generic[M]):
+    """Records in a temporary file, in the order of appending: as many as there are, in little memory.
+
+    Threads may share it. It may be iterated any number of times, each time from the start, also several times at once
+    and while records are appended.
+
+    Args:
+        models: The classes of the records.
+
+    Example:
+        >>> from prefect_segmind.api.request import Job
+        >>> with Spool(Job) as jobs:
+        ...     jobs.append(Job(image="mug.jpg", prompt="a red mug"))
+        ...     [job.name for job in jobs]
+        ['mug']
+    """
+
+    def __init__(self, *models: type[M]) -> None:
+        self._models = models
+        self._numbers = {model: number for number, model in enumerate(models)}
+        self._count = 0
+        self._lock = threading.Lock()
+        self._at_end = True
+        with temporary_file():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the spool
+
+    def append(self, record: M) -> None:
+        """Adds a record.
+
+        Raises:
+            StoreError: The disk is full, or the temporary folder cannot be written.
+        """
+        line = b"%d %s\n" % (self._numbers[type(record)], record.model_dump_json().encode())
+        with self._lock, temporary_file():
+            if not self._at_end:
+                self._file.seek(0, 2)
+                self._at_end = True
+            self._file.write(line)
+            self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[M]:
+        offset = 0
+        while True:
+            with self._lock, temporary_file():
+                self._file.seek(offset)
+                self._at_end = False
+                lines = self._file.readlines(_CHUNK)
+                offset = self._file.tell()
+            if not lines:
+                return
+            for line in lines:
+                number, _, text = line.partition(b" ")
+                # What is in here has been checked before; the context only lets all of that through again.
+                yield self._models[int(number)].model_validate_json(text, context={"allow_unlisted_resolution": True})
+
+    def close(self) -> None:
+        """Removes the file; the records are gone."""
+        with suppress(OSError):  # what could not be flushed is of no use any more
+            self._file.close()
+
+    def __enter__(self) -> Spool[M]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def temporary_file() -> Iterator[None]:
+    """Turns what fails with a temporary file into an error that names its folder.
+
+    Raises:
+        StoreError: The disk is full, or the folder is missing or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        try:
+            folder = tempfile.gettempdir()
+        except OSError:  # none of those that it tries can be written
+            folder = "the folder for temporary files"
+        raise StoreError(
+            f"cannot use a temporary file ({error.strerror or error}): free some space in {folder}, or set TMPDIR to a "
+            "folder that is there, can be written and has some"
+        ) from error
