@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image
 
 from prefect_segmind import services
-from prefect_segmind.api.request import parse_job
+from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import Production

@@ -29,10 +29,10 @@ from prefect.states import Paused, Running, Suspended
 from pydantic import Field
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job
 from prefect_segmind.batch.approval import Answer, Approved, must_ask, settle
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, RunCancelledError, SegmindError
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.publish import split_publish_to
 from prefect_segmind.pipeline.source import UnreadableSource

@@ -18,10 +18,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import OnUnknown, Run, Sums, answers_of_earlier_tries, sums_of_earlier_tries
+from prefect_segmind.archive.record import OnUnknown, Run, answers_of_earlier_tries, sums_of_earlier_tries
 from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
 from prefect_segmind.batch.tally import BatchError, BatchResult, Failure, Tally, planned
 from prefect_segmind.credentials import load_credentials
@@ -39,9 +38,11 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.flows.approval_form import approve
 from prefect_segmind.flows.dispatch import POLICY, dispatch
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
-from prefect_segmind.manifest.expansion import MAX_ASSETS
+from prefect_segmind.limits.ledger import Sums
 from prefect_segmind.manifest.formats import MAX_TEXT, write_manifest
+from prefect_segmind.manifest.model import MAX_ASSETS
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pipeline import shared
 from prefect_segmind.pipeline.sums import inherited, wanted_before

@@ -17,9 +17,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from prefect_segmind.api.request import Job
 from prefect_segmind.batch.tally import Tally
 from prefect_segmind.errors import RunCancelledError
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.validate import ValidatedJob

@@ -15,7 +15,6 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job, name_from_image, parse_job
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
@@ -23,8 +22,9 @@ from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch, r
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
-from prefect_segmind.manifest.expansion import Found, Row
+from prefect_segmind.jobs.job import Job, name_from_image, parse_job
 from prefect_segmind.manifest.loading import expand
+from prefect_segmind.manifest.model import Found, Row
 from prefect_segmind.pipeline.source import UnreadableSource
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key

@@ -6,11 +6,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_segmind import services
-from prefect_segmind.api.request import name_from_image
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
+from prefect_segmind.jobs.job import name_from_image
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.reporting.artifacts import publish_before_after, tell_begun
 from prefect_segmind.tasks import archive_image, generate_image, publish_image, upload_image, validate_job

@@ -12,16 +12,18 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job, parse_job, suffix_from_image
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchResult, Failure
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
-from prefect_segmind.inbox.open_inbox import InboxFile, Memory, open_inbox
-from prefect_segmind.manifest.expansion import Expansion, Found, Notes, Row
-from prefect_segmind.manifest.loading import named
+from prefect_segmind.inbox.inbox import InboxFile, Memory
+from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.jobs.job import Job, parse_job, suffix_from_image
+from prefect_segmind.manifest.expansion import Expansion
+from prefect_segmind.manifest.image_paths import named
+from prefect_segmind.manifest.model import Found, Notes, Row
 from prefect_segmind.reporting.events import asset_failed
 from prefect_segmind.settings import load_settings
 from prefect_segmind.storage.spool import Spool

@@ -9,9 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from prefect_segmind._version import __version__
+
 if TYPE_CHECKING:
     from prefect_segmind.api.client import SegmindClient
-    from prefect_segmind.api.request import ImageToImageRequest, Job, parse_job
+    from prefect_segmind.api.request import ImageToImageRequest
     from prefect_segmind.api.resolutions import Resolution
     from prefect_segmind.batch.tally import BatchError, BatchResult
     from prefect_segmind.credentials import SegmindCredentials
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from prefect_segmind.flows.image_to_image import image_to_image
     from prefect_segmind.flows.process_inbox import process_inbox
     from prefect_segmind.flows.refresh_assets import refresh_assets
+    from prefect_segmind.jobs.job import Job, parse_job
     from prefect_segmind.pipeline.archive import ArchivedImage
     from prefect_segmind.pipeline.look_up import GeneratedImage
     from prefect_segmind.pipeline.upload import UploadedImage
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
         validate_job,
     )
     from prefect_segmind.tasks.produce_asset import produce_asset
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArchivedImage",
@@ -72,7 +73,8 @@ _HOMES = {
     "errors": ("SegmindError",),
     "flows": ("explore_variations", "image_to_image", "process_inbox", "refresh_assets"),
     "pipeline.look_up": ("GeneratedImage",),
-    "api.request": ("ImageToImageRequest", "Job", "parse_job"),
+    "api.request": ("ImageToImageRequest",),
+    "jobs.job": ("Job", "parse_job"),
     "api.resolutions": ("Resolution",),
     "settings": ("SegmindSettings",),
     "tasks": ("archive_image", "generate_image", "produce_asset", "publish_image", "upload_image", "validate_job"),

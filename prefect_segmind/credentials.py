@@ -9,11 +9,10 @@ from prefect.blocks.abstract import CredentialsBlock
 from pydantic import Field, SecretStr
 
 from prefect_segmind.api.client import DEFAULT_BASE_URL, SegmindClient
-from prefect_segmind.api.request import CONTROL, stripped
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.settings import SegmindSettings, load_settings
 from prefect_segmind.storage.http_environment import check_environment
-from prefect_segmind.storage.open_store import given_text
+from prefect_segmind.text import CONTROL, given_text, stripped
 
 
 class SegmindCredentials(CredentialsBlock):

@@ -7,12 +7,12 @@ redacted when the error is made. The meanings of the statuses are the provider's
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefect_segmind.archive.record import Answered
-    from prefect_segmind.limits.retry import Decision
+    from prefect_segmind.api.picture import Answered
 
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
 # Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one where the
@@ -323,3 +323,21 @@ def status_error(status: int, text: str) -> type[ApiError]:
     if re.search(r"param|value|field|invalid|allowed|must be|range|expected", words):
         return ParameterRejectedError
     return NotAcceptableError
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a failed request.
+
+    Attributes:
+        wait_seconds: Seconds to wait before the next request; None to stop.
+        reason: Why, in a few words for the log.
+    """
+
+    wait_seconds: float | None
+    reason: str
+
+    @property
+    def retry(self) -> bool:
+        """Whether there is to be another request."""
+        return self.wait_seconds is not None

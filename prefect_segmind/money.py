@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 LIST_PRICE_USD = Decimal("0.05")
 """Price of one generation, from the provider's page for this endpoint; an answer's `x-cost` overrules it."""
-
-
-def read_cost(text: str | None) -> Decimal | None:
-    """The cost in USD that an answer's `x-cost` header names; None where it names no sensible one.
-
-    Example:
-        >>> read_cost("0.0500")
-        Decimal('0.0500')
-        >>> read_cost("NaN") is None
-        True
-    """
-    try:
-        cost = Decimal(text.strip()) if text else None
-    except InvalidOperation:
-        return None
-    return cost if cost is not None and cost.is_finite() and not cost.is_signed() and cost < 1000 else None
 
 
 def usd(amount: Decimal) -> str:

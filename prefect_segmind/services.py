@@ -25,13 +25,14 @@ from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.archive import Archiving
 from prefect_segmind.pipeline.look_up import Generation
-from prefect_segmind.pipeline.pipeline import Production, Publisher
-from prefect_segmind.pipeline.publish import Publishing, split_publish_to
+from prefect_segmind.pipeline.pipeline import Production
+from prefect_segmind.pipeline.publish import Publisher, Publishing, split_publish_to
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.settings import PREFIX, load_settings
 from prefect_segmind.storage.http_environment import check_environment
-from prefect_segmind.storage.open_store import given_text, is_relative, open_store
+from prefect_segmind.storage.open_store import is_relative, open_store
+from prefect_segmind.text import given_text
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -25,10 +25,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from prefect_segmind.api.request import CONTROL, stripped
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.money import LIST_PRICE_USD
-from prefect_segmind.storage.open_store import QUOTED, is_relative
+from prefect_segmind.storage.open_store import is_relative
+from prefect_segmind.text import CONTROL, QUOTED, stripped
 
 PREFIX: Final = "PREFECT_INTEGRATIONS_SEGMIND_"
 """What the variables begin with."""

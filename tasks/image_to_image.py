@@ -14,8 +14,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job, parse_job
 from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving

@@ -12,9 +12,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job, parse_job
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.errors import NotStartedError
+from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline import pipeline

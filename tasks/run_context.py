@@ -16,10 +16,10 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
-from prefect_segmind.api.request import Job, name_from_image
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.record import FlowRuns
 from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
+from prefect_segmind.jobs.job import Job, name_from_image
 from prefect_segmind.limits.retry import RetryPolicy, holds_all
 from prefect_segmind.pipeline.pipeline import shared
 from prefect_segmind.pipeline.validate import with_drawn_seed

@@ -183,7 +183,7 @@ def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_th
         return put(self, key, *arguments, **options)
 
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.storage.store.LocalStore.put", full)
+        now.setattr("prefect_segmind.storage.local.LocalStore.put", full)
         code, found, told = generate(capsys, str(photo), "a red mug", "--archive", str(archive))
     assert (code, found["cost_usd"], found["attempts"]) == (output.FAILED, "0.05", 1)
     assert str(tmp_path / "outbox") in found["error"]

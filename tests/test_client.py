@@ -27,8 +27,8 @@ from PIL import Image
 from prefect_segmind import errors, services
 from prefect_segmind.api import client as room
 from prefect_segmind.api.client import SegmindClient, on_loopback
+from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.api.request import ImageToImageRequest
-from prefect_segmind.archive.record import PaidPicture
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind

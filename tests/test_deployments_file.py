@@ -48,8 +48,8 @@ from prefect.utilities.templating import find_placeholders
 from pydantic import BaseModel
 
 from prefect_segmind import flows
-from prefect_segmind.api.request import parse_job
 from prefect_segmind.errors import InvalidJobError
+from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.manifest.templates import render
 

@@ -16,13 +16,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind import errors
-from prefect_segmind.archive.record import Answered
+from prefect_segmind.api.picture import Answered
 from prefect_segmind.errors import (
     ADVICE,
     STATUS_ERRORS,
     AccountError,
     ApiError,
     ContentTypeRejectedError,
+    Decision,
     InputError,
     InsufficientCreditsError,
     NotAcceptableError,
@@ -34,7 +35,6 @@ from prefect_segmind.errors import (
     redact,
     status_error,
 )
-from prefect_segmind.limits.retry import Decision
 
 CLASSES = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SegmindError)]
 CORE = ["errors", "fingerprint", "price", "record", "request", "resolution", "retry", "response"]

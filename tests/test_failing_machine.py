@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from prefect_segmind import services
-from prefect_segmind.api.request import Job
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.cli import check
 from prefect_segmind.errors import (
@@ -27,6 +26,7 @@ from prefect_segmind.errors import (
     StoreUnreachableError,
 )
 from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.storage.s3 import S3Store, s3_client

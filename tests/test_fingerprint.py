@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.api.request import Job, MagicPromptOption, StyleType
+from prefect_segmind.api.request import ENDPOINT, MagicPromptOption, StyleType
 from prefect_segmind.api.resolutions import Resolution
-from prefect_segmind.jobs.fingerprint import ENDPOINT, canonical_json, derived_seed, fingerprint
+from prefect_segmind.jobs.fingerprint import canonical_json, derived_seed, fingerprint
+from prefect_segmind.jobs.job import Job
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
 SOURCE = st.binary(max_size=8).map(lambda content: hashlib.sha256(content).hexdigest())

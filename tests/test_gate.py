@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.archive.record import Answered
+from prefect_segmind.api.picture import Answered
 from prefect_segmind.errors import (
     AnswerCutError,
     ApiUnreachableError,

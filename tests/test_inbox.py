@@ -40,8 +40,9 @@ from prefect_segmind.errors import (
     StoreUnreachableError,
 )
 from prefect_segmind.inbox import open_inbox as module
-from prefect_segmind.inbox.open_inbox import Inbox, InboxFile, Look, Memory, open_inbox
-from prefect_segmind.storage.store import LocalStore
+from prefect_segmind.inbox.inbox import Inbox, InboxFile, Look, Memory
+from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.storage.local import LocalStore
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 HOUR = 3600.0

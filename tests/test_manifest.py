@@ -17,22 +17,23 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.api.request import Job, MagicPromptOption, parse_job
+from prefect_segmind.api.request import MagicPromptOption
 from prefect_segmind.errors import InvalidJobError, ManifestError
 from prefect_segmind.jobs.fingerprint import fingerprint
+from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.manifest import formats
-from prefect_segmind.manifest.expansion import (
+from prefect_segmind.manifest.expansion import Expansion
+from prefect_segmind.manifest.formats import read_text, write_manifest
+from prefect_segmind.manifest.model import (
     MAX_ASSETS,
-    Expansion,
     Found,
     MistakenManifest,
     Notes,
     UnreadableManifest,
-    json_schema,
     shown,
     unknown,
 )
-from prefect_segmind.manifest.formats import read_text, write_manifest
+from prefect_segmind.manifest.schema import json_schema
 from prefect_segmind.manifest.templates import TemplateMistake, meant, render, template_names, written
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -19,7 +19,6 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 from pydantic import BaseModel
 
-from prefect_segmind.api.request import Job
 from prefect_segmind.errors import (
     BucketNotFoundError,
     ConfigurationError,
@@ -29,11 +28,14 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.manifest.expansion import Found
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.formats import write_manifest
-from prefect_segmind.manifest.loading import Images, load_manifest
-from prefect_segmind.pipeline.source import SourceReader, found_path
+from prefect_segmind.manifest.image_paths import Images
+from prefect_segmind.manifest.loading import load_manifest
+from prefect_segmind.manifest.model import Found
+from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.storage.paths import found_path
 from prefect_segmind.storage.spool import Spool
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")

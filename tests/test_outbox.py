@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.archive.record import Attempt, PaidPicture
+from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import AnswerCutError, OutboxError
 from prefect_segmind.images.inspection import read_picture
 

@@ -32,7 +32,7 @@ from prefect_segmind.api import client
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.archive import Archive, RecordRead, record_key
 from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run, Sums
+from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run
 from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
@@ -51,6 +51,7 @@ from prefect_segmind.errors import (
 from prefect_segmind.images.inspection import BrokenPicture
 from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
 from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import Sums
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.sums import forget
 from prefect_segmind.pipeline.upload import UploadedImage

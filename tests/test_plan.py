@@ -14,18 +14,19 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind.api.request import Job
+from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import this_process
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import Holder, OnUnknown, PaidPicture, Record, Run
+from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run
 from prefect_segmind.batch import plan as plan_module
 from prefect_segmind.batch.plan import Plan, make_plan
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
+from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.spool import Spool
-from prefect_segmind.storage.store import LocalStore
 
 NOW = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 PICTURE = PaidPicture.model_validate(

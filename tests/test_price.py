@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.money import LIST_PRICE_USD, read_cost, usd
+from prefect_segmind.api.response import read_cost
+from prefect_segmind.money import LIST_PRICE_USD, usd
 
 
 def test_the_list_price_is_the_provider_s():

@@ -20,7 +20,7 @@ from prefect.exceptions import ParameterTypeError
 
 from prefect_segmind import BatchError, process_inbox, services
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
-from prefect_segmind.inbox.open_inbox import Inbox, Memory
+from prefect_segmind.inbox.inbox import Inbox, Memory
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

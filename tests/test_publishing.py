@@ -26,9 +26,10 @@ from PIL import Image
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
 from prefect_segmind.pipeline import publish as publishing
 from prefect_segmind.pipeline.publish import DEFAULT_CACHE_CONTROL, Note, Published, Publishing, split_publish_to
+from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store
-from prefect_segmind.storage.store import LocalStore, Store, StoredObject
+from prefect_segmind.storage.store import Store, StoredObject
 from tests.test_store import BUCKET, client, moto  # noqa: F401
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)

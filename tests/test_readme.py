@@ -24,7 +24,7 @@ import yaml
 from rich.console import Console
 
 from prefect_segmind import image_to_image, process_inbox, refresh_assets
-from prefect_segmind.api.request import ImageToImageRequest, parse_job
+from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.batch import tally
 from prefect_segmind.batch.plan import Plan, PlannedJob
 from prefect_segmind.batch.tally import planned
@@ -32,6 +32,7 @@ from prefect_segmind.cli import commands as cli
 from prefect_segmind.cli import output
 from prefect_segmind.cli.terminal import print_facts
 from prefect_segmind.errors import InvalidJobError
+from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.reporting import artifacts
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind

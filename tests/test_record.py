@@ -11,18 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prefect_segmind.archive.record import (
-    Attempt,
-    Holder,
-    PaidPicture,
-    Record,
-    Run,
-    Sums,
-    Verdict,
-    sums,
-    sums_of_earlier_tries,
-    verdict,
-)
+from prefect_segmind.api.picture import PaidPicture
+from prefect_segmind.archive.record import Attempt, Holder, Record, Run, Verdict, sums, sums_of_earlier_tries, verdict
+from prefect_segmind.limits.ledger import Sums
 
 NOW = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 PRICE = Decimal("0.05")

@@ -13,22 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prefect_segmind.api.request import (
-    ALLOWED,
-    ImageToImageRequest,
-    Job,
-    MagicPromptOption,
-    StyleType,
-    as_written,
-    explain,
-    name_from_image,
-    nearest_value,
-    parse_job,
-    spelled,
-    suffix_from_image,
-)
+from prefect_segmind.api.request import ImageToImageRequest, MagicPromptOption, StyleType
 from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import InvalidJobError
+from prefect_segmind.jobs.job import ALLOWED, Job, explain, name_from_image, nearest_value, parse_job, suffix_from_image
+from prefect_segmind.text import as_written, spelled
 
 JOB = {"image": "photos/mug.jpg", "prompt": "a red mug"}
 BODY = {"image_file": "https://b.example/mug.jpg?X-Amz-Signature=abc", "prompt": "a red mug"}

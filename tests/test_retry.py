@@ -14,12 +14,13 @@ from prefect_segmind.api.response import answer_error
 from prefect_segmind.errors import (
     AnswerCutError,
     BadGatewayError,
+    Decision,
     GatewayTimeoutError,
     OverloadedError,
     RateLimitError,
     SegmindError,
 )
-from prefect_segmind.limits.retry import RETRIED, Decision, RetryPolicy, decide, holds_all
+from prefect_segmind.limits.retry import RETRIED, RetryPolicy, decide, holds_all
 
 MAYBE_BILLED = {BadGatewayError, GatewayTimeoutError, AnswerCutError}
 ASKED = st.none() | st.floats(0, 120)

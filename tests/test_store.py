@@ -45,9 +45,10 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.storage import s3
+from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
-from prefect_segmind.storage.store import LocalStore, Store
+from prefect_segmind.storage.store import Store
 
 KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "pictures"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")

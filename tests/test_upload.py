@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from prefect_segmind import services
-from prefect_segmind.api.request import parse_job
 from prefect_segmind.errors import ConfigurationError, SourceImageError, StoreCredentialsError
+from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from prefect_segmind.api.request import parse_job
 from prefect_segmind.errors import SourceImageError
+from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from tests.wire import Wire, http

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect_segmind import services
-from prefect_segmind.api.request import parse_job
 from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import GeneratedImage
 from prefect_segmind.pipeline.upload import UploadedImage

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from prefect_segmind.api.request import ImageToImageRequest
-from prefect_segmind.api.response import Link, answer_error, error_text, header, picture_or_link
-from prefect_segmind.archive.record import Answered, PaidPicture
+from prefect_segmind.api.picture import Answered, PaidPicture
+from prefect_segmind.api.request import ENDPOINT, ImageToImageRequest
+from prefect_segmind.api.response import Link, answer_error, error_text, header, picture_or_link, read_cost
 from prefect_segmind.errors import (
     AnswerCutError,
     ApiError,
@@ -28,8 +28,7 @@ from prefect_segmind.errors import (
     ResultLinkError,
 )
 from prefect_segmind.images.inspection import BrokenPicture, Picture, read_picture
-from prefect_segmind.jobs.fingerprint import ENDPOINT
-from prefect_segmind.money import LIST_PRICE_USD, read_cost
+from prefect_segmind.money import LIST_PRICE_USD
 from prefect_segmind.storage.http import Destination, DownloadError, download
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 

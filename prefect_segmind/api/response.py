@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote
@@ -236,3 +237,19 @@ def _decoded(text: str) -> bytes | Link | None:
         return base64.b64decode(coded + "=" * (-len(coded) % 4), validate=True)
     except ValueError:
         return None
+
+
+def read_cost(text: str | None) -> Decimal | None:
+    """The cost in USD that an answer's `x-cost` header names; None where it names no sensible one.
+
+    Example:
+        >>> read_cost("0.0500")
+        Decimal('0.0500')
+        >>> read_cost("NaN") is None
+        True
+    """
+    try:
+        cost = Decimal(text.strip()) if text else None
+    except InvalidOperation:
+        return None
+    return cost if cost is not None and cost.is_finite() and not cost.is_signed() and cost < 1000 else None

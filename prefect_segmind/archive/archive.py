@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from prefect_segmind.archive.record import PaidPicture, Record
+from prefect_segmind.api.picture import PaidPicture
+from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.storage.store import Store
 

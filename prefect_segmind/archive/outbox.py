@@ -26,11 +26,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.response import Link, picture_or_link
-from prefect_segmind.archive.record import Answered, Attempt, PaidPicture
+from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
-from prefect_segmind.storage.store import sync
+from prefect_segmind.storage.local import sync
 
 RESERVED_BYTES = 8 << 20
 """Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, model_validator
 
-if TYPE_CHECKING:
-    from prefect_segmind.images.inspection import Picture
+from prefect_segmind.api.picture import KEPT_MODEL, PaidPicture
+from prefect_segmind.limits.ledger import Sums
+from prefect_segmind.limits.retry import UNKNOWN_RETRIES
 
 OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
@@ -25,9 +26,6 @@ LEASE_SECONDS = 60.0
 
 FlowRuns = tuple[tuple[str, int], ...]
 """A flow run and those that it is in, the outermost first, each with the number of its try: Prefect's `run_count`."""
-
-_MODEL = ConfigDict(frozen=True, extra="allow")
-"""What a newer version has noted is kept when this one writes a record again."""
 
 
 class Attempt(BaseModel):
@@ -48,7 +46,7 @@ class Attempt(BaseModel):
         cost_usd: What a 200 has cost, read to its end; None where there was no such answer.
     """
 
-    model_config = _MODEL
+    model_config = KEPT_MODEL
 
     run: str
     sent_at: datetime
@@ -71,7 +69,7 @@ class Attempt(BaseModel):
 class Holder(BaseModel):
     """The run that may pay for the picture, and the process it lives in."""
 
-    model_config = _MODEL
+    model_config = KEPT_MODEL
 
     run: str
     host: str
@@ -110,76 +108,6 @@ class Run(NamedTuple):
         return attempt.run == self.id or bool(same) or self.follows(attempt.flow_runs)
 
 
-class PaidPicture(BaseModel):
-    """The facts of a picture that was paid for.
-
-    Attributes:
-        cost_source: `x-cost` where the answer named its cost, `list price` where it did not.
-        seed: The seed it was made with.
-        paid_at: When its answer had been read, UTC.
-    """
-
-    model_config = _MODEL
-
-    sha256: str
-    format: str
-    content_type: str
-    extension: str
-    width: int
-    height: int
-    size_bytes: int
-    seed: int
-    cost_usd: Decimal
-    cost_source: Literal["x-cost", "list price"]
-    request_id: str | None = None
-    paid_at: datetime
-    notices: tuple[str, ...] = ()
-
-
-class Answered(BaseModel):
-    """What the headers of a 200 tell, and when it had been read to its end.
-
-    Attributes:
-        cost_usd: By `x-cost`, or the list price.
-        cost_source: Which of them.
-        seed: By `x-seed-value`, where the answer names one.
-        content_type: As the answer claims, without parameters.
-        request_id: The provider's.
-        at: When it had been read, UTC.
-    """
-
-    model_config = _MODEL
-
-    cost_usd: Decimal
-    cost_source: Literal["x-cost", "list price"]
-    seed: int | None = None
-    content_type: str = ""
-    request_id: str | None = None
-    at: datetime
-
-    def brought(self, picture: Picture, seed: int | None) -> PaidPicture:
-        """The facts of the picture that the answer has turned out to hold.
-
-        Args:
-            picture: It.
-            seed: The one that was asked for.
-        """
-        notices = []
-        if None not in (self.seed, seed) and self.seed != seed:
-            notices.append(f"the provider reports seed {self.seed} where {seed} was asked for")
-        if self.content_type.startswith("image/") and self.content_type != picture.content_type:
-            notices.append(f"the provider called the picture {self.content_type}; it is {picture.content_type}")
-        return PaidPicture(
-            **picture.model_dump(),
-            seed=seed or 0 if self.seed is None else self.seed,
-            cost_usd=self.cost_usd,
-            cost_source=self.cost_source,
-            request_id=self.request_id,
-            paid_at=self.at,
-            notices=tuple(notices),
-        )
-
-
 class Record(BaseModel):
     """What the archive remembers of one picture.
 
@@ -192,7 +120,7 @@ class Record(BaseModel):
         sidecar: Key of its sidecar, when done.
     """
 
-    model_config = _MODEL
+    model_config = KEPT_MODEL
 
     schema_version: Literal[1] = 1
     fingerprint: str
@@ -289,28 +217,6 @@ class Record(BaseModel):
         )
 
 
-class Sums(NamedTuple):
-    """What requests came to.
-
-    Attributes:
-        requests_sent: How many there were.
-        cost_usd: What was paid for certain.
-        possibly_billed_usd: What those of unknown outcome may have cost.
-    """
-
-    requests_sent: int = 0
-    cost_usd: Decimal = Decimal("0.00")
-    possibly_billed_usd: Decimal = Decimal("0.00")
-
-    def plus(self, other: Sums) -> Sums:
-        """Both together."""
-        return Sums(
-            self.requests_sent + other.requests_sent,
-            self.cost_usd + other.cost_usd,
-            self.possibly_billed_usd + other.possibly_billed_usd,
-        )
-
-
 def sums(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal, *, inherits: bool = False) -> Sums:
     """What a run has to report of the requests for a picture: its own, and those of dead runs that it has taken over.
 
@@ -356,10 +262,6 @@ class Verdict(StrEnum):
     WAIT = "wait"
     REFUSE = "refuse"
     PAY = "pay"
-
-
-UNKNOWN_RETRIES = 1
-"""Requests that a flow run sends, at most, after one of its own that may have been billed."""
 
 
 def verdict(

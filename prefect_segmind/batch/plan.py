@@ -11,12 +11,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.api.request import Job
 from prefect_segmind.archive.archive import Archive, Survey
 from prefect_segmind.archive.leases import held_beside, held_elsewhere
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import FlowRuns, OnUnknown, Record, Run, Verdict, verdict
 from prefect_segmind.errors import SegmindError, SourceImageError
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, inspect_source, settle, with_drawn_seed

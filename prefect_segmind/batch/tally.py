@@ -15,11 +15,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.api.request import Job
-from prefect_segmind.archive.record import Sums
 from prefect_segmind.batch.plan import REFUSED, Plan, PlannedJob
 from prefect_segmind.errors import NotStartedError, SegmindError, redact
-from prefect_segmind.limits.ledger import Budget
+from prefect_segmind.jobs.job import Job
+from prefect_segmind.limits.ledger import Budget, Sums
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.validate import ValidatedJob

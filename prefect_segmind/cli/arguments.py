@@ -8,8 +8,8 @@ from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from prefect_segmind.api.request import spelled
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.text import spelled
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, str]:

@@ -16,8 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
 
-from prefect_segmind import __version__
-from prefect_segmind.api.request import name_from_image, parse_job
+from prefect_segmind._version import __version__
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.cli.arguments import money, number, pairs, typed
@@ -46,6 +45,7 @@ from prefect_segmind.cli.streams import unreadable
 from prefect_segmind.cli.terminal import people, print_facts
 from prefect_segmind.errors import InputError, SegmindError, redact
 from prefect_segmind.flows import image_to_image, refresh_assets
+from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.settings import load_settings
 from prefect_segmind.storage.http_environment import check_environment

@@ -6,8 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-ENDPOINT = "ideogram-2a-img-2-img"
-"""The model's name at the provider; also the last part of its address."""
+from prefect_segmind.api.request import ENDPOINT
 
 
 def canonical_json(value: object) -> bytes:

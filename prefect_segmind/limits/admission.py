@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from time import monotonic
 
-from prefect_segmind.archive.record import Sums
 from prefect_segmind.errors import (
     AccountError,
     ApiError,
@@ -25,7 +24,7 @@ from prefect_segmind.errors import (
     SegmindError,
     UnusableAnswersError,
 )
-from prefect_segmind.limits.ledger import Budget, Fit, Unusable
+from prefect_segmind.limits.ledger import Budget, Fit, Sums, Unusable
 from prefect_segmind.limits.rate_limiter import Pace
 from prefect_segmind.limits.retry import holds_all
 from prefect_segmind.money import usd

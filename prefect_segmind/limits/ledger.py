@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
+from typing import NamedTuple
 
 
 class Fit(Enum):
@@ -142,3 +143,25 @@ class Unusable:
     def too_many(self) -> int | None:
         """How many there are in a row, where that is too many."""
         return len(self._since) if self._limit and len(self._since) >= self._limit else None
+
+
+class Sums(NamedTuple):
+    """What requests came to.
+
+    Attributes:
+        requests_sent: How many there were.
+        cost_usd: What was paid for certain.
+        possibly_billed_usd: What those of unknown outcome may have cost.
+    """
+
+    requests_sent: int = 0
+    cost_usd: Decimal = Decimal("0.00")
+    possibly_billed_usd: Decimal = Decimal("0.00")
+
+    def plus(self, other: Sums) -> Sums:
+        """Both together."""
+        return Sums(
+            self.requests_sent + other.requests_sent,
+            self.cost_usd + other.cost_usd,
+            self.possibly_billed_usd + other.possibly_billed_usd,
+        )

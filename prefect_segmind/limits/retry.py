@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefect_segmind.archive.record import UNKNOWN_RETRIES
 from prefect_segmind.errors import (
     AnswerCutError,
     ApiUnreachableError,
     BadGatewayError,
+    Decision,
     GatewayTimeoutError,
     OverloadedError,
     RateLimitError,
     SegmindError,
 )
+
+UNKNOWN_RETRIES = 1
+"""Requests that a flow run sends, at most, after one of its own that may have been billed."""
 
 RETRIED = (
     *(RateLimitError, OverloadedError, BadGatewayError, GatewayTimeoutError),
@@ -57,24 +60,6 @@ class RetryPolicy:
     unknown_retries: int = UNKNOWN_RETRIES
     longest_wait_seconds: float = 120.0
     longest_run_seconds: float = 1800.0
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What follows a failed request.
-
-    Attributes:
-        wait_seconds: Seconds to wait before the next request; None to stop.
-        reason: Why, in a few words for the log.
-    """
-
-    wait_seconds: float | None
-    reason: str
-
-    @property
-    def retry(self) -> bool:
-        """Whether there is to be another request."""
-        return self.wait_seconds is not None
 
 
 def decide(

@@ -11,86 +11,27 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
-from prefect_segmind.api.request import (
-    ALLOWED,
-    Job,
-    Spelled,
-    as_written,
-    composed,
-    name_from_image,
-    parse_job,
-    spelled,
-    stripped,
-    suffix_from_image,
+from prefect_segmind.api.resolutions import resolution_size
+from prefect_segmind.errors import InvalidJobError
+from prefect_segmind.jobs.job import Job, name_from_image, parse_job, suffix_from_image
+from prefect_segmind.manifest.model import (
+    AXES,
+    FIELDS,
+    HEAD,
+    JOB_FIELDS,
+    MAX_VARIANTS,
+    TEXTS,
+    Found,
+    Notes,
+    Row,
+    look_alike,
+    shown,
+    unknown,
 )
-from prefect_segmind.api.resolutions import AUTO, Resolution, resolution_size
-from prefect_segmind.errors import InvalidJobError, ManifestError, redact
 from prefect_segmind.manifest.templates import TemplateMistake, render, template_names
-
-FIELDS = tuple(Job.model_fields)
-_FIELDS = frozenset(FIELDS)
-TEXTS = ("name", "image", "prompt", "negative_prompt")
-"""The fields that may be templates."""
-AXES = ("prompt", "negative_prompt", "image_weight", "magic_prompt_option", "resolution", "seed", "style_type")
-"""The fields that may vary."""
-HEAD = ("defaults", "vars", "variants", "templates")
-"""What a manifest may say beside its assets."""
-MAX_ASSETS = MAX_VARIANTS = 10_000
-_SHOWN, _KEPT = 100, 10_000  # mistakes in a message, and in memory
-
-
-class Row(NamedTuple):
-    """An asset as it stands in the text: where, such as `line 12`, and its values, not checked yet."""
-
-    where: str
-    values: Mapping[str, Any]
-
-
-class Found(NamedTuple):
-    """An image: its absolute location and, where a pattern has found it, the name that it gets from its path."""
-
-    location: str
-    name: str = ""
-
-
-class UnreadableManifest(Exception):
-    """From some place on nothing can be read."""
-
-
-class MistakenManifest(ManifestError):
-    """A manifest has mistakes; `mistakes` holds a line for each of the first 10,000, with where it is."""
-
-    mistakes: tuple[str, ...] = ()
-
-
-class Notes:
-    """Lines for a person: the first 10,000 of them, and how many there were."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._count = 0
-
-    def add(self, line: str) -> None:
-        """Notes a line, without keys and signed addresses."""
-        self._count += 1
-        if self._count <= _KEPT:
-            self.lines.append(redact(line))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def first(self) -> list[str]:
-        """The first 100, and how many more there are."""
-        return self.lines[:_SHOWN] + [f"… and {len(self) - _SHOWN} more"] * (len(self) > _SHOWN)
-
-    def error(self, place: str) -> MistakenManifest:
-        """The error of a manifest with these mistakes."""
-        first = f"{place}: {len(self)} mistake{'s' * (len(self) > 1)}; nothing was uploaded or paid."
-        error = MistakenManifest("\n  ".join([first, *self.first()]))
-        error.mistakes = tuple(self.lines)
-        return error
+from prefect_segmind.text import Spelled, as_written, composed, spelled, stripped
 
 
 class Expansion:
@@ -162,7 +103,7 @@ class Expansion:
                 self._warnings.add(f"variable {shown(name)}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _jobs(self, row: Row, told: dict[str, None]) -> Iterator[Job]:
-        own = {field: value for field, value in row.values.items() if field in _FIELDS}
+        own = {field: value for field, value in row.values.items() if field in JOB_FIELDS}
         others = [field for field in row.values if field not in own and field not in ("vars", "variants")]
         told.update(dict.fromkeys(unknown(field, [*FIELDS, "vars", "variants"]) for field in others))
         variables: dict[str, Any] = {**self._vars, **_variables(_section(row.values, "vars", told))}
@@ -199,7 +140,7 @@ class Expansion:
             base = "/".join(filter(None, (texts.get("name"), "" if names_each else each.name)))
             other = first.setdefault(base, each)
             if other is not each and not any(line.startswith("name:") for line in told):
-                alike[_alike(base, other, each, names_each)] = None
+                alike[look_alike(base, other, each, names_each)] = None
                 continue
             rendered = [[self._text(field, value, scope, told) for value in values] for field, values in axes.items()]
             labels = [_labels(field, values) for field, values in axes.items()]
@@ -270,9 +211,9 @@ class Expansion:
         """The defaults that are right by themselves."""
         if "name" in defaults:
             told["defaults.name: each asset has a name of its own"] = None
-        others = [field for field in defaults if field not in _FIELDS]
+        others = [field for field in defaults if field not in JOB_FIELDS]
         told.update(dict.fromkeys(f"defaults.{unknown(field, FIELDS)}" for field in others))
-        kept = {field: value for field, value in defaults.items() if field in _FIELDS and field != "name"}
+        kept = {field: value for field, value in defaults.items() if field in JOB_FIELDS and field != "name"}
         wrong = self._wrong(kept)
         told.update(dict.fromkeys(f"defaults.{line}" for line in wrong.values()))
         return {field: value for field, value in kept.items() if field not in wrong}
@@ -284,42 +225,6 @@ class Expansion:
         except InvalidJobError as error:
             return {line.partition(":")[0]: line for line in str(error).split("\n  ")[1:]}
         return {}
-
-
-def shown(value: object) -> str:
-    """A value in an error message: one short line without secrets."""
-    text = text if (text := redact(str(value))).isprintable() else repr(text)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _alike(name: str, one: Found, other: Found, names_each: bool) -> str:
-    """The mistake of two matches of a pattern that get one name.
-
-    Args:
-        name: What both would be called.
-        one: The first.
-        other: The second.
-        names_each: Whether the asset's `name` is all of their names, and not the folder that they go to.
-    """
-    if suffix_from_image(one.location) != suffix_from_image(other.location):
-        remedy = "put {{ stem }}-{{ suffix }} into name" + ("" if names_each else ", or {{ suffix }} for a folder each")
-    elif names_each and one.name != other.name:
-        remedy = "leave {{ stem }} out of name, so that they keep their folders"
-    else:
-        remedy = "rename one of them"
-    both = " and ".join(each if each.isprintable() else repr(each) for each in (one.location, other.location))
-    return f"name: {shown(name)} would be both {both}; {remedy}"
-
-
-def unknown(field: object, known: Iterable[str]) -> str:
-    """The mistake of a field that does not exist, with the nearest that does.
-
-    Example:
-        >>> unknown("varients", ["vars", "variants"])
-        'varients: there is no such field. Did you mean variants?'
-    """
-    near = difflib.get_close_matches(str(field).lower(), list(known), n=1)
-    return f"{shown(field)}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
 
 
 def _labels(field: str, values: list[Any]) -> Iterator[str]:
@@ -364,53 +269,3 @@ def _axes(variants: Mapping[str, Any], told: dict[str, None]) -> dict[str, list[
         else:
             axes[field] = values
     return axes
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema, draft 2020-12, of a manifest in YAML or JSON, for editors and other tools.
-
-    What it cannot say, such as that names are unique, is checked when a manifest is read.
-    """
-    job = Job.model_json_schema()
-    told = dict(re.findall(r"(?m)^ {4}(\w+): (.+)$", job["description"]))
-    types = {field: _plain(schema) for field, schema in job["properties"].items()}
-    for field, schema in types.items():
-        schema["description"] = f"{told[field]} Allowed is {ALLOWED[field]}."
-    types["name"]["description"] += " {{ stem }} is the image's name, {{ suffix }} its extension, such as jpg."
-    types["image"]["description"] += " Relative to the manifest's folder; * ? and ** make a job of each match."
-    types["resolution"]["enum"] = [AUTO, *(each.value for each in Resolution)]
-    fields = {field: {"$ref": f"#/$defs/{field}"} for field in FIELDS}
-    axes = {field: {"type": "array", "minItems": 1, "items": fields[field]} for field in AXES}
-    variants = _object("Fields with the values they take in turn; each combination is a job of its own.", axes)
-    free = {"type": "object", "description": "Variables for the templates."}
-    more = {"vars": free, "variants": {"$ref": "#/$defs/variants"}}
-    inherited = {field: reference for field, reference in fields.items() if field != "name"}
-    shared = _object("What holds for each asset that does not say otherwise.", inherited)
-    asset = _object("One asset, a picture or several.", {**fields, **more})
-    templates = "Whether texts are Jinja2 templates, and images with * or ? in them patterns."
-    manifest = {
-        "$schema": {"type": "string", "description": "Where this schema lies, for an editor."},
-        "defaults": shared,
-        **more,
-        "templates": {"type": "boolean", "default": True, "description": templates},
-        "assets": {"type": "array", "maxItems": MAX_ASSETS, "items": asset, "description": "What is to be made."},
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Manifest of prefect-segmind",
-        **_object("The assets of a batch and what they share.", manifest),
-        "required": ["assets"],
-        "$defs": {**job["$defs"], **types, "variants": variants},
-    }
-
-
-def _object(description: str, properties: dict[str, Any]) -> dict[str, Any]:
-    what = {"description": description, "type": "object"}
-    return {**what, "properties": properties, "additionalProperties": False}
-
-
-def _plain(schema: Any) -> Any:
-    """Pydantic's schema of a field without the titles that it makes up."""
-    if isinstance(schema, dict):
-        return {key: _plain(value) for key, value in schema.items() if key != "title"}
-    return [_plain(each) for each in schema] if isinstance(schema, list) else schema

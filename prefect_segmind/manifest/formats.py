@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from prefect_segmind.api.request import Job, Spelled, spelled, stripped
-from prefect_segmind.manifest.expansion import (
+from prefect_segmind.jobs.job import Job
+from prefect_segmind.manifest.model import (
     FIELDS,
     HEAD,
     MAX_ASSETS,
@@ -30,6 +30,7 @@ from prefect_segmind.manifest.expansion import (
     unknown,
 )
 from prefect_segmind.manifest.templates import Written, meant, written
+from prefect_segmind.text import Spelled, spelled, stripped
 
 KINDS = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".csv": "CSV"} | dict.fromkeys(
     (".jsonl", ".ndjson"), "JSON Lines"

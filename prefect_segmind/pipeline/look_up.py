@@ -14,19 +14,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.archive.archive import Archive, RecordRead
 from prefect_segmind.archive.leases import Claim, claim, held_beside, held_claim, held_elsewhere, this_process
 from prefect_segmind.archive.outbox import Outbox, OutboxEntry
 from prefect_segmind.archive.record import (
     LEASE_SECONDS,
-    Answered,
     Attempt,
     FlowRuns,
     OnUnknown,
-    PaidPicture,
     Record,
     Run,
-    Sums,
     Verdict,
     sums,
     verdict,
@@ -41,6 +39,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.images.inspection import Picture
 from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import Sums
 from prefect_segmind.limits.retry import RetryPolicy, decide, holds_all
 from prefect_segmind.pipeline.sums import forget, inherit, remember
 from prefect_segmind.pipeline.upload import UploadedImage

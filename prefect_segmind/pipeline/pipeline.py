@@ -2,73 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from decimal import Decimal
 
-from prefect_segmind.api.request import Job
-from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.record import FlowRuns
-from prefect_segmind.errors import SegmindError, StoreError, redact
+from prefect_segmind.errors import SegmindError
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import Generation
-from prefect_segmind.pipeline.publish import Publishing
+from prefect_segmind.pipeline.publish import Publisher
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 
 KEPT = 10_000
 """Uploads that are remembered; jobs of one image mostly follow each other."""
-
-
-@dataclass(frozen=True)
-class Publisher:
-    """Publishes the pictures of one run.
-
-    Attributes:
-        publishing: Where to and how.
-        refreshed_at: When the run was due: it decides which of two runs has the newer picture.
-        run: The flow run.
-    """
-
-    publishing: Publishing
-    refreshed_at: datetime
-    run: str
-
-    def publish(self, archived: ArchivedImage, archive: Archive, say: Callable[[str], None]) -> ArchivedImage:
-        """Copies a picture from the archive to its address that stays, unless a newer refresh is there.
-
-        Returns:
-            The picture with where it is published.
-
-        Raises:
-            StoreError: It cannot be read from the archive, converted or written. It stays in the archive; the same job
-                run again publishes it unpaid.
-        """
-        try:
-            picture = archive.content(archived.image)
-            if picture is None or hashlib.sha256(picture).hexdigest() != archived.sha256:
-                raise StoreError(f"{archived.image} is gone from the archive, or is no longer what was archived")
-            published = self.publishing.publish(
-                *(archived.name, picture),
-                fingerprint=archived.fingerprint,
-                refreshed_at=self.refreshed_at,
-                run=self.run,
-            )
-        except Exception as error:
-            known = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
-            failed = StoreError(f"{archived.image} is archived, but not published: {known}")
-            failed.fingerprint, failed.requests_sent = archived.fingerprint, archived.attempts
-            failed.cost_usd, failed.possibly_billed_usd = archived.cost_usd, archived.possibly_billed_usd
-            raise failed from error
-        say(f"published: {published.uri}" if published.published else f"not published: {published.why}")
-        return archived.model_copy(update={"published": published.uri if published.published else None})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,9 +31,11 @@ from typing import Any, Final, Literal
 from PIL import Image
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
-from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
+from prefect_segmind.archive.archive import Archive
+from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, StoreError, redact
 from prefect_segmind.images.conversion import upright_srgb
 from prefect_segmind.images.inspection import BrokenPicture, decoding, file_type, load_picture, open_picture
+from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.storage.open_store import path_of_file_url
 from prefect_segmind.storage.store import Store, StoredObject
 
@@ -287,3 +290,47 @@ def _note_key(key: str) -> str:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Publishes the pictures of one run.
+
+    Attributes:
+        publishing: Where to and how.
+        refreshed_at: When the run was due: it decides which of two runs has the newer picture.
+        run: The flow run.
+    """
+
+    publishing: Publishing
+    refreshed_at: datetime
+    run: str
+
+    def publish(self, archived: ArchivedImage, archive: Archive, say: Callable[[str], None]) -> ArchivedImage:
+        """Copies a picture from the archive to its address that stays, unless a newer refresh is there.
+
+        Returns:
+            The picture with where it is published.
+
+        Raises:
+            StoreError: It cannot be read from the archive, converted or written. It stays in the archive; the same job
+                run again publishes it unpaid.
+        """
+        try:
+            picture = archive.content(archived.image)
+            if picture is None or hashlib.sha256(picture).hexdigest() != archived.sha256:
+                raise StoreError(f"{archived.image} is gone from the archive, or is no longer what was archived")
+            published = self.publishing.publish(
+                *(archived.name, picture),
+                fingerprint=archived.fingerprint,
+                refreshed_at=self.refreshed_at,
+                run=self.run,
+            )
+        except Exception as error:
+            known = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
+            failed = StoreError(f"{archived.image} is archived, but not published: {known}")
+            failed.fingerprint, failed.requests_sent = archived.fingerprint, archived.attempts
+            failed.cost_usd, failed.possibly_billed_usd = archived.cost_usd, archived.possibly_billed_usd
+            raise failed from error
+        say(f"published: {published.uri}" if published.published else f"not published: {published.why}")
+        return archived.model_copy(update={"published": published.uri if published.published else None})

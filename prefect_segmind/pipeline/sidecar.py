@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect_segmind import __version__
+from prefect_segmind._version import __version__
 from prefect_segmind.archive.record import Record
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.look_up import GeneratedImage

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from prefect_segmind.archive.record import FlowRuns, Run, Sums
+from prefect_segmind.archive.record import FlowRuns, Run
+from prefect_segmind.limits.ledger import Sums
 
 KEPT = 10_000
 """Runs that are remembered; each is forgotten when it ends."""

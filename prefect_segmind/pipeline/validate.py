@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.api.request import ImageToImageRequest, Job
+from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.api.resolutions import AUTO, crop_loss, nearest_resolution
 from prefect_segmind.errors import SourceImageError
 from prefect_segmind.images.inspection import SourceImage, inspect
 from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
+from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import LIST_PRICE_USD
 from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
 

@@ -7,31 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import url2pathname
 
-from prefect_segmind.api.request import CONTROL, stripped
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.storage.store import LocalStore, Store
+from prefect_segmind.storage.local import LocalStore
+from prefect_segmind.storage.store import Store
+from prefect_segmind.text import QUOTED
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-QUOTED = re.compile(r"""(?s)(["']).*\1""")
-"""A value whose quotes have become part of it, as `docker run --env-file` passes them on."""
-
-
-def given_text(field: str, text: str | None) -> str | None:
-    """A parameter or variable without the blanks around it, such as the CR of a Windows line; None if nothing is left.
-
-    Args:
-        field: What it is called, for the message.
-        text: Its value, if it is given.
-
-    Raises:
-        ConfigurationError: There is a control character in it.
-    """
-    clean = stripped(text or "")
-    if CONTROL.search(clean):
-        raise ConfigurationError(f"{field}: {clean!r} holds a control character; write it anew")
-    return clean or None
 
 
 def path_of_file_url(url: str) -> str:

@@ -19,7 +19,7 @@ import boto3
 from botocore import exceptions as aws
 from botocore.config import Config
 
-from prefect_segmind import __version__
+from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
 from prefect_segmind.storage.s3_errors import LOST, error_code, explained, may_be_the_checksum
 from prefect_segmind.storage.store import StoredObject, require

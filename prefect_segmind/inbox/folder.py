@@ -1,0 +1,133 @@
+"""An inbox in a folder of this machine."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from uuid import uuid4
+
+from prefect_segmind.errors import ConfigurationError, StoreError, writable
+from prefect_segmind.inbox.inbox import IMAGE_SUFFIX, Inbox, InboxFile, Listing, Seen, safe_names
+from prefect_segmind.storage.local import FULL
+
+
+class FolderInbox(Inbox):
+    """An inbox that is a folder."""
+
+    def __init__(self, place: str, folder: Path, done: str, failed: str) -> None:
+        _require_folder(place, folder)
+        super().__init__(str(folder), done, failed)
+        self._folder = folder
+
+    def _move(self, file: InboxFile, into: str) -> str | None:
+        source, target = Path(file.location), self._folder / into / file.below
+        held = target.with_name(f"moving-{uuid4().hex}{target.suffix}")
+        with _told(f"move {source} to {target}"):
+            try:
+                if _version(source.lstat()) != file.version:
+                    return None
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # What has that name at this moment is taken in one step to where only this run writes, then judged.
+                source.replace(held)
+            except FileNotFoundError:
+                return None
+        with _told(f"move {held} to {target}"):
+            if _version(held.lstat()) == file.version:
+                return str(_give_name(held, target))
+            _give_name(held, source, plain=False)  # a new upload goes back, beside one that may be even newer
+        return None
+
+    def _list(self) -> Listing:
+        listing = Listing(time.time())
+
+        def skip(error: OSError) -> None:
+            if error.filename == self.url:
+                raise error
+            if not isinstance(error, FileNotFoundError):
+                listing.skip(Path(error.filename).relative_to(self._folder).as_posix(), _reason(error))
+
+        with _told(f"read the inbox {self.url}"):
+            for here, folders, names in os.walk(self._folder, onerror=skip):
+                paths = {Path(here, name): name for name in (*folders, *names)}
+                folders.clear()
+                for path, name in paths.items():
+                    below = path.relative_to(self._folder).as_posix()
+                    if self._passes_over(below):
+                        continue
+                    try:
+                        facts = path.lstat()
+                    except OSError as error:
+                        if not isinstance(error, FileNotFoundError):
+                            listing.skip(below, _reason(error))
+                        continue
+                    if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
+                        folders.append(name)
+                    elif not stat.S_ISREG(facts.st_mode) or not IMAGE_SUFFIX.fullmatch(writable(below)):
+                        listing.skip(below)
+                    elif writable(below) != below:
+                        listing.skip(below, "its name is no UTF-8; rename it")
+                    else:
+                        file = InboxFile(str(path), below, _version(facts), facts.st_ctime)
+                        listing.images[below] = Seen(file, facts.st_size, facts.st_mtime)
+        return listing
+
+    def _is_young(self, seen: Seen, now: float, seconds: float) -> bool:
+        return 0 <= now - seen.written < seconds
+
+
+def _require_folder(place: str, folder: Path) -> None:
+    above = folder.parent
+    try:
+        if folder.is_dir():
+            return
+        if folder.exists():
+            raise ConfigurationError(f"{place} is a file; name the folder that it lies in")
+        names = [each.name for each in above.iterdir() if each.is_dir()] if above.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{place} cannot be read: {error}") from None
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"looked in {above}"
+    raise ConfigurationError(f"{place} does not exist ({hint}); create the folder or correct its path")
+
+
+def _version(facts: os.stat_result) -> str:
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
+    """Gives a file that only this run knows the wanted name or, where that is taken or not to be had, the next."""
+    names = islice(safe_names(wanted.name, held.read_bytes), 0 if plain else 1, None)
+    while True:
+        path = wanted.with_name(next(names))
+        try:
+            path.open("xb").close()  # from here on the name is ours; of several runs one gets it
+        except FileExistsError:
+            if path.is_file() and path.read_bytes() == held.read_bytes():
+                held.unlink()
+                return path
+        else:
+            return held.replace(path)
+
+
+def _reason(error: OSError) -> str:
+    return f"it cannot be read: {error.strerror or error}; check its owner and mode"
+
+
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = "check the owner and mode of the folders"
+        if error.errno in FULL:
+            advice = "free some space there"
+        elif error.errno == errno.EXDEV:
+            advice = "the inbox and its folder for what is done must be on one disk"
+        raise StoreError(f"cannot {doing}: {error.strerror or error}; {advice}") from error

@@ -1,0 +1,295 @@
+"""A job: what a person asks for. Every mistake in one is reported at once, with the nearest right value."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from enum import Enum
+from functools import cached_property
+from pathlib import PurePath, PurePosixPath
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
+
+from prefect_segmind.api.request import (
+    ImageWeight,
+    MagicPromptOption,
+    NegativePrompt,
+    Prompt,
+    Seed,
+    StyleType,
+    listed_resolution,
+)
+from prefect_segmind.api.resolutions import AUTO, DEFAULT_RESOLUTION, similar_resolution
+from prefect_segmind.errors import InvalidJobError, redact
+from prefect_segmind.text import BLANK, Spelled, as_written, spelled, stripped
+
+ALLOWED = {
+    "name": 'a path of at most 200 bytes whose segments hold no control characters and none of \\ : * ? " < > |, '
+    "begin with no dot and end with neither dot nor space",
+    "image": "a local path, s3://bucket/key, or an http(s):// address without credentials or a signature in it",
+    "image_file": "a URI that the provider can GET",
+    "prompt": "a text that is not blank",
+    "image_weight": "an integer from 1 to 100",
+    "magic_prompt_option": "one of " + ", ".join(MagicPromptOption),
+    "negative_prompt": "a text, or nothing",
+    "resolution": f"{AUTO} or one of the 78 values from RESOLUTION_512_1536 to RESOLUTION_1536_640",
+    "seed": "an integer from 100 to 999999, `random`, or nothing for one derived from the job",
+    "style_type": "one of " + ", ".join(StyleType),
+    "allow_extreme_ratio": "true or false",
+}
+"""What each field takes, in the words of an error message."""
+LONGEST_NAME = 120
+"""Bytes of an image's stem that a name takes over."""
+_NAME_BYTES = 200  # a folder's name takes 255 at most
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
+_STEM_ENDS = re.compile(rf"\A(?:{BLANK}|[.-])+|(?:{BLANK}|[.-])+\Z")
+_SIGNATURE = re.compile(r"(?i).*(signature|token|sig)|key-pair-id")
+
+
+def _safe_name(name: str) -> str:
+    segments = name.split("/")
+    if _UNSAFE.search(name) or any(not s.strip() or s[0] == "." or s[-1] in ". " for s in segments):
+        raise ValueError("unsafe")
+    if len(name.encode()) > _NAME_BYTES:
+        raise ValueError("too long")
+    return name
+
+
+def _image_location(image: object) -> object:
+    text = str(image) if isinstance(image, PurePath) else image
+    if not isinstance(text, str):
+        raise ValueError("not a text")
+    if "://" not in text:
+        return text
+    scheme, _, rest = text.partition("://")
+    if (scheme := scheme.lower()) == "s3":
+        host, _, path = rest.partition("/")
+        secret = "@" in host
+    else:
+        parts = urlsplit(text)
+        host, path = parts.netloc, parts.path.strip("/")
+        secret = "@" in host or any(_SIGNATURE.fullmatch(name) for name, _ in parse_qsl(parts.query))
+    if scheme not in ("s3", "http", "https") or not host or not path:
+        raise ValueError("not a kind of address that is read")
+    if secret:
+        raise ValueError("holds a secret, which the run's parameters would keep; give the s3:// address instead")
+    return f"{scheme}://{rest}"
+
+
+def _job_resolution(value: str, info: ValidationInfo) -> str:
+    return value if value == AUTO else listed_resolution(value, info)
+
+
+class Job(BaseModel):
+    """What a person asks for. `parse_job` makes one and explains every mistake.
+
+    Attributes:
+        name: Where the picture goes in the archive, `hero/summer` for example; the image's stem if left out.
+        image: A local path, `s3://bucket/key`, or an `http(s)://` address.
+        prompt: What the picture should show.
+        image_weight: 1 to 100; higher keeps more of the source image.
+        magic_prompt_option: Whether the model may rewrite the prompt.
+        negative_prompt: What the picture should not show. The provider may ignore it for this model.
+        resolution: One of the 78 listed sizes, or `AUTO` for the one nearest to the image's ratio.
+        seed: 100 to 999999, `random`, or None for one derived from the job.
+        style_type: The style.
+        allow_extreme_ratio: Whether an image beyond 1:3 to 3:1 is taken.
+
+    Example:
+        >>> Job(image="photos/mug.jpg", prompt="a red mug").name
+        'mug'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: Annotated[str, AfterValidator(_safe_name)] = ""
+    image: Annotated[Prompt, BeforeValidator(_image_location)]
+    prompt: Prompt
+    image_weight: ImageWeight = 50
+    magic_prompt_option: MagicPromptOption = MagicPromptOption.AUTO
+    negative_prompt: NegativePrompt = None
+    resolution: Annotated[str, AfterValidator(_job_resolution)] = DEFAULT_RESOLUTION
+    seed: Seed | Literal["random"] | None = None
+    style_type: StyleType = StyleType.GENERAL
+    allow_extreme_ratio: bool = False
+
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The texts as they were written where that is another spelling; without a part in what the job is."""
+        return {}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_spelling(cls, values: Any, handler: ModelWrapValidatorHandler[Job]) -> Job:
+        if not isinstance(values, Mapping):
+            return handler(values)
+        clean = {field: _clean(field, value) for field, value in values.items()}
+        if clean.get("name") in (None, ""):
+            image = clean.get("image")
+            clean.pop("name", None)
+            clean |= {"name": name_from_image(str(image))} if isinstance(image, str | PurePath) else {}
+        job = handler(clean)
+        texts = {field: as_written(text) for field in _TEXTS if isinstance(text := clean.get(field), str)}
+        vars(job)["written"] = {
+            field: text for field, text in texts.items() if text.strip() and text != getattr(job, field)
+        }
+        return job
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keeps both spellings, wherever the job goes."""
+        return {field: self.written.get(field, value) for field, value in handler(self).items()}
+
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter of the API that the job names, as JSON values: all but the image and the job's own."""
+        values = self.model_dump(mode="json", exclude={"name", "image", "allow_extreme_ratio"}, exclude_none=True)
+        return {**values, **{field: getattr(self, field) for field in values if field in self.written}}
+
+
+_TEXTS = ("prompt", "negative_prompt")
+
+
+def _clean(field: str, value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Enum):
+        return value
+    # Which form a file's name has is found out later, and a blank is shown as it is.
+    return (stripped(value) if field == "image" else spelled(value)) or value
+
+
+def name_from_image(image: str) -> str:
+    r"""The name of a job that has none: the image's stem made safe.
+
+    A key in S3 is no URL: each character of it is its own.
+
+    Example:
+        >>> name_from_image("s3://bucket/inbox/Summer mug #1?.jpg")
+        'Summer mug #1'
+        >>> name_from_image("https://b.example/Summer%20mug.jpg?size=large")
+        'Summer mug'
+        >>> name_from_image("C:\\photos\\.hidden.png")
+        'hidden'
+    """
+    stem = PurePosixPath(_path_of(image)).stem
+    name, was = _safe_stem(spelled(stem)), _safe_stem(stem)
+    return name if name == was else Spelled(name, was)
+
+
+def _safe_stem(stem: str) -> str:
+    safe = _STEM_ENDS.sub("", _UNSAFE.sub("-", stem)).encode(errors="ignore")
+    return _STEM_ENDS.sub("", safe[:LONGEST_NAME].decode(errors="ignore")) or "image"
+
+
+def suffix_from_image(image: str) -> str:
+    """The extension of an image, without its dot and in lower case; empty where there is none.
+
+    Example:
+        >>> suffix_from_image("s3://bucket/inbox/mug #1.JPEG"), suffix_from_image("https://b.example/mug.png?size=1")
+        ('jpeg', 'png')
+    """
+    return _UNSAFE.sub("-", PurePosixPath(_path_of(image)).suffix).lower().strip(". -")
+
+
+def _path_of(image: str) -> str:
+    """The path or the key of an image: a key in S3 is no URL."""
+    if image[:5].lower() == "s3://":
+        return image[5:].partition("/")[2]
+    if "://" not in image:
+        return image.replace("\\", "/")
+    try:
+        return unquote(urlsplit(image).path)
+    except ValueError:  # no address at all, which the check of `image` says
+        return ""
+
+
+def parse_job(values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False) -> Job:
+    """Makes a job of plain values, or says everything that is wrong with them.
+
+    Args:
+        values: The fields of `Job`.
+        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+
+    Raises:
+        InvalidJobError: A line for each wrong field, with its value, what is allowed and the nearest right value.
+
+    Example:
+        >>> parse_job({"image": "mug.jpg", "prompt": "a red mug", "style_type": "realistic"})
+        Traceback (most recent call last):
+        prefect_segmind.errors.InvalidJobError: The job has 1 mistake; nothing was uploaded or paid.
+          style_type: 'realistic' is not allowed; allowed is one of GENERAL, REALISTIC, ... Did you mean REALISTIC?
+    """
+    try:
+        return Job.model_validate(values, context={"allow_unlisted_resolution": allow_unlisted_resolution})
+    except ValidationError as error:
+        lines = explain(error, Job)
+        many = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        text = f"The job has {many}; nothing was uploaded or paid."
+        raise InvalidJobError("\n  ".join([text, *lines])) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line for each wrong field: the field, the value, what is allowed, and the nearest right value if one is near.
+
+    Args:
+        error: What pydantic found.
+        model: The model whose fields were checked.
+    """
+    lines: dict[str, str] = {}
+    for each in error.errors():
+        field = str(each["loc"][0]) if each["loc"] else "job"
+        if each["type"] == "missing":
+            line = f"{field}: missing; needed is {ALLOWED[field]}"
+        elif each["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field.lower(), list(model.model_fields), n=1)
+            line = f"{field}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
+        else:
+            value = each["input"]
+            shown = redact(repr(value.value if isinstance(value, Enum) else value))
+            shown = shown if len(shown) <= 80 else shown[:79] + "…"
+            line = f"{field}: {shown} is not allowed; allowed is {ALLOWED.get(field, 'an object of named fields')}."
+            if "secret" in each["msg"]:
+                line = f"{field}: {shown} {each['msg'].removeprefix('Value error, ')}"
+            near_value = nearest_value(field, value)
+            line += f" Did you mean {near_value}?" if near_value else ""
+        lines.setdefault(field, line)
+    return list(lines.values())
+
+
+def nearest_value(field: str, value: object) -> str | None:
+    """The allowed value nearest to a wrong one, None where none is near.
+
+    Example:
+        >>> nearest_value("resolution", "RESOLUTION_800_1280"), nearest_value("image_weight", 150)
+        ('RESOLUTION_768_1280', '100')
+    """
+    if value is None:
+        return None
+    text = str(value).strip().upper()
+    ranges = {"image_weight": (1, 100), "seed": (100, 999_999)}
+    if field in ranges:
+        if isinstance(value, bool) or not re.fullmatch(r"[-+]?\d{1,18}(\.\d{1,9})?", text):
+            return "random" if field == "seed" and difflib.get_close_matches(text, ["RANDOM"]) else None
+        low, high = ranges[field]
+        return str(min(max(round(float(text)), low), high))
+    if field == "resolution" and (similar := similar_resolution(text)):
+        return similar.value
+    choices: dict[str, list[str]] = {
+        "magic_prompt_option": [each.value for each in MagicPromptOption],
+        "style_type": [each.value for each in StyleType],
+        "resolution": [AUTO],
+    }
+    text = re.sub(r"[\s-]+", "_", text)
+    return next(iter(difflib.get_close_matches(text, choices.get(field, []), n=1, cutoff=0.6)), None)

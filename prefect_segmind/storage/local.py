@@ -1,0 +1,209 @@
+"""A store in a local folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+from uuid import uuid4
+
+from prefect_segmind.errors import StoreAccessError, StoreError
+from prefect_segmind.storage.store import StoredObject, require
+
+LOCK_KEY = ".segmind/.lock"
+_DRAFT = ".part-"
+FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+"""What the system says where nothing more can be written."""
+
+
+class LocalStore:
+    """A store in a folder, which is made when first written to; a relative one is taken from the folder of now.
+
+    What `put` has written survives a power cut. It holds an exclusive lock on `.segmind/.lock` for the moment of the
+    rename, so conditions hold between threads and processes; on a network folder as far as its server supports `flock`.
+    Symbolic links inside the folder are the owner's business and are followed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+
+    @property
+    def url(self) -> str:
+        """The absolute path of the folder."""
+        return str(self.folder)
+
+    @property
+    def conditional(self) -> bool:
+        """Always True: the lock sees to it."""
+        return True
+
+    @property
+    def checksums(self) -> bool:
+        """Always True: the disk sees to it."""
+        return True
+
+    def uri(self, key: str) -> str:
+        """The path of the file; a StoreError for a key that leaves the folder or is not in its plain form."""
+        return str(self._path(key))
+
+    def get(self, key: str) -> StoredObject | None:
+        """The file's content, with its SHA-256 as etag; None if there is no such file."""
+        path = self._path(key)
+        with _explained("read", path):
+            try:
+                with path.open("rb") as file:
+                    written = os.fstat(file.fileno()).st_mtime  # of this very content, whatever is renamed meanwhile
+                    data = file.read()
+            except FileNotFoundError:
+                return None
+        return StoredObject(data, hashlib.sha256(data).hexdigest(), max(0.0, time.time() - written))
+
+    def put(
+        self,
+        key: str,
+        data: bytes,
+        content_type: str,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        cache_control: str | None = None,
+    ) -> str:
+        """Write a file atomically; see `Store.put`."""
+        path = self._path(key)
+        draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
+        with _explained("write", path):
+            above_new: list[Path] = []
+            if not path.parent.is_dir():
+                above_new = [folder.parent for folder in path.parents if not folder.exists()]
+                path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with draft.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self._locked():
+                    if if_absent or if_match is not None:
+                        require(self.get(key), str(path), if_absent=if_absent, if_match=if_match)
+                    _replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+            for folder in (path.parent, *above_new):
+                sync(folder)
+        return hashlib.sha256(data).hexdigest()
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether the file is there with this content."""
+        found = self.get(key)
+        return found is not None and found.etag == hashlib.sha256(data).hexdigest()
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The files whose keys start with these characters; the lock and unfinished files are none."""
+        root = self._path(start) if (start := prefix.rpartition("/")[0]) else self.folder
+        for folder, _, names in os.walk(root, onerror=_unless_gone):
+            for name in names:
+                key = Path(folder, name).relative_to(self.folder).as_posix()
+                if key.startswith(prefix) and not _is_ours(key):
+                    yield key
+
+    def _path(self, key: str) -> Path:
+        path = PurePath(key)
+        plain = path.as_posix() == key and key != "."  # one key, one file: no `a//b`, no `./a`, no backslash on Windows
+        stream = sys.platform == "win32" and ":" in key
+        if not plain or path.anchor or ".." in path.parts or "\0" in key or stream or _is_ours(key):
+            raise StoreError(f"{key!r} is no key for the folder {self.folder}: use a plain relative path with '/'")
+        return self.folder / path
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.folder / LOCK_KEY
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            _lock(file.fileno())
+            try:
+                yield
+            finally:
+                _unlock(file.fileno())  # closing alone would not do in a process that has forked meanwhile
+
+
+def _is_ours(key: str) -> bool:
+    return key == LOCK_KEY or key.rpartition("/")[2].startswith(_DRAFT)
+
+
+def _unless_gone(error: OSError) -> None:
+    """What os.walk does with a folder it cannot list: by itself it would silently show less than there is."""
+    if not isinstance(error, FileNotFoundError):
+        with _explained("list", Path(error.filename)):
+            raise error
+
+
+@contextmanager
+def _explained(doing: str, path: Path) -> Iterator[None]:
+    """Turn the system's errors into ours, with the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = f"cannot {doing} {path}"
+        if error.errno in FULL:
+            raise StoreError(f"{where}: the disk is full, or a quota is; free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StoreAccessError(f"{where}: permission denied; check the owner and mode of the folder") from error
+        raise StoreError(f"{where}: {error.strerror or error}; check the folder and its disk") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk; a rename alone may not survive a crash."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:  # Windows has no such thing for folders
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno != errno.EINVAL:  # some network and container mounts do not have it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+if sys.platform == "win32":  # pragma: no cover
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        while True:
+            try:
+                return msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+            except OSError as error:  # it gives up after ten seconds
+                if error.errno != errno.EDEADLK:
+                    raise
+
+    def _unlock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+    def _replace(source: Path, target: Path) -> None:
+        for pause in (0.01, 0.05, 0.2, 1.0):  # Windows refuses while anybody has the target open, be it for reading
+            with suppress(PermissionError):
+                source.replace(target)
+                return
+            time.sleep(pause)
+        source.replace(target)
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _replace(source: Path, target: Path) -> None:
+        source.replace(target)

@@ -1,0 +1,57 @@
+"""Local paths as people write them: another form of Unicode, the slashes of Windows, a near miss."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from prefect_segmind.text import spellings
+
+
+def found_path(given: str | Path) -> Path:
+    r"""The path of a file or folder, each part of it as it is given or, where that is not there, in another spelling.
+
+    Other spellings are the other forms of Unicode, which look alike: macOS and some archives decompose names. And a
+    path of Windows, `photos\mug.jpg`, is one with slashes. A path that is not found is returned as it is given.
+    """
+    path = Path(given)
+    try:
+        wanted = path.expanduser()
+        if is_there(wanted) or (str(wanted).isascii() and "\\" not in str(wanted)):
+            return path
+        for each in dict.fromkeys((wanted, Path(str(wanted).replace("\\", "/")))):
+            found = Path(each.anchor)
+            for part in each.parts[bool(each.anchor) :]:
+                found = next((there for form in spellings(part) if is_there(there := found / form)), found / part)
+            if is_there(found):
+                return found
+        return path
+    except RuntimeError:  # nobody's home
+        return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to something."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name that this system takes, so no file either
+        return False
+
+
+def missing(image: str) -> str:
+    """The mistake of a local image that is not there, with what may have been meant."""
+    path = found_path(image).expanduser()
+    if os.name != "nt" and on_windows(image):
+        hint = "a path on a Windows disk, which this machine does not have; write one relative to the manifest"
+    else:
+        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.resolve()}"
+    return f"image: {image} does not exist ({hint})"
+
+
+def on_windows(image: str) -> bool:
+    r"""Whether this is a whole path of Windows, `C:\photos\mug.jpg` or `\\server\photos\mug.jpg`."""
+    return re.match(r"[A-Za-z]:[\\/]|\\\\\w", image) is not None
