@@ -40,7 +40,7 @@ from prefect_segmind.archive.record import Attempt, Record
 from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLimitError, SegmindError
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.storage.http import DownloadError
-from tests.walk import up_to_upload
+from tests.support.walk import up_to_upload
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -32,8 +32,8 @@ from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
-from tests.walk import up_to_upload
-from tests.wire import Wire, http, http_json
+from tests.support.walk import up_to_upload
+from tests.support.wire import Wire, http, http_json
 
 KEY = "SG_0123456789abcdef"
 ODD_KEY = "a-key-of-another-form-0123456789"

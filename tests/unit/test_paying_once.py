@@ -58,7 +58,7 @@ from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.storage.http import DownloadError
-from tests.walk import archive_picture, generate, up_to_upload, walk
+from tests.support.walk import archive_picture, generate, up_to_upload, walk
 
 
 def recorded(fingerprint: str, archive: str | None = None) -> RecordRead:
@@ -231,7 +231,7 @@ def test_an_answer_that_had_arrived_in_part_is_not_taken_for_a_picture(sandbox: 
 
 KILLED = """
 import sys
-from tests.walk import walk
+from tests.support.walk import walk
 walk(sys.argv[1])
 """
 
@@ -239,7 +239,7 @@ walk(sys.argv[1])
 def killed_while_waiting(sandbox: Sandbox, photo: Path) -> None:
     """A run in another process, killed after the API has billed its request and before it had the answer."""
     sandbox.play(Answer(delay=60))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[2])
     try:
         wait_for(lambda: sandbox.ledger.billed == 1)
     finally:
@@ -374,11 +374,11 @@ def test_two_processes_on_a_store_with_conditional_writes_pay_once(
         "PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE": "s3://both/archive",
     }
     sandbox.play(Answer(delay=1.0))
-    code = "import sys; from tests.walk import walk; print(walk(sys.argv[1]).status)"
+    code = "import sys; from tests.support.walk import walk; print(walk(sys.argv[1]).status)"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(photo)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             # each has an outbox of its own, as two machines have
             env={**environment, "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX": str(tmp_path / f"outbox-{each}")},
             stdout=subprocess.PIPE,
@@ -767,7 +767,7 @@ def test_the_time_that_a_rate_limit_took_does_not_end_a_run(
 
 KEPT = """
 import sys, uuid
-from tests.walk import archive_picture, generate, up_to_upload
+from tests.support.walk import archive_picture, generate, up_to_upload
 generated = generate(*up_to_upload(sys.argv[1]))
 print("kept", flush=True)
 sys.stdin.readline()
@@ -781,7 +781,7 @@ def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_l
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KEPT, str(photo)],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -187,7 +187,7 @@ def run(made: Flow[..., Any], parameters: dict[str, Any]) -> Any:
 
 
 def test_no_deployment_that_is_shipped_names_a_relative_place() -> None:
-    file = Path(__file__).parents[1] / "deployments" / "prefect.yaml"
+    file = Path(__file__).parents[2] / "deployments" / "prefect.yaml"
     for deployed in yaml.safe_load(file.read_text())["deployments"]:
         for given in (deployed, *deployed.get("schedules", ())):
             for name in ("archive", "publish_to", "upload_to"):

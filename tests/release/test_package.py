@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 import prefect_segmind
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "prefect_segmind"
 
 

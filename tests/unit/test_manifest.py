@@ -36,7 +36,7 @@ from prefect_segmind.manifest.model import (
 from prefect_segmind.manifest.schema import json_schema
 from prefect_segmind.manifest.templates import TemplateMistake, meant, render, template_names, written
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 ASSET = {"image": "mug.jpg", "prompt": "a red mug"}
 Find = Callable[[str, bool], Sequence[Found]]
 

@@ -14,7 +14,7 @@ from prefect_segmind.errors import SourceImageError, StoreError
 from prefect_segmind.pipeline import source
 from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
 from prefect_segmind.sandbox import Sandbox
-from tests.wire import Wire, http
+from tests.support.wire import Wire, http
 
 
 def no_s3() -> None:

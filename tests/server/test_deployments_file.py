@@ -53,7 +53,7 @@ from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.manifest.templates import render
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deployments"
 DOCS = (ROOT / "docs" / "deployments.md").read_text(encoding="utf-8")
 NAMES = [

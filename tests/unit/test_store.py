@@ -268,7 +268,7 @@ def test_of_racing_processes_exactly_one_wins_on_disk(condition: str, tmp_path: 
     script = (
         "import os, sys, time\n"
         "from prefect_segmind.errors import PreconditionFailedError\n"
-        "from prefect_segmind.storage.store import LocalStore\n"
+        "from prefect_segmind.storage.local import LocalStore\n"
         "store, start, etag = LocalStore(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]\n"
         "condition = dict(if_match=etag[0]) if etag else dict(if_absent=True)\n"
         "time.sleep(max(0, start - time.time()))\n"
@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     LocalStore(tmp_path).put("a/k", b"before", "text/plain")
     script = (
         "import resource, sys\n"
-        "from prefect_segmind.storage.store import LocalStore\n"
+        "from prefect_segmind.storage.local import LocalStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: LocalStore(sys.argv[1]).put('a/k', b'x' * 5000, 'text/plain')\n"
         "except Exception as error: print(type(error).__name__, error)\n"
@@ -403,7 +403,7 @@ def test_a_folder_that_may_not_be_written_or_listed_is_no_empty_folder(tmp_path:
     store.put("closed/k", b"x", "text/plain")
     code = (
         "import os, sys\n"
-        "from prefect_segmind.storage.store import LocalStore\n"
+        "from prefect_segmind.storage.local import LocalStore\n"
         "store = LocalStore(sys.argv[1])\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"
         "for call in (lambda: store.get('closed/k'), lambda: list(store.keys('')),\n"

@@ -30,7 +30,7 @@ from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store
 from prefect_segmind.storage.store import Store, StoredObject
-from tests.test_store import BUCKET, client, moto  # noqa: F401
+from tests.unit.test_store import BUCKET, client, moto  # noqa: F401
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 

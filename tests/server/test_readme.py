@@ -39,7 +39,7 @@ from prefect_segmind.sandbox.script import Kind
 from prefect_segmind.services import open_archive
 from prefect_segmind.settings import PREFIX, SegmindSettings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/deployments.md")}
 CLOSED = "http://127.0.0.1:9"  # the discard port, where nobody listens
@@ -172,7 +172,7 @@ def test_the_manifest_becomes_the_pictures_that_are_told(
 
 
 def test_the_manifest_is_what_the_schema_says() -> None:
-    schema = json.loads((Path(__file__).parents[1] / "docs" / "manifest.schema.json").read_text())
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "manifest.schema.json").read_text())
     jsonschema.validate(yaml.safe_load(manifest_of_the_readme()), schema)
 
 
@@ -217,7 +217,7 @@ def test_the_exit_codes_are_the_ones_of_the_command_line() -> None:
 
 
 def test_the_picture_is_there_and_small() -> None:
-    picture = Path(__file__).parents[1] / "docs" / "before-after.jpg"
+    picture = Path(__file__).parents[2] / "docs" / "before-after.jpg"
     assert picture.name in README
     assert picture.stat().st_size < 200_000
 

@@ -30,7 +30,7 @@ from prefect_segmind import services
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(840)]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HEADING = "## It runs by itself: schedules, events, an inbox"
 T = TypeVar("T")

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-FOLDER = Path(__file__).parents[1] / "deployments" / "automations"
+FOLDER = Path(__file__).parents[2] / "deployments" / "automations"
 FILES = sorted(FOLDER.glob("*.yaml"))
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 PLACEHOLDER = "REPLACE-WITH-THE-ID-OF-A-NOTIFICATION-BLOCK"

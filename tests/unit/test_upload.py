@@ -22,8 +22,8 @@ from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.sandbox import Sandbox
-from tests.walk import generate, up_to_upload
-from tests.wire import Wire, http
+from tests.support.walk import generate, up_to_upload
+from tests.support.wire import Wire, http
 
 
 def stored(uri: str) -> tuple[bytes, str]:

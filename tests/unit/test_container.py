@@ -17,7 +17,7 @@ from prefect_segmind.errors import SourceImageError
 from prefect_segmind.images.container import PNG_END, describe_tiff, full_pages, is_cut, split_png, without_odd_metadata
 from prefect_segmind.images.conversion import prepare, thumbnail
 from prefect_segmind.images.inspection import BrokenPicture, inspect, picture_of
-from tests.test_image import FILES, chunk, exif, gradient, opened, png, saved
+from tests.unit.test_inspection import FILES, chunk, exif, gradient, opened, png, saved
 
 PNG = FILES["png"]
 BIG = b"text that says nothing. " * 100_000  # 2.4 MB: Pillow allows one

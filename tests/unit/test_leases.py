@@ -20,7 +20,7 @@ from prefect_segmind.archive.record import Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.storage.s3 import S3Store
-from tests.walk import archive_picture, generate, up_to_upload, walk
+from tests.support.walk import archive_picture, generate, up_to_upload, walk
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -157,11 +157,12 @@ def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
 
 HANGS = """
 import sys, threading, time
-from prefect_segmind import configuration, lease
+from prefect_segmind import services
+from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
-lease.RENEW_SECONDS = lease.LOOK_SECONDS = 0.05
-archive = configuration.open_archive(sys.argv[1])
-claim = lease.claim(archive, None, "ab" * 32, Run("a run"))
+leases.RENEW_SECONDS = leases.LOOK_SECONDS = 0.05
+archive = services.open_archive(sys.argv[1])
+claim = leases.claim(archive, None, "ab" * 32, Run("a run"))
 hanging = threading.Event()
 def hang(*_):
     hanging.set()
@@ -173,7 +174,7 @@ assert hanging.wait(30)
 
 def test_a_renewal_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HANGS, str(tmp_path / "archive")]
-    subprocess.run(command, cwd=Path(__file__).parents[1], env=dict(os.environ), timeout=60, check=True)
+    subprocess.run(command, cwd=Path(__file__).parents[2], env=dict(os.environ), timeout=60, check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere its name is not read")

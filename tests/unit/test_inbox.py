@@ -39,7 +39,8 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from prefect_segmind.inbox import open_inbox as module
+from prefect_segmind.inbox import bucket as bucket_module
+from prefect_segmind.inbox import folder as folder_module
 from prefect_segmind.inbox.inbox import Inbox, InboxFile, Look, Memory
 from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.storage.local import LocalStore
@@ -334,7 +335,7 @@ def test_an_empty_file_is_not_kept_young_by_a_clock_that_runs_ahead(tmp_path, mo
 
 def test_an_empty_object_is_bad_after_an_hour_by_the_store_s_own_clock(bucket, monkeypatch):
     bucket.put("empty.jpg", b"")
-    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: 9e9))  # this machine's says nothing
+    monkeypatch.setattr(bucket_module, "time", SimpleNamespace(time=lambda: 9e9))  # this machine's says nothing
     assert opened(bucket).look(10, no_pause).unsettled == ("empty.jpg",)
 
     real = bucket.client.get_paginator
@@ -554,7 +555,7 @@ def test_no_two_runs_get_the_same_name(tmp_path):
         place.put(f"{number}/cup.jpg", b"%d" % number)
     held = [place.folder / str(number) / "cup.jpg" for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda path: module._give_name(path, place.folder / "cup.jpg"), held))
+        list(pool.map(lambda path: folder_module._give_name(path, place.folder / "cup.jpg"), held))
     assert sorted(place.files().values()) == sorted(b"%d" % number for number in range(40))
 
 

@@ -16,7 +16,7 @@ from prefect_segmind.errors import SourceImageError
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
-from tests.wire import Wire, http
+from tests.support.wire import Wire, http
 
 READER = SourceReader(s3=lambda: pytest.fail("S3 was asked"), allow_loopback=True)
 
