@@ -1,9 +1,10 @@
-"""What the tests stand on: real servers on loopback, started here and stopped here."""
+"""What all tests stand on: real servers on loopback, started here and stopped here."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -11,17 +12,20 @@ from pathlib import Path
 
 import pytest
 
-# Before Prefect is imported: nothing of the tests lands in the home of the person who runs them.
-os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-home-")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-
-from prefect.testing.utilities import prefect_test_harness
-
-from prefect_segmind import services
 from prefect_segmind.sandbox import Sandbox, sample_photo
+from tests.support import prefect_server
 
 FOREIGN = ("AWS_", "SEGMIND_", "PREFECT_INTEGRATIONS_SEGMIND_")
+
+# Before Prefect is imported: nothing of the tests reaches the home or the server of the person who runs them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    prefect_server.prepare()
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="home-", dir=prefect_server.folder())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        prefect_server.stop()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,13 +54,6 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     os.environ.update(AWS_CONFIG_FILE=nothing, AWS_SHARED_CREDENTIALS_FILE=nothing, AWS_EC2_METADATA_DISABLED="true")
     yield
     os.environ.update(kept)
-
-
-@pytest.fixture(scope="session")
-def prefect_server(_clean_environment: None) -> Iterator[None]:
-    """A real Prefect server with a database of its own, for the whole session."""
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +86,8 @@ def sandbox(_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", f"{place}/uploads")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "outbox"))
     yield _sandbox
-    services._archive.cache_clear()
+    if services := sys.modules.get("prefect_segmind.services"):
+        services._archive.cache_clear()
 
 
 @pytest.fixture(autouse=True)

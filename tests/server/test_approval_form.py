@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -14,8 +16,8 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -25,6 +27,7 @@ from prefect_segmind import BatchError, BatchResult, refresh_assets
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, NotApprovedError
 from prefect_segmind.flows import approval_form
 from prefect_segmind.sandbox import Sandbox
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -45,19 +48,19 @@ def manifest(photo: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 class Paused:
     """A run that waits for an answer."""
 
-    def __init__(self, client: SyncPrefectClient, ended: Future[State[BatchResult]]) -> None:
+    def __init__(self, client: SyncPrefectClient, ended: Future[State[BatchResult]], tag: str) -> None:
         self._client, self._ended = client, ended
-        self.id = self._find()
+        wanted = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[tag]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])),
+        )
 
-    def _find(self) -> UUID:
-        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
-        for _ in range(300):
-            found = self._client.read_flow_runs(flow_run_filter=wanted)
-            if found:
-                return found[0].id
-            assert not self._ended.done(), self._ended.result()
-            time.sleep(0.1)
-        raise AssertionError("no run was paused")
+        def paused() -> list[FlowRun]:
+            found = client.read_flow_runs(flow_run_filter=wanted)
+            assert found or not ended.done(), ended.result()
+            return found
+
+        self.id = until(paused)[0].id
 
     @property
     def form(self) -> str:
@@ -77,29 +80,40 @@ class Paused:
         )
         return str(found.json()["status"])
 
+    def end(self) -> None:
+        """Ends a run that a failed test has left behind."""
+        if not self._ended.done():
+            self.answer(answer="stop")
+
     def ended(self) -> State[BatchResult]:
         return self._ended.result(60)
 
 
 @pytest.fixture
-def paused(manifest: str) -> Iterator[Callable[..., Paused]]:
+def paused(manifest: str, own_tag: str) -> Iterator[Callable[..., Paused]]:
+    runs: list[Paused] = []
     with get_client(sync_client=True) as client, ThreadPoolExecutor(1) as pool:
 
         def start(**parameters: Any) -> Paused:
-            ended = pool.submit(refresh_assets, manifest, return_state=True, **parameters)
-            return Paused(client, ended)
+            ended = pool.submit(copy_context().run, partial(refresh_assets, manifest, return_state=True, **parameters))
+            runs.append(Paused(client, ended, own_tag))
+            return runs[-1]
 
-        yield start
+        try:
+            yield start
+        finally:
+            for run in runs:
+                run.end()
 
 
 def test_a_run_that_costs_more_waits_and_shows_what_it_will_do(sandbox: Sandbox, paused: Callable[..., Paused]) -> None:
     run = paused(approve_above_usd=Decimal("0.10"))
     for told in ("5 pictures, 0.25 USD", "More than 0.10 USD", "mug/4", r"a red \| mug, number 0", "data:image/jpeg"):
         assert told in run.form
-    time.sleep(2)
-    assert sandbox.ledger.requests == (), "nothing is paid while it waits"
+    answered = datetime.now(UTC)
     assert run.answer(answer="go on") == "ACCEPT"
     result = run.ended().result()
+    assert all(each.time > answered for each in sandbox.ledger.requests), "nothing is paid while it waits"
     assert (result.generated, result.cost_usd) == (5, Decimal("0.25"))
     assert sandbox.ledger.billed == 5
 

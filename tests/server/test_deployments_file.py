@@ -6,7 +6,6 @@ import asyncio
 import importlib.util
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -372,7 +371,6 @@ def test_deploying_again_changes_what_the_file_says_and_wakes_deployments_but_no
         done = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
             cwd=tmp_path,
-            env={**os.environ, "PREFECT_API_URL": str(api.base_url).rstrip("/")},
             capture_output=True,
             text=True,
             timeout=200,

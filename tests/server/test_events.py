@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prefect.client.orchestration import get_client
 
 from prefect_segmind import image_to_image, refresh_assets
 from prefect_segmind.batch.approval import Answer as Answered
@@ -22,6 +19,7 @@ from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
 from prefect_segmind.flows import approval_form
 from prefect_segmind.reporting import events as our_events
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support.server_events import all_events
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 DOCUMENTED = {
@@ -37,18 +35,11 @@ Events = Callable[[int], list[dict[str, Any]]]
 
 
 @pytest.fixture
-def events() -> Events:
-    """Our events since this test began, as soon as there are so many; they come to the server a moment later."""
-    since = datetime.now(UTC) - timedelta(milliseconds=50)
+def events(own_tag: str) -> Events:
+    """Our events of this test's runs: so many, and no more behind them."""
 
     def told(count: int) -> list[dict[str, Any]]:
-        wanted = {"occurred": {"since": since.isoformat()}, "event": {"prefix": ["prefect-segmind."]}}
-        with get_client(sync_client=True) as client:
-            for _ in range(300):
-                found = client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
-                if len(found) >= count:
-                    break
-                time.sleep(0.2)
+        found = all_events(own_tag, "prefect-segmind.")
         assert len(found) == count, [each["event"] for each in found]
         for each in found:
             assert each["payload"].keys() == DOCUMENTED[each["event"]]

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import re
-import time
+import sqlite3
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from contextlib import closing
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow
@@ -27,8 +28,9 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.settings import PREFECT_HOME, PREFECT_SERVER_DATABASE_CONNECTION_URL
+from prefect.settings import PREFECT_HOME
 from prefect.utilities.callables import parameter_schema
+from pydantic import SecretStr
 
 from prefect_segmind import (
     ArchivedImage,
@@ -45,22 +47,20 @@ from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import BadGatewayError, InvalidJobError, InvalidKeyError, RateLimitError
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support import prefect_server, waiting
+from tests.support.server_events import all_events
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 T = TypeVar("T")
 
 
-def until(look: Callable[[SyncPrefectClient], T | None], seconds: float = 45) -> T:
+def until(look: Callable[[SyncPrefectClient], T | None]) -> T:
     """What the server's API tells, as soon as it does: it records task runs, logs and events a moment later."""
-    end = time.monotonic() + seconds
     with get_client(sync_client=True) as client:
-        while True:
-            found = look(client)
-            if found:
-                return found
-            assert time.monotonic() < end, "the server did not tell in time"
-            time.sleep(0.2)
+        found = waiting.until(lambda: look(client))
+    assert found is not None
+    return found
 
 
 def task_runs(flow_run_id: UUID, names: set[str]) -> dict[str, TaskRun]:
@@ -113,20 +113,13 @@ def test_a_rate_limit_and_a_gateway_error_are_waited_for_by_prefect_in_front_of_
     assert sandbox.ledger.billed == 1
 
 
-def test_each_failed_request_is_an_event_that_says_what_happened(sandbox: Sandbox, photo: Path) -> None:
+def test_each_failed_request_is_an_event_that_says_what_happened(sandbox: Sandbox, photo: Path, own_tag: str) -> None:
     sandbox.play(Answer(status=429, reset_in=0.2, headers={"x-request-id": "abc"}), Answer(status=504))
     archived = run(photo, seed=777).result()
-    since = (datetime.now(UTC) - timedelta(minutes=5)).isoformat()
-    resource = f"prefect-segmind.job.{archived.fingerprint}"
-    wanted = {"occurred": {"since": since}, "resource": {"id": [resource]}}
-    wanted |= {"event": {"name": ["prefect-segmind.attempt.failed"]}}
-
-    def look(client: SyncPrefectClient) -> list[dict[str, Any]] | None:
-        answer = client.request("POST", "/events/filter", json={"filter": wanted})
-        events = sorted(answer.json()["events"], key=lambda each: each["occurred"])
-        return events if len(events) == 2 else None
-
-    first, second = until(look)
+    first, second = sorted(all_events(own_tag, "prefect-segmind.attempt.failed"), key=lambda each: each["occurred"])
+    assert {each["resource"]["prefect.resource.id"] for each in (first, second)} == {
+        f"prefect-segmind.job.{archived.fingerprint}"
+    }
     assert {key: first["payload"][key] for key in ("name", "attempt", "status", "possibly_billed", "request_id")} == {
         **{"name": "mug", "attempt": 1, "status": 429, "possibly_billed": False, "request_id": "abc"}
     }
@@ -249,13 +242,14 @@ def test_the_key_comes_from_a_block_that_the_flow_names(
 ) -> None:
     from prefect_segmind import SegmindCredentials
 
-    SegmindCredentials(api_key=sandbox.api_key, base_url=sandbox.base_url).save("marketing", overwrite=True)
-    SegmindCredentials(api_key="SG_ffffffffffffffff", base_url=sandbox.base_url).save("wrong", overwrite=True)
+    right, wrong = (f"{each}-{uuid4()}" for each in ("marketing", "wrong"))
+    SegmindCredentials(api_key=SecretStr(sandbox.api_key), base_url=sandbox.base_url).save(right)
+    SegmindCredentials(api_key=SecretStr("SG_ffffffffffffffff"), base_url=sandbox.base_url).save(wrong)
     monkeypatch.delenv("SEGMIND_API_KEY")
     monkeypatch.delenv("SEGMIND_BASE_URL")
     with pytest.raises(InvalidKeyError):
-        run(photo, credentials_block="wrong").result()
-    assert run(photo, credentials_block="marketing").result().status == "generated"
+        run(photo, credentials_block=wrong).result()
+    assert run(photo, credentials_block=right).result().status == "generated"
 
 
 def test_the_four_tasks_work_one_by_one_in_somebodys_own_flow(sandbox: Sandbox, photo: Path) -> None:
@@ -304,16 +298,17 @@ def test_the_form_has_drop_downs_and_a_text_for_each_parameter() -> None:
 
 
 def test_no_key_and_no_signed_address_is_left_anywhere(
-    sandbox: Sandbox, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sandbox: Sandbox, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, own_tag: str
 ) -> None:
     """Searched for in the server's database, in the archive, the outbox and the log, after good and bad runs.
 
     An answer that was paid for and is no picture is kept as it came, for the eyes of its user alone.
     """
+    signed = f"a.png?X-Amz-Signature={(signature := uuid4().hex)}"
     sandbox.play(
         Answer(status=429, reset_in=0.1),
         Answer(status=400, body=json.dumps({"error": f"bad key {sandbox.api_key}"})),
-        Answer(kind="html", body=f"<p>https://x.example/a.png?X-Amz-Signature=feedbeef {sandbox.api_key}</p>"),
+        Answer(kind="html", body=f"<p>https://x.example/{signed} {sandbox.api_key}</p>"),
         Answer(kind="json_url"),
     )
     caplog.set_level(logging.DEBUG, "prefect")
@@ -321,11 +316,18 @@ def test_no_key_and_no_signed_address_is_left_anywhere(
     for each in ids:
         wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[each]))
         until(lambda client, wanted=wanted: len(client.read_logs(wanted)) > 3)
-    time.sleep(2)  # events reach the database last
-    secrets = [sandbox.api_key, "X-Amz-Signature", "feedbeef", os.environ["AWS_SECRET_ACCESS_KEY"]]
-    database = Path(str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()).partition("///")[2])
-    assert database.is_file()
-    folders = (database.parent, Path(PREFECT_HOME.value()), tmp_path, sandbox.folder)
+    assert all_events(own_tag, "prefect-segmind."), "which reach the database last"
+    secrets = [sandbox.api_key, signature, os.environ["AWS_SECRET_ACCESS_KEY"]]
+    with closing(sqlite3.connect(f"file:{prefect_server.home() / 'prefect.db'}?mode=ro", uri=True)) as database:
+        rows = "\n".join(database.iterdump())
+    assert all(str(each) in rows for each in ids)
+    # The rows of neighbours hold signed addresses that they have made up.
+    place = re.escape(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"].removeprefix("s3://"))
+    assert re.search(place, rows)
+    assert not re.search(rf"{place}[^\s\"']*X-Amz-Signature", rows)
+    assert [secret for secret in secrets if secret in rows] == []
+    secrets.append("X-Amz-Signature")
+    folders = (Path(PREFECT_HOME.value()), tmp_path, sandbox.folder)
     places = [each for folder in folders for each in folder.rglob("*") if each.is_file()]
     kept = [each for each in places if each.suffix == ".answer"]
     assert [each.stat().st_mode & 0o777 for each in kept] == [0o600]

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from prefect_segmind import BatchError, process_inbox, services
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.inbox.inbox import Inbox, Memory
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
+from tests.support.server_events import all_events
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 PROMPT = "{{ (stem) }} on a picnic blanket"
@@ -43,21 +43,11 @@ Events = Callable[[int], list[dict[str, Any]]]
 
 
 @pytest.fixture
-def failures() -> Events:
-    """The events of failed assets since this test began: so many, and no more even a moment later."""
-    since = datetime.now(UTC) - timedelta(milliseconds=50)
-    wanted = {"occurred": {"since": since.isoformat()}, "event": {"prefix": ["prefect-segmind.asset.failed"]}}
+def failures(own_tag: str) -> Events:
+    """The events of failed assets of this test's runs: so many, and no more behind them."""
 
     def told(many: int) -> list[dict[str, Any]]:
-        def found() -> list[dict[str, Any]]:
-            return client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
-
-        with get_client(sync_client=True) as client:
-            end = time.monotonic() + 60
-            while len(found()) < many and time.monotonic() < end:
-                time.sleep(0.2)
-            time.sleep(1)
-            events = found()
+        events = all_events(own_tag, "prefect-segmind.asset.failed")
         assert len(events) == many, [each["payload"] for each in events]
         return events
 

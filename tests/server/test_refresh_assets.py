@@ -19,15 +19,16 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
@@ -56,6 +57,7 @@ from prefect_segmind.limits.ledger import Budget
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.storage.spool import Spool
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -374,14 +376,14 @@ def test_there_is_one_task_run_for_each_asset_and_the_run_tells_plan_progress_an
     state: State[BatchResult] = refresh_assets(campaign(5), return_state=True)
     flow_run_id = state.state_details.flow_run_id
     assert flow_run_id is not None
-    deadline = time.monotonic() + 30
     with get_client(sync_client=True) as client:
-        while True:
+
+        def completed() -> list[TaskRun] | None:
             runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
-            if sum(bool(each.state and each.state.is_completed()) for each in runs) == 5:
-                break
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+            return runs if sum(bool(each.state and each.state.is_completed()) for each in runs) == 5 else None
+
+        runs = until(completed)
+        assert runs is not None
         assert sorted(each.name for each in runs) == [f"produce mug/{n:03}" for n in range(5)]
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
@@ -490,27 +492,24 @@ def test_the_name_of_a_run_tells_its_season_and_that_it_is_a_dry_run(
 
 
 def test_a_run_that_is_cancelled_in_prefect_sends_nothing_new_and_ends_as_cancelled(
-    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch, own_tag: str
 ) -> None:
-
     monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.2)
     sandbox.play(*[Answer(delay=1.5)] * 200)
     ended: list[State[Any]] = []
-    thread = threading.Thread(
-        target=lambda: ended.append(refresh_assets(campaign(60), max_concurrency=4, return_state=True))
-    )
+
+    def refresh() -> None:
+        with tags(own_tag):
+            ended.append(refresh_assets(campaign(60), max_concurrency=4, return_state=True))
+
+    thread = threading.Thread(target=refresh)
     thread.start()
     with get_client(sync_client=True) as client:
-        while not sandbox.ledger.requests:
-            time.sleep(0.05)
-        (found,) = [
-            each
-            for each in client.read_flow_runs()
-            if each.state
-            and each.state.is_running()
-            and each.flow_id
-            and each.name.startswith("refresh-assets campaign")
-        ]
+        until(lambda: sandbox.ledger.requests)
+        (found,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[own_tag])))
+        assert found.name.startswith("refresh-assets campaign")
+        assert found.state
+        assert found.state.is_running()
         client.set_flow_run_state(found.id, Cancelling(), force=True)
     thread.join(60)
     assert ended[0].is_cancelled()

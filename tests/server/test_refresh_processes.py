@@ -22,11 +22,11 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL
 
 from prefect_segmind import services
 from prefect_segmind.archive.record import Record
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
 
@@ -37,11 +37,13 @@ KILLS = int(os.environ.get("SEGMIND_KILLS", "3"))
 def start(manifest: Path, *options: str, home: Path | None = None) -> subprocess.Popen[str]:
     """Starts a run in a process group of its own; with a home, it has a Prefect of its own that knows no server."""
     command = [sys.executable, "-m", "prefect_segmind", "refresh", str(manifest), "--json", *options]
-    kept = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    prefect = {"PREFECT_HOME": str(home)} if home else {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    environment = dict(os.environ)
+    if home:
+        environment["PREFECT_HOME"] = str(home)
+        del environment["PREFECT_API_URL"]
     return subprocess.Popen(
         command,
-        env=kept | prefect,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,12 +68,12 @@ def prompt(number: int) -> str:
     return f"a red mug number {number:03}"
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    def look() -> bool:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        return happened()
+
+    until(look, 120, every=0.01)
 
 
 def records() -> list[Record]:
@@ -189,7 +191,6 @@ def test_a_terminal_that_goes_away_ends_a_run_in_order(sandbox: Sandbox, photo: 
     process = subprocess.Popen(
         [sys.executable, "-c", take, *refresh],
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-        env={**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())},
         start_new_session=True,
     )
     os.close(theirs)
@@ -240,7 +241,6 @@ def hung_up(photo: Path, what: str, path: Path, requests: int, sandbox: Sandbox)
     script.write_text(OWN_PROCESS)
     process = subprocess.Popen(
         [sys.executable, str(script), what, str(path)],
-        env={**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -9,6 +9,7 @@ from decimal import Decimal
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import boto3
 import pytest
@@ -163,33 +164,33 @@ class TestCredentials:
         self, sandbox: Sandbox, prefect_server: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         block = SegmindCredentials(api_key=SecretStr(sandbox.api_key), base_url=sandbox.base_url)
-        block.save("marketing", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        block.save(name := f"marketing-{uuid4()}", _sync=True)  # type: ignore[call-arg]
         monkeypatch.delenv("SEGMIND_API_KEY")
         monkeypatch.delenv("SEGMIND_BASE_URL")
-        assert load_base_url("marketing") == sandbox.base_url
-        assert services.source_reader("marketing").allow_loopback
+        assert load_base_url(name) == sandbox.base_url
+        assert services.source_reader(name).allow_loopback
         assert not services.source_reader().allow_loopback
-        with load_credentials("marketing").get_client() as client:
+        with load_credentials(name).get_client() as client:
             assert client.credits() == Decimal(1000)
-        monkeypatch.setenv(f"{PREFIX}CREDENTIALS_BLOCK", "marketing")
+        monkeypatch.setenv(f"{PREFIX}CREDENTIALS_BLOCK", name)
         assert load_credentials().api_key.get_secret_value() == sandbox.api_key
         assert load_base_url() == sandbox.base_url
 
     def test_a_block_that_is_named_wins_over_the_environment(
         self, prefect_server: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        SegmindCredentials(api_key=SecretStr(KEY)).save("own", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        SegmindCredentials(api_key=SecretStr(KEY)).save(name := f"own-{uuid4()}", _sync=True)  # type: ignore[call-arg]
         monkeypatch.setenv("SEGMIND_API_KEY", "another")
-        found = load_credentials("own")
+        found = load_credentials(name)
         assert (found.api_key.get_secret_value(), found.base_url) == (KEY, "https://api.segmind.com/v1")
 
     def test_a_block_that_would_pay_elsewhere_than_the_environment_says_is_refused(
         self, prefect_server: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        SegmindCredentials(api_key=SecretStr(KEY)).save("real", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        SegmindCredentials(api_key=SecretStr(KEY)).save(name := f"real-{uuid4()}", _sync=True)  # type: ignore[call-arg]
         monkeypatch.setenv("SEGMIND_BASE_URL", "http://127.0.0.1:1/v1")
         with pytest.raises(errors.ConfigurationError, match="would pay there"):
-            load_credentials("real")
+            load_credentials(name)
 
     @pytest.mark.parametrize("name", ["nobody", "segmind-credentials/nobody", "no/such/block"])
     def test_a_block_that_is_missing_is_named_and_how_to_save_it_told(
@@ -287,20 +288,21 @@ class TestS3:
             access_key=sandbox.s3.access_key,
             secret_key=SecretStr(sandbox.s3.secret_key),
         )
-        block.save("prod", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        block.save(saved := f"prod-{uuid4()}", _sync=True)  # type: ignore[call-arg]
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.delenv(name)
-        monkeypatch.setenv(f"{PREFIX}S3_BLOCK", "own-s3/prod")
+        monkeypatch.setenv(f"{PREFIX}S3_BLOCK", f"own-s3/{saved}")
         services.open_archive(None).store.put("x.txt", b"by the block", "text/plain")
         found = services.open_archive(None).store.get("x.txt")
         assert found is not None
         assert found.data == b"by the block"
 
-    @pytest.mark.parametrize("name", ["own-s3/nobody", "no-such-type/prod", "prod", "no-s3/prod"])
+    @pytest.mark.parametrize("name", ["own-s3/nobody", "no-such-type/prod", "prod", "no-s3/{saved}"])
     def test_a_wrong_block_is_named_with_its_setting(
         self, name: str, prefect_server: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        NoS3().save("prod", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        NoS3().save(saved := f"prod-{uuid4()}", _sync=True)  # type: ignore[call-arg]
+        name = name.format(saved=saved)
         monkeypatch.setenv(f"{PREFIX}S3_BLOCK", name)
         with pytest.raises(errors.ConfigurationError, match=f"{PREFIX}S3_BLOCK: '{name}' is no block with") as caught:
             services.s3_client()

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_URL
 
 from prefect_segmind.cli import commands, output
 from prefect_segmind.cli.streams import UnfailingStream
@@ -28,11 +27,10 @@ BARE = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0
 def command(
     *arguments: str | bytes, home: Path, stdout: int = subprocess.PIPE, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """Runs the installed command in a process of its own, against the tests' Prefect server if there is one."""
-    server = {"PREFECT_API_URL": url} if (url := PREFECT_API_URL.value()) else {}
+    """Runs the installed command in a process of its own."""
     return subprocess.run(
         [str(Path(sys.executable).with_name("prefect-segmind")), *arguments],
-        env={**os.environ, **server, "PREFECT_HOME": str(home / "prefect"), **environment},
+        env={**os.environ, **environment},
         cwd=home,
         stdout=stdout,
         stderr=subprocess.PIPE,
@@ -100,10 +98,9 @@ def on_a_terminal(*arguments: str, home: Path, width: int, **environment: str) -
     """
     mine, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    server = {"PREFECT_API_URL": url} if (url := PREFECT_API_URL.value()) else {}
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("prefect-segmind")), *arguments],
-        env={**os.environ, **server, "PREFECT_HOME": str(home / "prefect"), "TERM": "xterm", **environment},
+        env={**os.environ, "TERM": "xterm", **environment},
         cwd=home,
         stdin=its,
         stdout=its,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import certifi
 import httpx
 import pytest
 
@@ -93,19 +92,6 @@ def test_a_block_that_cannot_be_asked_for_is_told_so_too(monkeypatch: pytest.Mon
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK", "aws-credentials/prod")
     with pytest.raises(ConfigurationError, match=r"^NO_PROXY: "):
         services.s3_client()
-
-
-def test_check_says_which_way_the_api_is_reached(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost,::1")
-    commands.run(["check"])
-    assert "the API is reached directly, with the certificates of SSL_CERT_FILE" in capsys.readouterr().out
-    monkeypatch.setenv("SEGMIND_BASE_URL", "https://api.example/v1")
-    commands.run(["check"])
-    assert "the API is reached through the proxy of the environment" in capsys.readouterr().out
 
 
 URLS = ["https://api.example.com/v1", "https://example.com", "https://notexample.com", "https://example.com:8443",
