@@ -10,12 +10,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import venv
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,10 +21,12 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL
 
 from prefect_segmind import services
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support import environment, waiting
+from tests.support.patient import PatientTransport
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(840)]
 ROOT = Path(__file__).parents[2]
@@ -83,24 +82,12 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
-class Patient(httpx.HTTPTransport):
-    """Asks again where the server's database was locked for a moment."""
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        for _ in range(40):
-            response = super().handle_request(request)
-            if response.status_code != 503:
-                break
-            time.sleep(0.25)
-        return response
-
-
 class Team:
     """Somebody who has a shell in the clone, and a browser on the server's API."""
 
     def __init__(self, clone: Path, environment: dict[str, str], port: int) -> None:
         self.clone, self.environment, self.port = clone, environment, port
-        self.api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, transport=Patient())
+        self.api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, transport=PatientTransport())
         self.staying: list[subprocess.Popen[bytes]] = []
 
     def shell(self, command: str) -> str:
@@ -150,17 +137,15 @@ class Team:
         paths = sorted(self.clone.parent.glob("*.log"))
         return "\n".join(path.read_text(errors="replace")[-20_000:] for path in paths)
 
-    def until(self, look: Callable[[], T | None], seconds: float = 240) -> T:
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                if (found := look()) is not None:
-                    return found
-            except httpx.TransportError:
-                if time.monotonic() > end:
-                    raise
-            assert time.monotonic() < end, f"it did not happen in time\n{self.log}"
-            time.sleep(0.5)
+    def until(self, look: Callable[[], T | None]) -> T:
+        def reached() -> T | None:
+            with suppress(httpx.TransportError):
+                return look()
+            return None
+
+        found = waiting.until(reached, 240, every=0.25, why=lambda: self.log)
+        assert found is not None
+        return found
 
     def deployment(self, name: str) -> str:
         return str(self.api.get(f"/deployments/name/{name}").raise_for_status().json()["id"])
@@ -187,6 +172,9 @@ class Team:
 
         return self.until(look)
 
+    def paused(self, run: str) -> None:
+        self.until(lambda: self.state(run)["type"] == "PAUSED" or None)
+
     def completed(self, run: str) -> None:
         state = self.ended(run)
         assert state["type"] == "COMPLETED", f"{state}\n{self.log}"
@@ -195,21 +183,20 @@ class Team:
 @pytest.fixture
 def team(sandbox: Sandbox, clone: Path, tmp_path: Path) -> Iterator[Team]:
     """A shell in a new virtual environment and a new home, with the variables of the README's first picture."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    venv.create(tmp_path / "venv", with_pip=True)
+    port = free_port()
+    home = environment.copied(environment.installed(), tmp_path / "venv")  # for all that the package declares
+    subprocess.run([home / "bin" / "pip", "uninstall", "--quiet", "--yes", "prefect-segmind"], check=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "PYTHON", "COV_"))}
-    environment = kept | {
-        "PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "VIRTUAL_ENV": str(tmp_path / "venv"),
+    variables = kept | {
+        "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(home),
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_SERVER_API_PORT": str(port),
         # Only so that the test does not wait as long as people may.
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
     }
-    found = Team(clone, environment, port)
+    found = Team(clone, variables, port)
     try:
         yield found
     finally:
@@ -316,7 +303,7 @@ def a_run_waits_for_an_answer_and_does_what_it_says(sandbox: Sandbox, team: Team
     visit = team.start("process-inbox/every-15-minutes", approve_above_usd=0)
     answers = {batch: {"answer": "trim", "up_to_usd": 0.10}, visit: {"answer": "go on"}}
     for run in answers:
-        team.until(lambda run=run: team.state(run)["type"] == "PAUSED" or None)
+        team.paused(run)
         assert not [
             each for each in sandbox.ledger.requests if each.prompt and re.search("winter|bowl on", each.prompt)
         ]
@@ -385,13 +372,13 @@ def a_deployment_is_paused_when_the_credits_run_out(sandbox: Sandbox, team: Team
 def test_without_a_work_pool_one_process_serves_the_same(
     sandbox: Sandbox, clone: Path, prefect_server: None, tmp_path: Path
 ) -> None:
-    api = str(PREFECT_API_URL.value())
-    environment = {**os.environ, "PREFECT_API_URL": api, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    api = os.environ["PREFECT_API_URL"]
+    variables = {**os.environ, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     with (tmp_path / "serve.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "deployments/serve.py"], cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "deployments/serve.py"], cwd=clone, env=variables, stdout=log, stderr=subprocess.STDOUT
         )
-    team = Team(clone, environment, int(api.rpartition(":")[2].partition("/")[0]))
+    team = Team(clone, variables, int(api.rpartition(":")[2].partition("/")[0]))
     try:
         team.until(lambda: team.api.get("/deployments/name/explore-variations/on-demand").is_success or None)
         grid = {"image": "deployments/photos/mug.jpg", "prompt": "a mug", "styles": ["ANIME", "DESIGN"]}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
-from prefect.settings import PREFECT_API_URL
 from pydantic import SecretStr
 
 import prefect_segmind
+from prefect_segmind.cli import output
+from prefect_segmind.sandbox import Sandbox
+from tests.support import environment
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "prefect_segmind"
@@ -30,9 +33,8 @@ def test_importing_the_package_is_quick_and_loads_names_when_they_are_used() -> 
 
 def fresh(*command: str) -> str:
     """What a new process prints that speaks to the server of this session."""
-    api = {"PREFECT_API_URL": str(PREFECT_API_URL.value()), "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **api}, capture_output=True, text=True, timeout=200
+        [sys.executable, *command], env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -54,12 +56,13 @@ print(Block.get_block_class_from_key("segmind-credentials").__name__, "boto3" in
 
 @pytest.mark.usefixtures("prefect_server")
 def test_a_saved_block_is_loaded_in_a_process_that_has_not_used_the_package() -> None:
-    prefect_segmind.SegmindCredentials(api_key=SecretStr("SG_0123456789abcdef")).save("fresh", overwrite=True)
+    prefect_segmind.SegmindCredentials(api_key=SecretStr("SG_0123456789abcdef")).save(name := f"fresh-{uuid4()}")
     code = """
+import sys
 from prefect.blocks.core import Block
-print(Block.load("segmind-credentials/fresh").api_key.get_secret_value())
+print(Block.load(f"segmind-credentials/{sys.argv[1]}").api_key.get_secret_value())
 """
-    assert fresh("-c", code).split() == ["SG_0123456789abcdef"]
+    assert fresh("-c", code, name).split() == ["SG_0123456789abcdef"]
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -83,16 +86,9 @@ def test_constraints_are_plain_pins() -> None:
     assert not any("://" in line or "@" in line for line in lines)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel and an sdist, the wheel made from the sdist."""
-    folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
-    return folder
-
-
 @pytest.mark.slow
-def test_wheel_and_sdist_hold_everything_and_nothing_else(built: Path) -> None:
+def test_wheel_and_sdist_hold_everything_and_nothing_else() -> None:
+    built = environment.built()
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.glob("**/*.py")} | {"prefect_segmind/py.typed"}
     modules |= {
         f"prefect_segmind/{each}/{path.name}" for each in ("flows", "tasks") for path in (ROOT / each).glob("*.py")
@@ -114,15 +110,21 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else(built: Path) -> None:
     assert "deployments/prefect.yaml" in held
 
 
+def of_the_wheel(command: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the wheel's environment, far from the checkout, so that it is the wheel that it imports."""
+    return subprocess.run(
+        [str(environment.installed() / "bin" / command), *arguments],
+        cwd=cwd,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))} | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(840)
-def test_the_wheel_works_with_the_newest_of_everything_that_it_needs(built: Path, tmp_path: Path) -> None:
-    home = tmp_path / "env"
-    venv.create(home, with_pip=True)
-    binaries = home / ("Scripts" if os.name == "nt" else "bin")
-    wheel = next(built.glob("*.whl"))
-    pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"{wheel}[sandbox]"], check=True, cwd=tmp_path)
+def test_the_wheel_works_with_the_newest_of_everything_that_it_needs(tmp_path: Path) -> None:
     code = """
 import importlib.util
 from prefect.blocks.core import Block
@@ -133,28 +135,51 @@ assert importlib.util.find_spec("flows") is None and importlib.util.find_spec("t
 assert "prefect_segmind" in load_prefect_collections()
 print(prefect_segmind.__version__, prefect_segmind.image_to_image.name)
 """
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
-    done = subprocess.run(
-        [str(binaries / "python"), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = of_the_wheel("python", "-c", code, cwd=tmp_path)
     assert done.stdout.split() == [prefect_segmind.__version__, "image-to-image"], done.stderr
-    demo = subprocess.run(
-        [str(binaries / "prefect-segmind"), "demo"], cwd=tmp_path, env=environment, capture_output=True, text=True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(840)
+def test_the_demo_of_the_wheel_shows_two_failures_a_picture_and_that_it_is_paid_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")  # Prefect starts a temporary server
+    done = of_the_wheel("prefect-segmind", "demo", cwd=tmp_path, PREFECT_HOME=str(tmp_path / "prefect"))
+    assert done.returncode == 0, done.stderr
+    assert "the API answered 429" in done.stderr
+    assert "the API answered 502" in done.stderr
+    facts = dict(
+        re.findall(r"^ *(before|after|sidecar|first run|second run|ledger|in the UI)  (.*)$", done.stdout, re.M)
     )
-    assert "the sandbox billed 1 picture, 0.05 USD" in demo.stdout, demo.stderr
-    # The tests of the command line once more, far from the checkout, so that it is the wheel that they import.
-    subprocess.run([*pip, "pytest", "pytest-timeout"], check=True, cwd=tmp_path)
-    copies = tmp_path / "copies" / "tests"
-    copies.mkdir(parents=True)
-    for name in ("__init__", "conftest", "test_cli", "test_cli_refresh"):
-        shutil.copy(ROOT / "tests" / f"{name}.py", copies)
-    (copies.parent / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
-    outer = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    tests = subprocess.run(
-        [str(binaries / "python"), "-m", "pytest", "-q", "tests"],
-        cwd=copies.parent,
-        env=outer,
-        capture_output=True,
-        text=True,
-    )
-    assert tests.returncode == 0, tests.stdout[-8000:]
+    assert Path(facts["before"]).is_file()
+    assert Path(facts["after"]).is_file()
+    assert json.loads(Path(facts["sidecar"]).read_text())["cost_usd"] == "0.05"
+    assert facts["first run"].startswith("generated after 3 requests, paid 0.05 USD")
+    assert facts["second run"] == "reused, paid 0.00 USD"
+    assert facts["ledger"] == "the sandbox billed 1 picture, 0.05 USD"
+    assert re.search(r"http://127.0.0.1:4200/runs/flow-run/[0-9a-f-]{36}", facts["in the UI"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(840)
+@pytest.mark.usefixtures("prefect_server")
+def test_the_commands_of_the_wheel_work(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
+    def command(*arguments: str) -> tuple[int, dict[str, Any]]:
+        done = of_the_wheel("prefect-segmind", *arguments, "--json", cwd=tmp_path)
+        assert "Traceback" not in done.stderr
+        return done.returncode, json.loads(done.stdout)
+
+    code, found = command("generate", str(photo), "a red mug", "--style-type", "DESIGN", "--seed", "4711")
+    assert (code, found["status"], found["seed"], found["cost_usd"]) == (0, "generated", 4711, "0.05")
+    code, found = command("generate", str(photo), "a red mug", "--style-type", "realistic")
+    assert (code, found["status"]) == (output.BAD_INPUT, "failed")
+    assert "Did you mean REALISTIC?" in found["error"]
+    rows = "".join(f"mug/{n},{photo.name},{{{{ colour }}}} mug {n}\n" for n in range(2))
+    (tmp_path / "campaign.csv").write_text("name,image,prompt\n" + rows)
+    code, found = command("refresh", "campaign.csv", "--set", "colour=blue", "--publish-to", str(tmp_path / "live"))
+    assert (code, found["generated"], found["failures"], found["cost_usd"]) == (0, 2, [], "0.10")
+    assert (tmp_path / "live" / "mug" / "1.png").is_file()
+    checked = of_the_wheel("prefect-segmind", "check", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout
+    assert sandbox.ledger.billed == 3

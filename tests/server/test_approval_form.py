@@ -95,7 +95,8 @@ def paused(manifest: str, own_tag: str) -> Iterator[Callable[..., Paused]]:
     with get_client(sync_client=True) as client, ThreadPoolExecutor(1) as pool:
 
         def start(**parameters: Any) -> Paused:
-            ended = pool.submit(copy_context().run, partial(refresh_assets, manifest, return_state=True, **parameters))
+            refresh: Callable[[], Any] = partial(refresh_assets, manifest, return_state=True, **parameters)
+            ended = pool.submit(copy_context().run, refresh)
             runs.append(Paused(client, ended, own_tag))
             return runs[-1]
 
@@ -197,9 +198,10 @@ def work_on(client: SyncPrefectClient, run: UUID) -> State[Any]:
     if found.state.name != "Resuming":
         client.set_flow_run_state(run, Pending())
     try:
-        state: State[Any] = run_flow(refresh_assets, flow_run=client.read_flow_run(run), return_type="state")
+        state = run_flow(refresh_assets, flow_run=client.read_flow_run(run), return_type="state")
     except Pause as suspended:
-        return suspended.state
+        state = suspended.state
+    assert isinstance(state, State)
     return state
 
 

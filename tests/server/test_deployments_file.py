@@ -128,7 +128,7 @@ def arrive(payload: dict[str, Any]) -> dict[str, Any]:
     """The parameters of the run that Prefect's server makes for an event with such a payload."""
     trigger = DeploymentEventTrigger.model_validate(BY_NAME["image-to-image/on-asset-changed"]["triggers"][0])
     trigger.set_deployment_id(uuid4())
-    parameters = deepcopy(trigger.as_automation().actions[0].parameters)  # type: ignore[union-attr]
+    parameters: Any = deepcopy(trigger.as_automation().actions[0].parameters)  # type: ignore[union-attr]
     RunDeployment._upgrade_v1_templates(parameters)
     context = HydrationContext(
         raise_on_error=True, render_jinja=True, jinja_context={"event": {"payload": json.loads(json.dumps(payload))}}
@@ -329,7 +329,7 @@ def test_a_webhook_is_told_which_part_of_an_event_is_missing(api: httpx.Client) 
 
 def test_a_key_gives_the_same_run_whatever_the_parameters_and_the_deployment(api: httpx.Client) -> None:
     ids = [
-        flows.image_to_image.to_deployment(name, entrypoint_type=EntrypointType.MODULE_PATH).apply()
+        flows.image_to_image.to_deployment(name, entrypoint_type=EntrypointType.MODULE_PATH).apply()  # type: ignore[union-attr]
         for name in ("one-of-two", "two-of-two")
     ]
 

@@ -6,6 +6,7 @@ import json
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -52,13 +53,13 @@ def test_by_itself_it_varies_styles_and_weights_with_one_seed(sandbox: Sandbox, 
     assert (result.generated, result.planned_usd, result.contact_sheet) == (15, Decimal("0.75"), None)
     assert [each.needs for each in result.jobs] == ["generate"] * 15
     assert "would generate 15; would cost 0.75 USD" in result.sentence()
-    assert sandbox.ledger.requests == ()
+    assert not sandbox.ledger.requests
     explore_variations(str(photo), "a red mug", styles=["ANIME", "DESIGN"], weights=[50])
     assert len({each.seed for each in sandbox.ledger.requests}) == 1
 
 
 def test_again_it_pays_nothing_and_makes_the_same_sheet(sandbox: Sandbox, photo: Path) -> None:
-    grid = {"styles": ["ANIME"], "weights": [30, 70]}
+    grid: dict[str, Any] = {"styles": ["ANIME"], "weights": [30, 70]}
     first = explore_variations(str(photo), "a red mug", **grid)
     second = explore_variations(str(photo), "a red mug", **grid)
     assert (second.reused, second.cost_usd) == (2, Decimal(0))
@@ -88,10 +89,10 @@ def test_a_variation_that_fails_leaves_its_cell_empty(sandbox: Sandbox, photo: P
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_paid(
-    sandbox: Sandbox, photo: Path, wrong: dict[str, object], told: str
+    sandbox: Sandbox, photo: Path, wrong: dict[str, Any], told: str
 ) -> None:
     with pytest.raises((InvalidJobError, ManifestError), match=told):
-        explore_variations(**{"image": str(photo), "prompt": "a red mug", **wrong})  # type: ignore[arg-type]
+        explore_variations(**{"image": str(photo), "prompt": "a red mug", **wrong})
     assert sandbox.ledger.requests == ()
 
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.flow_engine import run_flow
 from prefect.runtime import flow_run
 from prefect.states import Pending
@@ -126,8 +127,8 @@ def test_a_flow_that_asks_for_a_picture_twice_in_one_try_is_no_retry(sandbox: Sa
 
 def test_a_flow_run_that_is_run_again_by_hand_sends_no_more_and_a_new_run_does(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(LOST, LOST)
-    parameters = {"image": str(photo), "prompt": "a red mug"}
-    first = image_to_image(**parameters, return_state=True)
+    parameters: dict[str, Any] = {"image": str(photo), "prompt": "a red mug"}
+    first: State[ArchivedImage] = image_to_image(**parameters, return_state=True)
     run = first.state_details.flow_run_id
     assert run is not None
     again(run)
@@ -273,10 +274,10 @@ def test_two_tasks_of_a_flow_run_that_want_the_same_picture_at_once_pay_once(san
 
 
 def test_the_tasks_run_in_processes_too(sandbox: Sandbox, photo: Path) -> None:
-    @flow(task_runner=ProcessPoolTaskRunner(max_workers=2))
+    @flow(task_runner=ProcessPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
     def mine() -> list[ArchivedImage]:
         job = validate_job.submit({"image": str(photo), "prompt": "a red mug"})
-        one = archive_image.submit(generate_image.submit(job, upload_image.submit(job)))
+        one = archive_image.submit(generate_image.submit(job, upload_image.submit(job)))  # type: ignore[call-overload]
         more = produce_asset.submit({"image": str(photo), "prompt": "a blue mug"})
         return [one.result(), more.result()]
 
@@ -314,7 +315,7 @@ def test_a_batch_whose_unreadable_answers_are_read_by_now_goes_on_in_its_next_tr
     sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
-    real = client.download
+    real = vars(client)["download"]
 
     def down(*arguments: Any, **more: Any) -> object:
         if flow_run.run_count == 1:

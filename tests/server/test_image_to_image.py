@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -297,6 +298,10 @@ def test_the_form_has_drop_downs_and_a_text_for_each_parameter() -> None:
     assert undocumented == []
 
 
+def has_logs(wanted: LogFilter, client: SyncPrefectClient) -> bool:
+    return len(client.read_logs(wanted)) > 3
+
+
 def test_no_key_and_no_signed_address_is_left_anywhere(
     sandbox: Sandbox, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, own_tag: str
 ) -> None:
@@ -315,7 +320,7 @@ def test_no_key_and_no_signed_address_is_left_anywhere(
     ids = [flow_run_id(run(photo, name=f"secrets/{each}", seed=100 + each)) for each in range(3)]
     for each in ids:
         wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[each]))
-        until(lambda client, wanted=wanted: len(client.read_logs(wanted)) > 3)
+        until(partial(has_logs, wanted))
     assert all_events(own_tag, "prefect-segmind."), "which reach the database last"
     secrets = [sandbox.api_key, signature, os.environ["AWS_SECRET_ACCESS_KEY"]]
     with closing(sqlite3.connect(f"file:{prefect_server.home() / 'prefect.db'}?mode=ro", uri=True)) as database:
@@ -334,8 +339,8 @@ def test_no_key_and_no_signed_address_is_left_anywhere(
     places = [each for each in places if each not in kept]
     for secret in secrets:
         assert secret not in caplog.text
-        for place in places:
-            assert secret.encode() not in place.read_bytes(), f"{secret} is in {place}"
+        for path in places:
+            assert secret.encode() not in path.read_bytes(), f"{secret} is in {path}"
 
 
 def test_the_flow_is_named_after_its_job(sandbox: Sandbox, photo: Path) -> None:

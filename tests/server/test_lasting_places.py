@@ -17,6 +17,7 @@ from prefect_segmind import image_to_image, refresh_assets, services
 from prefect_segmind.cli import commands
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.settings import load_settings
 from prefect_segmind.storage.open_store import is_relative
 
 PREFIX = "PREFECT_INTEGRATIONS_SEGMIND_"
@@ -120,7 +121,7 @@ class TestElsewhere:
         write(folder / ".env", archive="first")
         assert services.open_archive(None).url == str(folder / "first")
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "s3://bucket/archive")
-        assert services.load_settings().archive == "s3://bucket/archive"
+        assert load_settings().archive == "s3://bucket/archive"
 
     @pytest.mark.parametrize("place", ["file:pictures", "FILE:pictures", "file://host/pictures"])
     def test_a_file_url_without_a_whole_path_is_refused(self, place: str) -> None:

@@ -19,8 +19,10 @@ from prefect.exceptions import ParameterTypeError
 
 from prefect_segmind import BatchError, process_inbox, services
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
+from prefect_segmind.flows.process_inbox import InboxResult
 from prefect_segmind.inbox.inbox import Inbox, Memory
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
+from prefect_segmind.storage.open_store import open_store
 from tests.support.server_events import all_events
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -54,8 +56,8 @@ def failures(own_tag: str) -> Events:
     return told
 
 
-def visit(inbox: Path | str, prompt: str = PROMPT, **parameters: object):
-    return process_inbox(str(inbox), prompt, **{"settle_seconds": 0.05, **parameters})  # type: ignore[arg-type]
+def visit(inbox: Path | str, prompt: str = PROMPT, **parameters: Any) -> InboxResult:
+    return process_inbox(str(inbox), prompt, **{"settle_seconds": 0.05, **parameters})
 
 
 def test_each_new_image_becomes_a_picture_by_the_template(sandbox: Sandbox, inbox: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_memory_that_cannot_be_kept_is_a_warning(
 
 def test_the_page_of_a_visit_tells_why_a_file_stays_and_its_name_the_season(sandbox: Sandbox, inbox: Path) -> None:
     shutil.copy(inbox / "cup.jpg", inbox / "shop_vase.jpg")
-    state = visit(inbox, "{{ stem.split('_')[1] }} on a table", variables={"season": "autumn"}, return_state=True)
+    state: Any = visit(inbox, "{{ stem.split('_')[1] }} on a table", variables={"season": "autumn"}, return_state=True)
     flow_run_id = state.state_details.flow_run_id
     wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
     with get_client(sync_client=True) as client:
@@ -257,7 +259,7 @@ def test_what_failed_is_not_moved_and_the_next_visit_makes_it(sandbox: Sandbox, 
 
 def test_an_inbox_in_s3_works_alike(sandbox: Sandbox, inbox: Path, tmp_path: Path) -> None:
     place = f"s3://segmind/{tmp_path.name}/inbox"
-    store = services.open_store(place, services.s3_client())
+    store = open_store(place, services.s3_client())
     for path in inbox.rglob("*.jpg"):
         store.put(path.relative_to(inbox).as_posix(), path.read_bytes(), "image/jpeg")
     result = visit(place, move_done=True)

@@ -196,7 +196,7 @@ def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str], m
 
 
 def test_the_settings_are_all_there_with_their_defaults() -> None:
-    told = {}
+    told: dict[str, str] = {}
     for row, defaults, _ in table("Settings"):
         names = re.findall(r"`(\w+)`", row)
         told.update(zip(names, defaults.split(", ") if len(names) > 1 else [defaults], strict=True))

@@ -334,7 +334,7 @@ def test_a_dry_run_is_completed_though_assets_will_fail_and_its_plan_names_them(
     assert state.is_completed()
     flow_run_id = state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
-        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))  # type: ignore[list-item]
+        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         (plan_page,) = client.read_artifacts(artifact_filter=wanted)
     assert "- mug/000: generate, 0.05 USD" in str(plan_page.data)
     assert "- lost: fail, " in str(plan_page.data)
@@ -347,7 +347,12 @@ def test_a_plan_asks_nothing_for_each_job_that_is_archived_or_new(
     asked: list[str] = []
     store = services.open_archive(None).store
     get = store.get
-    monkeypatch.setattr(store, "get", lambda key: asked.append(key) or get(key))
+
+    def watched(key: str) -> Any:
+        asked.append(key)
+        return get(key)
+
+    monkeypatch.setattr(store, "get", watched)
     result = run(campaign(10), dry_run=True)
     assert (result.reused, result.generated, asked) == (5, 5, [])
 
@@ -399,7 +404,7 @@ def test_the_progress_of_a_run_is_an_artifact_while_it_goes_on(
 ) -> None:
     monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.05)
     state: State[BatchResult] = refresh_assets(campaign(3), max_concurrency=1, return_state=True)
-    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))  # type: ignore[list-item]
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
         (progress,) = (each for each in client.read_artifacts(artifact_filter=wanted) if each.type == "progress")
     assert progress.data == 100
@@ -525,7 +530,7 @@ def test_produce_asset_works_in_a_flow_of_ones_own(sandbox: Sandbox, photo: Path
         return produce_asset({"image": str(photo), "prompt": "a red mug", "seed": 4242})
 
     sandbox.play(Answer(status=502))
-    archived = one()
+    archived: Any = one()
     assert (archived.status, archived.attempts, archived.possibly_billed_usd) == ("generated", 2, Decimal("0.05"))
 
 

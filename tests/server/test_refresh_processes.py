@@ -190,7 +190,9 @@ def test_a_terminal_that_goes_away_ends_a_run_in_order(sandbox: Sandbox, photo: 
     refresh = (sys.executable, "-m", "prefect_segmind", "refresh", str(manifest), "--max-concurrency", "4")
     process = subprocess.Popen(
         [sys.executable, "-c", take, *refresh],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
         start_new_session=True,
     )
     os.close(theirs)

@@ -149,7 +149,7 @@ class TestCredentials:
 
     def test_a_wrong_block_does_not_show_the_key_either(self) -> None:
         with pytest.raises(ValidationError) as caught:
-            SegmindCredentials(api_key=SecretStr(KEY), base_url=7)  # type: ignore[arg-type]
+            SegmindCredentials(api_key=SecretStr(KEY), base_url=7)
         assert KEY not in str(caught.value)
 
     def test_make_a_client_with_the_settings_time_outs_and_price(self, monkeypatch: pytest.MonkeyPatch) -> None:

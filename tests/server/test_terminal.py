@@ -25,12 +25,12 @@ BARE = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0
 
 
 def command(
-    *arguments: str | bytes, home: Path, stdout: int = subprocess.PIPE, **environment: str
+    *arguments: str | bytes, home: Path, stdout: int = subprocess.PIPE, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
     """Runs the installed command in a process of its own."""
     return subprocess.run(
         [str(Path(sys.executable).with_name("prefect-segmind")), *arguments],
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         cwd=home,
         stdout=stdout,
         stderr=subprocess.PIPE,
@@ -55,12 +55,12 @@ def test_a_picture_that_is_made_is_a_success_in_whatever_encoding_it_is_told(
     image = photo.rename(photo.with_name("Für ☕.jpg"))
     sandbox.play(Answer(status=502, body='{"error": "später ☕"}'))
     arguments = ("generate", str(image), PROMPT, "--name", "café/für")
-    done = command(*arguments, home=tmp_path, **environment)
+    done = command(*arguments, home=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout.decode(encoding)
     assert "the API answered 502" in done.stderr.decode(encoding)
     assert {each.prompt for each in sandbox.ledger.requests if each.prompt} == {PROMPT}
-    again = command(*arguments, "--json", home=tmp_path, **environment)
+    again = command(*arguments, "--json", home=tmp_path, environment=environment)
     assert again.returncode == 0, again.stderr
     told = json.loads(again.stdout.decode(encoding))
     assert (told["status"], told["name"]) == ("reused", "café/für")
@@ -214,6 +214,6 @@ def test_lone_surrogates_and_what_the_encoding_lacks_are_replaced() -> None:
     for encoding, shown in {"utf-8": "☕?é", "latin-1": "??é", "ascii": "???"}.items():
         buffer = io.BytesIO()
         stream = UnfailingStream(io.TextIOWrapper(buffer, encoding), "standard output")
-        print("☕\udcffé", end="", file=stream)  # type: ignore[arg-type]
+        print("☕\udcffé", end="", file=stream)
         stream.flush()
         assert buffer.getvalue().decode(encoding) == shown

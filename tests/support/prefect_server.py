@@ -77,6 +77,7 @@ def _start() -> None:
         "PREFECT_HOME": str(home()),
         "PREFECT_SERVER_API_PORT": str(url.port),
         "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_UI_URL": "https://prefect.example.com",  # which the server names in the messages of automations
         # As the documentation has it for whoever runs a server: it keeps up with many task runs.
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",

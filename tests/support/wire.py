@@ -17,7 +17,7 @@ def http(body: bytes = b"", status: str = "200 OK", *, length: int | None = None
 
 
 def http_json(value: object, status: str = "200 OK", **headers: str) -> bytes:
-    return http(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
+    return http(json.dumps(value).encode(), status, length=None, Content_Type="application/json", **headers)
 
 
 class Wire:

@@ -199,9 +199,11 @@ class TestRefusals:
 
     def test_the_wait_that_a_server_asks_for_is_told(self, part: Path) -> None:
         until = datetime.now(UTC) + timedelta(seconds=30)
-        for headers in ({"Retry_After": "30"}, {"x_rate_limit_reset_at_utc": json.dumps([until.isoformat()])}):
-            asked = failure(part, http(b"", "429 Slow Down", **headers)).retry_after
-            assert asked == pytest.approx(30, abs=3)
+        for answer in (
+            http(b"", "429 Slow Down", Retry_After="30"),
+            http(b"", "429 Slow Down", x_rate_limit_reset_at_utc=json.dumps([until.isoformat()])),
+        ):
+            assert failure(part, answer).retry_after == pytest.approx(30, abs=3)
         assert failure(part, http(b"", "429 Slow Down")).retry_after is None
 
     def test_a_redirect_is_not_followed_with_the_key(self, part: Path) -> None:

@@ -289,6 +289,7 @@ def test_a_tiff_that_names_no_value_where_it_must_is_a_broken_picture_like_any_o
 class TestTiffs:
     def test_a_page_that_is_marked_as_a_preview_is_no_page(self) -> None:
         small: dict[int, list[int]] = {256: [4], 257: [4], 254: [1]}
+        pages: tuple[dict[int, list[int]], ...]
         for order in "<>":
             for pages in (({}, small), (small, {}), (small, {}, small), ({}, {254: [4]}), ({}, {255: [2]})):
                 data = tiff(*pages, order=order)

@@ -90,7 +90,8 @@ def test_what_was_never_reserved_cannot_come_back():
 @settings(deadline=None)
 @given(limit=st.decimals(0, 3, places=4), data=st.data())
 def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
-    budget, reserved, refused_for_ever = Budget(limit), [], None
+    budget, refused_for_ever = Budget(limit), None
+    reserved: list[Decimal] = []
     for price in data.draw(st.lists(PRICES, max_size=40)):
         fit = budget.fit(price)
         if refused_for_ever is not None and price >= refused_for_ever:

@@ -1130,4 +1130,5 @@ def test_what_an_alias_repeats_is_written_as_at_its_first_place():
 
 
 def test_nothing_is_a_key_as_ever():
-    assert {None: 1}[written("~", None)] == 1
+    keys: dict[object, int] = {None: 1}
+    assert keys[written("~", None)] == 1

@@ -447,7 +447,7 @@ def moto() -> Iterator[Any]:
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    pair = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
+    pair: Any = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
     signed = Config(signature_version="s3v4")
     client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=signed, **pair)
     client.create_bucket(Bucket="pictures")
@@ -590,7 +590,7 @@ def test_a_manifest_in_a_bucket(moto):
 
 
 def test_a_bucket_that_does_not_answer_is_no_mistake_of_the_manifest():
-    pair = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
+    pair: Any = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
     client = boto3.session.Session().client("s3", endpoint_url="http://127.0.0.1:1", **pair)
     with pytest.raises(StoreUnreachableError):
         load("s3://pictures/m.yaml", lambda: client)
@@ -622,7 +622,12 @@ class Failed(BaseModel):
 
 
 def test_a_spool_gives_back_every_record_in_order_and_as_what_it_was():
-    records = [Done(name="a\nb"), Failed(name="c"), Done(name=""), *(Failed(name=str(n)) for n in range(5_000))]
+    records: list[Done | Failed] = [
+        Done(name="a\nb"),
+        Failed(name="c"),
+        Done(name=""),
+        *(Failed(name=str(n)) for n in range(5_000)),
+    ]
     with Spool[Done | Failed](Done, Failed) as spool:
         assert len(spool) == 0
         assert list(spool) == []

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import quote
 
 import pytest
@@ -66,7 +66,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def publish(
-    where: Store | Publishing, picture: bytes = RED, hour: float = 0, *, run: str = "", name: str = "hero/summer"
+    where: Any, picture: bytes = RED, hour: float = 0, *, run: str = "", name: str = "hero/summer"
 ) -> Published:
     """As the run of that hour does."""
     to = where if isinstance(where, Publishing) else Publishing(where, "{name}.png")
@@ -625,7 +625,7 @@ def further(objects: Objects, answers: Answers, run: Run) -> tuple[Objects, Answ
     """The world after one more call of a run, and what became of the run if it has ended."""
     store, said = OneCall(dict(objects), answers), None
     with suppress(Paused):
-        said = publish(Publishing(store, "{name}.png"), run.data, run.hour, run=run.name, name="n")
+        said = publish(Publishing(cast(Store, store), "{name}.png"), run.data, run.hour, run=run.name, name="n")
     return tuple(sorted(store.objects.items())), store.answers, said
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import httpx
 import pytest
@@ -462,6 +463,7 @@ BESIDE = st.dictionaries(
     st.lists(st.tuples(st.none() | KEYS, BESIDE), max_size=5),
 )
 def test_any_nesting_of_known_keys_leads_to_the_picture_whatever_words_stand_beside_it(form, levels):
+    value: Any
     value, found = FORMS[form]
     for key, beside in levels:
         value = [None, value] if key is None else {**beside, key: value}
@@ -499,6 +501,7 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(JSON.map(json.dumps).map(str.encode) | st.binary(max_size=40))
 def test_every_200_is_a_picture_a_link_something_else_or_an_error_of_ours(body):
+    found: Any
     try:
         found = picture_or_link(body)
     except NotAnImageError as error:

@@ -95,7 +95,7 @@ def sandbox(running: Sandbox) -> Sandbox:
 def ask(sandbox: Sandbox, source: str, key: str | None = None, **fields: Any) -> httpx.Response:
     body = {"image_file": f"{source}/mug.jpg", "prompt": "a mug at sunset", "seed": 4711, "resolution": SMALL, **fields}
     body = {name: value for name, value in body.items() if value is not ...}
-    headers = {"x-api-key": (sandbox.api_key if key is None else key).encode()}
+    headers = {b"x-api-key": (sandbox.api_key if key is None else key).encode()}
     return HTTP.post(f"{sandbox.base_url}/{MODEL}", json=body, headers=headers, timeout=20)
 
 
@@ -626,7 +626,7 @@ def test_a_server_that_does_not_go_is_killed(tmp_path: Path, monkeypatch: pytest
 
 def test_without_rclone_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path(rclone_binary()).name.startswith("rclone")
-    monkeypatch.setattr(s3_module.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr("prefect_segmind.sandbox.s3.shutil.which", lambda *_, **__: None)
     with pytest.raises(ConfigurationError, match=r"prefect-segmind\[sandbox\]"), Sandbox(tmp_path):
         pass
 

@@ -55,7 +55,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
 
 def client(endpoint: str, *, key_id: str = KEY_ID, secret: str = SECRET, **settings: Any) -> Any:
-    config = Config(**{"signature_version": "s3v4", "retries": {"total_max_attempts": 1}, "read_timeout": 5} | settings)
+    usual: Any = {"signature_version": "s3v4", "retries": {"total_max_attempts": 1}, "read_timeout": 5}
+    config = Config(**usual | settings)
     pair = {"aws_access_key_id": key_id, "aws_secret_access_key": secret}
     return session().client("s3", endpoint_url=endpoint, config=config, **pair)  # type: ignore[call-overload]
 
@@ -911,7 +912,7 @@ def test_without_checksums_nothing_is_sent_in_chunks_with_trailers_over_tls_eith
         refused = bool([name for name in headers if "checksum" in name or name == "x-amz-trailer"])
         body = BytesIO(b"<Error><Code>NotImplemented</Code></Error>" if refused else b"")
         body.stream = lambda **_: iter([body.getvalue()])  # type: ignore[attr-defined]
-        return AWSResponse(request.url, 501 if refused else 200, {"ETag": '"e"'}, body)
+        return AWSResponse(request.url, 501 if refused else 200, {"ETag": '"e"'}, body)  # type: ignore[arg-type]
 
     made.meta.events.register("before-send.s3.PutObject", answer)
     assert S3Store(BUCKET, "", made).put("k", b"x", "text/plain") == '"e"'
@@ -1048,13 +1049,12 @@ def test_a_bucket_in_another_region_has_its_host_in_a_signed_address_and_others_
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
     made = s3_client()
 
-    def answer(request: Any, **_: Any) -> AWSResponse:
+    def answer(request: Any, **_: Any) -> Any:
         body = BytesIO(b"")
         body.stream = lambda **_: iter([b""])  # type: ignore[attr-defined]
         right = b"/eu-central-1/" in request.headers["Authorization"]
-        return AWSResponse(
-            request.url, 200 if right else 301, {"x-amz-bucket-region": "eu-central-1", "etag": "e"}, body
-        )
+        headers: Any = {"x-amz-bucket-region": "eu-central-1", "etag": "e"}
+        return AWSResponse(request.url, 200 if right else 301, headers, body)
 
     made.meta.events.register("before-send.s3.PutObject", answer)
     S3Store(BUCKET, "", made).put("k", b"x", "text/plain")

@@ -22,6 +22,7 @@ from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.settings import load_settings
 from tests.support.walk import generate, up_to_upload
 from tests.support.wire import Wire, http
 
@@ -70,7 +71,7 @@ class TestUploading:
         _, uploaded = up_to_upload(photo)
         data = photo.read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
-        place = services.load_settings().upload_to
+        place = load_settings().upload_to
         assert uploaded == UploadedImage(
             uri=f"{place}/{sha256}.jpg", sha256=sha256, size_bytes=len(data), uploaded=True, warnings=()
         )
