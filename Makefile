@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # Tests mostly wait for servers, so four at once suit two cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal --durations 10
+# What `make test-quick` runs; with QUICK="not slow" also the many cases of each flow, as on the second Python of CI.
+QUICK ?= not slow and not many
 CORE := prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py
 
 .PHONY: demo test test-quick check clean
@@ -18,9 +20,9 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100
 	$(BIN)/python -m coverage report --fail-under=92 --skip-covered
 
-# Everything but what starts a worker, builds a wheel or runs a whole command.
+# In less than a minute: no worker, wheel or whole command, and of each flow only some cases.
 test-quick: $(VENV)/.ready-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "$(QUICK)"
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from prefect_segmind.flows import approval_form
 from prefect_segmind.sandbox import Sandbox
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 
 
 @pytest.fixture

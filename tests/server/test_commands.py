@@ -23,6 +23,7 @@ from prefect_segmind.cli import commands, output
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support.ports import listens
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -370,14 +371,6 @@ def test_generate_works_with_no_server_configured_and_its_standard_output_is_onl
     assert re.search(r"in the UI: .*prefect .*server start, then http://127.0.0.1:4200/runs/flow-run/", failed.stderr)
 
 
-def listens(url: str) -> bool:
-    try:
-        httpx.get(url, timeout=1)
-    except httpx.TransportError:
-        return False
-    return True
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "a hang-up"])
 def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp_path: Path, how: str) -> None:
@@ -402,7 +395,9 @@ def test_the_sandbox_prints_exports_that_point_the_plugin_at_it(photo: Path, tmp
         out, _ = process.communicate(timeout=30)
     assert "1 pictures billed" in out
     assert process.returncode == 0
-    until(lambda: not listens(exports["AWS_ENDPOINT_URL_S3"]), 10, why=lambda: "the S3 server outlives the sandbox")
+    port = httpx.URL(exports["AWS_ENDPOINT_URL_S3"]).port
+    assert port
+    until(lambda: not listens(port), 10, why=lambda: "the S3 server outlives the sandbox")
 
 
 def test_the_sandbox_is_used_even_where_a_file_names_another_account(

@@ -25,7 +25,7 @@ from prefect_segmind.flows import refresh_assets
 from prefect_segmind.reporting import artifacts
 from prefect_segmind.sandbox import Answer, Sandbox
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 KEYS = {
     *("total", "generated", "reused", "recovered", "failed", "not_started", "cost_usd", "possibly_billed_usd"),
     *("planned_usd", "images", "failures", "failed_manifest", "stopped"),

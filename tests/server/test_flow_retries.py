@@ -43,7 +43,7 @@ from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.storage.http import DownloadError
 from tests.support.walk import up_to_upload
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 
 LOST = Answer(status=502, billed=True)
 """The picture is made and billed, and the answer is lost."""
@@ -285,6 +285,7 @@ def test_the_tasks_run_in_processes_too(sandbox: Sandbox, photo: Path) -> None:
     assert sandbox.ledger.billed == 2
 
 
+@pytest.mark.slow
 def test_prefects_own_setting_pays_no_more_on_the_command_line(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(*[LOST] * 12)
     done = subprocess.run(

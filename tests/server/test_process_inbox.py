@@ -25,7 +25,7 @@ from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
 from prefect_segmind.storage.open_store import open_store
 from tests.support.server_events import all_events
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 PROMPT = "{{ (stem) }} on a picnic blanket"
 
 

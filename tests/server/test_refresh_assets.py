@@ -59,7 +59,7 @@ from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.storage.spool import Spool
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 
 
 @pytest.fixture

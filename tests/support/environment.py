@@ -41,7 +41,7 @@ def copied(environment: Path, to: Path) -> Path:
     """A copy of an environment, whose commands run in it and not in the original."""
     shutil.copytree(environment, to, symlinks=True)
     for script in (to / "bin").iterdir():
-        if not script.is_symlink() and (text := script.read_bytes()).startswith(b"#!"):
+        if script.is_file() and not script.is_symlink() and (text := script.read_bytes()).startswith(b"#!"):
             script.write_bytes(text.replace(bytes(environment), bytes(to), 1))
     return to
 

@@ -16,3 +16,9 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port on loopback."""
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0

@@ -38,6 +38,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.limits import admission as module
 from prefect_segmind.limits.admission import PARKED, Admission, Gate
+from tests.support.waiting import until
 
 PRICE = Decimal("0.05")
 STOP = RunCancelledError("the run was cancelled")
@@ -110,15 +111,8 @@ def money(gate: Gate) -> tuple[Decimal, Decimal, Decimal]:
     return gate.budget.spent_usd, gate.budget.in_flight_usd, gate.budget.unknown_usd
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for another thread to get somewhere; it fails only where that never happens."""
-    pause = threading.Event()
-    while not condition():
-        pause.wait(0.001)
-
-
 def waiting(gate: Gate, count: int) -> None:
-    until(lambda: len(gate._queue) == count)
+    until(lambda: len(gate._queue) == count, every=0.001)
 
 
 def test_the_example_is_true():

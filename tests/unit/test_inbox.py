@@ -30,7 +30,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moto.s3.exceptions import PreconditionFailed
 from moto.s3.responses import S3Response
-from moto.server import ThreadedMotoServer
 
 from prefect_segmind.errors import (
     BucketNotFoundError,
@@ -44,6 +43,7 @@ from prefect_segmind.inbox import folder as folder_module
 from prefect_segmind.inbox.inbox import Inbox, InboxFile, Look, Memory
 from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.storage.local import LocalStore
+from tests.support.moto_server import moto_server
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 HOUR = 3600.0
@@ -115,12 +115,9 @@ class Bucket:
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[Any]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    client = s3("http://{}:{}".format(*server.get_host_and_port()))
-    client.create_bucket(Bucket="inboxes")
-    yield client.meta.endpoint_url
-    server.stop()
+    with moto_server() as endpoint:
+        s3(endpoint).create_bucket(Bucket="inboxes")
+        yield endpoint
 
 
 def s3(endpoint: str, key: str = "A", secret: str = "B") -> Any:

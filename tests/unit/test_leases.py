@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,8 @@ from prefect_segmind.archive.record import Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.storage.s3 import S3Store
+from tests.support.waiting import until
 from tests.support.walk import archive_picture, generate, up_to_upload, walk
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def claimed(archive: Archive, fingerprint: str, run: str = "a run") -> leases.Claim:
@@ -145,9 +137,9 @@ def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
         now.setattr(archive, "write", slow)
         now.setattr(leases, "RENEW_SECONDS", 0.05)
         now.setattr(leases, "LOOK_SECONDS", 0.05)
-        wait_for(lambda: hanging.is_set() and broke.is_set())
+        until(lambda: hanging.is_set() and broke.is_set())
         before = renewals()
-        wait_for(lambda: renewals() >= before + 3)
+        until(lambda: renewals() >= before + 3)
         sound.release()
         broken.release()
         assert not go_on.is_set()
@@ -182,7 +174,7 @@ def test_a_process_whose_name_is_no_text_is_alive_like_any_other() -> None:
     code = r"open('/proc/self/comm', 'wb').write(b'caf\xe9'); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     try:
-        wait_for(lambda: b"caf\xe9" in Path(f"/proc/{child.pid}/comm").read_bytes())
+        until(lambda: b"caf\xe9" in Path(f"/proc/{child.pid}/comm").read_bytes())
         assert leases._process_started(child.pid)
     finally:
         child.communicate(b"\n")

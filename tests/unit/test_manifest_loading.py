@@ -16,7 +16,6 @@ import boto3
 import httpx
 import pytest
 from botocore.config import Config
-from moto.server import ThreadedMotoServer
 from pydantic import BaseModel
 
 from prefect_segmind.errors import (
@@ -37,6 +36,7 @@ from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.storage.paths import found_path
 from prefect_segmind.storage.spool import Spool
+from tests.support.moto_server import moto_server
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
@@ -444,25 +444,22 @@ def test_a_file_is_found_under_either_form(tmp_path):
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[Any]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    pair: Any = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
-    signed = Config(signature_version="s3v4")
-    client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=signed, **pair)
-    client.create_bucket(Bucket="pictures")
-    for key in (
-        "a/in/mug.jpg",
-        "a/in/x/mug.jpg",
-        "a/in/.h/mug.jpg",
-        "a/in/.mug.jpg",
-        "a/in/x/",
-        "a/cup.png",
-        "mug?.jpg",
-    ):
-        client.put_object(Bucket="pictures", Key=key, Body=b"x")
-    yield client
-    server.stop()
+    with moto_server() as endpoint:
+        pair: Any = {"aws_access_key_id": "A", "aws_secret_access_key": "B", "region_name": "us-east-1"}
+        signed = Config(signature_version="s3v4")
+        client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=signed, **pair)
+        client.create_bucket(Bucket="pictures")
+        for key in (
+            "a/in/mug.jpg",
+            "a/in/x/mug.jpg",
+            "a/in/.h/mug.jpg",
+            "a/in/.mug.jpg",
+            "a/in/x/",
+            "a/cup.png",
+            "mug?.jpg",
+        ):
+            client.put_object(Bucket="pictures", Key=key, Body=b"x")
+        yield client
 
 
 def test_images_are_found_from_the_manifest_s_place_in_its_bucket(moto):

@@ -24,7 +24,6 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from prefect_segmind import services
@@ -58,6 +57,8 @@ from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.storage.http import DownloadError
+from tests.support.moto_server import moto_server
+from tests.support.waiting import until
 from tests.support.walk import archive_picture, generate, up_to_upload, walk
 
 
@@ -65,13 +66,6 @@ def recorded(fingerprint: str, archive: str | None = None) -> RecordRead:
     found = services.open_archive(archive).read(fingerprint)
     assert found is not None
     return found
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_the_same_job_again_is_reused_and_costs_nothing(sandbox: Sandbox, photo: Path) -> None:
@@ -231,6 +225,8 @@ def test_an_answer_that_had_arrived_in_part_is_not_taken_for_a_picture(sandbox: 
 
 KILLED = """
 import sys
+from tests.support.moto_server import moto_server
+from tests.support.waiting import until
 from tests.support.walk import walk
 walk(sys.argv[1])
 """
@@ -241,12 +237,13 @@ def killed_while_waiting(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(Answer(delay=60))
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[2])
     try:
-        wait_for(lambda: sandbox.ledger.billed == 1)
+        until(lambda: sandbox.ledger.billed == 1)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_waited_is_repaid_at_once_and_counted(sandbox: Sandbox, photo: Path) -> None:
     killed_while_waiting(sandbox, photo)
     began = time.monotonic()
@@ -260,6 +257,7 @@ def test_a_run_killed_while_it_waited_is_repaid_at_once_and_counted(sandbox: San
     assert walk(photo).possibly_billed_usd == 0, "what one run has reported, the next does not report again"
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_waited_is_not_repaid_where_the_policy_says_fail(sandbox: Sandbox, photo: Path) -> None:
     killed_while_waiting(sandbox, photo)
     with pytest.raises(OutcomeUnknownError, match="on_unknown"):
@@ -310,6 +308,7 @@ def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named(
     assert (ours.status, ours.possibly_billed_usd, sandbox.ledger.billed) == ("generated", Decimal(0), 2)
 
 
+@pytest.mark.slow
 def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,13 +355,11 @@ def test_a_budget_for_one_picture_is_enough_for_two_jobs_that_want_it(sandbox: S
 @pytest.fixture
 def conditional_store() -> Iterator[str]:
     """An S3 server that honours conditional writes, and an archive on it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as endpoint:
+        yield endpoint
 
 
+@pytest.mark.slow
 def test_two_processes_on_a_store_with_conditional_writes_pay_once(
     sandbox: Sandbox, photo: Path, tmp_path: Path, conditional_store: str
 ) -> None:
@@ -547,7 +544,7 @@ def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Pat
     job, uploaded = up_to_upload(photo)
     first = threading.Thread(target=lambda: archive_picture(generate(job, uploaded)))
     first.start()
-    wait_for(lambda: len(sandbox.ledger.requests) == 1)
+    until(lambda: len(sandbox.ledger.requests) == 1)
     said: list[str] = []
     second = generate(job, uploaded, said=said)
     first.join()
@@ -768,6 +765,8 @@ def test_the_time_that_a_rate_limit_took_does_not_end_a_run(
 
 KEPT = """
 import sys, uuid
+from tests.support.moto_server import moto_server
+from tests.support.waiting import until
 from tests.support.walk import archive_picture, generate, up_to_upload
 generated = generate(*up_to_upload(sys.argv[1]))
 print("kept", flush=True)
@@ -776,6 +775,7 @@ archive_picture(generated)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lives", "status"), [(True, "reused"), (False, "recovered")])
 def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_lives(
     sandbox: Sandbox, photo: Path, lives: bool, status: str
@@ -980,7 +980,7 @@ def test_two_runs_that_read_one_kept_answer_at_once_pay_for_nothing(
             finally:
                 followed.set()
         assert followed.wait(30)
-        wait_for(lambda: kept_answers() == [])
+        until(lambda: kept_answers() == [])
         raise DownloadError("the link was for one time", status=403)
 
     monkeypatch.setattr("prefect_segmind.api.client.download", once)

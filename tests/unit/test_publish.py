@@ -417,6 +417,7 @@ def states(store: Store) -> tuple[bytes | None, str]:
     return content(store), note(store).run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures", [(RED, GREEN, BLUE), (RED, GREEN, RED), (RED, RED, GREEN), (RED, GREEN, GREEN)])
 @pytest.mark.parametrize("at", range(5))
 def test_a_slow_older_run_that_is_overtaken_anywhere_does_not_win(
@@ -434,6 +435,7 @@ def test_a_slow_older_run_that_is_overtaken_anywhere_does_not_win(
     assert said.published == (at == 4 and older == first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(5))
 def test_a_newer_run_that_an_older_one_cuts_into_anywhere_wins(at: int, store: Store) -> None:
     for number, pictures in enumerate([(RED, GREEN, BLUE), (RED, GREEN, RED), (RED, RED, GREEN)]):
@@ -453,6 +455,7 @@ def crash() -> None:
     raise Crash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(5))
 def test_a_crash_anywhere_is_finished_by_the_same_run_or_a_newer_one_and_by_no_older(at: int, store: Store) -> None:
     for name, hour, picture in (("same", 2, GREEN), ("newer", 3, BLUE)):
@@ -681,6 +684,7 @@ THREE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "pictures", "hours"), [*TWO, *THREE])
 def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
     first: str, pictures: str, hours: list[int]
@@ -706,6 +710,7 @@ def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
     assert ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "pictures", "hours"), [("", "AB", [1, 2]), ("X", "AB", [1, 2]), ("X", "ABC", [1, 2, 3])]
 )

@@ -35,6 +35,8 @@ from prefect_segmind.sandbox import s3 as s3_module
 from prefect_segmind.sandbox.drawing.picture import STYLES, _prepared
 from prefect_segmind.sandbox.fetch import FetchError, fetch, is_loopback
 from prefect_segmind.sandbox.s3 import S3Server, rclone_binary
+from tests.support.ports import listens
+from tests.support.waiting import until
 
 MODEL = "ideogram-2a-img-2-img"
 SMALL = "RESOLUTION_640_1024"
@@ -593,13 +595,7 @@ def test_a_killed_parent_leaves_no_s3_server(tmp_path: Path) -> None:
     assert HTTP.get(url).status_code == 400  # not signed
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            HTTP.get(url)
-        except httpx.TransportError:
-            break
-        time.sleep(0.05)
+    until(lambda: not listens(httpx.URL(url).port or 80), 10)
     with pytest.raises(httpx.ConnectError):
         HTTP.get(url)
 

@@ -28,8 +28,6 @@ import pytest
 from botocore import exceptions as aws
 from botocore.awsrequest import AWSResponse
 from botocore.config import Config
-from moto.s3.responses import S3Response
-from moto.server import ThreadedMotoServer
 
 from prefect_segmind import services
 from prefect_segmind.cli import check
@@ -49,6 +47,9 @@ from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
 from prefect_segmind.storage.store import Store
+from tests.support.moto_server import moto_server
+from tests.support.ports import free_port, listens
+from tests.support.waiting import until
 
 KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "pictures"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -65,12 +66,6 @@ def client(endpoint: str, *, key_id: str = KEY_ID, secret: str = SECRET, **setti
 def session() -> boto3.session.Session:
     """One for all clients of the tests: each reads botocore's models anew, which takes long."""
     return boto3.session.Session(region_name="us-east-1")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +92,7 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     command += ["--vfs-cache-mode", "off", "--config", os.devnull, str(root)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(200):
-            with socket.socket() as caller:
-                if caller.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
+        until(lambda: listens(port))
         yield f"http://127.0.0.1:{port}", root / BUCKET
     finally:
         server.kill()
@@ -111,20 +102,9 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
     """Honours conditions; takes any key."""
-    one_at_a_time, put_object = threading.Lock(), S3Response.put_object
-
-    def atomic(self: S3Response) -> Any:  # S3 looks and writes in one step, moto in two
-        with one_at_a_time:
-            return put_object(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(S3Response, "put_object", atomic)
-        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    with moto_server() as endpoint:
         client(endpoint).create_bucket(Bucket=BUCKET)
         yield endpoint
-        server.stop()
 
 
 @pytest.fixture(params=["disk", "rclone", "moto"])
