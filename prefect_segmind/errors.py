@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from prefect_segmind.api.picture import Answered
@@ -71,19 +71,40 @@ class SegmindError(Exception):
         retry_after: float | None = None,
         possibly_billed: bool = False,
         request_id: str | None = None,
+        answered: Answered | None = None,
+        fingerprint: str | None = None,
+        requests_sent: int = 0,
+        cost_usd: Decimal = Decimal("0.00"),
+        possibly_billed_usd: Decimal = Decimal("0.00"),
+        decision: Decision | None = None,
+        stage: str | None = None,
     ) -> None:
         super().__init__(redact(message))
         self.status = status
         self.retry_after = retry_after
         self.possibly_billed = possibly_billed
         self.request_id = request_id
-        self.answered: Answered | None = None
-        self.fingerprint: str | None = None
-        self.requests_sent = 0
-        self.cost_usd = Decimal("0.00")
-        self.possibly_billed_usd = Decimal("0.00")
-        self.decision: Decision | None = None
-        self.stage: str | None = None
+        self.answered = answered
+        self.fingerprint = fingerprint
+        self.requests_sent = requests_sent
+        self.cost_usd = cost_usd
+        self.possibly_billed_usd = possibly_billed_usd
+        self.decision = decision
+        self.stage = stage
+
+    def with_facts(self, message: str | None = None, **facts: Any) -> Self:
+        """The same error with what more is known of it: an error gets its facts when it is made.
+
+        Args:
+            message: Another message; the same if None.
+            facts: Attributes by name.
+
+        Example:
+            >>> RateLimitError("…", status=429).with_facts(stage="generate").stage
+            'generate'
+        """
+        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return type(self)(message or str(self), **{**known, **facts}).with_traceback(self.__traceback__)
 
 
 class InputError(SegmindError):

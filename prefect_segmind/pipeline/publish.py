@@ -17,10 +17,10 @@ this is best effort.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -306,8 +306,13 @@ class Publisher:
     refreshed_at: datetime
     run: str
 
-    def publish(self, archived: ArchivedImage, archive: Archive, say: Callable[[str], None]) -> ArchivedImage:
+    def publish(self, archived: ArchivedImage, archive: Archive, log: logging.Logger) -> ArchivedImage:
         """Copies a picture from the archive to its address that stays, unless a newer refresh is there.
+
+        Args:
+            archived: The picture.
+            archive: Where it is archived.
+            log: Where to say what came of it.
 
         Returns:
             The picture with where it is published.
@@ -328,9 +333,15 @@ class Publisher:
             )
         except Exception as error:
             known = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
-            failed = StoreError(f"{archived.image} is archived, but not published: {known}")
-            failed.fingerprint, failed.requests_sent = archived.fingerprint, archived.attempts
-            failed.cost_usd, failed.possibly_billed_usd = archived.cost_usd, archived.possibly_billed_usd
-            raise failed from error
-        say(f"published: {published.uri}" if published.published else f"not published: {published.why}")
+            raise StoreError(
+                f"{archived.image} is archived, but not published: {known}",
+                fingerprint=archived.fingerprint,
+                requests_sent=archived.attempts,
+                cost_usd=archived.cost_usd,
+                possibly_billed_usd=archived.possibly_billed_usd,
+            ) from error
+        if published.published:
+            log.info("published: %s", published.uri)
+        else:
+            log.info("not published: %s", published.why)
         return archived.model_copy(update={"published": published.uri if published.published else None})

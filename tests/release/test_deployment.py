@@ -26,8 +26,8 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL
 
-from prefect_segmind import services
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(840)]
 ROOT = Path(__file__).parents[2]
@@ -359,7 +359,7 @@ def the_schedule_runs_with_its_own_parameters(sandbox: Sandbox, team: Team) -> N
 
 
 def every_picture_is_in_the_archive_and_billed_once(sandbox: Sandbox) -> None:
-    archive = services.open_archive(None)
+    archive = Services().archive
     names = {key.rpartition("/")[0] for key in archive.store.keys("") if key.endswith((".jpg", ".png", ".webp"))}
     pictures = {
         "shop/mug",
@@ -405,5 +405,5 @@ def test_without_a_work_pool_one_process_serves_the_same(
             server.kill()
             server.wait()
     assert sandbox.ledger.billed == 2
-    keys = set(services.open_archive(None).store.keys("mug/"))
+    keys = set(Services().archive.store.keys("mug/"))
     assert [each for each in keys if "contact-sheet" in each]

@@ -19,9 +19,9 @@ from prefect_segmind import image_to_image, refresh_assets
 from prefect_segmind.batch.approval import Answer as Answered
 from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
-from prefect_segmind.flows import approval_form
 from prefect_segmind.reporting import events as our_events
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support.answering import answering
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 DOCUMENTED = {
@@ -127,12 +127,8 @@ def test_credits_that_end_a_trimmed_batch_are_told_too(
     sandbox: Sandbox, manifest: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
-    token = approval_form.asker.set(lambda _: Answered("trim", Decimal("0.10")))
-    try:
-        with pytest.raises(BatchError):
-            refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
-    finally:
-        approval_form.asker.reset(token)
+    with answering(Answered("trim", Decimal("0.10"))), pytest.raises(BatchError):
+        refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
     assert events(3)[-1]["event"] == "prefect-segmind.credits.exhausted"
 
 

@@ -36,7 +36,7 @@ from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.reporting import artifacts
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
-from prefect_segmind.services import open_archive
+from prefect_segmind.services import Services
 from prefect_segmind.settings import PREFIX, SegmindSettings
 
 ROOT = Path(__file__).parents[2]
@@ -359,7 +359,7 @@ def test_the_archive_looks_as_shown(sandbox: Sandbox, photo: Path, tmp_path: Pat
     shown = [line.split()[0] for line in section.splitlines() if line.startswith("{archive}")]
     values = {"archive": archive, "name": made.name, "short": made.fingerprint[:16], "fingerprint": made.fingerprint}
     paths = [each.replace("fingerprint[:16]", "short").format(**values) for each in shown]
-    assert sorted(paths) == sorted(f"{archive}/{key}" for key in open_archive(str(archive)).store.keys(""))
+    assert sorted(paths) == sorted(f"{archive}/{key}" for key in Services(archive=str(archive)).archive.store.keys(""))
     said = re.search(r"its sidecar: (.*)", section)
     assert said
     keys = json.loads(Path(made.sidecar).read_text()).keys()

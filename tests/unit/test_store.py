@@ -31,7 +31,6 @@ from botocore.config import Config
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from prefect_segmind import services
 from prefect_segmind.cli import check
 from prefect_segmind.errors import (
     BucketNotFoundError,
@@ -44,6 +43,7 @@ from prefect_segmind.errors import (
     StoreUnreachableError,
 )
 from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage import s3
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
@@ -956,18 +956,18 @@ def test_every_write_asks_for_the_encryption_that_is_set(
     environment(monkeypatch, server.endpoint)
     place = f"s3://{BUCKET}/{tmp_path.name}"
     with pytest.raises(StoreAccessError, match="set PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION"):
-        services.open_archive(f"{place}/archive").store.put("k", b"x", "image/png")
+        Services(archive=f"{place}/archive").archive.store.put("k", b"x", "image/png")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", setting)
     server.seen.clear()
-    archive = services.open_archive(f"{place}/archive")
+    archive = Services(archive=f"{place}/archive").archive
     assert archive.store.conditional
     etag = archive.store.put("k", b"x", "image/png", if_absent=True)
     archive.store.put("k", b"y", "image/png", if_match=etag)
-    publisher = services.open_publisher(f"{place}/live")
+    publisher = Services(publish_to=f"{place}/live").publishing
     assert publisher
-    publisher.publishing.store.put("k.png", b"x", "image/png", cache_control="no-cache")
-    open_store(f"{place}/inbox", services.s3_client()).put("cup.png", b"x", "image/png")
-    inbox = open_inbox(f"{place}/inbox", services.s3_client)
+    publisher.store.put("k.png", b"x", "image/png", cache_control="no-cache")
+    open_store(f"{place}/inbox", Services().s3).put("cup.png", b"x", "image/png")
+    inbox = open_inbox(f"{place}/inbox", lambda: Services().s3)
     (file,) = inbox.look(0).settled
     assert inbox.move_done(file)
     assert len(server.writes()) >= 7
@@ -980,7 +980,7 @@ def test_every_write_asks_for_the_encryption_that_is_set(
 def test_another_encryption_is_refused_by_the_name_of_its_setting(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", value)
     with pytest.raises(ConfigurationError, match=r"PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION: .*allowed is AES256"):
-        services.s3_client()
+        _ = Services().s3
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "KMS.NotFoundException"), (501, "NotImplemented")])

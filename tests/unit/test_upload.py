@@ -15,13 +15,14 @@ from urllib.request import urlopen
 import pytest
 from PIL import Image
 
-from prefect_segmind import services
 from prefect_segmind.errors import ConfigurationError, SourceImageError, StoreCredentialsError
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
+from prefect_segmind.settings import load_settings
 from tests.support.walk import generate, up_to_upload
 from tests.support.wire import Wire, http
 
@@ -29,12 +30,12 @@ from tests.support.wire import Wire, http
 def stored(uri: str) -> tuple[bytes, str]:
     """What lies at an address, and its content type."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    found = services.s3_client().get_object(Bucket=bucket, Key=key)
+    found = Services().s3.get_object(Bucket=bucket, Key=key)
     return found["Body"].read(), found["ContentType"]
 
 
 def put(data: bytes, key: str) -> str:
-    services.s3_client().put_object(Bucket="segmind", Key=key, Body=data)
+    Services().s3.put_object(Bucket="segmind", Key=key, Body=data)
     return f"s3://segmind/{key}"
 
 
@@ -42,7 +43,7 @@ def put(data: bytes, key: str) -> str:
 def puts(sandbox: Sandbox) -> list[str]:
     """The key of each object that is written from here on."""
     written: list[str] = []
-    events = services.s3_client().meta.events
+    events = Services().s3.meta.events
     events.register("before-parameter-build.s3.PutObject", lambda params, **_: written.append(params["Key"]))
     return written
 
@@ -70,7 +71,7 @@ class TestUploading:
         _, uploaded = up_to_upload(photo)
         data = photo.read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
-        place = services.load_settings().upload_to
+        place = load_settings().upload_to
         assert uploaded == UploadedImage(
             uri=f"{place}/{sha256}.jpg", sha256=sha256, size_bytes=len(data), uploaded=True, warnings=()
         )
@@ -104,7 +105,7 @@ class TestUploading:
         job = validated(photo)
         photo.write_bytes(photo.read_bytes() + b"\0")
         with pytest.raises(SourceImageError, match="has changed since it was validated"):
-            services.open_uploads(None).upload(job, HERE)
+            Services().uploads.upload(job, HERE)
         assert puts == []
 
     def test_no_place_is_an_error_that_names_the_option_and_the_variable(self, photo: Path) -> None:
@@ -160,7 +161,7 @@ class TestAddresses:
     ) -> None:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PRESIGNED_SECONDS", "77")
         _, uploaded = up_to_upload(photo)
-        address = services.open_uploads(None).address(uploaded.uri)
+        address = Services().uploads.address(uploaded.uri)
         assert parse_qs(urlsplit(address).query)["X-Amz-Expires"] == ["77"]
         with urlopen(address) as answer:
             assert answer.read() == photo.read_bytes()
@@ -168,7 +169,7 @@ class TestAddresses:
     def test_a_public_place_needs_no_signature(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", "s3://segmind/public/")
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PUBLIC_BASE_URL", "https://cdn.example/p/")
-        uploads = services.open_uploads(None)
+        uploads = Services().uploads
         assert uploads.address("s3://segmind/public/a b/ü?.jpg") == "https://cdn.example/p/a%20b/%C3%BC%3F.jpg"
         for other in ("s3://segmind/publicity/a.jpg", "s3://segmind/private/a.jpg"):
             assert "X-Amz-Signature" in uploads.address(other)
