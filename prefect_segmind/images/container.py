@@ -9,7 +9,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Final, Literal, NamedTuple
+from itertools import islice, zip_longest
+from struct import Struct
+from struct import error as StructError
+from typing import Final, NamedTuple
 
 PNG_END: Final = b"IEND\xaeB`\x82"
 """The last chunk of every PNG, without its length."""
@@ -17,16 +20,14 @@ METADATA_LIMIT: Final = 64_000_000
 """Bytes that a compressed profile or text of a PNG may unpack to; one that holds more is left out."""
 
 _COMMON_LIMIT: Final = 1 << 20
-_JPEG_END: Final = b"\xff\xd9"  # of JPEG 2000 too; neither has it anywhere in its compressed pixels
+_JPEG_END: Final = b"\xff\xd9"  # which is nowhere in compressed pixels
 _TIFF: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PAGES: Final = 1_000  # of a TIFF that are looked at; their chain may lead in a circle
-_TIFF_NUMBERS: Final = {1: 1, 3: 2, 4: 4, 13: 4, 16: 8}  # sizes of the types that are whole numbers
-_TIFF_PIXELS: Final = (256, 257, 258, 273, 277, 279, 320, 324, 325, 339)  # tags without which there are none
-_PHOTOMETRIC: Final = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab", 32803: "raw"}
+_TIFF_INTEGERS: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # types of tags, as `struct` calls them
+_TIFF_SEGMENTS: Final = ((273, 279), (324, 325))  # offsets and sizes of strips, and of tiles
+_TIFF_TAGS: Final = (254, 255, 256, 257, 258, 273, 277, 279, 320, 324, 325, 339)  # what a page is, and its pixels need
 _WEBP_PICTURE: Final = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"ANIM", b"ANMF")
-_BOXES: Final = frozenset(
-    (b"ftyp", b"meta", b"mdat", b"moov", b"moof", b"free", b"skip", b"wide", b"uuid", b"jP  ", b"jp2h", b"jp2c")
-)
+_BOXES: Final = (b"ftyp", b"meta", b"mdat", b"moov", b"moof", b"free", b"skip", b"wide", b"uuid")
 
 
 def is_cut(data: bytes) -> bool:
@@ -40,20 +41,15 @@ def is_cut(data: bytes) -> bool:
     """
     kinds: tuple[tuple[bool, Callable[[bytes], bool]], ...] = (
         (data.startswith(b"\xff\xd8"), _jpeg_is_cut),
-        (data.startswith(b"\x89PNG"), lambda data: not has_png_end(data)),
+        # A wrong checksum of the last chunk, which is over nothing, does no harm.
+        (data.startswith(b"\x89PNG"), lambda data: not 0 <= data.rfind(b"\0\0\0\0IEND") <= len(data) - 12),
         (data.startswith(b"RIFF"), lambda data: len(data) < 8 + int.from_bytes(data[4:8], "little")),
         (data.startswith((b"GIF87a", b"GIF89a")), _gif_is_cut),
         (data.startswith(_TIFF), _tiff_is_cut),
         (data.startswith(b"BM"), _bmp_is_cut),
-        (data.startswith(b"\xff\x4f\xff\x51"), lambda data: _JPEG_END not in data),
-        (data[4:8] in (b"ftyp", b"jP  "), _boxes_are_cut),
+        (data[4:8] == b"ftyp", _boxes_are_cut),
     )
     return next((cut(data) for found, cut in kinds if found), False)
-
-
-def has_png_end(data: bytes) -> bool:
-    """Whether the last chunk of a PNG is there; a wrong checksum of it, which is over nothing, does no harm."""
-    return 0 <= data.rfind(b"\0\0\0\0IEND") <= len(data) - 12
 
 
 class PngParts(NamedTuple):
@@ -201,31 +197,8 @@ def full_pages(data: bytes) -> list[int]:
         >>> full_pages(b"no TIFF")
         []
     """
-    found: list[int] = []
-    for number, page in enumerate(_tiff_pages(data)):
-        kind, old_kind = (page.tags.get(tag, (0,))[:1] for tag in (254, 255))
-        if not page.is_cut and not (kind and kind[0] & 0b101) and old_kind != (2,):
-            found.append(number)
-        if len(found) == 2:
-            break
-    return found
-
-
-def describe_tiff(data: bytes) -> str:
-    """What the pixels of a TIFF are, for somebody who has one that cannot be read."""
-    pages = list(_tiff_pages(data))
-    number = next(iter(full_pages(data)), 0)
-    if number >= len(pages):
-        return "TIFF"
-    tags = {tag: values for tag, values in pages[number].tags.items() if values}  # a broken one may name none
-    bits = tags.get(258, (1,))
-    channels = tags.get(277, (len(bits),))[0]
-    colours = _PHOTOMETRIC.get(tags.get(262, (-1,))[0], "unknown colours")
-    alpha = " and alpha" if any(tags.get(338, ())) else ""
-    numbers = {2: "signed ", 3: "floating-point "}.get(tags.get(339, (1,))[0], "")
-    compression = tags.get(259, (1,))[0]
-    packed = f", compression {compression}" if compression != 1 else ""
-    return f"TIFF, {colours}{alpha}: {channels} channel{'s' * (channels != 1)} of {bits[0]} {numbers}bits{packed}"
+    full = (number for number, (is_full, is_cut) in enumerate(_tiff_pages(data)) if is_full and not is_cut)
+    return list(islice(full, 2))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -286,67 +259,53 @@ def _bmp_is_cut(data: bytes) -> bool:
 
 
 def _boxes_are_cut(data: bytes) -> bool:
-    """Whether the boxes of an AVIF or JPEG 2000 reach beyond the end, or what holds the pixels is missing."""
+    """Whether the boxes of an AVIF or HEIF reach beyond the end, or what holds the pixels is missing."""
     at, kinds = 0, set[bytes]()
     while at + 8 <= len(data):
         size, kind, head = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], 8
-        if kind not in _BOXES:
-            return False  # nothing that tells where it should end
         if size == 1:
             size, head = int.from_bytes(data[at + 8 : at + 16]), 16
-        if size == 0:  # it reaches to the end, wherever that is
-            return kind == b"jp2c" and _JPEG_END not in data[at:]
-        if size < head:
+        if kind not in _BOXES or size < head:  # or 0: it reaches to the end, wherever that is
             return False
         kinds.add(kind)
         at += size
-    if at > len(data):
-        return True
-    return b"mdat" not in kinds and b"jp2c" not in kinds and b"idat" not in data
+    return at > len(data) or (b"mdat" not in kinds and b"idat" not in data)
 
 
-class _TiffPage(NamedTuple):
-    tags: dict[int, tuple[int, ...]]
-    is_cut: bool
-
-
-def _tiff_pages(data: bytes) -> Iterator[_TiffPage]:
-    """The whole numbers that each page says of itself, and whether a part of it lies beyond the end."""
+def _tiff_pages(data: bytes) -> Iterator[tuple[bool, bool]]:
+    """Whether each page is a picture of its own, and whether a part of it lies beyond the end."""
     if not data.startswith(_TIFF):
         return
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    big = 43 in data[2:4]
-    count_size, entry_size, offset_size = (8, 20, 8) if big else (2, 12, 4)
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(data[at : at + size], order)
-
-    at, seen = number(8 if big else 4, offset_size), set[int]()
+    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
+    count, entry, link = (Struct(order + each) for each in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")))
+    start, seen = 8 if big else 4, set[int]()
+    at = int.from_bytes(data[start : start + link.size], "little" if order == "<" else "big")
     while at and at not in seen and len(seen) < _PAGES:
         seen.add(at)
-        count, first = number(at, count_size), at + count_size
-        end = first + count * entry_size
-        cut, tags = end + offset_size > len(data), dict[int, tuple[int, ...]]()
-        for entry in range(first, min(end, len(data) - entry_size + 1), entry_size):
-            size, length = _TIFF_NUMBERS.get(number(entry + 2, 2), 0), number(entry + 4, offset_size)
-            place = entry + 4 + offset_size
-            if size * length > offset_size:
-                place = number(place, offset_size)
-            if place + size * length > len(data):
-                cut = cut or number(entry, 2) in _TIFF_PIXELS
-                continue
-            tags[number(entry, 2)] = tuple(number(place + size * each, size) for each in range(length if size else 0))
-        for offsets, lengths in ((273, 279), (324, 325)):
-            starts = tags.get(offsets, ())
-            sizes = tags.get(lengths, (0,) * len(starts))
-            cut = cut or any(start + size > len(data) for start, size in zip(starts, sizes, strict=False))
-        yield _TiffPage(tags, cut)
-        at = number(end, offset_size)
+        tags: dict[int, tuple[int, ...]] = {}
+        following, cut = 0, False
+        try:
+            first = at + count.size
+            end = first + count.unpack_from(data, at)[0] * entry.size
+            (following,) = link.unpack_from(data, end)
+            for place in range(first, end, entry.size):
+                tag, kind, length, inline = entry.unpack_from(data, place)
+                if tag in _TIFF_TAGS and kind in _TIFF_INTEGERS:
+                    values = Struct(f"{order}{length}{_TIFF_INTEGERS[kind]}")
+                    source, offset = (inline, 0) if values.size <= link.size else (data, link.unpack(inline)[0])
+                    tags[tag] = values.unpack_from(source, offset)
+        except (StructError, OverflowError):
+            cut = True
+        for offsets, sizes in _TIFF_SEGMENTS:
+            segments = zip_longest(tags.get(offsets, ()), tags.get(sizes, ()), fillvalue=0)
+            cut |= any(offset + size > len(data) for offset, size in segments)
+        kind, old_kind = (next(iter(tags.get(tag, ())), 0) for tag in (254, 255))
+        yield not kind & 0b101 and old_kind != 2, cut
+        at = following
 
 
 def _tiff_is_cut(data: bytes) -> bool:
     """Whether the directory or the pixels of its picture lie beyond the end."""
-    page = next(iter(full_pages(data)), None)
-    if page is not None:
+    if full_pages(data):
         return False
-    return any(each.is_cut for each in _tiff_pages(data)) or len(data) < 8
+    return any(cut for _, cut in _tiff_pages(data)) or len(data) < 8

@@ -6,12 +6,11 @@ What comes out is upright, sRGB, 8 bits a channel and free of metadata, whatever
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Final, cast
+from typing import Final
 
 from PIL import Image, ImageCms, ImageOps
 from PIL.Image import Transpose
@@ -141,29 +140,13 @@ def upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A loaded picture as L, RGB, RGBA or CMYK, whatever it was."""
-    if image.mode[0] in "IF":
-        return _scaled_to_eight_bits(image)
+    if image.mode.startswith("I;16"):  # scaled, as Pillow's own `convert` clips everything above 255
+        return image.convert("I").convert("F").point(lambda value: value * (255 / 65_535) + 0.5).convert("L")
     if image.has_transparency_data:
         return image.convert("RGBA")
     if image.mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _scaled_to_eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 or 32 bits or floats as 8 bits, by scaling: Pillow's own `convert` cuts everything above 255 off.
-
-    The range is 16 bits where the mode says so, else the smallest of 0-1 (floats), 0-255 and 0-65535 that holds all
-    values, else theirs.
-    """
-    if image.mode.startswith("I;16"):
-        low, high, image = 0.0, 65_535.0, image.convert("I")
-    else:
-        low, high = cast("tuple[float, float]", image.getextrema())
-        tops = (top for top in (1.0, 255.0, 65_535.0) if image.mode == "F" or top > 1)
-        low, high = next(((0.0, top) for top in tops if low >= 0 and high <= top), (low, high))
-    scale = 255 / (high - low) if high > low and math.isfinite(high - low) else 0.0
-    return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -22,14 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.errors import SourceImageError
-from prefect_segmind.images.container import (
-    describe_tiff,
-    full_pages,
-    has_png_end,
-    is_cut,
-    split_png,
-    without_odd_metadata,
-)
+from prefect_segmind.images.container import full_pages, is_cut, split_png, without_odd_metadata
 
 MAX_BYTES: Final = 10_000_000
 """The largest file that the API takes, by the provider's documentation."""
@@ -41,14 +34,30 @@ MAX_RATIO: Final = 3
 """The longer side over the shorter one; the resolutions of the model reach from 1:3 to 3:1."""
 
 # A closed list: Pillow's other readers guess at bytes without a signature (TGA) or start programs (EPS starts
-# Ghostscript). AVIF comes with Pillow 11.3; MPO, a phone's JPEG with more pictures behind it, is the JPEG reader's.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
-_EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
-_HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_UNKNOWN: Final = re.compile(r"(?i)unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|compression)")
-# Pillow's words for what it does not read, whole as it may be.
+# Ghostscript). MPO, a phone's JPEG with more pictures behind it, is the JPEG reader's, and a JPEG to everybody else.
+_FORMATS: Final = {
+    "JPEG": ("image/jpeg", "jpg"),
+    "PNG": ("image/png", "png"),
+    "WEBP": ("image/webp", "webp"),
+    "MPO": ("image/jpeg", "jpg"),
+    "GIF": ("image/gif", "gif"),
+    "TIFF": ("image/tiff", "tiff"),
+    "BMP": ("image/bmp", "bmp"),
+    "AVIF": ("image/avif", "avif"),
+    "HEIF": ("image/heif", "heif"),
+}
+_HEIF_SEQUENCES: Final = (b"hevc", b"hevx", b"hevm", b"hevs", b"msf1")
+_HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"mif1", *_HEIF_SEQUENCES)
+_JPEG_2000: Final = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+_TIFF_PIXELS: Final = BOMB_PIXELS // 2  # above it Pillow's TIFF decoder warns, by a filter that all threads share
+_SAVE_AS: Final = "save it as PNG or JPEG"
+_UNSUPPORTED: Final = re.compile(r"(?i)unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|compression)")
+# Words in which decoders refuse what they do not support, intact as it may be.
 
 Image.init()  # registers the readers once, at import, instead of in whichever thread comes first
+
+
+_Reader = Callable[[BytesIO, str], ImageFile.ImageFile]
 
 
 class BrokenPicture(ValueError):
@@ -59,7 +68,7 @@ class BrokenPicture(ValueError):
         remedy: What somebody who has such a source image can do.
     """
 
-    def __init__(self, message: str, remedy: str = "give a JPEG, PNG or WebP in RGB", truncated: bool = False) -> None:
+    def __init__(self, message: str, remedy: str = "save it as PNG or JPEG in RGB", truncated: bool = False) -> None:
         super().__init__(message)
         self.remedy = remedy
         self.truncated = truncated
@@ -115,8 +124,6 @@ def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> So
                 f"is animated or has several pages ({image.format})", "save the one to use as JPEG or PNG"
             )
         load_picture(image, data)
-        if image.mode == "LAB":  # Pillow converts it through a profile only, and next to nobody has such files
-            raise BrokenPicture("has the colour mode LAB")
     except BrokenPicture as broken:
         raise SourceImageError(f"image: {label} {broken}; {broken.remedy}") from None
     orientation = exif_orientation(image)
@@ -155,9 +162,10 @@ def picture_of(data: bytes) -> Picture:
     image = open_picture(data)
     facts = _facts(image, data)
     content_type, extension = file_type(facts.format)
-    with decoding(data):
-        # All of a JPEG's data is read, so that damage shows as ever, but only an eighth of its pixels are worked out.
-        image.draft(None, (1, 1))
+    if facts.format in ("JPEG", "MPO"):
+        with decoding(data):
+            # All of its data is read, so that damage shows as ever, but only an eighth of its pixels are worked out.
+            image.draft(None, (1, 1))
     load_picture(image, data)
     return Picture(**facts.model_dump(), content_type=content_type, extension=extension)
 
@@ -169,31 +177,75 @@ def _facts(image: ImageFile.ImageFile, data: bytes) -> _FileFacts:
 
 
 def file_type(format: str) -> tuple[str, str]:
-    """The content type and the extension of a format; an MPO is a JPEG to everybody else."""
-    return Image.MIME["JPEG" if format == "MPO" else format], _EXTENSIONS.get(format, format.lower())
+    """The content type and the file extension of a format.
+
+    Args:
+        format: Pillow's name of it, such as JPEG.
+
+    Returns:
+        The two, such as `("image/jpeg", "jpg")`.
+    """
+    return _FORMATS[format]
 
 
 def open_picture(data: bytes) -> ImageFile.ImageFile:
-    """Reads a picture's header, as `Image.open` does but for its warning about large pictures.
+    """Reads the header of a picture, as `Image.open` does but for its warning about large pictures.
 
-    To silence that warning takes a global setting of Pillow or a filter of warnings, which is not thread-safe; so the
-    registered reader is called directly, and the size is checked here before anything is decoded.
+    Silencing that warning takes a global setting of Pillow or a warnings filter, which is not thread-safe; so the
+    reader is called directly, and the size is checked here, before anything is decoded.
+
+    Args:
+        data: The file.
+
+    Returns:
+        The picture, not decoded yet.
+
+    Raises:
+        BrokenPicture: It is not a picture in a supported format, or has too many pixels.
     """
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and b"avif" not in data[:64]:
-        raise BrokenPicture("is HEIC, which is not read here", "convert it to JPEG")
+    reader = _reader(data)
+    with decoding(data):
+        image = _read_header(reader, data)
+        limit = _TIFF_PIXELS if image.format == "TIFF" else BOMB_PIXELS
+        for width, height in (image.size, *_coded_sizes(image, data)):
+            if width * height > limit:
+                remedy = f"scale it down, or {_SAVE_AS}" if limit < BOMB_PIXELS else "scale it down"
+                raise BrokenPicture(f"has more than {limit:,} pixels ({width}×{height})", remedy)
+    if image.mode in ("LAB", "I", "F"):
+        what = "in the LAB colour space" if image.mode == "LAB" else "in greys of 32 bits"
+        raise BrokenPicture(f"is {what}, which is not supported", _SAVE_AS)
+    return image
+
+
+def _reader(data: bytes) -> _Reader:
+    """The class that reads a file, by its first bytes."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and b"avif" not in data[:64]:
+        try:
+            # Used directly and not registered with Pillow, whose list of formats belongs to the whole process.
+            from pillow_heif import HeifImageFile
+        except ImportError:
+            remedy = "pip install 'prefect-segmind[heif]', or save it as JPEG"
+            raise BrokenPicture("is HEIC, and pillow-heif, which reads it, is not installed", remedy) from None
+        return HeifImageFile
     for name in _FORMATS:
         reader, accepts = Image.OPEN.get(name, (None, None))
         # `accepts` answers with a string, a reason, where this build of Pillow lacks the format.
         if reader is not None and accepts is not None and accepts(data[:16]) is True:
-            with decoding(data):
-                image = _opened(reader, data)
-                if image.width * image.height > BOMB_PIXELS:
-                    raise Image.DecompressionBombError(f"{image.width}×{image.height}")
-                return image
-    raise BrokenPicture("is empty" if not data else "is not an image of a kind that can be read")
+            return reader
+    if data.startswith(_JPEG_2000):
+        raise BrokenPicture("is JPEG 2000, which is not supported", _SAVE_AS)
+    raise BrokenPicture("is empty" if not data else "is not an image in a supported format")
 
 
-def _opened(reader: Callable[[BytesIO, str], ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
+def _coded_sizes(image: ImageFile.ImageFile, data: bytes) -> list[tuple[int, int]]:
+    """The sizes that a HEIF file is decoded in, by its `ispe` boxes: `image.size` is what is left after cropping."""
+    if image.format != "HEIF":
+        return []
+    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", data, re.DOTALL)
+    return [(int.from_bytes(width), int.from_bytes(height)) for width, height in sizes]
+
+
+def _read_header(reader: _Reader, data: bytes) -> ImageFile.ImageFile:
     """What a reader of Pillow makes of a file, whatever its metadata is like, and of its own pictures the first."""
     if data.startswith(b"\x89PNG"):
         parts = split_png(data)
@@ -220,26 +272,25 @@ def _has_several(image: ImageFile.ImageFile, data: bytes) -> bool:
             return split_png(data).animated
     if image.format == "TIFF":
         return len(full_pages(data)) > 1
+    if image.format == "HEIF":  # which names the one to show; the others are of a burst, or for the other eye
+        return data[8:12] in _HEIF_SEQUENCES
     return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def load_picture(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
     """Decodes the first frame of an opened picture."""
     with decoding(data):
-        if isinstance(image, TiffImageFile):
-            # Its loader would warn of a large picture while it makes room for the pixels; so the room is made here.
-            image.im = Image.new(image.mode, (image.tag_v2[256], image.tag_v2[257])).im
         image.load()
-        if _is_deep_png(image, data):
+        if _is_deep(image, data):
             image.info.pop("transparency", None)  # a 16-bit colour, which Pillow would look for among 8-bit ones
-        if image.format == "PNG" and not has_png_end(data):
-            raise EOFError("no IEND")  # Pillow forgives a missing end once the pixels are there
+        if image.format in ("PNG", "HEIF") and is_cut(data):
+            raise EOFError("no end")  # their decoders forgive that
     return image
 
 
-def _is_deep_png(image: Image.Image, data: bytes) -> bool:
-    """Whether it has 16 bits a channel, by its header (IHDR): Pillow halves 16-bit RGB to 8 and does not tell."""
-    return image.format == "PNG" and data[24] == 16
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether it has more than 8 bits a channel, by the header of a PNG (IHDR) or HEIF: the mode does not show it."""
+    return data[24] == 16 if image.format == "PNG" else image.info.get("bit_depth", 8) > 8
 
 
 @contextmanager
@@ -247,21 +298,18 @@ def decoding(data: bytes) -> Iterator[None]:
     """Turns whatever a decoder raises over foreign bytes into BrokenPicture."""
     try:
         yield
-    except Image.DecompressionBombError as error:
-        raise BrokenPicture(f"has more than {BOMB_PIXELS:,} pixels ({error})", "scale it down") from error
-    except MemoryError:
-        raise  # says nothing about the picture
+    except (BrokenPicture, MemoryError):
+        raise  # the one is raised here, the other does not speak of the picture
     except Exception as error:
         why = str(error) or type(error).__name__
         if is_cut(data):
             message = f"is cut short (truncated: {why})"
             raise BrokenPicture(message, "copy or export it again", truncated=True) from error
-        if data[:2] in (b"II", b"MM") and isinstance(error, (SyntaxError, KeyError)):
-            why = describe_tiff(data)  # Pillow knows no mode for such pixels, or not their compression
-        elif not _UNKNOWN.search(why):
-            what = f"; {describe_tiff(data)}" if data[:2] in (b"II", b"MM") else ""
-            raise BrokenPicture(f"is damaged ({why}{what})") from error
-        raise BrokenPicture(f"is of a kind that is not read here ({why})", "export it as JPEG or PNG in RGB") from error
+        if data[:2] in (b"II", b"MM") and isinstance(error, SyntaxError):
+            why = f"unsupported TIFF: {why}"  # Pillow has no entry for its pixels or their compression
+        if _UNSUPPORTED.search(why):
+            raise BrokenPicture(f"has pixels in a form that is not supported ({why})") from error
+        raise BrokenPicture(f"is damaged ({why})") from error
 
 
 def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], orientation: int) -> Iterator[str]:
@@ -270,13 +318,15 @@ def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], ori
         yield "reduced to the first of its pictures (MPO)"
     elif image.format not in ("JPEG", "PNG", "WEBP"):
         yield f"converted from {image.format}"
+    if image.format == "HEIF" and getattr(image, "is_animated", False):
+        yield "reduced to the primary one of its pictures"
     if orientation > 1:
         yield "rotated by its EXIF orientation"
     if _has_odd_metadata(image, data):
         yield "freed of metadata that others cannot read"
     if image.mode == "CMYK":  # YCCK as well, by Pillow's decoder
         yield "converted from CMYK to RGB"
-    if image.mode[0] in "IF" or _is_deep_png(image, data):
+    if image.mode.startswith("I;16") or _is_deep(image, data):
         yield "reduced to 8 bits a channel"
     fitted = fitted_size(size, MAX_PIXELS)
     if fitted != size:
