@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
 from prefect_segmind.errors import SourceImageError
-from prefect_segmind.images.container import PNG_END, full_pages, is_cut, split_png, without_odd_metadata
+from prefect_segmind.images.container import PNG_END, full_pages, is_truncated, split_png, strip_metadata
 from prefect_segmind.images.conversion import prepare, thumbnail
 from prefect_segmind.images.inspection import BrokenPicture, inspect, picture_of
 from tests.unit.test_inspection import FILES, chunk, exif, gradient, heif, opened, png, saved
@@ -149,7 +149,7 @@ class TestMetadata:
             data = FILES[kind]
             assert opened(split_png(data).pixels).tobytes() == opened(data).tobytes()
         for kind in ("jpeg", "turned", "progressive", "cmyk", "webp", "lossless", "avif"):
-            assert opened(without_odd_metadata(FILES[kind])).tobytes() == opened(FILES[kind]).tobytes()
+            assert opened(strip_metadata(FILES[kind])).tobytes() == opened(FILES[kind]).tobytes()
 
     def test_a_large_profile_is_applied_all_the_same(self) -> None:
         swapped = bytearray(PROFILE)
@@ -191,11 +191,11 @@ class TestMetadata:
 
     def test_a_wrong_checksum_of_the_end_which_holds_nothing_does_no_harm(self) -> None:
         wrong = PNG[:-1] + bytes([PNG[-1] ^ 1])
-        assert not is_cut(wrong)
+        assert not is_truncated(wrong)
         assert picture_of(wrong).format == inspect(wrong, "a").format == "PNG"
 
     def test_what_common_readers_refuse_for_its_metadata_goes_up_without(self) -> None:
-        changes = ("freed of metadata that others cannot read",)
+        changes = ("stripped of metadata that other readers refuse",)
         text = with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000)))
         jpeg = FILES["jpeg"][:2] + b"\xff\xee\0\x07Adobe" + FILES["jpeg"][2:]
         for data in (text, with_chunk(b"tEXt", b"a\0b", wrong=True), jpeg):
@@ -229,10 +229,10 @@ class TestEnds:
     @pytest.mark.parametrize("kind", FILES)
     def test_a_whole_file_is_not_cut_and_a_part_of_it_is(self, kind: str) -> None:
         data = FILES[kind]
-        assert not is_cut(data)
-        assert not is_cut(data + b"\0\0\n")
+        assert not is_truncated(data)
+        assert not is_truncated(data + b"\0\0\n")
         tail = {"mpo": len(data) - 1100, "deflated": len(data) - 8}.get(kind, len(data) - 1)
-        assert all(is_cut(data[:length]) for length in range(16, tail))
+        assert all(is_truncated(data[:length]) for length in range(16, tail))
 
     def test_a_whole_avif_that_does_not_decode_is_not_cut(self) -> None:
         data = FILES["avif"]
@@ -252,23 +252,23 @@ class TestEnds:
             damaged = bytearray(data)
             for at in chance.sample(middle, len(middle) // 2):
                 damaged[at] = chance.choice((0x11, 0x22, 0x77))
-            assert not is_cut(bytes(damaged))
+            assert not is_truncated(bytes(damaged))
 
     def test_a_preview_inside_a_jpeg_is_not_taken_for_its_end(self) -> None:
         data = FILES["jpeg"][:2] + segment(0xE1, b"Exif\0\0" + FILES["jpeg"]) + FILES["jpeg"][2:]
-        assert not is_cut(data)
-        assert is_cut(data[:-40])
+        assert not is_truncated(data)
+        assert is_truncated(data[:-40])
 
     def test_what_somebody_appends_does_not_hide_that_a_file_is_whole(self) -> None:
         for kind in ("jpeg", "png", "webp", "gif", "tiff"):
-            assert not is_cut(FILES[kind] + b"appended by a phone")
+            assert not is_truncated(FILES[kind] + b"appended by a phone")
 
     @given(st.sampled_from([b"", *(each[:20] for each in FILES.values())]), st.binary(max_size=300))
     def test_no_bytes_make_it_fail(self, start: bytes, rest: bytes) -> None:
         data = start + rest
-        assert is_cut(data) in (True, False)
+        assert is_truncated(data) in (True, False)
         assert len(full_pages(data)) <= 2
-        assert isinstance(without_odd_metadata(data), bytes)
+        assert isinstance(strip_metadata(data), bytes)
 
 
 @pytest.mark.parametrize("tag", [258, 259, 262, 277, 339])
@@ -341,5 +341,5 @@ def test_the_files_that_gave_rise_to_this_are_read(tmp_path: Any) -> None:
     file = BytesIO()
     gradient().save(file, "PNG", pnginfo=notes, icc_profile=PROFILE + bytes(1_500_000))
     assert picture_of(file.getvalue()).width == 90
-    assert inspect(file.getvalue(), "export.png").changes == ("freed of metadata that others cannot read",)
+    assert inspect(file.getvalue(), "export.png").changes == ("stripped of metadata that other readers refuse",)
     assert picture_of(png(2, 2, 8, 2, bytes(14))).width == 2

@@ -363,7 +363,7 @@ class TestHeif:
         for primary, size in ((0, (64, 64)), (1, (90, 60))):
             data = heif(red, blue, primary_index=primary)
             source = inspect(data, "burst.heic")
-            assert source.changes == ("converted from HEIF", "reduced to the primary one of its pictures")
+            assert source.changes == ("converted from HEIF", "reduced to its primary picture (HEIF)")
             assert (source.width, source.height) == size
             colour = pixel(opened(prepare(data, source).data), (9, 9))
             assert colour == pytest.approx((0, 0, 255) if primary else (255, 0, 0), abs=9)
@@ -411,8 +411,8 @@ class TestHeif:
     def test_without_pillow_heif_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pillow_heif", None)
         assert refusal(FILES["heic"]) == (
-            "image: ad.jpg is HEIC, and pillow-heif, which reads it, is not installed; "
-            "pip install 'prefect-segmind[heif]', or save it as JPEG"
+            "image: ad.jpg is HEIC or HEIF, which needs the extra heif; "
+            "run pip install 'prefect-segmind[heif]', or save it as JPEG"
         )
         assert inspect(FILES["avif"], "a.avif").format == "AVIF"
 
