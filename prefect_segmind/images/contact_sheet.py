@@ -100,7 +100,7 @@ class _Sheet:
         self.font, self.title_font = (ImageFont.load_default(size) for size in (text_size, round(text_size * 1.7)))
         self.cell = width, height = round(unit / sqrt(ratio)), round(unit * sqrt(ratio))
         self.gap, self.margin = gap, margin = max(4, unit // 20), max(16, unit // 7)
-        line, title_line = round(text_size * 1.25), round(text_size * 1.7 * 1.25)
+        self.line = line = round(text_size * 1.25)
 
         # The left column is as wide as the labels need, within reason, and as the source, which is as large as a cell.
         gutter = min(ceil(max(map(self.font.getlength, rows))), max(width, 12 * text_size))
@@ -114,9 +114,9 @@ class _Sheet:
         self.columns = [_wrapped(each, self.font, width, 2) for each in columns]
         # Beside the source where there is one, else above everything.
         self.title_left = margin if source_ratio is None else self.left
-        self.title = _wrapped(title, self.title_font, right - self.title_left, 3, from_middle=False)
+        self.title = _wrapped(title, self.title_font, right - self.title_left, 3)
 
-        above = len(self.title.splitlines()) * title_line
+        above = len(self.title.splitlines()) * round(text_size * 1.7 * 1.25)
         labels = max(len(each.splitlines()) for each in self.columns)
         if source_ratio is not None:
             above, labels = max(above, self.source[1]) + gap // 2, max(1, labels)  # with the word under the source
@@ -137,7 +137,7 @@ class _Sheet:
             box = (left, top, left + size[0], top + size[1])
             if isinstance(content, str):
                 sheet.paste(_EMPTY, box)
-                words = _wrapped(content, self.font, size[0] - gap, size[1] // self.text_size)
+                words = _wrapped(content, self.font, size[0] - gap, size[1] // self.line)
                 write((left + size[0] // 2, top + size[1] // 2), words, "mm", _PALE)
                 return
             sheet.paste(_MOUNT, box)
@@ -189,14 +189,11 @@ def _plain(text: str) -> str:
     """A label in characters that the font has where possible, on one line, without controls, of bounded length."""
     spaced = " ".join(unicodedata.normalize("NFKD", text.translate(_PLAIN)).split())
     kept = "".join(each for each in spaced if unicodedata.category(each) not in ("Cc", "Cf", "Cs", "Mn", "Me"))
-    return kept if len(kept) <= _MAX_CHARACTERS else _cut(kept, _MAX_CHARACTERS, from_middle=True)
+    return kept if len(kept) <= _MAX_CHARACTERS else _cut(kept, _MAX_CHARACTERS)
 
 
-def _wrapped(text: str, font: _Font, width: int, count: int, *, from_middle: bool = True) -> str:
-    """A text in at most `count` lines (or one); a line that does not fit is cut in the middle, or at its end.
-
-    Labels differ at the end as often as at the start, so both ends stay; of a title, the start is what matters.
-    """
+def _wrapped(text: str, font: _Font, width: int, count: int) -> str:
+    """A text in at most `count` lines (or one); a line that does not fit is cut in the middle."""
     lines: list[str] = []
     for word in text.split():
         if lines and (len(lines) >= count or font.getlength(f"{lines[-1]} {word}") <= width):
@@ -205,14 +202,12 @@ def _wrapped(text: str, font: _Font, width: int, count: int, *, from_middle: boo
             lines.append(word)
     for number, line in enumerate(lines):
         if font.getlength(line) > width:
-            lengths = bisect(
-                range(len(line)), width, key=lambda kept: ceil(font.getlength(_cut(line, kept, from_middle)))
-            )
-            lines[number] = _cut(line, max(0, lengths - 1), from_middle)
+            cuts = [_cut(line, kept) for kept in range(len(line))]
+            lines[number] = cuts[max(0, bisect(cuts, width, key=lambda cut: ceil(font.getlength(cut))) - 1)]
     return "\n".join(lines)
 
 
-def _cut(text: str, kept: int, from_middle: bool) -> str:
-    """A text with only so many of its characters, and an ellipsis for the others."""
-    at_end = kept // 2 if from_middle else 0
-    return text[: kept - at_end].rstrip() + "…" + text[len(text) - at_end :].lstrip()
+def _cut(text: str, kept: int) -> str:
+    """The first and the last characters of a text, `kept` in all: labels differ at the end as often as at the start."""
+    at_end = kept // 2
+    return f"{text[: kept - at_end].rstrip()}…{text[len(text) - at_end :].lstrip()}"

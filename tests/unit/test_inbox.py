@@ -217,6 +217,7 @@ def test_images_of_all_folders_are_found_in_order_and_other_files_are_named(plac
         "z.webp",
         "j.jfif",
         "s.jp2",
+        "DSC1.HIF",
     ]
     for below in (*names, "notes.txt", "summer/README", "cup.jpg.bak"):
         place.put(below)
