@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from prefect_segmind.errors import writable
 from prefect_segmind.storage.store import Store
 
-IMAGE_SUFFIX = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf])")
+IMAGE_SUFFIX = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf]|hif)")
 EMPTY_SECONDS = 3600.0
 """For so long an empty image may still be filled."""
 _PASSED_OVER = re.compile(

@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pillow_heif
 import pytest
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.exceptions import ParameterTypeError
@@ -167,6 +170,21 @@ def test_a_bad_file_is_moved_in_the_visit_that_finds_it(sandbox: Sandbox, inbox:
         "failed/broken.jpg",
     ]
     assert visit(inbox).total == 0
+
+
+def test_a_phones_photo_is_made_and_a_format_that_is_not_supported_fails_with_the_remedy(
+    sandbox: Sandbox, inbox: Path
+) -> None:
+    for name in ("cup.jpg", "broken.jpg", "summer/pot.jpg"):
+        (inbox / name).unlink()
+    with Image.open(BytesIO(sample_photo((600, 402)))) as photo:
+        pillow_heif.from_pillow(photo).save(inbox / "IMG_1.HEIC")
+        photo.save(inbox / "scan.jp2")
+    result = visit(inbox)
+    assert (result.generated, result.ignored) == (1, ("notes.txt",))
+    (failure,) = result.failures
+    assert (failure.name, failure.stage) == ("inbox/scan", "validate")
+    assert failure.error.endswith("is JPEG 2000, which is not supported; save it as PNG or JPEG")
 
 
 def test_what_is_no_fault_of_a_file_moves_no_file(sandbox: Sandbox, inbox: Path) -> None:

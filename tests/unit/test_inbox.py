@@ -208,7 +208,17 @@ def only(place: Any) -> InboxFile:
 
 
 def test_images_of_all_folders_are_found_in_order_and_other_files_are_named(place):
-    names = ["cup.jpg", "B.PNG", "summer/cup.Jpeg", "summer/deep/er/x.heic", "a.b/v1.2.tiff", "z.webp", "j.jfif"]
+    names = [
+        "cup.jpg",
+        "B.PNG",
+        "summer/cup.Jpeg",
+        "summer/deep/er/x.heic",
+        "a.b/v1.2.tiff",
+        "z.webp",
+        "j.jfif",
+        "s.jp2",
+        "DSC1.HIF",
+    ]
     for below in (*names, "notes.txt", "summer/README", "cup.jpg.bak"):
         place.put(below)
     found = look(place)

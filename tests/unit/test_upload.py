@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import urlopen
 
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -48,10 +49,15 @@ def puts(sandbox: Sandbox) -> list[str]:
     return written
 
 
-@pytest.fixture
-def bmp(photo: Path) -> Path:
-    path = photo.with_suffix(".bmp")
-    Image.open(photo).save(path)
+@pytest.fixture(params=["bmp", "heic"])
+def unaccepted(photo: Path, request: pytest.FixtureRequest) -> Path:
+    """A photo in a format that the API does not take."""
+    path = photo.with_suffix(f".{request.param}")
+    with Image.open(photo) as image:
+        if request.param == "heic":
+            pillow_heif.from_pillow(image).save(path)
+        else:
+            image.save(path)
     return path
 
 
@@ -89,8 +95,8 @@ class TestUploading:
         assert up_to_upload(photo)[1].uploaded
         assert stored(uri)[0] == photo.read_bytes()
 
-    def test_a_normalised_copy_is_what_the_api_gets(self, sandbox: Sandbox, bmp: Path) -> None:
-        job, uploaded = up_to_upload(bmp, resolution="RESOLUTION_640_1024")
+    def test_a_normalised_copy_is_what_the_api_gets(self, sandbox: Sandbox, unaccepted: Path) -> None:
+        job, uploaded = up_to_upload(unaccepted, resolution="RESOLUTION_640_1024")
         data, content_type = stored(uploaded.uri)
         assert uploaded.uri.endswith(f"/{uploaded.sha256}.jpg")
         assert content_type == "image/jpeg"
@@ -131,13 +137,13 @@ class TestRemoteSources:
         assert puts == []
 
     def test_an_object_that_needs_a_change_is_copied_and_left_as_it_is(
-        self, sandbox: Sandbox, bmp: Path, puts: list[str]
+        self, sandbox: Sandbox, unaccepted: Path, puts: list[str]
     ) -> None:
-        uri = put(bmp.read_bytes(), "inbox/mug.bmp")
+        uri = put(unaccepted.read_bytes(), f"inbox/mug{unaccepted.suffix}")
         puts.clear()
         _, uploaded = up_to_upload(uri)
         assert uploaded.uri.endswith(f"/uploads/{uploaded.sha256}.jpg")
-        assert stored(uri)[0] == bmp.read_bytes()
+        assert stored(uri)[0] == unaccepted.read_bytes()
         assert len(puts) == 1
 
     def test_an_address_that_needs_no_change_is_passed_on_without_s3(self, photo: Path) -> None:
