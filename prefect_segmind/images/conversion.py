@@ -60,6 +60,7 @@ def prepare(data: bytes, source: SourceImage) -> PreparedImage:
         BrokenPicture: It is not the file that was inspected, and no picture.
 
     Example:
+        >>> from prefect_segmind.images.inspection import inspect
         >>> canvas = BytesIO()
         >>> Image.new("L", (640, 480)).save(canvas, "BMP")
         >>> prepare(canvas.getvalue(), inspect(canvas.getvalue(), "ad.bmp")).content_type

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.limits import ledger as module
 from prefect_segmind.limits.ledger import Budget, Fit
 
 PRICE = Decimal("0.05")
@@ -18,10 +16,6 @@ PRICES = st.decimals(0, 1, places=4)
 
 def total(budget: Budget) -> Decimal:
     return budget.spent_usd + budget.in_flight_usd + budget.unknown_usd
-
-
-def test_the_example_is_true():
-    assert doctest.testmod(module).failed == 0
 
 
 def test_without_a_limit_everything_fits_and_is_counted_all_the_same():
