@@ -71,10 +71,11 @@ def load_manifest(
         ConfigurationError: Its address is malformed, or the S3 client cannot be made.
 
     Example:
-        >>> load_manifest("campaign.yaml", {"season": "late summer"}, s3=s3_client)
-        Traceback (most recent call last):
-        prefect_segmind.errors.ManifestError: campaign.yaml: 1 mistake; nothing was uploaded or paid.
-          it does not exist
+        >>> from prefect_segmind.storage.s3 import s3_client
+        >>> with tempfile.NamedTemporaryFile("w+", suffix=".jsonl") as file:
+        ...     print('{"image": "s3://photos/mug.jpg", "prompt": "{{ season }} light"}', file=file, flush=True)
+        ...     [job.prompt for job in load_manifest(file.name, {"season": "autumn"}, s3=s3_client).jobs]
+        ['autumn light']
     """
     place, mistakes = stripped(place), Notes()
     with ExitStack() as stack:

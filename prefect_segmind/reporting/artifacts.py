@@ -185,7 +185,7 @@ def artifact_key(name: str, kind: str = "before-after") -> str:
 
     Example:
         >>> artifact_key("Hero/Summer")
-        'before-after-hero-summer-8cb7bd3d'
+        'before-after-hero-summer-ac13c71f'
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-60:].strip("-")
     return f"{kind}-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -127,8 +127,9 @@ def download(
         OSError: The sink cannot be written.
 
     Example:
-        >>> download("https://cdn.example/a.png", file, limit=50_000_000)  # doctest: +SKIP
-        Downloaded(size_bytes=1843200, content_type='image/png')
+        >>> download("http://169.254.169.254/", BytesIO(), limit=50_000_000)
+        Traceback (most recent call last):
+        prefect_segmind.storage.http.DownloadError: http://169.254.169.254/ leads to 169.254.169.254; only public ...
     """
     deadline = time.monotonic() + timeout
     here = _parsed(url)

@@ -28,7 +28,7 @@ class Spool(Generic[M]):
         models: The classes of the records.
 
     Example:
-        >>> from prefect_segmind.api.request import Job
+        >>> from prefect_segmind.jobs.job import Job
         >>> with Spool(Job) as jobs:
         ...     jobs.append(Job(image="mug.jpg", prompt="a red mug"))
         ...     [job.name for job in jobs]

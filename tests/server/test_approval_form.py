@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -258,10 +257,6 @@ def test_the_form_tells_what_goes_live_until_when_it_waits_and_for_which_deploym
 def test_what_goes_live_is_told_by_its_addresses(publish_to: str | None, told: str) -> None:
     plan = _plan().model_copy(update={"total": 8})
     assert Question("x", plan, Decimal(0), (("a", "b"),), (), publish_to).goes_live() == told
-
-
-def test_the_examples_are_true() -> None:
-    assert doctest.testmod(approval_form).failed == 0
 
 
 def test_nobody_is_asked_for_what_costs_no_more(sandbox: Sandbox, manifest: str) -> None:

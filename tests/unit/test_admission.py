@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -123,10 +122,6 @@ def until(condition: Callable[[], bool]) -> None:
 
 def waiting(gate: Gate, count: int) -> None:
     until(lambda: len(gate._queue) == count)
-
-
-def test_the_example_is_true():
-    assert doctest.testmod(module).failed == 0
 
 
 # What becomes of an admission.

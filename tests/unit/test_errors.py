@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import inspect
 import pickle
 import string
@@ -37,17 +35,6 @@ from prefect_segmind.errors import (
 )
 
 CLASSES = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SegmindError)]
-CORE = ["errors", "fingerprint", "price", "record", "request", "resolution", "retry", "response"]
-
-
-@pytest.mark.parametrize("module", CORE)
-def test_the_examples_in_the_docstrings_are_true(module):
-    found = doctest.testmod(
-        importlib.import_module(f"prefect_segmind.{module}"),
-        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
-    )
-    assert found.failed == 0
-    assert found.attempted > 0 or module == "record"
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
