@@ -31,7 +31,7 @@ from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.settings import PREFIX, load_settings
 from prefect_segmind.storage.http_environment import check_environment
-from prefect_segmind.storage.open_store import is_relative, open_store
+from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
 from prefect_segmind.text import given_text
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def open_publisher(
         return None
     place, pattern = split_publish_to(given_text("publish_to", publish_to) or "")
     place = lasting(place, "publish_to")
-    store = open_store(place, s3_client() if place.lower().startswith("s3:") else None)
+    store = open_store(place, s3_client() if is_s3(place) else None)
     publishing = Publishing(store, pattern, load_settings().publish_cache_control)
     return Publisher(publishing, refreshed_at or datetime.now(UTC), run or "")
 
@@ -252,4 +252,4 @@ def _client_of(block: str) -> S3Client:
 def _archive(
     place: str, _block: str | None, _encryption: str | None, _environment: tuple[tuple[str, str], ...]
 ) -> Archive:
-    return Archive(open_store(place, s3_client() if place.lower().startswith("s3:") else None))
+    return Archive(open_store(place, s3_client() if is_s3(place) else None))

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -31,6 +31,7 @@ from prefect_segmind.api.response import Link, picture_or_link
 from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
+from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
 
 RESERVED_BYTES = 8 << 20
@@ -38,6 +39,7 @@ RESERVED_BYTES = 8 << 20
 
 _NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
 _KEPT = (".answer", ".answer.json")
+_REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
 Reader = Callable[[Path, Path], Picture]
 """Finds the picture in the body of a 200, the first file, and writes it to the second where the body is not it."""
@@ -70,11 +72,9 @@ class Outbox:
         Raises:
             OutboxError: It cannot be made or written, or has too little free space. Nothing was paid.
         """
-        try:
+        with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise self._unusable(error.strerror or str(error)) from error
         if free < self.min_free_bytes:
             raise self._unusable(f"{free / 1e6:.0f} MB are free, {self.min_free_bytes / 1e6:.0f} MB are needed")
         if not os.access(self.folder, os.W_OK):
@@ -93,13 +93,13 @@ class Outbox:
         self.check()
         part = self._part(fingerprint, run)
         try:
-            with part.open("wb") as file:
+            with self._disk_errors(), part.open("wb") as file:
                 part.chmod(0o600)
                 _reserve(file.fileno())
-        except OSError as error:
+        except OutboxError:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise self._unusable(error.strerror or str(error)) from error
+            raise
         try:
             yield part
         except BaseException as error:
@@ -126,7 +126,7 @@ class Outbox:
             sync(self.folder)
         except OSError as error:
             raise OutboxError(
-                f"outbox: {part} holds a picture that was paid for and could not be made durable: {error.strerror}",
+                f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}",
                 status=200,
                 possibly_billed=True,
             ) from error
@@ -157,7 +157,7 @@ class Outbox:
             return self._set_aside(part, answered)
         except OSError as error:
             raise OutboxError(
-                f"outbox: {part} holds an answer that was paid for and could not be made durable: {error.strerror}",
+                f"outbox: {part} holds an answer that was paid for and could not be made durable: {reason(error)}",
                 status=200,
             ) from error
 
@@ -217,7 +217,7 @@ class Outbox:
             except FileNotFoundError:
                 continue  # another run has read it meanwhile
             except OSError as error:
-                raise self._unusable(f"{body.name} cannot be read: {error.strerror}") from error
+                raise self._unusable(f"{body.name} cannot be read: {reason(error)}") from error
             try:
                 answered = _facts_of(body) or Answered(
                     cost_usd=list_price_usd,
@@ -275,7 +275,7 @@ class Outbox:
             except FileNotFoundError:
                 continue  # its run has renamed it, or the archive has it by now
             except OSError as error:
-                raise self._unusable(f"{path.name} cannot be read: {error.strerror}") from error
+                raise self._unusable(f"{path.name} cannot be read: {reason(error)}") from error
             except BrokenPicture as error:
                 if path.suffix == ".part":
                     continue
@@ -335,8 +335,8 @@ class Outbox:
 
         Answers of which no picture came stay: they were paid for, and what they are worth only a person can tell.
         """
-        with suppress(OSError):
-            for path in self._files(fingerprint):
+        with suppress(OutboxError):
+            for path in self._listed(fingerprint):
                 if not path.name.endswith(_KEPT):
                     with suppress(OSError):
                         path.unlink()
@@ -345,27 +345,18 @@ class Outbox:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
     def _all(self) -> list[Path]:
-        try:
+        """All files. `glob` would find none in a folder that may not be read."""
+        with self._disk_errors(": it cannot be read"):
             return list(self.folder.iterdir()) if self.folder.is_dir() else []
-        except OSError as error:
-            raise self._unusable(f"it cannot be read: {error.strerror}") from error
 
     def _listed(self, fingerprint: str) -> list[Path]:
-        try:
-            return self._files(fingerprint)
-        except OSError as error:
-            raise self._unusable(f"it cannot be read: {error.strerror}") from error
-
-    def _files(self, fingerprint: str) -> list[Path]:
-        """All files of a picture. `glob` would find none in a folder that may not be read."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
-        return [self.folder / name for name in names if name.startswith(f"{fingerprint}.")]
+        return [each for each in self._all() if each.name.startswith(f"{fingerprint}.")]
 
     def _unusable(self, why: str) -> OutboxError:
-        return OutboxError(
-            f"outbox: {self.folder} cannot take a picture: {why}; nothing was paid (free space there, or set "
-            "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
-        )
+        return OutboxError(f"outbox: {self.folder} cannot take a picture: {why}; {_REMEDY}")
+
+    def _disk_errors(self, what: str = "") -> AbstractContextManager[None]:
+        return disk_errors(f"outbox: {self.folder} cannot take a picture{what}", OutboxError, _REMEDY)
 
 
 def _arrived(part: Path) -> bool:

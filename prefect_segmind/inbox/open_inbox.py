@@ -10,7 +10,7 @@ from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.inbox.bucket import BucketInbox
 from prefect_segmind.inbox.folder import FolderInbox
 from prefect_segmind.inbox.inbox import Inbox
-from prefect_segmind.storage.open_store import open_store
+from prefect_segmind.storage.open_store import is_s3, open_store
 from prefect_segmind.storage.paths import found_path
 from prefect_segmind.text import given_text
 
@@ -36,7 +36,7 @@ def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", fa
             raise ConfigurationError(told)
     place = given_text("inbox", place) or ""
     try:
-        if place.lower().startswith("s3:"):
+        if is_s3(place):
             return BucketInbox(place, s3, done, failed)
         return FolderInbox(place, found_path(open_store(place).url), done, failed)
     except ConfigurationError as error:

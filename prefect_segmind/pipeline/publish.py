@@ -36,7 +36,7 @@ from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, 
 from prefect_segmind.images.conversion import upright_srgb
 from prefect_segmind.images.inspection import BrokenPicture, decoding, file_type, load_picture, open_picture
 from prefect_segmind.pipeline.archive import ArchivedImage
-from prefect_segmind.storage.open_store import path_of_file_url
+from prefect_segmind.storage.open_store import is_s3, path_of_file_url
 from prefect_segmind.storage.store import Store, StoredObject
 
 DEFAULT_CACHE_CONTROL: Final = "public, max-age=300"
@@ -251,7 +251,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         ('/srv/live/mugs', '{name}/large.webp')
     """
     path = path_of_file_url(publish_to.strip())
-    if not (in_s3 := path.lower().startswith("s3:")):
+    if not (in_s3 := is_s3(path)):
         path = path.replace(os.sep, "/")
     place, pattern = path.rstrip("/") or path[:1], f"{_NAME}.png"
     if _NAME in path:
@@ -262,7 +262,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         mistake = "it is empty"
     elif re.search("[{}]", path.replace(_NAME, "", 1)):
         mistake = "it has another placeholder than one {name}"
-    elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", path):
+    elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:|s3:", path):
         mistake = "nothing can be written there"
     elif in_s3 and not re.match(r"(?i)s3://[^/]", place):
         mistake = "it has no bucket before {name}"

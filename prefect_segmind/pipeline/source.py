@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_segmind.errors import SourceImageError, StoreError, redact
+from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download_bytes
+from prefect_segmind.storage.open_store import is_s3
 from prefect_segmind.storage.paths import found_path, missing
 from prefect_segmind.text import spellings
 
@@ -49,7 +51,7 @@ class SourceReader:
         """
         if image.startswith(("http://", "https://")):
             return image
-        if not image.startswith("s3://"):
+        if not is_s3(image):
             return str(found_path(image))
         if len(others := spellings(image)) == 1:
             return image
@@ -68,7 +70,7 @@ class SourceReader:
             UnreadableSource: An http source that does not answer as it should.
             StoreError: S3 refuses or does not answer.
         """
-        if image.startswith("s3://"):
+        if is_s3(image):
             from prefect_segmind.storage import s3
 
             try:
@@ -103,10 +105,9 @@ def _read_file(image: str) -> bytes:
         if not path.exists():
             raise SourceImageError(missing(image))
         if not path.is_file():
-            raise SourceImageError(f"image: {image} is no ordinary file")
+            raise SourceImageError(f"image: {image} is not a regular file")
         if path.stat().st_size > LOCAL_LIMIT:
             raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
         return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home, a circle of links
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise SourceImageError(f"image: {image} cannot be read: {why}") from None
+        raise SourceImageError(f"image: {image} cannot be read: {reason(error)}") from None

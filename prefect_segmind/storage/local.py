@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from uuid import uuid4
 
-from prefect_segmind.errors import StoreAccessError, StoreError
+from prefect_segmind.errors import StoreError
+from prefect_segmind.storage.disk_errors import disk_errors
 from prefect_segmind.storage.store import StoredObject, require
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
-FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
-"""What the system says where nothing more can be written."""
 
 
 class LocalStore:
@@ -54,7 +53,7 @@ class LocalStore:
     def get(self, key: str) -> StoredObject | None:
         """The file's content, with its SHA-256 as etag; None if there is no such file."""
         path = self._path(key)
-        with _explained("read", path):
+        with disk_errors(f"cannot read {path}"):
             try:
                 with path.open("rb") as file:
                     written = os.fstat(file.fileno()).st_mtime  # of this very content, whatever is renamed meanwhile
@@ -76,7 +75,7 @@ class LocalStore:
         """Write a file atomically; see `Store.put`."""
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
-        with _explained("write", path):
+        with disk_errors(f"cannot write {path}"):
             above_new: list[Path] = []
             if not path.parent.is_dir():
                 above_new = [folder.parent for folder in path.parents if not folder.exists()]
@@ -138,22 +137,8 @@ def _is_ours(key: str) -> bool:
 def _unless_gone(error: OSError) -> None:
     """What os.walk does with a folder it cannot list: by itself it would silently show less than there is."""
     if not isinstance(error, FileNotFoundError):
-        with _explained("list", Path(error.filename)):
+        with disk_errors(f"cannot list {error.filename}"):
             raise error
-
-
-@contextmanager
-def _explained(doing: str, path: Path) -> Iterator[None]:
-    """Turn the system's errors into ours, with the path and what to do."""
-    try:
-        yield
-    except OSError as error:
-        where = f"cannot {doing} {path}"
-        if error.errno in FULL:
-            raise StoreError(f"{where}: the disk is full, or a quota is; free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StoreAccessError(f"{where}: permission denied; check the owner and mode of the folder") from error
-        raise StoreError(f"{where}: {error.strerror or error}; check the folder and its disk") from error
 
 
 def sync(path: Path) -> None:

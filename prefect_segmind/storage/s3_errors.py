@@ -81,9 +81,14 @@ def error_code(error: aws.ClientError) -> str:
     return error.response.get("Error", {}).get("Code", "")
 
 
+def status_of(error: aws.ClientError) -> int | None:
+    """The HTTP status of a refused call."""
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
 def may_be_the_checksum(error: aws.ClientError) -> bool:
     """Whether a refused write may have been refused because of a checksum header, as servers say it in many ways."""
-    code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code, status = error_code(error), status_of(error)
     known = code in _BAD_CREDENTIALS | _BAD_REGION
     return code == "SignatureDoesNotMatch" or (status in (400, 411, 501) and not known)
 
@@ -101,7 +106,7 @@ def explained(doing: str, client: S3Client | None = None) -> Iterator[None]:
 
 def _refusal(error: aws.ClientError) -> tuple[type[SegmindError], str, int | None]:
     """The class, the words and the status for an answer of the server."""
-    code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code, status = error_code(error), status_of(error)
     said = f"{code}: {error.response.get('Error', {}).get('Message', '')}".strip(": ")
     kind: type[SegmindError] = StoreError
     words = f"the server answered {status} {said}; check AWS_ENDPOINT_URL_S3 and the address"

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from prefect_segmind.errors import StoreError
+from prefect_segmind.storage.disk_errors import disk_errors
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -92,19 +92,14 @@ class Spool(Generic[M]):
 
 @contextmanager
 def temporary_file() -> Iterator[None]:
-    """Turns what fails with a temporary file into an error that names its folder.
+    """Turn a failure of a temporary file into an error that names its folder.
 
     Raises:
         StoreError: The disk is full, or the folder is missing or cannot be written.
     """
-    try:
+    folder = "the folder for temporary files"
+    with suppress(OSError):  # where none of those that it tries can be written
+        folder = tempfile.gettempdir()
+    remedy = f"free some space in {folder}, or set TMPDIR to a folder that can be written and has some"
+    with disk_errors("cannot use a temporary file", remedy=remedy):
         yield
-    except OSError as error:
-        try:
-            folder = tempfile.gettempdir()
-        except OSError:  # none of those that it tries can be written
-            folder = "the folder for temporary files"
-        raise StoreError(
-            f"cannot use a temporary file ({error.strerror or error}): free some space in {folder}, or set TMPDIR to a "
-            "folder that is there, can be written and has some"
-        ) from error

@@ -672,7 +672,7 @@ def test_a_closed_spool_has_no_file_any_more(tmp_path, monkeypatch):
 
 def test_a_spool_without_a_place_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(StoreError, match=r"cannot use a temporary file \(No such file or directory\).* or set TMPDIR"):
+    with pytest.raises(StoreError, match=r"cannot use a temporary file: No such file or directory;.* or set TMPDIR"):
         Spool(Done)
 
 

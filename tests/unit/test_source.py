@@ -56,7 +56,7 @@ class TestLocalFiles:
     def test_a_pipe_or_a_device_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", Path("/dev/zero")):
-            assert "is no ordinary file" in refusal(path)
+            assert "is not a regular file" in refusal(path)
 
     def test_a_huge_file_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
