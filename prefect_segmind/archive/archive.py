@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -109,8 +110,18 @@ class Archive:
         return self.store.put(key, data, "application/json", if_absent=etag is None, if_match=etag)
 
     def content(self, uri: str) -> bytes | None:
-        """What lies at a URI of this archive; None if nothing does."""
-        found = self.store.get(uri[len(self.store.uri("x")) - 1 :].replace("\\", "/"))
+        """The content at an address of this archive; None if there is none.
+
+        Args:
+            uri: As `ArchivedImage` names its picture and sidecar.
+
+        Raises:
+            StoreError: The address is not in this archive, or cannot be read.
+        """
+        root = self.store.uri("x")[:-1]
+        if not uri.startswith(root):
+            raise StoreError(f"{uri} is not in the archive {self.url}; open the archive that it is in")
+        found = self.store.get(uri.removeprefix(root).replace(os.sep, "/"))
         return found.data if found else None
 
     def survey(self, fingerprints: Collection[str]) -> Survey:
