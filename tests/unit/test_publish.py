@@ -484,7 +484,7 @@ def test_a_note_that_cannot_be_read_is_an_error_and_never_an_absence(
     monkeypatch.setattr(publishing, "_WAITS_FOR_A_WRITER", (0.0,))
     publish(store, RED, 1)
     store.put(".segmind/live/hero/summer.png.json", text.encode(), "application/json")
-    with pytest.raises(StoreError, match=r"summer\.png\.json is no note .* restored \(or removed"):
+    with pytest.raises(StoreError, match=r"summer\.png\.json cannot be read by this version; .* restored \(or removed"):
         publish(store, GREEN, 2)
     assert content(store) == RED
 
@@ -513,7 +513,7 @@ def test_who_never_wins_gives_up_and_says_what_to_do(tmp_path: Path) -> None:
         def put(self, key: str, data: bytes, content_type: str, **options: Any) -> str:
             raise PreconditionFailedError("somebody else was faster")
 
-    with pytest.raises(StoreError, match=r"summer\.png is written by others all the time; run again"):
+    with pytest.raises(StoreError, match=r"summer\.png is being written by other runs; run again"):
         publish(Losing(LocalStore(tmp_path)))
 
 
