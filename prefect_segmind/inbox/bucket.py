@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class BucketInbox(Inbox):
     """An inbox that is a prefix in a bucket.
 
-    Servers honour all conditions or some or none, and do not say which: so each is also checked beforehand.
+    A server honours all conditions or some or none, and cannot be asked which: so each is also checked beforehand.
     """
 
     def __init__(self, place: str, s3: Callable[[], S3Client], done: str, failed: str) -> None:
@@ -67,7 +67,7 @@ class BucketInbox(Inbox):
         for found in self._s3.list_objects(f"{self.url}/", self._client):
             listing.now, seen = found.now, self._seen(found)
             below = seen.file.below
-            if self._passes_over(below):
+            if self._leaves_out(below):
                 continue
             if IMAGE_SUFFIX.fullmatch(below):
                 listing.images[below] = seen

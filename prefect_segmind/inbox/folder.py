@@ -31,7 +31,7 @@ class FolderInbox(Inbox):
                 if _version(source.lstat()) != file.version:
                     return None
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # What has that name at this moment is taken in one step to where only this run writes, then judged.
+                # Whatever has that name now is moved in one step to a name that only this run knows, then compared.
                 source.replace(held)
             except FileNotFoundError:
                 return None
@@ -56,7 +56,7 @@ class FolderInbox(Inbox):
                 folders.clear()
                 for path, name in paths.items():
                     below = path.relative_to(self._folder).as_posix()
-                    if self._passes_over(below):
+                    if self._leaves_out(below):
                         continue
                     try:
                         facts = path.lstat()
@@ -64,12 +64,12 @@ class FolderInbox(Inbox):
                         if not isinstance(error, FileNotFoundError):
                             listing.skip(below, _unreadable(error))
                         continue
-                    if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
+                    if stat.S_ISDIR(facts.st_mode):  # not a link: links lead in circles and anywhere
                         folders.append(name)
                     elif not stat.S_ISREG(facts.st_mode) or not IMAGE_SUFFIX.fullmatch(writable(below)):
                         listing.skip(below)
                     elif writable(below) != below:
-                        listing.skip(below, "its name is no UTF-8; rename it")
+                        listing.skip(below, "its name is not UTF-8; rename it")
                     else:
                         file = InboxFile(str(path), below, _version(facts), facts.st_ctime)
                         listing.images[below] = Seen(file, facts.st_size, facts.st_mtime)
@@ -98,12 +98,12 @@ def _version(facts: os.stat_result) -> str:
 
 
 def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
-    """Gives a file that only this run knows the wanted name or, where that is taken or not to be had, the next."""
+    """Give a file the wanted name or, if that is taken or not `plain`, the next one; only this run knows the file."""
     names = islice(safe_names(wanted.name, held.read_bytes), 0 if plain else 1, None)
     while True:
         path = wanted.with_name(next(names))
         try:
-            path.open("xb").close()  # from here on the name is ours; of several runs one gets it
+            path.open("xb").close()  # from here on the name is ours; only one of several runs gets it
         except FileExistsError:
             if path.is_file() and path.read_bytes() == held.read_bytes():
                 held.unlink()

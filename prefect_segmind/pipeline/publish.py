@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
 from PIL import Image
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, StoreError, redact
@@ -41,7 +40,7 @@ from prefect_segmind.images.conversion import upright_srgb
 from prefect_segmind.images.inspection import BrokenPicture, decoding, file_type, load_picture, open_picture
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.storage.open_store import is_s3, path_of_file_url
-from prefect_segmind.storage.store import Store, StoredObject
+from prefect_segmind.storage.store import Store, StoredObject, read_model
 
 DEFAULT_CACHE_CONTROL: Final = "public, max-age=300"
 """Short, because the same address gets new content."""
@@ -53,8 +52,7 @@ _FORMATS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 90}),
 }
-_WAITS_FOR_A_WRITER: Final = (0.05, 0.2, 0.5)  # as in `archive`: some servers write in place, and show half of it
-_ROUNDS: Final = 20  # each one lost means that somebody else has won one
+_ROUNDS: Final = 20  # another run has won each one that is lost
 
 
 class Published(BaseModel):
@@ -196,20 +194,12 @@ class Publishing:
 
     def _read_note(self, key: str) -> tuple[Note | None, str | None]:
         """The note of a key and its version; neither only where the store says for certain that there is none."""
-        address = _note_key(key)
-        for wait in (*_WAITS_FOR_A_WRITER, None):
-            found = self.store.get(address)
-            if found is None:
-                return None, None
-            try:
-                return Note.model_validate_json(found.data), found.etag
-            except ValidationError:
-                if wait is not None:
-                    time.sleep(wait)
-        raise StoreError(
-            f"{self.store.uri(address)} cannot be read by this version; it names the refresh that is published, so "
-            "nothing is published there until it is restored (or removed, if any refresh may be published there)"
+        remedy = (
+            "it names the refresh that is published, so nothing is published there until it is restored (or removed, "
+            "if any refresh may be published there)"
         )
+        found = read_model(self.store, _note_key(key), Note, remedy)
+        return (found[0], found[1].etag) if found else (None, None)
 
     def _formatted(self, key: str, picture: bytes) -> bytes:
         """The picture in the format of its address: itself, or a converted copy."""

@@ -1,4 +1,4 @@
-"""Reading a source image from where it lies: a local file, an `s3://` object, or an `http(s)://` address."""
+"""Reading a source image: a local file, an `s3://` object, or an `http(s)://` address."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 REMOTE_LIMIT = 25_000_000
-"""Bytes of an `s3://` or `http(s)://` source that are read."""
+"""Most bytes of an `s3://` or `http(s)://` source that are read."""
 LOCAL_LIMIT = 250_000_000
-"""Bytes of a local file that are read; more is no photo."""
+"""Most bytes of a local file that are read; no photo has more."""
 
 
 class UnreadableSource(Exception):
@@ -41,7 +41,7 @@ class SourceReader:
     allow_loopback: bool = False
 
     def locate(self, image: str) -> str:
-        """Where a source is: as it is given or, where nothing is there, under another spelling of its name.
+        """The location of a source: as given or, if nothing is there, in another spelling of its name.
 
         Args:
             image: As for `read`.
@@ -90,7 +90,7 @@ class SourceReader:
         except DownloadError as error:
             if error.refused:
                 raise SourceImageError(
-                    f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant)"
+                    f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true to allow it)"
                 ) from None
             if error.too_large:
                 raise SourceImageError(f"image: {error}; the provider takes 10 MB, make it smaller") from None
@@ -109,5 +109,5 @@ def _read_file(image: str) -> bytes:
         if path.stat().st_size > LOCAL_LIMIT:
             raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home, a circle of links
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user, a circle of links
         raise SourceImageError(f"image: {image} cannot be read: {reason(error)}") from None

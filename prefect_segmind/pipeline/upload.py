@@ -119,7 +119,7 @@ class Uploads:
         """The place, if the provider can read what lies there.
 
         Raises:
-            ConfigurationError: There is none, or it is no bucket.
+            ConfigurationError: There is none, or it is not in S3.
         """
         if self.place is None:
             raise ConfigurationError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def path_of_file_url(url: str) -> str:
-    """The path of a `file:` URL of this machine, in which `#` and `?` are part of the path; anything else as it is.
+    """The path of a local `file:` URL, in which `#` and `?` are part of the path; anything else unchanged.
 
     Example:
         >>> path_of_file_url("file:///srv/live#1"), path_of_file_url("s3://bucket/live")
@@ -45,7 +45,7 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.storage.s3.s3_client()`.
 
     Raises:
-        ConfigurationError: The address is of no such kind, or the S3 client cannot be made.
+        ConfigurationError: The address is of another kind, or the S3 client cannot be made.
 
     Example:
         >>> open_store("~/pictures").conditional
@@ -64,7 +64,7 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         raise ConfigurationError(f"unsupported location {url!r}: {allowed}")
     try:
         return LocalStore(Path(url).expanduser())
-    except RuntimeError as error:  # a home that nobody has
+    except RuntimeError as error:  # the home of an unknown user
         raise ConfigurationError(f"unsupported location {url!r} ({error}): {allowed}") from error
 
 

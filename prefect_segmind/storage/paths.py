@@ -1,4 +1,4 @@
-"""Local paths as people write them: another form of Unicode, the slashes of Windows, a near miss."""
+"""Local paths as people write them: another form of Unicode, backslashes, typing mistakes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found_path(given: str | Path) -> Path:
             if is_there(found):
                 return found
         return path
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # the home of an unknown user
         return path
 
 
@@ -37,7 +37,7 @@ def is_there(path: Path) -> bool:
     """Whether a path leads to something."""
     try:
         return path.exists()
-    except (OSError, ValueError):  # no name that this system takes, so no file either
+    except (OSError, ValueError):  # a name that this system does not allow
         return False
 
 

@@ -1,4 +1,4 @@
-"""S3 through boto3: the store in a bucket, single objects, presigned addresses, and every failure in plain words.
+"""S3 through boto3: the store in a bucket, single objects, presigned addresses.
 
 Importing this costs about a second of boto3, so it is imported where an `s3://` address turns up.
 """
@@ -69,7 +69,7 @@ def s3_client() -> S3Client:
 
 
 def ask_for_no_checksums(client: S3Client) -> None:
-    """Has a client not ask for the checksums of what it reads: that is checked by its own hash.
+    """Make a client read without asking for checksums: what it reads is checked by its own hash.
 
     botocore's check breaks on a 5xx that carries a checksum header (AttributeError: 'StreamingChecksumBody' object has
     no attribute 'strip'), as S3-compatible servers send it, and some servers refuse to be asked.
@@ -79,10 +79,10 @@ def ask_for_no_checksums(client: S3Client) -> None:
 
 
 def encrypt_writes(client: S3Client, encryption: str | None) -> None:
-    """Has a client ask for server-side encryption with all that it writes, copies included; for none if None.
+    """Make a client ask for server-side encryption of all that it writes, copies included; of nothing if None.
 
     Args:
-        client: Whoever made it.
+        client: The client, whoever made it.
         encryption: `AES256`, `aws:kms` for the account's own key, or `aws:kms:` and the id or ARN of a key.
     """
     headers = {"ServerSideEncryption": encryption} if encryption else {}
@@ -99,7 +99,7 @@ def encrypt_writes(client: S3Client, encryption: str | None) -> None:
 
 
 def sign_where_buckets_are(client: S3Client) -> None:
-    """Has a client sign addresses for the region into which it was redirected with a bucket's requests.
+    """Make a client sign addresses for the region to which a bucket's requests were redirected.
 
     botocore learns from a redirect for its next requests, and for the host of an address that it signs, but signs that
     for the client's own region, which is refused.
@@ -130,7 +130,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     """
     found = re.fullmatch(r"(?is)s3://([a-z0-9][a-z0-9._-]{1,254})(?:/(.*))?", uri)
     if not found:
-        raise ConfigurationError(f"{uri!r} is no S3 address: write s3://bucket/key, with the key as it is, not encoded")
+        raise ConfigurationError(f"{uri!r} is not an S3 address: write s3://bucket/key, the key not encoded")
     return found[1], found[2] or ""
 
 
@@ -279,15 +279,15 @@ def delete(uri: str, client: S3Client, *, etag: str) -> None:
 
 
 def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
-    """A https address by which anybody can GET the object until it dies, or the credentials that signed it.
+    """An https address by which anybody can GET the object until it expires, or the credentials that signed it.
 
-    It is a bearer secret: never logged, stored or shown. It is a signature only; nothing is asked of the server. It is
-    for the region that this client's requests to the bucket have led to.
+    It is a bearer secret: never logged, stored or shown. No request is sent. The address is for the region that this
+    client's requests to the bucket have led to.
 
     Args:
         uri: `s3://bucket/key`.
         client: One that signs with SigV4, as that of `s3_client()` does.
-        seconds: How long it lives, up to 604800 (seven days, the most that SigV4 allows,
+        seconds: How long it is valid, up to 604800 (seven days, the most that SigV4 allows,
             https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html).
 
     Raises:
@@ -303,12 +303,12 @@ def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
 
 
 def credentials_expire_in(client: S3Client) -> float | None:
-    """Seconds until the credentials that would sign now die, refreshed first if due; None where none is known.
+    """Seconds until the current credentials expire, refreshed first if due; None if they do not, or it is unknown.
 
     Raises:
         StoreCredentialsError: They are due to be refreshed and cannot be.
     """
-    # botocore shows a client's credentials and their expiry nowhere in public; a test pins that these are there.
+    # botocore has no public access to a client's credentials and their expiry; a test pins these private names.
     credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
     if credentials is None:
         return None
@@ -323,7 +323,7 @@ class S3Store:
 
     Args:
         bucket: It must exist.
-        prefix: What all keys begin with; slashes around it do not count.
+        prefix: What all keys begin with; slashes around it are ignored.
         client: As of `s3_client()`; threads may share it.
     """
 
@@ -342,9 +342,9 @@ class S3Store:
 
     @property
     def conditional(self) -> bool:
-        """Whether the server honours `If-None-Match: *`; asked once, by writing `.segmind/conditional-writes`.
+        """Whether the server honours `If-None-Match: *`; probed once, by writing `.segmind/conditional-writes`.
 
-        Some servers take the header and ignore it, hence two writes: the second one must be refused.
+        Some servers accept the header and ignore it, hence two writes: the second one must be refused.
         """
         with self._probing:
             if self._conditional is None:
@@ -410,10 +410,9 @@ class S3Store:
             raise
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether the object is there with this content, by HEAD: every sign that the server gives must agree.
+        """Whether the object has this content, by HEAD: the size, and the SHA-256 and ETag where known, must agree.
 
-        The signs are the size, the SHA-256 and the ETag; this one is the MD5 of the content only if it looks like one
-        and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
+        The ETag is the MD5 of the content only if it looks like one and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
 
         Raises:
             StoreError: Its subclass says what to do.
@@ -426,14 +425,14 @@ class S3Store:
                 head = self._client.head_object(**where)
             except aws.ClientError:
                 head = None
-        if head is None:  # a refused HEAD has no text: 404 may be the key or the bucket, 403 the key pair or the rights
+        if head is None:  # a refused HEAD has no body: 404 may be the key or the bucket, 403 the key pair or the rights
             found = self.get(key)
             return found is not None and found.data == data
         checksum, etag = head.get("ChecksumSHA256"), _MD5.fullmatch(head["ETag"])
         plain = not head.get("ServerSideEncryption", "").startswith("aws:kms")
         return (
             head["ContentLength"] == len(data)
-            and (not checksum or "-" in checksum or checksum == _sha256(data))  # with a dash: of the parts of an upload
+            and (not checksum or "-" in checksum or checksum == _sha256(data))  # with a dash: of a multipart upload
             and (not etag or not plain or etag[1] == hashlib.md5(data, usedforsecurity=False).hexdigest())
         )
 
@@ -502,17 +501,17 @@ def _sha256(data: bytes) -> str:
 
 
 def _put(client: S3Client, request: PutObjectRequestTypeDef, sha256: str) -> str:
-    """Writes an object with its checksum; without, from here on, where the server takes it only so. Gives the ETag."""
+    """Write an object with its checksum; without, from here on, if the server refuses one. Returns the ETag."""
     if not _sends_checksums(client):
         return client.put_object(**request)["ETag"]
     try:
-        # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
+        # Both: a server may keep the checksum only if the algorithm is named as well, as moto does.
         checked: PutObjectRequestTypeDef = {**request, "ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
         return client.put_object(**checked)["ETag"]
     except aws.ClientError as error:
         if not may_be_the_checksum(error):
             raise
-    config: Any = client.meta.config  # what botocore looks at for each request: else it adds a checksum of its own
+    config: Any = client.meta.config  # botocore reads it for each request; else it adds a checksum of its own
     with _trying_without:
         before = config.request_checksum_calculation
         config.request_checksum_calculation = "when_required"

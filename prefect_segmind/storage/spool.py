@@ -1,4 +1,4 @@
-"""A list on disk: as many records as there are, in little memory."""
+"""A list on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Spool(Generic[M]):
         models: The classes of the records.
 
     Example:
-        >>> from prefect_segmind.api.request import Job
+        >>> from prefect_segmind.jobs.job import Job
         >>> with Spool(Job) as jobs:
         ...     jobs.append(Job(image="mug.jpg", prompt="a red mug"))
         ...     [job.name for job in jobs]
@@ -45,7 +45,7 @@ class Spool(Generic[M]):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the spool
 
     def append(self, record: M) -> None:
-        """Adds a record.
+        """Append a record.
 
         Raises:
             StoreError: The disk is full, or the temporary folder cannot be written.
@@ -73,12 +73,12 @@ class Spool(Generic[M]):
                 return
             for line in lines:
                 number, _, text = line.partition(b" ")
-                # What is in here has been checked before; the context only lets all of that through again.
+                # The records were valid when appended; the context lets all of them through again.
                 yield self._models[int(number)].model_validate_json(text, context={"allow_unlisted_resolution": True})
 
     def close(self) -> None:
-        """Removes the file; the records are gone."""
-        with suppress(OSError):  # what could not be flushed is of no use any more
+        """Remove the file with all records."""
+        with suppress(OSError):  # what could not be flushed is not needed any more
             self._file.close()
 
     def __enter__(self) -> Spool[M]:

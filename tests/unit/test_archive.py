@@ -55,5 +55,5 @@ def test_no_request_is_sent_for_the_address_of_another_place(url: str, uri: str)
 
 def test_an_address_cannot_leave_the_archive(archive: Archive, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"x")
-    with pytest.raises(StoreError, match="key"):
+    with pytest.raises(StoreError, match="is not a key"):
         archive.content(f"{archive.store.uri('x')[:-1]}../secret.png")

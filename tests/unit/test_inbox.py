@@ -760,7 +760,7 @@ def test_a_name_that_cannot_be_written_down_is_told(tmp_path):
     found = look(place)
     assert [file.below for file in found.settled] == ["cup.jpg"]
     assert found.ignored == ("caf\\udce9.jpg", "caf\\udce9.txt", "caf\\udce9/mug.jpg")
-    assert found.unreadable == tuple(f"caf\\udce9{each}.jpg: its name is no UTF-8; rename it" for each in ("", "/mug"))
+    assert found.unreadable == tuple(f"caf\\udce9{each}.jpg: its name is not UTF-8; rename it" for each in ("", "/mug"))
 
 
 def test_an_inbox_that_is_none_is_told_with_what_to_do(tmp_path, monkeypatch):
@@ -783,7 +783,7 @@ def test_an_inbox_that_is_none_is_told_with_what_to_do(tmp_path, monkeypatch):
     )
     assert told("").startswith("inbox: unsupported location ''")
     assert told("~nobody-here/in").startswith("inbox: unsupported location '~nobody-here/in'")
-    assert told("s3://").startswith("inbox: 's3://' is no S3 address")
+    assert told("s3://").startswith("inbox: 's3://' is not an S3 address")
     assert "cannot be read" in told("x" * 300)
 
 

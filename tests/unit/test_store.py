@@ -355,9 +355,9 @@ def test_a_key_is_taken_as_it_is() -> None:
 def test_a_key_cannot_leave_the_folder_or_touch_what_is_not_an_object(key: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     for call in (store.get, store.uri, lambda key: store.put(key, b"x", "text/plain")):
-        with pytest.raises(StoreError, match="is no key"):
+        with pytest.raises(StoreError, match="is not a key"):
             call(key)
-    with pytest.raises(StoreError, match="is no key"):
+    with pytest.raises(StoreError, match="is not a key"):
         list(store.keys("../"))
 
 
