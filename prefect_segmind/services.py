@@ -32,7 +32,7 @@ from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.settings import PREFIX, SegmindSettings, load_settings
 from prefect_segmind.storage.http_environment import check_environment
-from prefect_segmind.storage.open_store import is_relative, open_store
+from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
 from prefect_segmind.text import given_text
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Services:
             return None
         place, pattern = split_publish_to(given_text("publish_to", self.publish_to) or "")
         place = lasting(place, "publish_to")
-        store = open_store(place, self.s3 if place.lower().startswith("s3:") else None)
+        store = open_store(place, self.s3 if is_s3(place) else None)
         return Publishing(store, pattern, self.settings.publish_cache_control)
 
     def check(self) -> None:
@@ -299,5 +299,5 @@ def _client_of(block: str) -> S3Client:
 @lru_cache(maxsize=32)
 def _archive(place: str, block: str | None, encryption: str | None, environment: _Environment) -> Archive:
     """Kept from run to run, so that a store is asked once whether it honours conditional writes."""
-    client = _s3_client(block, encryption, environment) if place.lower().startswith("s3:") else None
+    client = _s3_client(block, encryption, environment) if is_s3(place) else None
     return Archive(open_store(place, client))

@@ -63,7 +63,7 @@ class TestATemporaryFolder:
     ) -> None:
         place = put_manifest(sandbox, tmp_path)
         monkeypatch.setattr(tempfile, "TemporaryFile", made)
-        with pytest.raises(StoreError, match=r"cannot use a temporary file .*TMPDIR") as caught:
+        with pytest.raises(StoreError, match=r"cannot use a temporary file: .*TMPDIR") as caught:
             load_manifest(place, None, s3=lambda: Services().s3)
         assert type(caught.value) is StoreError
         assert tempfile.gettempdir() in str(caught.value)
@@ -167,5 +167,5 @@ class TestAnOutbox:
 
 def test_check_says_that_an_upload_place_on_disk_is_none(tmp_path: Path) -> None:
     looks = dict(check.all_checks(None, None, str(tmp_path)))
-    with pytest.raises(ConfigurationError, match="is no s3:// place, so the provider could not read it"):
+    with pytest.raises(ConfigurationError, match="is not in S3, so the provider cannot read it"):
         looks["upload place"]()

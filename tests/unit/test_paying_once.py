@@ -498,7 +498,7 @@ def test_a_record_that_cannot_be_read_is_never_taken_for_not_there(sandbox: Sand
     job, uploaded = up_to_upload(photo)
     archive = Services().archive
     archive.store.put(record_key(job.fingerprint), b'{"state": "done"', "application/json")
-    with pytest.raises(StoreError, match="no record that this version can read"):
+    with pytest.raises(StoreError, match=r"cannot be read by this version; .* nothing is paid until it is restored"):
         generate(job, uploaded)
     assert sandbox.ledger.requests == ()
 

@@ -56,7 +56,7 @@ class TestLocalFiles:
     def test_a_pipe_or_a_device_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", Path("/dev/zero")):
-            assert "is no ordinary file" in refusal(path)
+            assert "is not a regular file" in refusal(path)
 
     def test_a_huge_file_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
@@ -116,7 +116,7 @@ class TestAddresses:
 
     @pytest.mark.parametrize("url", ["http://10.0.0.8/mug.jpg", "http://169.254.169.254/latest/meta-data"])
     def test_a_private_one_is_refused_and_the_setting_that_allows_it_named(self, url: str) -> None:
-        assert "set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant" in refusal(url)
+        assert "set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true to allow it" in refusal(url)
 
     def test_a_private_one_is_read_where_the_setting_allows_it(
         self, sandbox: Sandbox, photo_bytes: bytes, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -122,8 +123,14 @@ class TestUploading:
 
     @pytest.mark.parametrize("place", ["uploads", "/srv/uploads", "https://bucket.example/uploads"])
     def test_a_place_that_the_provider_cannot_read_is_an_error(self, place: str, photo: Path) -> None:
-        with pytest.raises(ConfigurationError, match="is no s3:// place"):
+        with pytest.raises(ConfigurationError, match="is not in S3"):
             Uploads(no_s3, place).upload(validated(photo), HERE)  # type: ignore[arg-type]
+
+    def test_the_scheme_of_a_place_may_be_in_capitals(self, sandbox: Sandbox, photo: Path) -> None:
+        uploads = replace(Services(upload_to="S3://segmind/capitals").uploads, public_base_url="https://cdn.example")
+        uploaded = uploads.upload(validated(photo), HERE)
+        assert uploaded.uri == f"s3://segmind/capitals/{uploaded.sha256}.jpg"
+        assert uploads.address(uploaded.uri) == f"https://cdn.example/{uploaded.sha256}.jpg"
 
 
 class TestRemoteSources:
