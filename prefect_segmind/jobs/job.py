@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from prefect_segmind.api.request import (
     ImageWeight,
@@ -250,22 +251,36 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     lines: dict[str, str] = {}
     for each in error.errors():
         field = str(each["loc"][0]) if each["loc"] else "job"
-        if each["type"] == "missing":
-            line = f"{field}: missing; needed is {ALLOWED[field]}"
-        elif each["type"] == "extra_forbidden":
+        if each["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field.lower(), list(model.model_fields), n=1)
             line = f"{field}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
         else:
-            value = each["input"]
-            shown = redact(repr(value.value if isinstance(value, Enum) else value))
-            shown = shown if len(shown) <= 80 else shown[:79] + "…"
-            line = f"{field}: {shown} is not allowed; allowed is {ALLOWED.get(field, 'an object of named fields')}."
-            if "secret" in each["msg"]:
-                line = f"{field}: {shown} {each['msg'].removeprefix('Value error, ')}"
-            near_value = nearest_value(field, value)
-            line += f" Did you mean {near_value}?" if near_value else ""
+            line = describe_mistake(field, each)
         lines.setdefault(field, line)
     return list(lines.values())
+
+
+def describe_mistake(field: str, mistake: ErrorDetails, allowed: str | None = None) -> str:
+    """One line for a field with a wrong value or none: the value, what is allowed, and the nearest right value.
+
+    Args:
+        field: The name of the field.
+        mistake: What pydantic found.
+        allowed: What the field takes, if `ALLOWED` does not say it.
+
+    Returns:
+        The line, which begins with the name of the field.
+    """
+    allowed = allowed or ALLOWED.get(field, "an object of named fields")
+    if mistake["type"] == "missing":
+        return f"{field}: missing; needed is {allowed}"
+    value = mistake["input"]
+    shown = redact(repr(value.value if isinstance(value, Enum) else value))
+    shown = shown if len(shown) <= 80 else shown[:79] + "…"
+    if "secret" in mistake["msg"]:
+        return f"{field}: {shown} {mistake['msg'].removeprefix('Value error, ')}"
+    near = nearest_value(field, value)
+    return f"{field}: {shown} is not allowed; allowed is {allowed}." + (f" Did you mean {near}?" if near else "")
 
 
 def nearest_value(field: str, value: object) -> str | None:

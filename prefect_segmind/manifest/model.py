@@ -98,12 +98,18 @@ def look_alike(name: str, one: Found, other: Found, names_each: bool) -> str:
     return f"name: {shown(name)} would be both {both}; {remedy}"
 
 
-def unknown(field: object, known: Iterable[str]) -> str:
-    """The mistake of a field that does not exist, with the nearest that does.
+def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
+    """The mistake of a field that does not exist, with the nearest that does, or with all.
+
+    Args:
+        name: What it is called.
+        known: Those that exist.
+        what: What they are.
 
     Example:
         >>> unknown("varients", ["vars", "variants"])
         'varients: there is no such field. Did you mean variants?'
     """
-    near = difflib.get_close_matches(str(field).lower(), list(known), n=1)
-    return f"{shown(field)}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
+    near = difflib.get_close_matches(str(name).lower(), known := list(known), n=1)
+    remedy = f". Did you mean {near[0]}?" if near else f"; allowed is one of {', '.join(known)}"
+    return f"{shown(name)}: there is no such {what}{remedy}"
