@@ -17,7 +17,7 @@ from prefect_segmind.api.resolutions import resolution_size
 from prefect_segmind.errors import InvalidJobError
 from prefect_segmind.jobs.job import Job, name_from_image, parse_job, suffix_from_image
 from prefect_segmind.manifest.model import (
-    JOB_FIELDS,
+    FIELDS,
     MAX_VARIANTS,
     TEXTS,
     Found,
@@ -39,12 +39,14 @@ class Expansion:
         variables: The run's own, which win over the manifest's vars and give way to an asset's.
         find: The images for what an asset says; its second argument tells whether wildcards count. An InvalidJobError
             of it is a mistake of the asset.
-        mistakes: Where mistakes go.
-        warnings: Where warnings go.
+        mistakes: Those that are known already.
+        warnings: Those that are known already.
         allow_unlisted_resolution: Whether other sizes than the 78 are let through.
         absent: Says why nothing can be at a location, if that is known at little cost; it is told of each location.
 
     Attributes:
+        mistakes: What is wrong with the head and the assets so far.
+        warnings: What is odd about them.
         unmatched: What is no mistake by itself: patterns that nothing matches.
         missing: And images that are not there, with where they are asked for.
     """
@@ -55,20 +57,22 @@ class Expansion:
         variables: Mapping[str, Any],
         find: Callable[[str, bool], Sequence[Found]],
         *,
-        mistakes: Notes,
-        warnings: Notes,
+        mistakes: Notes | None = None,
+        warnings: Notes | None = None,
         allow_unlisted_resolution: bool = False,
         absent: Callable[[str, str], str | None] = lambda location, where: None,
     ) -> None:
         self.unmatched, self.missing = Notes(), Notes()
         self._absent = absent
-        self._find, self._mistakes, self._warnings = find, mistakes, warnings
+        self._find = find
+        self.mistakes = Notes() if mistakes is None else mistakes
+        self.warnings = Notes() if warnings is None else warnings
         self._run, self._unlisted = _variables(variables), allow_unlisted_resolution
         self._seen: dict[int, str] = {}  # the hash of each name and where it stands
         self._used: set[str] = set()
         right, wrong = check(MANIFEST, {**head, "assets": []}, allow_unlisted_resolution=self._unlisted)
         for line in wrong:
-            mistakes.add(line)
+            self.mistakes.add(line)
         self._templates = right.get("templates", True)
         self._vars: dict[str, Any] = {**_variables(right.get("vars")), **self._run}
         self._defaults: dict[str, Any] = right.get("defaults") or {}
@@ -82,7 +86,7 @@ class Expansion:
         if told:
             name = f" ({shown(row.values['name'])})" if row.values.get("name") else ""
             for line in told:
-                self._mistakes.add(f"{row.where}{name}: {line}")
+                self.mistakes.add(f"{row.where}{name}: {line}")
 
     def warn_of_unused(self) -> None:
         """Notes each variable of the run that no template of the assets so far has named."""
@@ -90,10 +94,10 @@ class Expansion:
             if name not in self._used:
                 near = difflib.get_close_matches(name, sorted(self._used), n=1)
                 why = "no template of the manifest names it" if self._templates else "its templates are switched off"
-                self._warnings.add(f"variable {shown(name)}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
+                self.warnings.add(f"variable {shown(name)}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _jobs(self, row: Row, told: dict[str, None]) -> Iterator[Job]:
-        own = {field: value for field, value in row.values.items() if field in JOB_FIELDS}
+        own = {field: value for field, value in row.values.items() if field in FIELDS}
         others = {field: value for field, value in row.values.items() if field not in own}
         shared, wrong = check(ASSET, others, allow_unlisted_resolution=self._unlisted)
         told.update(dict.fromkeys(wrong))
@@ -110,7 +114,7 @@ class Expansion:
                     told[f"image: {error}"] = None
             if not found:
                 self.unmatched.add(f"{row.where}: nothing matches {shown(image)}")
-                self._warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
+                self.warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
             for each in found if not any(line.startswith("image:") for line in told) else ():
                 # A match of a pattern has a name and is there.
                 if each.location and not each.name and (why := self._absent(each.location, row.where)):

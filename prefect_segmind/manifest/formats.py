@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
@@ -126,8 +126,7 @@ def _yaml(lines: Iterable[str], mistakes: Notes) -> Parsed:
         problem = error.problem or "cannot be read"
         # PyYAML reads ahead, and from 6.0.4 on stops at a depth of its own.
         raise _broken(text, mark.line, mark.column, "nested too deeply" if "nesting" in problem else problem) from None
-    places = [f"line {line}" for line in reader.asset_lines]
-    return _document(_plain(value), lambda n: places[n] if places else f"asset {n + 1}", mistakes)
+    return _document(_plain(value), mistakes, reader.asset_lines)
 
 
 class _YamlReader:
@@ -205,7 +204,7 @@ def _broken(text: str, line: int, column: int, what: str) -> UnreadableManifest:
 
 
 def _json(lines: Iterable[str], mistakes: Notes) -> Parsed:
-    return _document(_json_value(_whole(lines), "", mistakes), lambda n: f"asset {n + 1}", mistakes)
+    return _document(_json_value(_whole(lines), "", mistakes), mistakes)
 
 
 def _json_value(text: str, where: str, mistakes: Notes) -> Any:
@@ -224,7 +223,11 @@ def _json_value(text: str, where: str, mistakes: Notes) -> Any:
 
     try:
         value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=no_number, parse_int=_integer, parse_float=_float
+            text,
+            object_pairs_hook=unique,
+            parse_constant=no_number,
+            parse_int=_integer,
+            parse_float=lambda digits: written(digits, float(digits)),
         )
     except json.JSONDecodeError as error:
         at = where.removesuffix(": ") or f"line {error.lineno}"
@@ -236,10 +239,6 @@ def _json_value(text: str, where: str, mistakes: Notes) -> Any:
 
 def _integer(digits: str) -> Written | str:
     return written(digits, int(digits)) if len(digits) <= 1000 else digits  # Python refuses to read very long ones
-
-
-def _float(digits: str) -> Written:
-    return written(digits, float(digits))
 
 
 def _whole(lines: Iterable[str]) -> str:
@@ -255,7 +254,7 @@ def _whole(lines: Iterable[str]) -> str:
     return text
 
 
-def _document(value: Any, where: Callable[[int], str], mistakes: Notes) -> Parsed:
+def _document(value: Any, mistakes: Notes, lines: Sequence[int] = ()) -> Parsed:
     if not isinstance(value, dict):
         bare = "it is a bare list; put it" if isinstance(value, list) else "it has no assets; put a list of them"
         raise UnreadableManifest(f"{bare} under `assets:`")
@@ -264,7 +263,8 @@ def _document(value: Any, where: Callable[[int], str], mistakes: Notes) -> Parse
         assets = []
     if len(assets) > MAX_ASSETS:
         raise UnreadableManifest(f"it has {len(assets):,} assets, more than {MAX_ASSETS:,}: {_STREAMS}")
-    return Parsed(value, _rows(((where(number), asset) for number, asset in enumerate(assets)), mistakes))
+    places = [f"line {line}" for line in lines] or [f"asset {number}" for number in range(1, len(assets) + 1)]
+    return Parsed(value, _rows(zip(places, assets, strict=False), mistakes))
 
 
 def _rows(items: Iterable[tuple[str, Any]], mistakes: Notes) -> Iterator[Row]:

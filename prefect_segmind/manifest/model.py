@@ -10,7 +10,6 @@ from prefect_segmind.errors import ManifestError, redact
 from prefect_segmind.jobs.job import Job, suffix_from_image
 
 FIELDS = tuple(Job.model_fields)
-JOB_FIELDS = frozenset(FIELDS)
 TEXTS = ("name", "image", "prompt", "negative_prompt")
 """The fields that may be templates."""
 AXES = ("prompt", "negative_prompt", "image_weight", "magic_prompt_option", "resolution", "seed", "style_type")
