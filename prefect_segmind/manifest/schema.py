@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
-from pydantic_core import ErrorDetails
 from typing_extensions import TypeAliasType
 
 from prefect_segmind.api.resolutions import AUTO, Resolution
@@ -20,8 +19,10 @@ _MORE = {
     "image": " Relative to the manifest's folder; * ? and ** make a job of each match.",
 }
 _TEMPLATES = "Whether texts are Jinja2 templates, and images with * or ? in them patterns."
-_ALLOWED = dict.fromkeys(("defaults", "vars", "variants"), "a mapping of names to values")
-_ALLOWED["templates"] = "true or false"
+_ALLOWED = {"bool_type": "true or false"}
+_ALLOWED |= dict.fromkeys(("dict_type", "model_type"), "a mapping of names to values")
+_ALLOWED |= dict.fromkeys(("list_type", "too_short"), "a list of at least one value")
+_named: Any = TypeAliasType  # which type checkers allow for a fixed name only
 
 
 def _in_one_spelling(value: object) -> object:
@@ -39,7 +40,7 @@ def _types() -> dict[str, Any]:
             more["enum"] = [AUTO, *(each.value for each in Resolution)]
         text = f"{texts[field]} Allowed is {ALLOWED[field]}.{_MORE.get(field, '')}"
         described = Field(description=text, json_schema_extra=more)
-        types[field] = TypeAliasType(field, Annotated[hints[field], BeforeValidator(_in_one_spelling), described])
+        types[field] = _named(field, Annotated[hints[field], BeforeValidator(_in_one_spelling), described])
     return types
 
 
@@ -104,16 +105,13 @@ def check(
     except ValidationError as error:
         for mistake in error.errors(include_url=False):
             *within, field = map(str, mistake["loc"][:2])
-            lines[".".join([*within, _line(within, field, model, mistake)])] = None
+            if mistake["type"] == "extra_forbidden":
+                line = unknown(field, (_SECTIONS[within[0]] if within else model).model_fields)
+            else:
+                line = describe_mistake(field, mistake, _ALLOWED.get(mistake["type"]))
+            lines[".".join([*within, line])] = None
             (right[within[0]] if within else right).pop(field, None)
     return right, list(lines)
-
-
-def _line(within: list[str], field: str, model: type[BaseModel], mistake: ErrorDetails) -> str:
-    if mistake["type"] == "extra_forbidden":
-        return unknown(field, (_SECTIONS[within[0]] if within else model).model_fields)
-    is_axis = within == ["variants"] and len(mistake["loc"]) == 2
-    return describe_mistake(field, mistake, "a list of at least one value" if is_axis else _ALLOWED.get(field))
 
 
 def json_schema() -> dict[str, Any]:
