@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import cached_property
 from pathlib import PurePath, PurePosixPath
@@ -252,8 +252,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     for each in error.errors():
         field = str(each["loc"][0]) if each["loc"] else "job"
         if each["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field.lower(), list(model.model_fields), n=1)
-            line = f"{field}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
+            line = unknown(field, model.model_fields)
         else:
             line = describe_mistake(field, each)
         lines.setdefault(field, line)
@@ -275,12 +274,34 @@ def describe_mistake(field: str, mistake: ErrorDetails, allowed: str | None = No
     if mistake["type"] == "missing":
         return f"{field}: missing; needed is {allowed}"
     value = mistake["input"]
-    shown = redact(repr(value.value if isinstance(value, Enum) else value))
-    shown = shown if len(shown) <= 80 else shown[:79] + "…"
+    given = shown(repr(value.value if isinstance(value, Enum) else value))
     if "secret" in mistake["msg"]:
-        return f"{field}: {shown} {mistake['msg'].removeprefix('Value error, ')}"
+        return f"{field}: {given} {mistake['msg'].removeprefix('Value error, ')}"
     near = nearest_value(field, value)
-    return f"{field}: {shown} is not allowed; allowed is {allowed}." + (f" Did you mean {near}?" if near else "")
+    return f"{field}: {given} is not allowed; allowed is {allowed}." + (f" Did you mean {near}?" if near else "")
+
+
+def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
+    """The mistake of a field that does not exist, with the nearest that does, or with all.
+
+    Args:
+        name: What it is called.
+        known: Those that exist.
+        what: What they are.
+
+    Example:
+        >>> unknown("varients", ["vars", "variants"])
+        'varients: there is no such field. Did you mean variants?'
+    """
+    near = difflib.get_close_matches(str(name).lower(), known := list(known), n=1)
+    remedy = f". Did you mean {near[0]}?" if near else f"; allowed is one of {', '.join(known)}"
+    return f"{shown(name)}: there is no such {what}{remedy}"
+
+
+def shown(value: object) -> str:
+    """A value in an error message: one short line without secrets."""
+    text = text if (text := redact(str(value))).isprintable() else repr(text)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def nearest_value(field: str, value: object) -> str | None:

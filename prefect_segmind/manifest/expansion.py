@@ -15,7 +15,7 @@ from typing import Any
 
 from prefect_segmind.api.resolutions import resolution_size
 from prefect_segmind.errors import InvalidJobError
-from prefect_segmind.jobs.job import Job, name_from_image, parse_job, suffix_from_image
+from prefect_segmind.jobs.job import Job, name_from_image, parse_job, shown, suffix_from_image
 from prefect_segmind.manifest.model import (
     FIELDS,
     MAX_VARIANTS,
@@ -24,7 +24,6 @@ from prefect_segmind.manifest.model import (
     Notes,
     Row,
     look_alike,
-    shown,
 )
 from prefect_segmind.manifest.schema import ASSET, MANIFEST, check
 from prefect_segmind.manifest.templates import TemplateMistake, render, template_names

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from prefect_segmind.errors import writable
-from prefect_segmind.jobs.job import Job
+from prefect_segmind.jobs.job import Job, shown, unknown
 from prefect_segmind.manifest.model import (
     FIELDS,
     HEAD,
@@ -27,8 +27,6 @@ from prefect_segmind.manifest.model import (
     Notes,
     Row,
     UnreadableManifest,
-    shown,
-    unknown,
 )
 from prefect_segmind.manifest.templates import Written, meant, written
 from prefect_segmind.text import Spelled, spelled, stripped
@@ -289,7 +287,7 @@ def _plain(document: Any, where: str = "") -> Any:
         if depth > _DEPTH:
             raise UnreadableManifest(f"{where}nested too deeply")
         if weight > _WEIGHT:
-            raise UnreadableManifest(f"{where}too many values, each alias counted as what it stands for: {_STREAMS}")
+            raise UnreadableManifest(f"{where}too large with each alias written out: {_STREAMS}")
         if isinstance(value, dict):
             return {writable(key): plain(each, depth + 1, in_vars or key == "vars") for key, each in value.items()}
         if isinstance(value, list):

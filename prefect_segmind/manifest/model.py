@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from prefect_segmind.errors import ManifestError, redact
-from prefect_segmind.jobs.job import Job, suffix_from_image
+from prefect_segmind.jobs.job import Job, shown, suffix_from_image
 
 FIELDS = tuple(Job.model_fields)
 TEXTS = ("name", "image", "prompt", "negative_prompt")
@@ -72,12 +71,6 @@ class Notes:
         return error
 
 
-def shown(value: object) -> str:
-    """A value in an error message: one short line without secrets."""
-    text = text if (text := redact(str(value))).isprintable() else repr(text)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 def look_alike(name: str, one: Found, other: Found, names_each: bool) -> str:
     """The mistake of two matches of a pattern that get one name.
 
@@ -95,20 +88,3 @@ def look_alike(name: str, one: Found, other: Found, names_each: bool) -> str:
         remedy = "rename one of them"
     both = " and ".join(each if each.isprintable() else repr(each) for each in (one.location, other.location))
     return f"name: {shown(name)} would be both {both}; {remedy}"
-
-
-def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
-    """The mistake of a field that does not exist, with the nearest that does, or with all.
-
-    Args:
-        name: What it is called.
-        known: Those that exist.
-        what: What they are.
-
-    Example:
-        >>> unknown("varients", ["vars", "variants"])
-        'varients: there is no such field. Did you mean variants?'
-    """
-    near = difflib.get_close_matches(str(name).lower(), known := list(known), n=1)
-    remedy = f". Did you mean {near[0]}?" if near else f"; allowed is one of {', '.join(known)}"
-    return f"{shown(name)}: there is no such {what}{remedy}"

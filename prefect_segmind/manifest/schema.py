@@ -10,8 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from typing_extensions import TypeAliasType
 
 from prefect_segmind.api.resolutions import AUTO, Resolution
-from prefect_segmind.jobs.job import ALLOWED, Job, describe_mistake
-from prefect_segmind.manifest.model import AXES, MAX_ASSETS, unknown
+from prefect_segmind.jobs.job import ALLOWED, Job, describe_mistake, unknown
+from prefect_segmind.manifest.model import (
+    AXES,
+    MAX_ASSETS,
+)
 from prefect_segmind.text import spelled
 
 _MORE = {

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from prefect_segmind.api.request import MagicPromptOption
 from prefect_segmind.errors import InvalidJobError, ManifestError
 from prefect_segmind.jobs.fingerprint import fingerprint
-from prefect_segmind.jobs.job import Job, parse_job
+from prefect_segmind.jobs.job import Job, parse_job, shown, unknown
 from prefect_segmind.manifest import formats
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.formats import read_text, write_manifest
@@ -30,8 +30,6 @@ from prefect_segmind.manifest.model import (
     MistakenManifest,
     Notes,
     UnreadableManifest,
-    shown,
-    unknown,
 )
 from prefect_segmind.manifest.schema import json_schema
 from prefect_segmind.manifest.templates import TemplateMistake, meant, render, template_names, written
@@ -303,7 +301,11 @@ def test_an_alias_stands_for_what_was_said_before():
         (
             "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
             + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)),
-            "too many values, each alias counted as what it stands for: use JSON Lines .*",
+            "too large with each alias written out: use JSON Lines .*",
+        ),
+        (
+            f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1_001)}]",
+            "too large with each alias written out: use JSON Lines .*",
         ),
         (
             "a0: &a0 " + "[" * 60 + "]" * 60 + "\na1: " + "[" * 60 + "*a0" + "]" * 60,
