@@ -22,6 +22,7 @@ from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
 from prefect_segmind.jobs.job import Job, name_from_image, parse_job
+from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
 from prefect_segmind.manifest.model import Found, Row
 from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
@@ -138,9 +139,8 @@ def explore_variations(
     if max(len(axes["style_type"]) * len(axes["seed"]), len(axes["image_weight"])) > MAX_LABELS:
         raise ConfigurationError(f"the contact sheet has room for {MAX_LABELS} rows and columns; give fewer variations")
     head = {"templates": False, "variants": axes}
-    with expand(
-        title, head, [Row("the grid", base)], {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted
-    ) as asked:
+    expansion = Expansion(head, {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted)
+    with expand(title, expansion, [Row("the grid", base)]) as asked:
         ended = run_batch(asked.jobs, title, terms)
         cells = {_cell_of(job): job.name for job in asked.jobs}
     sheet = None

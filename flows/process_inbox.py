@@ -22,7 +22,7 @@ from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.jobs.job import Job, parse_job, suffix_from_image
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.image_paths import named
-from prefect_segmind.manifest.model import Found, Notes, Row
+from prefect_segmind.manifest.model import Found, Row
 from prefect_segmind.reporting.events import asset_failed
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
@@ -250,14 +250,11 @@ def _job(
     found: Found, template: Mapping[str, Any], variables: Mapping[str, Any], unlisted: bool, warnings: dict[str, None]
 ) -> tuple[Job | None, str]:
     """The job of one file by the template, or what is wrong with it; no file stands in the way of another."""
-    wrong, odd = Notes(), Notes()
-    expansion = Expansion(
-        {}, variables, lambda *_: [found], mistakes=wrong, warnings=odd, allow_unlisted_resolution=unlisted
-    )
+    expansion = Expansion({}, variables, lambda *_: [found], allow_unlisted_resolution=unlisted)
     jobs = list(expansion.jobs(Row("the template", {**template, "image": "*"})))
     expansion.warn_of_unused()
-    warnings.update(dict.fromkeys(odd.lines))
-    return (jobs[0], "") if jobs else (None, "; ".join(wrong.lines))
+    warnings.update(dict.fromkeys(expansion.warnings.lines))
+    return (jobs[0], "") if jobs else (None, "; ".join(expansion.mistakes.lines))
 
 
 def _taken(name: str, first: InboxFile, later: InboxFile) -> str:
