@@ -20,39 +20,42 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from PIL import Image
 
-from prefect_segmind import services
+from prefect_segmind.archive.record import Run
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.pipeline.archive import ArchivedImage
-from prefect_segmind.pipeline.pipeline import Production
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import InspectedSource, inspect_source, settle
 from prefect_segmind.sandbox import Sandbox, sample_photo
+from prefect_segmind.services import Services
+
+LOG = logging.getLogger("benchmarks")
 
 
 @dataclass
 class Stages:
     """The parts of a walk, made once, and the CPU that each stage has taken, in seconds."""
 
-    production: Production
+    pipeline: Pipeline
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def walk(self, image: str, seed: int, inspected: InspectedSource | None) -> ArchivedImage:
         """One job from its check to the archive; `inspected` where the source is inspected once for all jobs."""
         with self._timed("validate"):
             job = parse_job({"image": image, "prompt": "a red mug", "seed": seed, "name": f"set/{seed}"})
-            validated = settle(job, inspected or inspect_source(image, self.production.reader))
+            validated = settle(job, inspected or inspect_source(image, self.pipeline.reader))
         with self._timed("upload"):
-            uploaded = self.production.upload(validated)
+            uploaded = self.pipeline.upload(validated)
         with self._timed("generate"):
-            generated = self.production.generation.generate(validated, lambda: uploaded, uuid.uuid4().hex)
+            generated = self.pipeline.generate(validated, lambda: uploaded, Run(uuid.uuid4().hex), LOG)
         with self._timed("archive"):
-            return self.production.archiving.archive_picture(generated)
+            return self.pipeline.archiving.archive_picture(generated)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -65,12 +68,11 @@ def measure(
     archive: str | None, jobs: int, at_once: int, window: int, photo: Path, inspect_each: bool
 ) -> tuple[Stages, float]:
     """Walks the jobs: the CPU of each stage and the seconds that all took. The archive of the settings if None."""
-    generation = services.open_generation(archive, None, None, gate=Gate(max_concurrency=at_once))
-    production = services.open_production(replace(generation, say=logging.debug), None, None)
-    stages = Stages(production)
+    pipeline = Services(archive=archive).pipeline(Gate(max_concurrency=at_once))
+    stages = Stages(pipeline)
     stages.walk(str(photo), 99_999, None)  # uploads the source, probes the store, imports what is imported late
     stages.spent.clear()
-    inspected = None if inspect_each else inspect_source(str(photo), production.reader)
+    inspected = None if inspect_each else inspect_source(str(photo), pipeline.reader)
     started = time.monotonic()
     with ThreadPoolExecutor(window) as pool:
         done = list(pool.map(lambda seed: stages.walk(str(photo), seed, inspected), range(100_000, 100_000 + jobs)))

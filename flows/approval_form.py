@@ -2,17 +2,16 @@
 
 A run of a deployment is suspended: its process ends, and after the answer another one plans anew. It keeps no place of
 its worker and none of its deployment's concurrency limit, which Prefect takes from a paused run (and then ends it, four
-minutes later). A run without a deployment pauses where it is. A command asks in its terminal; see `asker`.
+minutes later). A run without a deployment pauses where it is. A command asks in its terminal: see `Listener.ask`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -28,17 +27,16 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Paused, Running, Suspended
 from pydantic import Field
 
-from prefect_segmind import services
-from prefect_segmind.batch.approval import Answer, Approved, must_ask, settle
+from prefect_segmind.batch.approval import Answer, Approved, apply_answer, must_ask
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, RunCancelledError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
-from prefect_segmind.pipeline.publish import split_publish_to
-from prefect_segmind.pipeline.source import UnreadableSource
+from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
 from prefect_segmind.pipeline.validate import ValidatedJob
+from prefect_segmind.reporting.listener import Question, listener
 from prefect_segmind.reporting.markdown import cell, picture, table
-from prefect_segmind.settings import load_settings
+from prefect_segmind.services import Services
 
 SHOWN_PROMPTS = 5
 SHOWN_SOURCES = 6
@@ -48,39 +46,6 @@ THUMBNAIL_WIDTH = 150
 """Pixels; two fit beside each other in the form."""
 POLL_SECONDS = 5
 """Seconds between looks whether somebody has answered."""
-
-
-class Question(NamedTuple):
-    """What a person is asked.
-
-    Attributes:
-        title: What the run is of: its manifest, its inbox.
-        plan: What it is going to do and to cost.
-        above_usd: What needs no approval.
-        prompts: Name and prompt of the first assets.
-        sources: The first source images, no one twice.
-        publish_to: Where the pictures go live, if they do.
-    """
-
-    title: str
-    plan: Plan
-    above_usd: Decimal
-    prompts: Sequence[tuple[str, str]]
-    sources: Sequence[str]
-    publish_to: str | None = None
-
-    def goes_live(self) -> str:
-        """The addresses at which pictures of the plan go live, the first of them one by one."""
-        if self.publish_to is None:
-            return "nothing, the pictures stay in the archive"
-        place, pattern = split_publish_to(self.publish_to)
-        addresses = [f"{place}/{pattern.replace('{name}', name)}" for name, _ in self.prompts]
-        more = self.plan.total - len(addresses)
-        return ", ".join(addresses) + (f" and {more} more at {place}" if more > 0 else "")
-
-
-asker: ContextVar[Callable[[Question], Answer] | None] = ContextVar("segmind_asker", default=None)
-"""Who asks instead of Prefect: the terminal of a command."""
 
 
 class Approval(RunInput):
@@ -99,8 +64,7 @@ def approve(
     entries: Iterable[Job | ValidatedJob],
     title: str,
     above_usd: Decimal | None,
-    credentials_block: str | None,
-    publish_to: str | None = None,
+    services: Services,
     spent_usd: Decimal = Decimal(0),
 ) -> Approved:
     """Asks a person if a plan may cost more than what needs no approval, and waits for the answer.
@@ -112,8 +76,7 @@ def approve(
         entries: Its assets.
         title: What the run is of.
         above_usd: What needs no approval; the setting if None, and if that is None nobody is asked.
-        credentials_block: As for `source_reader`.
-        publish_to: Where the pictures go live, if they do.
+        services: The run's.
         spent_usd: What earlier tries of the run have spent or may have, which counts.
 
     Raises:
@@ -121,7 +84,7 @@ def approve(
         RunCancelledError: The run was cancelled while it waited. Nothing was paid.
         ConfigurationError: Nobody could answer, for there is no Prefect server.
     """
-    limit = above_usd if above_usd is not None else load_settings().approve_above_usd
+    limit = above_usd if above_usd is not None else services.settings.approve_above_usd
     if limit is None:
         return Approved(plan.budget_usd)
     if not must_ask(spent_usd + plan.planned_usd, limit, plan.budget_usd):
@@ -130,9 +93,9 @@ def approve(
     jobs = [each if isinstance(each, Job) else each.job for each in first]
     sources = list(dict.fromkeys(job.image for job in jobs))[:SHOWN_SOURCES]
     prompts = [(job.name, job.prompt) for job in jobs[:SHOWN_PROMPTS]]
-    ask = asker.get() or (lambda question: _ask_in_prefect(question, credentials_block))
-    approved = settle(
-        ask(Question(title, plan, limit, prompts, sources, publish_to)),
+    question = Question(title, plan, limit, prompts, sources, services.publish_to)
+    approved = apply_answer(
+        listener().ask(question) or _ask_in_prefect(question, services),
         planned_usd=plan.planned_usd,
         above_usd=limit,
         budget_usd=plan.budget_usd,
@@ -142,14 +105,14 @@ def approve(
     return approved
 
 
-def _ask_in_prefect(question: Question, credentials_block: str | None) -> Answer:
+def _ask_in_prefect(question: Question, services: Services) -> Answer:
     """Has the flow run wait until somebody answers in Prefect."""
     if not PREFECT_API_URL.value():
         raise ConfigurationError(
             "approve_above_usd: nobody can approve this run, for it has no Prefect server; set PREFECT_API_URL, or "
             "give a higher approve_above_usd"
         )
-    seconds, plan, context = load_settings().approval_timeout_seconds, question.plan, FlowRunContext.get()
+    seconds, plan, context = services.settings.approval_timeout_seconds, question.plan, FlowRunContext.get()
     run = context.flow_run if context else None
     # An answer is to this plan: with another number of pictures the key is another one, and it is asked again.
     key = f"approve-{plan.generate}"
@@ -167,7 +130,7 @@ def _ask_in_prefect(question: Question, credentials_block: str | None) -> Answer
         waits = {"answer by": f"{until:%Y-%m-%d %H:%M} UTC, in {in_words(seconds)}; then the run fails, unpaid"}
         if run is not None and run.deployment_id is not None:
             waits["deployment"] = f"{flow_run.flow_name}/{_deployment_name(run.deployment_id)}"
-        form = Approval.with_initial_data(description=description(question, credentials_block, waits))
+        form = Approval.with_initial_data(description=description(question, services.reader, waits))
         given = (
             suspend_flow_run(wait_for_input=form, timeout=seconds, key=key) if deployed else _pause(form, seconds, key)
         )
@@ -225,15 +188,15 @@ def _leave_pause() -> None:
         client.set_flow_run_state(run, Running(), force=True)
 
 
-def description(question: Question, credentials_block: str | None, waits: Mapping[str, str] | None = None) -> str:
+def description(question: Question, reader: SourceReader, waits: Mapping[str, str] | None = None) -> str:
     """The plan as the form shows it, in markdown: the amounts, the first prompts, pictures of the sources.
 
     Args:
         question: What is asked.
-        credentials_block: As for `source_reader`.
+        reader: Reads the source images.
         waits: How the run waits, a title and a text for each line.
     """
-    plan, reader = question.plan, services.source_reader(credentials_block)
+    plan = question.plan
     pictures = []
     for source in question.sources:
         try:

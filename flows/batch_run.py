@@ -5,11 +5,11 @@ Each flow of many pictures makes its jobs in its own way and hands them over her
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import reduce
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar, cast
 
@@ -17,13 +17,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from prefect_segmind import services
-from prefect_segmind.archive.archive import Archive
-from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import OnUnknown, Run, answers_of_earlier_tries, sums_of_earlier_tries
+from prefect_segmind.archive.record import OnUnknown, Run, answers_of_earlier_tries, past_requests
 from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
 from prefect_segmind.batch.tally import BatchError, BatchResult, Failure, Tally, planned
-from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import (
     ApiError,
     ApprovalTimeoutError,
@@ -40,19 +36,26 @@ from prefect_segmind.flows.approval_form import approve
 from prefect_segmind.flows.dispatch import POLICY, dispatch
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
-from prefect_segmind.limits.ledger import Sums
+from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.manifest.formats import MAX_TEXT, write_manifest
 from prefect_segmind.manifest.model import MAX_ASSETS
 from prefect_segmind.money import usd
-from prefect_segmind.pipeline.pipeline import shared
-from prefect_segmind.pipeline.sums import inherited, wanted_before
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.artifacts import publish_batch, publish_plan
 from prefect_segmind.reporting.events import run_stopped
-from prefect_segmind.settings import load_settings
+from prefect_segmind.reporting.listener import listener
+from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
+from prefect_segmind.tasks.failures import TOLD_AT_END
 from prefect_segmind.tasks.interrupts import end_run_on_hangup
-from prefect_segmind.tasks.run_context import TOLD_AT_END, flow_call, flow_runs, mention_conditions, refreshed_at
+from prefect_segmind.tasks.run_context import (
+    flow_call,
+    flow_runs,
+    refreshed_at,
+    run_ledger,
+    run_logger,
+    warn_once_without_conditional_writes,
+)
 
 R = TypeVar("R", bound=BatchResult)
 SHOWN_VALUE, SHOWN_VALUES = 60, 120
@@ -63,12 +66,20 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Terms:
-    """On what terms a batch runs: the parameters that its flows share; they are explained there."""
+    """The parameters that the flows of many pictures share, beside the jobs.
 
-    archive: str | None
-    upload_to: str | None
-    publish_to: str | None
-    credentials_block: str | None
+    Attributes:
+        services: What archive, upload place, publishing and credentials block name.
+        max_concurrency: Requests to the API at once, at most.
+        requests_per_minute: Requests to the API in any minute, at most; None for the API's own limit.
+        budget_usd: What the run may spend; None for no limit.
+        approve_above_usd: A run that may cost more asks a person; the setting if None.
+        on_unknown: Whether to send another request after one that may have been billed.
+        fail_run_on_failures: Whether the run is Failed where assets failed or the budget was reached.
+        dry_run: Only plan.
+    """
+
+    services: Services
     max_concurrency: int
     requests_per_minute: int | None
     budget_usd: Decimal | None
@@ -86,16 +97,16 @@ class Terms:
         if not 1 <= self.max_concurrency <= 512:
             raise ConfigurationError(f"max_concurrency: {self.max_concurrency} is not allowed; allowed is 1 to 512")
         if self.requests_per_minute is not None and self.requests_per_minute < 1:
-            told = f"requests_per_minute: {self.requests_per_minute} is not allowed; allowed is 1 or more"
-            raise ConfigurationError(told)
+            raise ConfigurationError(
+                f"requests_per_minute: {self.requests_per_minute} is not allowed; allowed is 1 or more"
+            )
         for name in ("budget_usd", "approve_above_usd"):
             amount: Decimal | None = getattr(self, name)
             if amount is not None and not (amount.is_finite() and amount >= 0):
                 raise ConfigurationError(f"{name}: {amount} is not allowed; allowed is 0 or more")
         if not self.dry_run:
-            load_credentials(self.credentials_block)
-        services.open_outbox(services.open_archive(self.archive))
-        services.open_publisher(self.publish_to)
+            _ = self.services.credentials
+        self.services.check()
 
 
 def run_name(what: str) -> str:
@@ -155,135 +166,122 @@ def run_batch(
 
     Raises:
         SegmindError: Before anything was paid.
-        BaseException: What has interrupted it, with the sums so far in its `batch`.
+        BaseException: What has interrupted it; whoever listens has heard what it came to.
     """
     end_run_on_hangup()
-    opened, settings, log = services.open_archive(terms.archive), load_settings(), get_run_logger()
+    services, ledger, log = terms.services, run_ledger(), run_logger()
     places: set[str] = set()
-    runs = flow_runs()
     unusable: dict[str, str] = {}
     with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
         plan = make_plan(
             jobs,
             entries,
-            reader=services.source_reader(terms.credentials_block),
-            archive=opened,
-            outbox=services.open_outbox(opened),
-            price_usd=settings.price_usd,
+            reader=services.reader,
+            archive=services.archive,
+            outbox=services.outbox,
+            price_usd=services.settings.price_usd,
             on_unknown=terms.on_unknown,
             in_place=places if skip_archived else None,
-            flow_runs=runs,
+            flow_runs=flow_runs(),
             call=flow_call(),
             unusable=unusable,
         )
+        answers = _carry_earlier_tries(ledger, entries, services)
         skipped = unusable.keys() & set(skip_unusable)
-        known_as = (each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as)
-        wanted_ever = wanted_before(flow_call(), frozenset(known_as))
-        before, this_try = earlier_tries(opened, wanted_ever, runs), Run("", runs)
-        earlier = {
-            each: sums_of_earlier_tries(this_try, record.attempts, settings.price_usd)
-            for each, record in before.items()
-        }
-        spent_before = reduce(Sums.plus, earlier.values(), Sums())
-        if spent_before.requests_sent:
-            log.info(
-                "earlier tries of this run have paid %s USD and may have been billed %s USD more, which counts",
-                *(usd(spent_before.cost_usd), usd(spent_before.possibly_billed_usd)),
-            )
-        limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(terms.credentials_block)}
-        left_out = {
-            "total": plan.total - len(places) - len(skipped),
-            "reuse": plan.reuse - len(places),
-            "fail": plan.fail - len(skipped),
-            "problems": tuple(each for each in plan.problems if each[0] not in skipped),
-            "jobs": tuple(each for each in plan.jobs if each.name not in skipped),
-        }
-        plan = plan.model_copy(update=limits | left_out)
         in_place = frozenset(place.rpartition("/")[0] for place in places)
         if in_place:
             log.info("%s have their picture in the archive already", len(in_place))
-        tally = Tally(plan, failed_jobs)
-        tally.carry(spent_before)
+        plan = plan.without(len(places), skipped).model_copy(
+            update={"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
+        )
+        ended = partial(Ended, in_place=in_place, unusable=unusable)
+        tally = Tally(plan, failed_jobs, ledger, listener().progressed)
         if not plan.total:
-            nothing = planned(plan) if terms.dry_run else tally.result()
-            return Ended(nothing, in_place=in_place, unusable=unusable)
-        _tell(plan)
+            return ended(planned(plan) if terms.dry_run else tally.result())
+        _log_plan(plan)
         apart = [*refused, *(Failure(name=each, stage="validate", error=unusable[each]) for each in sorted(skipped))]
         publish_plan(plan.with_failures((each.name, each.error) for each in apart), title)
         if terms.dry_run:
-            return Ended(planned(plan), in_place=in_place, unusable=unusable)
-
-        def is_left_out(entry: Job | ValidatedJob) -> bool:
-            return entry.place in places if isinstance(entry, ValidatedJob) else entry.name in skipped
+            return ended(planned(plan))
 
         def wanted() -> Iterator[Job | ValidatedJob]:
-            return (each for each in entries if not is_left_out(each))
+            for each in entries:
+                if each.place not in places if isinstance(each, ValidatedJob) else each.name not in skipped:
+                    yield each
 
         try:
             approved = approve(
-                *(plan, wanted(), title, terms.approve_above_usd, terms.credentials_block, terms.publish_to),
-                spent_usd=spent_before.cost_usd + spent_before.possibly_billed_usd,
+                *(plan, wanted(), title, terms.approve_above_usd, services),
+                spent_usd=ledger.spent_usd + ledger.unknown_usd,
             )
         except (NotApprovedError, RunCancelledError) as error:
-            result = tally.result(stopped=error, entries=wanted())
-            return Ended(result, error, in_place=in_place, unusable=unusable)
+            return ended(tally.result(stopped=error, entries=wanted()), error)
+        ledger.limit_usd = approved.budget_usd
         gate = Gate(
             max_concurrency=terms.max_concurrency,
             requests_per_minute=terms.requests_per_minute,
-            budget_usd=approved.budget_usd,
-            earlier=spent_before,
-            earlier_answers=(each for record in before.values() for each in answers_of_earlier_tries(this_try, record)),
-            stop_after_unusable=settings.stop_after_unusable,
-            longest_wait_seconds=settings.longest_wait_seconds,
-            say=log.warning,
+            ledger=ledger,
+            earlier_answers=answers,
+            stop_after_unusable=services.settings.stop_after_unusable,
+            longest_wait_seconds=services.settings.longest_wait_seconds,
+            log=log,
         )
-        generation = services.open_generation(
-            *(terms.archive, terms.upload_to, terms.credentials_block),
+        pipeline = services.pipeline(
+            gate,
             on_unknown=terms.on_unknown,
             policy=POLICY,
-            gate=gate,
+            publisher=services.publisher(refreshed_at(), str(flow_run.id)),
         )
-        mention_conditions(opened)
-        publisher = services.open_publisher(terms.publish_to, refreshed_at(), flow_run.id)
-        production = services.open_production(generation, terms.upload_to, terms.credentials_block, publisher)
-        token = shared.set(production)
+        warn_once_without_conditional_writes(services.archive)
 
-        def carry() -> None:
-            told = inherited(opened.url, runs)
-            tally.carry(reduce(Sums.plus, (sent for each, sent in earlier.items() if each not in told), Sums()))
-
-        def summed() -> BatchResult:
-            failed = _keep_failed(failed_jobs, opened, generation.outbox) if keep_failed else None
-            return tally.result(failed, gate.stopped, wanted())
+        def end() -> BatchResult:
+            tally.close()
+            failed = _keep_failed(failed_jobs, services) if keep_failed else None
+            result = tally.result(failed, gate.stopped, wanted())
+            listener().ended(ledger, result)
+            return result
 
         try:
-            dispatch(wanted(), gate, tally, settings.grace_seconds)
-            carry()
-            result = summed()
-            publish_batch(result.with_failures(apart), title, opened, terms.credentials_block)
-            if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
-                run_stopped(gate.stopped, result)
-        except BaseException as error:
-            # Whatever ends the run, what it has paid is told.
-            carry()
-            tally.close(gate.budget)
-            result = summed()
-            log.warning(result.sentence(), extra=TOLD_AT_END)
-            vars(error)["batch"] = BatchError(result.sentence(), result, gate.stopped)
+            dispatch(wanted(), pipeline, tally, services.settings.grace_seconds)
+        except BaseException:  # whatever ends the run, it reports what it has paid
+            log.warning(end().sentence(), extra=TOLD_AT_END)
             raise
-        finally:
-            shared.reset(token)
-        return Ended(result, gate.stopped, approved.trimmed, in_place, unusable)
+        result = end()
+        publish_batch(result.with_failures(apart), title, services.archive, services.reader)
+        if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
+            run_stopped(gate.stopped, result)
+        return ended(result, gate.stopped, approved.trimmed)
 
 
-def _credits(credentials_block: str | None) -> Decimal | None:
-    """What the account has; None where there is no key yet, or the API does not tell.
+def _carry_earlier_tries(
+    ledger: Ledger, entries: Iterable[Job | ValidatedJob], services: Services
+) -> list[tuple[datetime, bool]]:
+    """Enters in the ledger what earlier tries of this flow run have sent, and returns when they got what they paid for.
+
+    An inbox is emptied as its pictures are made, so that what an earlier try has made may be wanted no longer.
+    """
+    run, price_usd = Run("", flow_runs()), services.settings.price_usd
+    answers: list[tuple[datetime, bool]] = []
+    wanted = {each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as}
+    for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
+        ledger.carry(picture, past_requests(run, record.attempts, price_usd), run.id)
+        answers += answers_of_earlier_tries(run, record)
+    if ledger.totals.requests_sent:
+        run_logger().info(
+            "earlier tries of this run have paid %s USD and may have been billed %s USD more, which counts",
+            *(usd(ledger.spent_usd), usd(ledger.unknown_usd)),
+        )
+    return answers
+
+
+def _credits(services: Services) -> Decimal | None:
+    """What the account has; None where there is no key yet, or the API does not say.
 
     Raises:
         InvalidKeyError: The key is refused.
     """
     try:
-        with load_credentials(credentials_block).get_client() as client:
+        with services.credentials.get_client() as client:
             return client.credits()
     except InvalidKeyError:
         raise  # every request would be refused like this one
@@ -292,7 +290,7 @@ def _credits(credentials_block: str | None) -> Decimal | None:
         return None
 
 
-def _tell(plan: Plan) -> None:
+def _log_plan(plan: Plan) -> None:
     """Puts the plan into the run's log."""
     log = get_run_logger()
     log.info("%s", "; ".join(f"{title}: {text}" for title, text in plan.facts().items()))
@@ -306,7 +304,7 @@ def _tell(plan: Plan) -> None:
         log.warning(shortfall)
 
 
-def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | None:
+def _keep_failed(jobs: Spool[Job], services: Services) -> str | None:
     """Writes the failed jobs as a manifest to run again, into the archive, or beside the outbox if that is down."""
     log = get_run_logger()
     if not len(jobs):
@@ -318,11 +316,12 @@ def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | No
         lines = ('{"templates": false}', *(job.model_dump_json() for job in jobs))
         name, kind, data = "failed.jsonl", "application/jsonl", "\n".join(lines).encode()
     key = f"runs/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}/{name}"
+    store = services.archive.store
     try:
-        archive.store.put(f".segmind/{key}", data, kind, if_absent=True)
-        return archive.store.uri(f".segmind/{key}")
+        store.put(f".segmind/{key}", data, kind, if_absent=True)
+        return store.uri(f".segmind/{key}")
     except StoreError as refused:
-        path = outbox.folder.parent / key
+        path = services.outbox.folder.parent / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -333,7 +332,7 @@ def _keep_failed(jobs: Spool[Job], archive: Archive, outbox: Outbox) -> str | No
         return str(path)
 
 
-def conclude(ended: Ended, result: R, terms: Terms) -> R:
+def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
     """Ends the flow run as its batch deserves: what a flow returns.
 
     Args:
@@ -349,6 +348,7 @@ def conclude(ended: Ended, result: R, terms: Terms) -> R:
         BatchError: The run is Failed.
     """
     stopped = ended.stopped
+    listener().ended(run_ledger(), result)
     told = result.sentence() + (f"; {stopped}" if stopped else "")
     told += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
     error = BatchError(told, result, stopped)

@@ -22,16 +22,16 @@ from prefect_segmind.errors import RunCancelledError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import ValidatedJob
-from prefect_segmind.tasks import produce_asset
 from prefect_segmind.tasks.interrupts import ended_by
+from prefect_segmind.tasks.produce_asset import task_of_batch
 
 WATCH_SECONDS = 10.0
 """Seconds between two lines of progress, and between two looks whether the run was cancelled in Prefect."""
 
 POLICY = RetryPolicy(rate_limit_retries=20)
 """A rate limit meets any of the assets, and is none of its faults."""
-_PATIENT = produce_asset.with_options(retries=POLICY.retries + (POLICY.rate_limit_retries or 0))
 THREADS = 4096
 """More than are ever made: they are made as they are needed, and the gate bounds how many assets are under way."""
 
@@ -41,18 +41,25 @@ def task_runner() -> ThreadPoolTaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=THREADS)
 
 
-def dispatch(entries: Iterable[Job | ValidatedJob], gate: Gate, tally: Tally, grace_seconds: float) -> None:
+def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: Tally, grace_seconds: float) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
 
     Interrupted, it sends nothing new, and gives what is in flight the grace to end and be archived.
+
+    Args:
+        entries: The assets, in their order.
+        pipeline: What they share.
+        tally: Counts what comes of them.
+        grace_seconds: How long what is in flight may take when the run is interrupted.
     """
+    gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
         try:
             for entry in entries:
                 if not gate.enter(entry.name):
                     break
                 tally.start(entry)
-                _PATIENT.submit(entry).add_done_callback(partial(_end, entry, gate, tally))
+                produce.submit(entry).add_done_callback(partial(_end, entry, gate, tally))
             tally.wait()
         except BaseException as error:
             gate.stop(RunCancelledError(f"the run was ended by {ended_by(error) or 'an error'}"))

@@ -14,22 +14,22 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import services
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
-from prefect_segmind.flows.batch_run import Ended, Terms, conclude, run_batch, run_name
+from prefect_segmind.flows.batch_run import Ended, Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
 from prefect_segmind.jobs.job import Job, name_from_image, parse_job
+from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
 from prefect_segmind.manifest.model import Found, Row
-from prefect_segmind.pipeline.source import UnreadableSource
+from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.reporting.markdown import cell, picture
-from prefect_segmind.settings import load_settings
+from prefect_segmind.services import Services
 
 SHEET_WIDTH = 1200
 """Pixels of the contact sheet in Prefect's UI; the one in the archive is as large as it is."""
@@ -106,11 +106,9 @@ def explore_variations(
         SourceImageError: The image cannot be used; nothing was paid.
         BatchError: Not all pictures were made; its `result` has the contact sheet of those that were.
     """
+    services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
     terms = Terms(
-        archive=archive,
-        upload_to=upload_to,
-        publish_to=None,
-        credentials_block=credentials_block,
+        services=services,
         max_concurrency=max_concurrency,
         requests_per_minute=requests_per_minute,
         budget_usd=budget_usd,
@@ -121,7 +119,7 @@ def explore_variations(
     )
     terms.check()
     title = name or name_from_image(image)
-    unlisted = load_settings().allow_unlisted_resolution
+    unlisted = services.settings.allow_unlisted_resolution
     base = {
         "name": title,
         "image": image,
@@ -131,9 +129,8 @@ def explore_variations(
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
     }
-    reader = services.source_reader(credentials_block)
     # Also where the seed comes from: derived from each job it would differ, and so would more than style and weight.
-    derived = validate(parse_job(base, allow_unlisted_resolution=unlisted), reader).seed
+    derived = validate(parse_job(base, allow_unlisted_resolution=unlisted), services.reader).seed
     axes: dict[str, list[Any]] = {
         "style_type": list(dict.fromkeys(styles)),
         "image_weight": list(dict.fromkeys(weights)),
@@ -142,15 +139,14 @@ def explore_variations(
     if max(len(axes["style_type"]) * len(axes["seed"]), len(axes["image_weight"])) > MAX_LABELS:
         raise ConfigurationError(f"the contact sheet has room for {MAX_LABELS} rows and columns; give fewer variations")
     head = {"templates": False, "variants": axes}
-    with expand(
-        title, head, [Row("the grid", base)], {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted
-    ) as asked:
+    expansion = Expansion(head, {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted)
+    with expand(title, expansion, [Row("the grid", base)]) as asked:
         ended = run_batch(asked.jobs, title, terms)
         cells = {_cell_of(job): job.name for job in asked.jobs}
-    sheet = (
-        None if dry_run or not ended.result.images else _publish_sheet(title, image, prompt, axes, cells, ended, terms)
-    )
-    return conclude(ended, Exploration(**dict(ended.result), contact_sheet=sheet), terms)
+    sheet = None
+    if ended.result.images and not dry_run:
+        sheet = _publish_sheet(title, image, prompt, axes, cells, ended, services)
+    return finish_flow(ended, Exploration(**dict(ended.result), contact_sheet=sheet), terms)
 
 
 def _cell_of(job: Job) -> tuple[Any, ...]:
@@ -164,10 +160,10 @@ def _publish_sheet(
     axes: Mapping[str, list[Any]],
     cells: Mapping[tuple[Any, ...], str],
     ended: Ended,
-    terms: Terms,
+    services: Services,
 ) -> str | None:
     """Puts the contact sheet beside the pictures, and into an artifact; where that fails, the pictures are there."""
-    archive = services.open_archive(terms.archive)
+    archive = services.archive
     found = {each.name: each.image for each in ended.result.images}
     rows = list(product(axes["style_type"], axes["seed"]))
     labels = [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows]
@@ -182,7 +178,7 @@ def _publish_sheet(
             labels,
             [f"weight {weight}" for weight in axes["image_weight"]],
             read,
-            source=_source(image, terms),
+            source=_source(image, services.reader),
             title=f"{title}: {prompt}",
         )
         key = f"{title}/contact-sheet-{hashlib.sha256(sheet).hexdigest()[:16]}.jpg"
@@ -200,9 +196,9 @@ def _publish_sheet(
     return uri
 
 
-def _source(image: str, terms: Terms) -> bytes | None:
+def _source(image: str, reader: SourceReader) -> bytes | None:
     try:
-        return services.source_reader(terms.credentials_block).read(image)
+        return reader.read(image)
     except (SegmindError, UnreadableSource):
         return None
 

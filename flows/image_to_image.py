@@ -5,15 +5,16 @@ from __future__ import annotations
 from prefect import flow
 from prefect.runtime import flow_run
 
-from prefect_segmind import services
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
 from prefect_segmind.archive.record import OnUnknown
-from prefect_segmind.credentials import load_credentials
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
 from prefect_segmind.jobs.job import name_from_image
 from prefect_segmind.pipeline.archive import ArchivedImage
-from prefect_segmind.reporting.artifacts import publish_before_after, tell_begun
+from prefect_segmind.reporting.artifacts import publish_before_after
+from prefect_segmind.reporting.listener import listener
+from prefect_segmind.services import Services
 from prefect_segmind.tasks import archive_image, generate_image, publish_image, upload_image, validate_job
+from prefect_segmind.tasks.run_context import run_ledger
 
 
 def _flow_run_name() -> str:
@@ -71,32 +72,37 @@ def image_to_image(
     Raises:
         SegmindError: In one of its classes; the message says what was wrong and what to do.
     """
-    tell_begun()
-    load_credentials(credentials_block)  # what is not configured is said before anything is done
-    services.open_outbox(services.open_archive(archive))
-    services.open_publisher(publish_to)
-    job = validate_job(
-        {
-            "name": name,
-            "image": image,
-            "prompt": prompt,
-            "image_weight": image_weight,
-            "style_type": style_type,
-            "resolution": resolution,
-            "seed": seed,
-            "magic_prompt_option": magic_prompt_option,
-            "negative_prompt": negative_prompt,
-            "allow_extreme_ratio": allow_extreme_ratio,
-        },
-        credentials_block,
+    listener().began(str(flow_run.id))
+    services = Services(
+        archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
-    uploaded = upload_image(job, upload_to, credentials_block)
-    generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown)
-    archived = archive_image(generated)
-    if publish_to is not None:
-        archived = publish_image(archived, publish_to, archive)
-    publish_before_after(job, archived, generated, credentials_block)
-    return archived
+    _ = services.credentials  # what is not configured is said before anything is done
+    services.check()
+    try:
+        job = validate_job(
+            {
+                "name": name,
+                "image": image,
+                "prompt": prompt,
+                "image_weight": image_weight,
+                "style_type": style_type,
+                "resolution": resolution,
+                "seed": seed,
+                "magic_prompt_option": magic_prompt_option,
+                "negative_prompt": negative_prompt,
+                "allow_extreme_ratio": allow_extreme_ratio,
+            },
+            credentials_block,
+        )
+        uploaded = upload_image(job, upload_to, credentials_block)
+        generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown)
+        archived = archive_image(generated)
+        if publish_to is not None:
+            archived = publish_image(archived, publish_to, archive)
+        publish_before_after(job, archived, generated, services.archive, services.reader)
+        return archived
+    finally:
+        listener().ended(run_ledger())
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import services
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchResult, Failure
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
-from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
+from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.inbox.inbox import InboxFile, Memory
@@ -23,9 +22,9 @@ from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.jobs.job import Job, parse_job, suffix_from_image
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.image_paths import named
-from prefect_segmind.manifest.model import Found, Notes, Row
+from prefect_segmind.manifest.model import Found, Row
 from prefect_segmind.reporting.events import asset_failed
-from prefect_segmind.settings import load_settings
+from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
 
 _EMPTY = "it has been empty for an hour; put it there again, or remove it"
@@ -150,11 +149,11 @@ def process_inbox(
         InvalidJobError: The template has mistakes; nothing was paid.
         BatchError: Not all pictures were made, if that is to be a failure.
     """
+    services = Services(
+        archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
+    )
     terms = Terms(
-        archive=archive,
-        upload_to=upload_to,
-        publish_to=publish_to,
-        credentials_block=credentials_block,
+        services=services,
         max_concurrency=max_concurrency,
         requests_per_minute=requests_per_minute,
         budget_usd=budget_usd,
@@ -167,8 +166,8 @@ def process_inbox(
     if not 0 <= settle_seconds <= 3600:
         raise ConfigurationError(f"settle_seconds: {settle_seconds} is not allowed; allowed is 0 to 3600")
     log = get_run_logger()
-    place = open_inbox(inbox, services.s3_client)
-    memory = Memory(services.open_archive(archive).store, place.url, name)
+    place = open_inbox(inbox, lambda: services.s3)
+    memory = Memory(services.archive.store, place.url, name)
     look = place.look(settle_seconds, known=memory.settled)
     log.info(
         "%s: %s images, %s still being written, %s other files",
@@ -186,7 +185,7 @@ def process_inbox(
         "allow_extreme_ratio": allow_extreme_ratio,
         "prompt": prompt,
     }
-    unlisted = load_settings().allow_unlisted_resolution
+    unlisted = services.settings.allow_unlisted_resolution
     # A mistake of the template is told at once, whatever lies in the inbox.
     any_name = f"{name}/any" if "{" not in name else "any"
     parse_job({**template, "image": "any.jpg", "name": any_name}, allow_unlisted_resolution=unlisted)
@@ -244,21 +243,18 @@ def process_inbox(
         ignored=look.ignored,
         unreadable=look.unreadable,
     )
-    return conclude(ended, result, terms)
+    return finish_flow(ended, result, terms)
 
 
 def _job(
     found: Found, template: Mapping[str, Any], variables: Mapping[str, Any], unlisted: bool, warnings: dict[str, None]
 ) -> tuple[Job | None, str]:
     """The job of one file by the template, or what is wrong with it; no file stands in the way of another."""
-    wrong, odd = Notes(), Notes()
-    expansion = Expansion(
-        {}, variables, lambda *_: [found], mistakes=wrong, warnings=odd, allow_unlisted_resolution=unlisted
-    )
+    expansion = Expansion({}, variables, lambda *_: [found], allow_unlisted_resolution=unlisted)
     jobs = list(expansion.jobs(Row("the template", {**template, "image": "*"})))
     expansion.warn_of_unused()
-    warnings.update(dict.fromkeys(odd.lines))
-    return (jobs[0], "") if jobs else (None, "; ".join(wrong.lines))
+    warnings.update(dict.fromkeys(expansion.warnings.lines))
+    return (jobs[0], "") if jobs else (None, "; ".join(expansion.mistakes.lines))
 
 
 def _taken(name: str, first: InboxFile, later: InboxFile) -> str:

@@ -10,14 +10,13 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import services
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchResult
-from prefect_segmind.flows.batch_run import Terms, conclude, run_batch, run_name
+from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.manifest.loading import load_manifest
-from prefect_segmind.reporting.artifacts import tell_begun
-from prefect_segmind.settings import load_settings
+from prefect_segmind.reporting.listener import listener
+from prefect_segmind.services import Services
 
 
 def _flow_run_name() -> str:
@@ -74,12 +73,12 @@ def refresh_assets(
         BatchError: Not all assets were made; its `result` tells which were.
         SegmindError: In one of its other classes, before anything was paid.
     """
-    tell_begun()
+    listener().began(str(flow_run.id))
+    services = Services(
+        archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
+    )
     terms = Terms(
-        archive=archive,
-        upload_to=upload_to,
-        publish_to=publish_to,
-        credentials_block=credentials_block,
+        services=services,
         max_concurrency=max_concurrency,
         requests_per_minute=requests_per_minute,
         budget_usd=budget_usd,
@@ -89,14 +88,17 @@ def refresh_assets(
         dry_run=dry_run,
     )
     terms.check()
-    unlisted = load_settings().allow_unlisted_resolution
     with load_manifest(
-        manifest, variables, defaults=defaults, s3=services.s3_client, allow_unlisted_resolution=unlisted
+        manifest,
+        variables,
+        defaults=defaults,
+        s3=lambda: services.s3,
+        allow_unlisted_resolution=services.settings.allow_unlisted_resolution,
     ) as asked:
         for warning in asked.warnings:
             get_run_logger().warning(warning)
         ended = run_batch(asked.jobs, manifest, terms)
-    return conclude(ended, ended.result, terms)
+    return finish_flow(ended, ended.result, terms)
 
 
 if __name__ == "__main__":

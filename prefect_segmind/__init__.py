@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prefect_segmind.flows.refresh_assets import refresh_assets
     from prefect_segmind.jobs.job import Job, parse_job
     from prefect_segmind.pipeline.archive import ArchivedImage
-    from prefect_segmind.pipeline.look_up import GeneratedImage
+    from prefect_segmind.pipeline.pay import GeneratedImage
     from prefect_segmind.pipeline.upload import UploadedImage
     from prefect_segmind.pipeline.validate import ValidatedJob
     from prefect_segmind.settings import SegmindSettings
@@ -72,7 +72,7 @@ _HOMES = {
     "credentials": ("SegmindCredentials",),
     "errors": ("SegmindError",),
     "flows": ("explore_variations", "image_to_image", "process_inbox", "refresh_assets"),
-    "pipeline.look_up": ("GeneratedImage",),
+    "pipeline.pay": ("GeneratedImage",),
     "api.request": ("ImageToImageRequest",),
     "jobs.job": ("Job", "parse_job"),
     "api.resolutions": ("Resolution",),

@@ -6,7 +6,7 @@ import os
 from typing import ClassVar, cast
 
 from prefect.blocks.abstract import CredentialsBlock
-from pydantic import Field, SecretStr
+from pydantic import Field, HttpUrl, SecretStr
 
 from prefect_segmind.api.client import DEFAULT_BASE_URL, SegmindClient
 from prefect_segmind.errors import ConfigurationError
@@ -20,23 +20,26 @@ class SegmindCredentials(CredentialsBlock):
 
     Attributes:
         api_key: The key; Prefect stores it encrypted and never shows it.
-        base_url: Address of the API.
+        base_url: The address of the API.
 
     Example:
-        Save it once, and name it in a flow:
+        Load a saved block, and ask for the account's credits:
         ```python
         from prefect_segmind import SegmindCredentials
 
-        SegmindCredentials(api_key="SG_…").save("marketing")
+        credentials = SegmindCredentials.load("BLOCK_NAME")
+        with credentials.get_client() as client:
+            print(client.credits())
         ```
     """
 
     _block_type_name: ClassVar[str | None] = "Segmind Credentials"
     _block_type_slug: ClassVar[str | None] = "segmind-credentials"
     _description: ClassVar[str | None] = "The key to Segmind's image-to-image API."
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl("https://www.segmind.com/models/ideogram-2a-img-2-img/api")
 
     api_key: SecretStr = Field(description="The key to Segmind's API.")
-    base_url: str = Field(default=DEFAULT_BASE_URL, description="Address of the API.")
+    base_url: str = Field(default=DEFAULT_BASE_URL, description="The address of the API.")
 
     def get_client(self, settings: SegmindSettings | None = None) -> SegmindClient:
         """A client with this key and the time-outs of the settings; close it after use.

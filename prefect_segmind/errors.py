@@ -1,4 +1,4 @@
-"""Every error this package raises, and the one table from an HTTP status to its class.
+"""Every error this package raises, with the HTTP statuses that it stands for and what to do about it.
 
 An error says which field or setting was wrong and what to do. It never holds a key or a signed URL: every message is
 redacted when the error is made. The meanings of the statuses are the provider's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from prefect_segmind.api.picture import Answered
@@ -71,19 +71,40 @@ class SegmindError(Exception):
         retry_after: float | None = None,
         possibly_billed: bool = False,
         request_id: str | None = None,
+        answered: Answered | None = None,
+        fingerprint: str | None = None,
+        requests_sent: int = 0,
+        cost_usd: Decimal = Decimal("0.00"),
+        possibly_billed_usd: Decimal = Decimal("0.00"),
+        decision: Decision | None = None,
+        stage: str | None = None,
     ) -> None:
         super().__init__(redact(message))
         self.status = status
         self.retry_after = retry_after
         self.possibly_billed = possibly_billed
         self.request_id = request_id
-        self.answered: Answered | None = None
-        self.fingerprint: str | None = None
-        self.requests_sent = 0
-        self.cost_usd = Decimal("0.00")
-        self.possibly_billed_usd = Decimal("0.00")
-        self.decision: Decision | None = None
-        self.stage: str | None = None
+        self.answered = answered
+        self.fingerprint = fingerprint
+        self.requests_sent = requests_sent
+        self.cost_usd = cost_usd
+        self.possibly_billed_usd = possibly_billed_usd
+        self.decision = decision
+        self.stage = stage
+
+    def with_facts(self, message: str | None = None, **facts: Any) -> Self:
+        """The same error with what more is known of it: an error gets its facts when it is made.
+
+        Args:
+            message: Another message; the same if None.
+            facts: Attributes by name.
+
+        Example:
+            >>> RateLimitError("…", status=429).with_facts(stage="generate").stage
+            'generate'
+        """
+        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return type(self)(message or str(self), **{**known, **facts}).with_traceback(self.__traceback__)
 
 
 class InputError(SegmindError):
@@ -147,11 +168,11 @@ class BudgetReachedError(SegmindError):
 
 
 class NotApprovedError(SegmindError):
-    """A person has said no to what a run would cost. Nothing was paid."""
+    """A person declined what a run would cost. Nothing was paid."""
 
 
 class ApprovalTimeoutError(NotApprovedError):
-    """Nobody has answered in time whether a run may cost what it would."""
+    """Nobody approved in time what a run would cost. Nothing was paid."""
 
 
 class UnusableAnswersError(SegmindError):
@@ -159,7 +180,7 @@ class UnusableAnswersError(SegmindError):
 
 
 class RunCancelledError(SegmindError):
-    """Somebody or something has ended the run: Ctrl-C, SIGTERM, SIGHUP, a cancellation in Prefect."""
+    """The run was ended from outside: Ctrl-C, SIGTERM, SIGHUP, a cancellation in Prefect."""
 
 
 class NotStartedError(SegmindError):
@@ -167,7 +188,15 @@ class NotStartedError(SegmindError):
 
 
 class ApiError(SegmindError):
-    """The API refused a request, failed, or could not be reached."""
+    """The API refused a request, failed, or could not be reached.
+
+    Attributes:
+        statuses: The HTTP statuses that a class of these errors stands for; a subclass may narrow them.
+        advice: What a user can do about it, in the words of a message; empty where the message itself says so.
+    """
+
+    statuses: ClassVar[tuple[int, ...]] = ()
+    advice: ClassVar[str] = ""
 
 
 class AccountError(ApiError):
@@ -175,71 +204,118 @@ class AccountError(ApiError):
 
 
 class BadRequestError(ApiError):
-    """400: the request is malformed, or `image_file` cannot be fetched."""
+    """The request is malformed, or `image_file` cannot be fetched."""
+
+    statuses = (400,)
+    advice = "check the parameters, and that the provider can fetch the uploaded image"
 
 
 class InvalidKeyError(AccountError):
-    """401: the key is missing or wrong."""
+    """The key is missing or wrong."""
+
+    statuses = (401,)
+    advice = "set SEGMIND_API_KEY, or the api_key of the SegmindCredentials block, to a valid key"
 
 
 class PermissionDeniedError(AccountError):
-    """403: the key may not use this model."""
+    """The key may not use this model."""
+
+    statuses = (403,)
+    advice = "ask the account's owner to allow this model for the key"
 
 
 class EndpointNotFoundError(AccountError):
-    """404: no such model or endpoint."""
+    """No such model or endpoint."""
+
+    statuses = (404,)
+    advice = "check SEGMIND_BASE_URL and the model's page at the provider"
 
 
 class MethodNotAllowedError(ApiError):
-    """405: the address does not take a POST, mostly a wrong base URL."""
+    """The address does not take a POST, mostly a wrong base URL."""
+
+    statuses = (405,)
+    advice = "check SEGMIND_BASE_URL"
 
 
 class NotAcceptableError(ApiError):
-    """406 for a reason that the message does not tell apart."""
+    """The request is not acceptable, for a reason that the provider does not name."""
+
+    statuses = (406,)
+    advice = "read the provider's words and change what they name"
 
 
 class InsufficientCreditsError(NotAcceptableError):
-    """406: no credits left, or the team's spend limit is reached."""
+    """No credits left, or the team's spend limit is reached."""
+
+    advice = "add credits to the account or raise its spend limit, then run again"
 
 
 class ParameterRejectedError(NotAcceptableError):
-    """406: the value of a parameter was rejected."""
+    """The value of a parameter was rejected."""
+
+    advice = "change the parameter that the message names"
 
 
 class ContentTypeRejectedError(NotAcceptableError):
-    """406: the Content-Type was rejected."""
+    """The Content-Type was rejected."""
+
+    advice = "check what stands between here and the API: it changed the Content-Type header"
 
 
 class ModelRetiredError(AccountError):
-    """410: the model is no longer served."""
+    """The model is no longer served."""
+
+    statuses = (410,)
+    advice = "the provider has retired the model; look for its successor"
 
 
 class UnprocessableError(ApiError):
-    """422: the safety check or the inference refused the request."""
+    """The safety check or the inference refused the request."""
+
+    statuses = (422,)
+    advice = "change the prompt or the image"
 
 
 class RateLimitError(ApiError):
-    """429: too many requests."""
+    """Too many requests."""
+
+    statuses = (429,)
+    advice = "run fewer at once, or ask the provider for a higher limit"
 
 
 class InternalServerError(ApiError):
-    """500: the provider failed; mostly a parameter that it cannot work with."""
+    """The provider failed; mostly a parameter that it cannot work with."""
+
+    statuses = (500,)
+    advice = "check the parameters; if they are right, run again later"
 
 
 class BadGatewayError(ApiError):
-    """502: temporarily unavailable; the picture may have been made and billed."""
+    """Temporarily unavailable; the picture may have been made and billed."""
+
+    statuses = (502,)
+    advice = "run again later; the provider's usage page tells whether it was billed"
 
 
 class GatewayTimeoutError(ApiError):
-    """504: timed out on the way; the picture may have been made and billed."""
+    """Timed out on the way; the picture may have been made and billed."""
+
+    statuses = (504,)
+    advice = "run again later; the provider's usage page tells whether it was billed"
 
 
 class OverloadedError(ApiError):
-    """503 or 529: the provider is overloaded; it has made nothing and bills nothing."""
+    """The provider is overloaded; it has made nothing and bills nothing."""
+
+    statuses = (503, 529)
+    advice = "the provider is overloaded and has made nothing; run again later"
 
 
 class UnexpectedStatusError(ApiError):
     """A status that the contract does not name."""
+
+    advice = "check SEGMIND_BASE_URL and any proxy on the way"
 
 
 class ApiUnreachableError(ApiError):
@@ -255,7 +331,7 @@ class NotAnImageError(ApiError):
 
 
 class UnsafeImageError(NotAnImageError):
-    """A 200 that says `is_image_safe: false` and holds no picture. It is billed."""
+    """A 200 with `is_image_safe: false` and without a picture. It is billed."""
 
 
 class ResultLinkError(NotAnImageError):
@@ -263,42 +339,12 @@ class ResultLinkError(NotAnImageError):
 
 
 STATUS_ERRORS: dict[int, type[ApiError]] = {
-    400: BadRequestError,
-    401: InvalidKeyError,
-    403: PermissionDeniedError,
-    404: EndpointNotFoundError,
-    405: MethodNotAllowedError,
-    406: NotAcceptableError,
-    410: ModelRetiredError,
-    422: UnprocessableError,
-    429: RateLimitError,
-    500: InternalServerError,
-    502: BadGatewayError,
-    503: OverloadedError,
-    504: GatewayTimeoutError,
-    529: OverloadedError,
+    status: kind
+    for kind in tuple(globals().values())
+    if isinstance(kind, type) and issubclass(kind, ApiError)
+    for status in vars(kind).get("statuses", ())
 }
-
-ADVICE: dict[type[ApiError], str] = {
-    BadRequestError: "check the parameters, and that the provider can fetch the uploaded image",
-    InvalidKeyError: "set SEGMIND_API_KEY, or the api_key of the SegmindCredentials block, to a valid key",
-    PermissionDeniedError: "ask the account's owner to allow this model for the key",
-    EndpointNotFoundError: "check SEGMIND_BASE_URL and the model's page at the provider",
-    MethodNotAllowedError: "check SEGMIND_BASE_URL",
-    NotAcceptableError: "read the provider's words and change what they name",
-    InsufficientCreditsError: "add credits to the account or raise its spend limit, then run again",
-    ParameterRejectedError: "change the parameter that the message names",
-    ContentTypeRejectedError: "check what stands between here and the API: it changed the Content-Type header",
-    ModelRetiredError: "the provider has retired the model; look for its successor",
-    UnprocessableError: "change the prompt or the image",
-    RateLimitError: "run fewer at once, or ask the provider for a higher limit",
-    InternalServerError: "check the parameters; if they are right, run again later",
-    BadGatewayError: "run again later; the provider's usage page tells whether it was billed",
-    GatewayTimeoutError: "run again later; the provider's usage page tells whether it was billed",
-    OverloadedError: "the provider is overloaded and has made nothing; run again later",
-    UnexpectedStatusError: "check SEGMIND_BASE_URL and any proxy on the way",
-}
-"""What a user can do about each status, in the words of an error message."""
+"""The class for each status that the contract names."""
 
 
 def status_error(status: int, text: str) -> type[ApiError]:

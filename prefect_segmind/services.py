@@ -1,4 +1,4 @@
-"""Turns settings and credentials into the parts that the stages work with."""
+"""The composition root: opens what settings, parameters and blocks name, once for a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import os
 import re
 from dataclasses import replace
-from datetime import UTC, datetime
-from functools import lru_cache
+from datetime import datetime
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,23 +15,24 @@ from prefect.blocks.core import Block
 from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 
-from prefect_segmind.api.client import on_loopback
+from prefect_segmind.api.client import SegmindClient, on_loopback
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import OnUnknown
-from prefect_segmind.credentials import load_base_url, load_credentials
+from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.archive import Archiving
-from prefect_segmind.pipeline.look_up import Generation
-from prefect_segmind.pipeline.pipeline import Production
+from prefect_segmind.pipeline.look_up import LookUp
+from prefect_segmind.pipeline.pay import Cashier
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.publish import Publisher, Publishing, split_publish_to
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
-from prefect_segmind.settings import PREFIX, load_settings
+from prefect_segmind.settings import PREFIX, SegmindSettings, load_settings
 from prefect_segmind.storage.http_environment import check_environment
-from prefect_segmind.storage.open_store import is_relative, open_store
+from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
 from prefect_segmind.text import given_text
 
 if TYPE_CHECKING:
@@ -41,154 +42,198 @@ _DELETED = re.compile(r"[/\\](tmp[a-z0-9_]{8}prefect|runner_storage)([/\\]|$)")
 """Where a process worker and a runner keep the code of a run, and its working directory."""
 
 
-def s3_client() -> S3Client:
-    """The S3 client: of the block that the settings name, or of boto3's own chain. Made once for each environment.
+class Services:
+    """What the settings and the parameters of one run name, each opened when it is first used, and once.
 
-    Raises:
-        ConfigurationError: The block cannot be loaded or makes no S3 client.
-        StoreCredentialsError: The AWS profile does not exist.
-    """
-    settings = load_settings()
-    return _s3_client(settings.s3_block, settings.s3_encryption, _aws_environment())
-
-
-def open_archive(url: str | None) -> Archive:
-    """The archive at a place, or at the one that the settings name.
+    A parameter that is given comes before its setting.
 
     Args:
-        url: `s3://bucket/prefix` or a folder.
+        archive: `s3://bucket/prefix` or a folder.
+        upload_to: `s3://bucket/prefix`.
+        publish_to: `s3://bucket/live`, a folder, or a pattern such as `s3://bucket/live/{name}.jpg`.
+        credentials_block: Name of a `SegmindCredentials` block.
 
-    Raises:
-        ConfigurationError: None is named, or in a run of a deployment one that may not outlast it.
+    Attributes:
+        publish_to: As above; None where nothing is to be published.
+
+    Example:
+        >>> Services(archive="/srv/pictures").archive.url
+        '/srv/pictures'
     """
-    settings = load_settings()
-    place = given_text("archive", url) or settings.archive
-    if not place:
-        raise ConfigurationError(
-            "archive: no place for the pictures is named; name s3://bucket/prefix or a folder with --archive, the "
-            "flow's archive or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
+
+    def __init__(
+        self,
+        *,
+        archive: str | None = None,
+        upload_to: str | None = None,
+        publish_to: str | None = None,
+        credentials_block: str | None = None,
+    ) -> None:
+        self.publish_to = publish_to
+        self._archive = archive
+        self._upload_to = upload_to
+        self._credentials_block = credentials_block
+
+    @cached_property
+    def settings(self) -> SegmindSettings:
+        """The settings.
+
+        Raises:
+            ConfigurationError: One of them is wrong.
+        """
+        return load_settings()
+
+    @cached_property
+    def credentials(self) -> SegmindCredentials:
+        """The key and the API's address: of the block that is named, or of the environment.
+
+        Raises:
+            ConfigurationError: There is no key, or no such block.
+        """
+        return load_credentials(self._credentials_block)
+
+    @cached_property
+    def s3(self) -> S3Client:
+        """The S3 client: of the block that the settings name, or of boto3's own chain.
+
+        Raises:
+            ConfigurationError: The block cannot be loaded or makes no S3 client.
+            StoreCredentialsError: The AWS profile does not exist.
+        """
+        return _s3_client(self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
+
+    @cached_property
+    def archive(self) -> Archive:
+        """The archive.
+
+        Raises:
+            ConfigurationError: None is named, or in a run of a deployment one that may not outlast it.
+        """
+        place = given_text("archive", self._archive) or self.settings.archive
+        if not place:
+            raise ConfigurationError(
+                "archive: no place for the pictures is named; name s3://bucket/prefix or a folder with --archive, the "
+                "flow's archive or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
+            )
+        place = lasting(place, "archive" if self._archive else f"{PREFIX}ARCHIVE")
+        return _archive(place, self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        """The outbox of the archive, so that no picture that one archive waits for is taken by another.
+
+        Raises:
+            ConfigurationError: As for `archive`; or in a run of a deployment, the folder may not outlast it.
+        """
+        folder = outbox_folder(self.settings) / hashlib.sha256(self.archive.url.encode()).hexdigest()[:16]
+        return Outbox(folder, self.settings.outbox_min_free_bytes)
+
+    @cached_property
+    def uploads(self) -> Uploads:
+        """The place for source images."""
+        return Uploads(
+            s3=lambda: self.s3,
+            place=given_text("upload_to", self._upload_to) or self.settings.upload_to,
+            presigned_seconds=self.settings.presigned_seconds,
+            public_base_url=self.settings.public_base_url,
         )
-    place = lasting(place, "archive" if url else f"{PREFIX}ARCHIVE")
-    return _archive(place, settings.s3_block, settings.s3_encryption, _aws_environment())
+
+    @cached_property
+    def reader(self) -> SourceReader:
+        """Reads source images; those on this machine's own servers only where the API is there too."""
+        return SourceReader(
+            s3=lambda: self.s3,
+            allow_private=self.settings.allow_private_sources,
+            allow_loopback=on_loopback(load_base_url(self._credentials_block)),
+        )
+
+    @cached_property
+    def publishing(self) -> Publishing | None:
+        """What copies pictures to addresses that stay; None where that is not asked for.
+
+        Raises:
+            ConfigurationError: The address is of no such kind, or in a run of a deployment one that may not outlast it.
+        """
+        if self.publish_to is None:
+            return None
+        place, pattern = split_publish_to(given_text("publish_to", self.publish_to) or "")
+        place = lasting(place, "publish_to")
+        store = open_store(place, self.s3 if is_s3(place) else None)
+        return Publishing(store, pattern, self.settings.publish_cache_control)
+
+    def check(self) -> None:
+        """Opens what a run needs to keep its pictures, so that what is not configured is said before anything is done.
+
+        Raises:
+            ConfigurationError: The message names the parameter or the setting.
+        """
+        _ = self.outbox, self.publishing
+
+    def publisher(self, refreshed_at: datetime, run: str) -> Publisher | None:
+        """What publishes the pictures of a run; None where that is not asked for.
+
+        Args:
+            refreshed_at: When the refresh was due.
+            run: The flow run.
+
+        Raises:
+            ConfigurationError: As for `publishing`.
+        """
+        return Publisher(self.publishing, refreshed_at, run) if self.publishing else None
+
+    def pipeline(
+        self,
+        gate: Gate,
+        *,
+        on_unknown: OnUnknown = "repay",
+        policy: RetryPolicy | None = None,
+        publisher: Publisher | None = None,
+    ) -> Pipeline:
+        """Everything that takes a job through all its stages.
+
+        Args:
+            gate: What every request passes, with the run's ledger.
+            on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+            policy: How patient the run is; how long a server is waited for is a setting.
+            publisher: What publishes, if it is to be done.
+
+        Raises:
+            ConfigurationError: There is no key, or no archive.
+        """
+        archive, outbox, credentials, settings = self.archive, self.outbox, self.credentials, self.settings
+
+        def open_client() -> SegmindClient:
+            return credentials.get_client(settings)
+
+        return Pipeline(
+            reader=self.reader,
+            uploads=self.uploads,
+            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown),
+            cashier=Cashier(
+                archive=archive,
+                outbox=outbox,
+                open_client=open_client,
+                address=self.uploads.address,
+                on_unknown=on_unknown,
+                policy=replace(policy or RetryPolicy(), longest_wait_seconds=settings.longest_wait_seconds),
+                gate=gate,
+            ),
+            archiving=Archiving(archive, outbox),
+            publisher=publisher,
+            price_usd=settings.price_usd,
+        )
 
 
-def open_uploads(place: str | None) -> Uploads:
-    """The place for source images that is named here or in the settings."""
-    settings = load_settings()
-    return Uploads(
-        s3=lru_cache(maxsize=1)(s3_client),  # which reads the settings each time
-        place=given_text("upload_to", place) or settings.upload_to,
-        presigned_seconds=settings.presigned_seconds,
-        public_base_url=settings.public_base_url,
-    )
+def outbox_folder(settings: SegmindSettings) -> Path:
+    """The folder in which each archive has its outbox.
 
-
-def open_outbox(archive: Archive | None = None) -> Outbox:
-    """The outbox for an archive, a folder in the one that the settings name; that one itself for no archive.
-
-    Each archive has its own, so that no picture that one of them waits for is taken by another.
+    Args:
+        settings: Which name it.
 
     Raises:
         ConfigurationError: In a run of a deployment, the folder may not outlast it.
     """
-    settings = load_settings()
-    folder = Path(lasting(str(settings.outbox_folder), f"{PREFIX}OUTBOX" if settings.outbox else "PREFECT_HOME"))
-    if archive is not None:
-        folder /= hashlib.sha256(archive.url.encode()).hexdigest()[:16]
-    return Outbox(folder, settings.outbox_min_free_bytes)
-
-
-def source_reader(credentials_block: str | None = None) -> SourceReader:
-    """Reads source images; those on this machine's own servers only where the API is there too.
-
-    Args:
-        credentials_block: The block that names the API's address, if one does.
-    """
-    return SourceReader(
-        s3=lru_cache(maxsize=1)(s3_client),
-        allow_private=load_settings().allow_private_sources,
-        allow_loopback=on_loopback(load_base_url(credentials_block)),
-    )
-
-
-def open_generation(
-    archive: str | None,
-    upload_to: str | None,
-    credentials_block: str | None,
-    *,
-    on_unknown: OnUnknown = "repay",
-    policy: RetryPolicy | None = None,
-    gate: Gate | None = None,
-) -> Generation:
-    """What pays for pictures.
-
-    Args:
-        archive: As for `open_archive`.
-        upload_to: As for `open_uploads`.
-        credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if None.
-        on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
-        policy: How patient the run is; how long a server is waited for is a setting.
-        gate: What the requests of a batch pass.
-
-    Raises:
-        ConfigurationError: There is no key, or no archive.
-    """
-    settings, credentials, opened = load_settings(), load_credentials(credentials_block), open_archive(archive)
-    return Generation(
-        archive=opened,
-        outbox=open_outbox(opened),
-        open_client=lambda: credentials.get_client(settings),
-        address=open_uploads(upload_to).address,
-        on_unknown=on_unknown,
-        policy=replace(policy or RetryPolicy(), longest_wait_seconds=settings.longest_wait_seconds),
-        gate=gate or Gate(),
-    )
-
-
-def open_publisher(
-    publish_to: str | None, refreshed_at: datetime | None = None, run: str | None = None
-) -> Publisher | None:
-    """What publishes pictures at addresses that stay; None where that is not asked for.
-
-    Args:
-        publish_to: `s3://bucket/live` or a folder; or a pattern such as `s3://bucket/live/{name}.jpg`.
-        refreshed_at: When the refresh was due; now if None.
-        run: The flow run.
-
-    Raises:
-        ConfigurationError: The address is of no such kind, or in a run of a deployment one that may not outlast it.
-    """
-    if publish_to is None:
-        return None
-    place, pattern = split_publish_to(given_text("publish_to", publish_to) or "")
-    place = lasting(place, "publish_to")
-    store = open_store(place, s3_client() if place.lower().startswith("s3:") else None)
-    publishing = Publishing(store, pattern, load_settings().publish_cache_control)
-    return Publisher(publishing, refreshed_at or datetime.now(UTC), run or "")
-
-
-def open_production(
-    generation: Generation,
-    upload_to: str | None,
-    credentials_block: str | None,
-    publisher: Publisher | None = None,
-) -> Production:
-    """Everything that takes a job through all its stages.
-
-    Args:
-        generation: What pays.
-        upload_to: As for `open_uploads`.
-        credentials_block: As for `source_reader`.
-        publisher: What publishes, if it is to be done.
-    """
-    return Production(
-        reader=source_reader(credentials_block),
-        uploads=open_uploads(upload_to),
-        generation=generation,
-        archiving=Archiving(generation.archive, generation.outbox),
-        publisher=publisher,
-        price_usd=load_settings().price_usd,
-    )
+    return Path(lasting(str(settings.outbox_folder), f"{PREFIX}OUTBOX" if settings.outbox else "PREFECT_HOME"))
 
 
 def lasting(place: str, named: str) -> str:
@@ -221,12 +266,15 @@ def in_deployment() -> bool:
     return bool(run and run.deployment_id) or deployment.id is not None
 
 
-def _aws_environment() -> tuple[tuple[str, str], ...]:
+_Environment = tuple[tuple[str, str], ...]
+
+
+def _aws_environment() -> _Environment:
     return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
 
 
 @lru_cache(maxsize=8)
-def _s3_client(block: str | None, encryption: str | None, _environment: tuple[tuple[str, str], ...]) -> S3Client:
+def _s3_client(block: str | None, encryption: str | None, _environment: _Environment) -> S3Client:
     from prefect_segmind.storage import s3
 
     client = s3.s3_client() if block is None else _client_of(block)
@@ -249,7 +297,7 @@ def _client_of(block: str) -> S3Client:
 
 
 @lru_cache(maxsize=32)
-def _archive(
-    place: str, _block: str | None, _encryption: str | None, _environment: tuple[tuple[str, str], ...]
-) -> Archive:
-    return Archive(open_store(place, s3_client() if place.lower().startswith("s3:") else None))
+def _archive(place: str, block: str | None, encryption: str | None, environment: _Environment) -> Archive:
+    """Kept from run to run, so that a store is asked once whether it honours conditional writes."""
+    client = _s3_client(block, encryption, environment) if is_s3(place) else None
+    return Archive(open_store(place, client))

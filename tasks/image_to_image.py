@@ -6,33 +6,32 @@ They pass small records to each other, never pixels. Each logs what the person w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from prefect import task
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind import services
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.jobs.job import Job, parse_job
+from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
-from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.reporting import events
-from prefect_segmind.settings import load_settings
+from prefect_segmind.services import Services
+from prefect_segmind.tasks.failures import failures_reported
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
 from prefect_segmind.tasks.run_context import (
-    failures_reported,
-    flow_runs,
-    mention_conditions,
     refreshed_at,
-    run_id,
+    run_ledger,
+    run_logger,
     run_name,
     task_policy,
+    this_run,
+    warn_once_without_conditional_writes,
     with_seed,
 )
 
@@ -51,15 +50,11 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
         SourceImageError: The source image cannot be used.
         StoreError: The source lies in S3 and cannot be read.
     """
-    log, settings = get_run_logger(), load_settings()
+    log, services = run_logger(), Services(credentials_block=credentials_block)
     with failures_reported(job):
         if not isinstance(job, Job):
-            job = parse_job(job, allow_unlisted_resolution=settings.allow_unlisted_resolution)
-        validated = validate(
-            with_seed(job),
-            services.source_reader(credentials_block),
-            price_usd=settings.price_usd,
-        )
+            job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
+        validated = validate(with_seed(job), services.reader, price_usd=services.settings.price_usd)
     for warning in validated.warnings:
         log.warning(warning)
     found = validated.source
@@ -87,10 +82,9 @@ def upload_image(
         SourceImageError: The source has changed since it was validated.
         StoreError: S3 refuses or does not answer.
     """
-    log = get_run_logger()
+    log, services = run_logger(), Services(upload_to=upload_to, credentials_block=credentials_block)
     with failures_reported(job):
-        reader = services.source_reader(credentials_block)
-        uploaded = services.open_uploads(upload_to).upload(job, reader)
+        uploaded = services.uploads.upload(job, services.reader)
     for warning in uploaded.warnings:
         log.warning(warning)
     log.info("%s %s", "uploaded to" if uploaded.uploaded else "nothing to upload, it is at", uploaded.uri)
@@ -132,15 +126,12 @@ def generate_image(
         OutcomeUnknownError: An earlier request may have been billed, and `on_unknown` is `fail`.
         StoreError: The record of the picture cannot be read or written; nothing was paid.
     """
-    log = get_run_logger()
+    log = run_logger()
+    services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
     with failures_reported(job):
-        generation = services.open_generation(
-            archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
-        )
-        mention_conditions(generation.archive)
-        generated = replace(generation, say=log.info, warn=log.warning).generate(
-            *(job, lambda: uploaded, run_id(), flow_runs())
-        )
+        pipeline = services.pipeline(Gate(ledger=run_ledger()), on_unknown=on_unknown, policy=task_policy())
+        warn_once_without_conditional_writes(services.archive)
+        generated = pipeline.generate(job, lambda: uploaded, this_run(), log)
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated
@@ -157,10 +148,10 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
         ArchiveError: The archive cannot be written. The picture is safe; the same job run again archives it unpaid.
     """
     with failures_reported(generated):
-        opened = services.open_archive(generated.archive)
-        archived = Archiving(opened, services.open_outbox(opened)).archive_picture(generated, flow_run.id)
+        services = Services(archive=generated.archive)
+        archived = Archiving(services.archive, services.outbox).archive_picture(generated, flow_run.id)
     events.asset_archived(archived)
-    get_run_logger().info("archived: %s (%s)", archived.image, archived.status)
+    run_logger().info("archived: %s (%s)", archived.image, archived.status)
     return archived
 
 
@@ -181,8 +172,8 @@ def publish_image(archived: ArchivedImage, publish_to: str, archive: str | None 
         StoreError: The archive cannot be read, or the place cannot be written. The picture is archived; the same job
             run again publishes it unpaid.
     """
-    log = get_run_logger()
+    services = Services(archive=archive, publish_to=publish_to)
     with failures_reported(archived):
-        publisher = services.open_publisher(publish_to, refreshed_at(), flow_run.id)
+        publisher = services.publisher(refreshed_at(), flow_run.id)
         assert publisher is not None
-        return publisher.publish(archived, services.open_archive(archive), log.info)
+        return publisher.publish(archived, services.archive, run_logger())

@@ -7,30 +7,31 @@ from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
+from prefect.tasks import Task
 
-from prefect_segmind import services
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.errors import NotStartedError
 from prefect_segmind.jobs.job import Job, parse_job
+from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
-from prefect_segmind.pipeline import pipeline
 from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting import events
-from prefect_segmind.settings import load_settings
-from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
+from prefect_segmind.services import Services
+from prefect_segmind.tasks.failures import failures_reported
+from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided, retry_in_batch_if_decided
 from prefect_segmind.tasks.run_context import (
-    failures_reported,
-    flow_runs,
-    mention_conditions,
     refreshed_at,
-    run_id,
+    run_ledger,
+    run_logger,
     run_name,
     task_policy,
+    this_run,
+    warn_once_without_conditional_writes,
     with_seed,
 )
 
@@ -53,8 +54,6 @@ def produce_asset(
 ) -> ArchivedImage:
     """Checks, uploads, generates, archives and publishes one asset, in one task run; see the single tasks for each.
 
-    In `refresh_assets` it works with what the batch shares; the other parameters matter elsewhere.
-
     Args:
         job: A `Job`, its fields as a mapping, or a job that is validated already.
         archive: `s3://bucket/prefix` or a folder; the setting if left out.
@@ -66,30 +65,59 @@ def produce_asset(
     Raises:
         SegmindError: In one of its classes; its `stage` says where.
     """
-    log, produces = get_run_logger(), pipeline.shared.get()
-    try:
-        with failures_reported(job):
-            if produces is None:
-                generation = services.open_generation(
-                    archive, upload_to, credentials_block, on_unknown=on_unknown, policy=task_policy()
-                )
-                mention_conditions(generation.archive)
-                publisher = services.open_publisher(publish_to, refreshed_at(), flow_run.id)
-                produces = services.open_production(generation, upload_to, credentials_block, publisher)
-            if isinstance(job, Mapping):
-                job = parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
-            if isinstance(job, Job):
-                job = with_seed(job)  # a retry is for the same picture
-            archived = produces.produce(
-                *(job, run_id(), flow_run.id, flow_runs()),
-                say=log.info,
-                warn=log.warning,
-                unpublished=events.asset_archived,
-            )
-    except NotStartedError as stopped:
-        if stopped.possibly_billed_usd:
-            raise
-        return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # nothing of it has failed
+    services = Services(
+        archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
+    )
+    with failures_reported(job):
+        pipeline = services.pipeline(
+            Gate(ledger=run_ledger()),
+            on_unknown=on_unknown,
+            policy=task_policy(),
+            publisher=services.publisher(refreshed_at(), flow_run.id),
+        )
+        warn_once_without_conditional_writes(services.archive)
+        return _produce(job, pipeline, services.settings.allow_unlisted_resolution)
+
+
+def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | ValidatedJob], ArchivedImage]:
+    """The task that produces the assets of a batch with what they share.
+
+    Args:
+        pipeline: What they share: S3, uploads, the gate of their requests, the ledger.
+        policy: How patient it is.
+    """
+
+    @task(
+        name=produce_asset.name,
+        task_run_name=run_name,
+        retries=policy.retries + (policy.rate_limit_retries or 0),
+        retry_delay_seconds=ServerPacedDelays(),
+        retry_condition_fn=retry_in_batch_if_decided,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    def produce_asset_of_batch(job: Job | ValidatedJob) -> ArchivedImage:
+        """Checks, uploads, generates, archives and publishes one asset of a batch."""
+        try:
+            with failures_reported(job, in_batch=True):
+                return _produce(job, pipeline)
+        except NotStartedError as stopped:
+            if stopped.possibly_billed_usd:
+                raise
+            return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # nothing of it has failed
+
+    return produce_asset_of_batch
+
+
+def _produce(
+    job: Job | ValidatedJob | Mapping[str, Any], pipeline: Pipeline, allow_unlisted_resolution: bool = False
+) -> ArchivedImage:
+    log = run_logger()
+    if isinstance(job, Mapping):
+        job = parse_job(job, allow_unlisted_resolution=allow_unlisted_resolution)
+    if isinstance(job, Job):
+        job = with_seed(job)  # a retry is for the same picture
+    archived = pipeline.produce(job, this_run(), log, flow_run_id=flow_run.id, unpublished=events.asset_archived)
     events.asset_archived(archived)
     log.info("%s: %s, %s USD", archived.status, archived.image, usd(archived.cost_usd))
     return archived

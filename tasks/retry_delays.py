@@ -6,6 +6,7 @@ exception, leaves the wait in a context variable, and the list hands it out.
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from typing import Any, SupportsIndex
 
@@ -14,7 +15,6 @@ from prefect.tasks import Task
 
 from prefect_segmind.errors import SegmindError
 from prefect_segmind.limits.retry import RetryPolicy, holds_all
-from prefect_segmind.pipeline.pipeline import shared
 
 BATCH_WAIT_SECONDS = 15.0
 """In a batch all assets wait for a rate limit or an overloaded provider, in its gate; Prefect waits no longer than
@@ -40,8 +40,16 @@ def retry_if_decided(task: Task[..., Any], task_run: TaskRun, state: State[Any])
 
     A plain function: Prefect 3.8.8 silently retries nothing with any other callable. 3.9.1 takes them all.
     """
+    return _decided(state.result(raise_on_failure=False))
+
+
+def retry_in_batch_if_decided(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """The same for an asset of a batch, whose gate waits for what concerns all."""
     error = state.result(raise_on_failure=False)
+    return _decided(error, longest_seconds=BATCH_WAIT_SECONDS if holds_all(error) else math.inf)
+
+
+def _decided(error: object, longest_seconds: float = math.inf) -> bool:
     decision = error.decision if isinstance(error, SegmindError) else None
-    wait = decision.wait_seconds or 0.0 if decision else 0.0
-    _wait.set(min(wait, BATCH_WAIT_SECONDS) if holds_all(error) and shared.get() else wait)
+    _wait.set(min(decision.wait_seconds or 0.0, longest_seconds) if decision else 0.0)
     return decision is not None and decision.retry

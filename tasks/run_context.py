@@ -1,14 +1,13 @@
-"""What a task that pays tells of itself: its run and flow run, its failed requests, and a store that cannot do all."""
+"""What a task knows of the run that it is in: who it is, in which try of which flow run, and the run's ledger."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import get_client
@@ -17,28 +16,13 @@ from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
 from prefect_segmind.archive.archive import Archive
-from prefect_segmind.archive.record import FlowRuns
-from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
+from prefect_segmind.archive.record import FlowRuns, Run
 from prefect_segmind.jobs.job import Job, name_from_image
-from prefect_segmind.limits.retry import RetryPolicy, holds_all
-from prefect_segmind.pipeline.pipeline import shared
+from prefect_segmind.limits.ledger import Ledger, Reporters
+from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.validate import with_drawn_seed
-from prefect_segmind.reporting import events
-from prefect_segmind.tasks.interrupts import end_run_on_hangup
 
-STAGES = {
-    "validate_job": "validate",
-    "upload_image": "upload",
-    "generate_image": "generate",
-    "archive_image": "archive",
-    "publish_image": "publish",
-}
-"""The stage that a task is; an asset of a batch has them all in one task."""
-
-TOLD_AT_END = {"told_at_end": True}
-"""Marks a line of the log that a command tells again at its end, so that people read it once."""
-
-_told: set[str] = set()
+_warned_of: set[str] = set()
 """Archives of which this process has said that they ignore conditional writes."""
 
 
@@ -55,10 +39,41 @@ def job_name(job: object) -> str:
     return str(getattr(job, "name", ""))
 
 
-def run_id() -> str:
-    """What identifies a run across its retries: the task run's id."""
+def this_run() -> Run:
+    """The task run, which stays the same in its retries, and the flow run that it is in."""
     context = TaskRunContext.get()
-    return str(context.task_run.id) if context else uuid4().hex
+    return Run(str(context.task_run.id) if context else uuid4().hex, flow_runs())
+
+
+def run_logger() -> logging.Logger:
+    """Prefect's logger of the run: an adapter, which has all of a logger that library code uses."""
+    return cast(logging.Logger, get_run_logger())
+
+
+def run_ledger() -> Ledger:
+    """The ledger of the flow run that a task is in: one for all its tasks and, in this process, for all its tries."""
+    run = this_run()
+    call, tries = flow_call() or run.id, run.flow_runs
+    # All that the last flow run calls that is in a later try share what the earlier ones have sent.
+    again = tries[: max((depth for depth, (_, number) in enumerate(tries, 1) if number > 1), default=0)]
+    with _opening:
+        reporters = _reporters.setdefault(again, {}) if again else {}
+        before, ledger = _ledgers.pop(call, (tries, Ledger(reporters=reporters)))
+        if before != tries:
+            ledger.begin_try(reporters)
+        _ledgers[call] = tries, ledger
+        if len(_ledgers) > LEDGERS:
+            del _ledgers[next(iter(_ledgers))]
+        if len(_reporters) > LEDGERS:
+            del _reporters[next(iter(_reporters))]
+        return ledger
+
+
+LEDGERS = 64
+"""Flow runs whose ledgers are kept, for another try."""
+_ledgers: dict[str, tuple[FlowRuns, Ledger]] = {}
+_reporters: dict[FlowRuns, Reporters] = {}
+_opening = threading.Lock()
 
 
 def flow_runs() -> FlowRuns:
@@ -124,7 +139,7 @@ def with_seed(job: Job) -> Job:
     """The job with a random seed drawn: the same in each try of a flow run, another for each task that asks for it."""
     if job.seed != "random":
         return job
-    runs, run = flow_runs(), run_id()
+    run, runs = this_run()
     if not runs:
         return with_drawn_seed(job, run)
     with _drawing:
@@ -149,55 +164,10 @@ def task_policy() -> RetryPolicy:
     return RetryPolicy(retries=context.task.retries) if context else RetryPolicy()
 
 
-def mention_conditions(archive: Archive) -> None:
+def warn_once_without_conditional_writes(archive: Archive) -> None:
     """Says once for each archive that it ignores conditional writes, if it does."""
-    if not archive.store.conditional and archive.url not in _told:
-        _told.add(archive.url)
+    if not archive.store.conditional and archive.url not in _warned_of:
+        _warned_of.add(archive.url)
         get_run_logger().info(
             "%s ignores conditional writes: do not run the same job in two processes at a time", archive.url
         )
-
-
-@contextmanager
-def failures_reported(job: object) -> Iterator[None]:
-    """Makes what fails visible: a failed request is a WARNING in the run's log and an event, a failed job an event.
-
-    A task that works in the main thread of its run is also ended in order by a terminal that goes away.
-
-    Args:
-        job: The `Job`, `ValidatedJob` or whatever else has its name; or its fields as a mapping.
-    """
-    end_run_on_hangup()
-    try:
-        yield
-    except SegmindError as error:
-        name = job_name(job)
-        if error.decision:
-            _warn(name, error)
-            events.attempt_failed(name, error)
-        started = not isinstance(error, NotStartedError) or error.possibly_billed_usd
-        if started and not (error.decision and error.decision.retry):
-            stage = error.stage or STAGES.get(str(task_run.task_name), "generate")
-            events.asset_failed(name, error, stage)
-            if isinstance(error, InsufficientCreditsError) and shared.get() is None:  # a batch tells it once
-                events.credits_exhausted(error)
-        raise
-
-
-def _warn(name: str, error: SegmindError) -> None:
-    assert error.decision is not None
-    wait = error.decision.wait_seconds
-    follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
-    # In a batch the gate has told once for all that the rate is limited, or the provider overloaded.
-    told = logging.INFO if holds_all(error) and wait is not None and shared.get() else logging.WARNING
-    get_run_logger().log(
-        told,
-        "request %s of %s failed%s: %s; %s: %s",
-        error.requests_sent,
-        name,
-        " and may have been billed" if error.possibly_billed else " and was paid for" if error.answered else "",
-        error,
-        follows,
-        error.decision.reason,
-        extra=TOLD_AT_END if wait is None else None,
-    )

@@ -233,13 +233,11 @@ class SegmindClient:
         except OSError as error:
             with suppress(OSError):
                 found.unlink(missing_ok=True)
-            unwritable = _unwritable(part, error)
-            unwritable.answered, unwritable.possibly_billed = answered, False
-            raise unwritable from error
+            raise _unwritable(part, error).with_facts(answered=answered, possibly_billed=False) from error
         except ApiError as known:
-            told = NotAnImageError(f"{known}; it cannot be decompressed: {packed}", status=200) if packed else known
-            told.answered, told.request_id = answered, answered.request_id
-            raise told from None
+            if packed:
+                known = NotAnImageError(f"{known}; it cannot be decompressed: {packed}", status=200)
+            raise known.with_facts(answered=answered, request_id=answered.request_id) from None
         return answered.brought(picture, seed)
 
     def _decompress(self, answer: httpx.Response, part: Path, plain: Path) -> httpx.DecodingError | None:

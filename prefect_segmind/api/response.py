@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from prefect_segmind.errors import (
-    ADVICE,
     ApiError,
     NotAnImageError,
     UnexpectedStatusError,
@@ -137,7 +136,7 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
     message = f"the API answered {status}" + (f": {text}" if text else "")
     unnamed = kind is UnexpectedStatusError and not 300 <= status < 500 and status not in BEFORE_THE_MODEL
     return kind(
-        f"{message} ({ADVICE[kind]})",
+        f"{message} ({kind.advice})",
         status=status,
         retry_after=wait_asked(headers, now),
         possibly_billed=status in (502, 504) or unnamed,

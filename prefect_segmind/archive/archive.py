@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import PreconditionFailedError, StoreError
-from prefect_segmind.storage.store import Store
+from prefect_segmind.storage.store import Store, read_model
 
-_WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
-"""Seconds before another look at a record that cannot be read: some servers write in place, and show half of it."""
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
 _SIDECAR = re.compile(r"(.+/([0-9a-f]{16}))(?:-[0-9a-f]{16})?\.json")
 
@@ -34,7 +30,7 @@ class RecordRead:
     """A record as it was read.
 
     Attributes:
-        record: What it says.
+        record: The record.
         etag: Its version, for a conditional write.
         age: Seconds since it was written, by the store's own clock.
     """
@@ -45,13 +41,13 @@ class RecordRead:
 
 
 class Survey(NamedTuple):
-    """What a listing of an archive shows.
+    """Which pictures an archive holds, by one listing.
 
     Attributes:
         recorded: Fingerprints that have a record.
         archived: Those of them that have a sidecar too, which is put just before the record is done: they are paid and
             archived.
-        places: Where they lie: `{name}/{fingerprint[:16]}`.
+        places: Where they are: `{name}/{fingerprint[:16]}`.
     """
 
     recorded: set[str]
@@ -63,7 +59,7 @@ class Archive:
     """Reads and writes an archive.
 
     Args:
-        store: Where it lies.
+        store: Where it is.
     """
 
     def __init__(self, store: Store) -> None:
@@ -76,23 +72,15 @@ class Archive:
         Raises:
             StoreError: The record cannot be read, which is never taken for "not there".
         """
-        key = record_key(fingerprint)
-        for wait in (*_WAITS_FOR_A_WRITER, None):
-            found = self.store.get(key)
-            if found is None:
-                return None
-            try:
-                return RecordRead(Record.model_validate_json(found.data), found.etag, found.age)
-            except ValidationError:
-                if wait is not None:
-                    time.sleep(wait)
-        raise StoreError(
-            f"{self.store.uri(key)} is no record that this version can read; it says whether a picture is paid, so "
-            "nothing is paid until it is restored (or removed, if the picture may be paid once more)"
+        remedy = (
+            "it records whether a picture is paid, so nothing is paid until it is restored (or removed, if the picture "
+            "may be paid once more)"
         )
+        found = read_model(self.store, record_key(fingerprint), Record, remedy)
+        return RecordRead(found[0], found[1].etag, found[1].age) if found else None
 
     def write(self, record: Record, etag: str | None) -> str:
-        """Writes a record over the version that was read, or as the first one.
+        """Write a record over the version that was read, or as the first one.
 
         Args:
             record: What to write.
@@ -109,8 +97,18 @@ class Archive:
         return self.store.put(key, data, "application/json", if_absent=etag is None, if_match=etag)
 
     def content(self, uri: str) -> bytes | None:
-        """What lies at a URI of this archive; None if nothing does."""
-        found = self.store.get(uri[len(self.store.uri("x")) - 1 :].replace("\\", "/"))
+        """The content at an address of this archive; None if there is none.
+
+        Args:
+            uri: As `ArchivedImage` names its picture and sidecar.
+
+        Raises:
+            StoreError: The address is not in this archive, or cannot be read.
+        """
+        root = self.store.uri("x")[:-1]
+        if not uri.startswith(root):
+            raise StoreError(f"{uri} is not in the archive {self.url}; open the archive that it is in")
+        found = self.store.get(uri.removeprefix(root).replace(os.sep, "/"))
         return found.data if found else None
 
     def survey(self, fingerprints: Collection[str]) -> Survey:
@@ -132,7 +130,7 @@ class Archive:
         return Survey(recorded, {each for each in recorded if each[:16] in beside}, places)
 
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
-        """Puts a picture under a job's name and never over a different one.
+        """Store a picture under a job's name and never over a different one.
 
         Args:
             name: The job's.
@@ -141,7 +139,7 @@ class Archive:
             data: The picture.
 
         Returns:
-            Its key: `{name}/{fingerprint[:16]}.{ext}`, or with the picture's own hash where another one lies there.
+            Its key: `{name}/{fingerprint[:16]}.{ext}`, or with the picture's own hash where another one has that name.
         """
         stem = f"{name}/{fingerprint[:16]}"
         for key in (f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"):
@@ -154,7 +152,7 @@ class Archive:
         raise StoreError(f"{self.store.uri(stem)} is taken by other pictures; choose another name for the job")
 
     def put_sidecar(self, image_key: str, sidecar: Mapping[str, Any]) -> str:
-        """Puts a picture's sidecar beside it; one that is there already stays.
+        """Store a picture's sidecar beside it; an existing one stays.
 
         Returns:
             Its key.

@@ -1,12 +1,12 @@
-"""The outbox: a folder on this machine where a paid picture lies from the moment its answer has been read until the
-archive holds it. Each archive has an outbox of its own, as it has records of its own.
+"""The outbox: a folder on this machine that holds a paid picture from the moment its answer has been read until the
+archive has it. Each archive has an outbox of its own, as it has records of its own.
 
 A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
 `{fingerprint}.{run}.part`. Where the system can do it, space for an answer is taken before the request is sent, so that
 a full disk costs nothing.
 
-An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as it came, for
-nobody's eyes but the user's, since a link in it may be signed; what its headers told is in the same name and `.json`.
+An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
+readable by the user only, since a link in it may be signed; the facts in its headers are in the same name and `.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -31,20 +31,27 @@ from prefect_segmind.api.response import Link, picture_or_link
 from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
+from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
 
 RESERVED_BYTES = 8 << 20
-"""Bytes taken on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
+"""Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
 _NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
 _KEPT = (".answer", ".answer.json")
+_REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
 Reader = Callable[[Path, Path], Picture]
-"""Finds the picture in the body of a 200, the first file, and writes it to the second where the body is not it."""
+"""Finds the picture in the body of a 200, the first file; writes it to the second if the body is not the picture."""
 
 
 class OutboxEntry(BaseModel):
-    """What is known of a picture in the outbox."""
+    """What is known of a picture in the outbox.
+
+    Attributes:
+        paid: The picture.
+        attempts: The requests that were sent for it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -57,24 +64,22 @@ class Outbox:
     """The folder of paid pictures.
 
     Attributes:
-        folder: Made when it is first needed. In a container it must be a volume.
-        min_free_bytes: Free space without which nothing is paid for.
+        folder: Made when it is first needed. In a container it must be on a volume.
+        min_free_bytes: Nothing is paid for with less free space.
     """
 
     folder: Path
     min_free_bytes: int = 100_000_000
 
     def check(self) -> None:
-        """Makes the folder and makes sure that it can take a picture.
+        """Make the folder, and check that it can take a picture.
 
         Raises:
             OutboxError: It cannot be made or written, or has too little free space. Nothing was paid.
         """
-        try:
+        with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise self._unusable(error.strerror or str(error)) from error
         if free < self.min_free_bytes:
             raise self._unusable(f"{free / 1e6:.0f} MB are free, {self.min_free_bytes / 1e6:.0f} MB are needed")
         if not os.access(self.folder, os.W_OK):
@@ -82,28 +87,28 @@ class Outbox:
 
     @contextmanager
     def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
-        """Yields the file for an answer that is about to be asked for, its space taken.
+        """Yield the file for the answer to the next request, with its space reserved.
 
-        It is removed where the API has answered with an error, or its answer was cut. After anything else, an interrupt
-        for example, what has arrived stays: it may be a picture, and paid for. Nobody else can read it.
+        It is removed if the API has answered with an error, or its answer was cut. After anything else, an interrupt
+        for example, what has arrived stays: it may be a picture, and paid for. No other user can read it.
 
         Raises:
-            OutboxError: The space cannot be taken. Nothing was paid.
+            OutboxError: The space cannot be reserved. Nothing was paid.
         """
         self.check()
         part = self._part(fingerprint, run)
         try:
-            with part.open("wb") as file:
+            with self._disk_errors(), part.open("wb") as file:
                 part.chmod(0o600)
                 _reserve(file.fileno())
-        except OSError as error:
+        except OutboxError:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise self._unusable(error.strerror or str(error)) from error
+            raise
         try:
             yield part
         except BaseException as error:
-            with suppress(OSError):  # what has failed counts, not that its remains cannot be removed
+            with suppress(OSError):  # the failure counts, not that its remains cannot be removed
                 if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
                     part.unlink(missing_ok=True)
             raise
@@ -111,7 +116,7 @@ class Outbox:
             part.unlink(missing_ok=True)
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
-        """Makes a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
+        """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
 
         Returns:
             The picture's path.
@@ -126,11 +131,11 @@ class Outbox:
             sync(self.folder)
         except OSError as error:
             raise OutboxError(
-                f"outbox: {part} holds a picture that was paid for and could not be made durable: {error.strerror}",
+                f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}",
                 status=200,
                 possibly_billed=True,
             ) from error
-        with suppress(OSError):  # the picture is safe, and found without its facts too
+        with suppress(OSError):  # the picture is safe, and is found without its facts too
             facts = part.with_suffix(".facts")
             facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
             sync(facts)
@@ -138,17 +143,17 @@ class Outbox:
         return path
 
     def keep_answer(self, part: Path, answered: Answered) -> Path | None:
-        """Keeps the body of a 200 that could not be read as a picture, for good: no later one replaces it.
+        """Keep the body of a 200 that could not be read as a picture, for good: no later one replaces it.
 
         Args:
-            part: The body as it came; beside it, with the suffix `.found`, may lie what a link in it has led to.
-            answered: What the headers told.
+            part: The body as received; beside it, with the suffix `.found`, may be what a link in it has led to.
+            answered: The facts in the headers.
 
         Returns:
-            Where it lies now; None where there was nothing in it.
+            Its path now; None if it was empty.
 
         Raises:
-            OutboxError: The disk failed; the body lies in `part`.
+            OutboxError: The disk failed; the body is still in `part`.
         """
         found = part.with_suffix(".found")
         try:
@@ -157,7 +162,7 @@ class Outbox:
             return self._set_aside(part, answered)
         except OSError as error:
             raise OutboxError(
-                f"outbox: {part} holds an answer that was paid for and could not be made durable: {error.strerror}",
+                f"outbox: {part} holds an answer that was paid for and could not be made durable: {reason(error)}",
                 status=200,
             ) from error
 
@@ -170,7 +175,7 @@ class Outbox:
         path = next(path for number in count(1) if not (path := file.with_suffix(f".{number}.answer")).exists())
         file.rename(path)
         sync(self.folder)
-        with suppress(OSError):  # the answer is safe, and read without its facts too
+        with suppress(OSError):  # the answer is safe, and is read without its facts too
             if answered is not None:
                 facts = _facts_path(path)
                 facts.touch(0o600)
@@ -178,7 +183,7 @@ class Outbox:
         return path
 
     def answers(self, fingerprint: str) -> list[Path]:
-        """The answers for a job that were paid for and could not be read as a picture.
+        """The paid answers for a job that could not be read as a picture.
 
         Raises:
             OutboxError: The outbox cannot be read.
@@ -188,16 +193,16 @@ class Outbox:
     def read_again(
         self, fingerprint: str, run: str, read: Reader, *, seed: int, list_price_usd: Decimal
     ) -> tuple[Path, OutboxEntry] | None:
-        """The picture in an answer that could not be read when it came, made durable; None where it still cannot.
+        """The picture in an answer that could not be read at first, made durable; None if it still cannot.
 
-        So can what a run had received whole when it was interrupted.
+        The same for an answer that a run had received whole when it was interrupted.
 
         Args:
-            fingerprint: Of the job.
+            fingerprint: The job's.
             run: Identifies the run that reads.
-            read: Does it.
+            read: Reads an answer.
             seed: The job's.
-            list_price_usd: What an answer is taken to have cost whose headers were not noted.
+            list_price_usd: The assumed cost of an answer whose headers were not kept.
 
         Raises:
             OutboxError: The outbox cannot be read.
@@ -211,13 +216,13 @@ class Outbox:
             except ApiError as error:
                 self._keep_found(found, body)
                 if isinstance(error, ResultLinkError) and body in received:
-                    with suppress(OSError):  # what holds a link is whole, and no longer arriving
+                    with suppress(OSError):  # an answer with a link in it is whole
                         self._set_aside(body, None)
                 continue
             except FileNotFoundError:
                 continue  # another run has read it meanwhile
             except OSError as error:
-                raise self._unusable(f"{body.name} cannot be read: {error.strerror}") from error
+                raise self._unusable(f"{body.name} cannot be read: {reason(error)}") from error
             try:
                 answered = _facts_of(body) or Answered(
                     cost_usd=list_price_usd,
@@ -237,7 +242,7 @@ class Outbox:
         return None
 
     def _keep_found(self, found: Path, body: Path) -> None:
-        """Keeps what a link has led to, unless the same lies there already: the link may not live as long."""
+        """Keep what a link has led to, unless that is kept already: the link may expire sooner."""
         with suppress(OSError):
             new = found.read_bytes()
             known = _facts_of(body)
@@ -252,13 +257,13 @@ class Outbox:
     ) -> tuple[Path, OutboxEntry] | None:
         """The paid picture of a job and what is known of it.
 
-        After a crash between reading an answer and noting its facts the picture may lie there without them; it is
+        After a crash between reading an answer and writing its facts the picture may be there without them; it is
         found all the same.
 
         Args:
-            fingerprint: Of the job.
-            seed: The job's; for a picture whose facts were not noted.
-            list_price_usd: What such a picture is taken to have cost.
+            fingerprint: The job's.
+            seed: The job's; for a picture without facts.
+            list_price_usd: The assumed cost of such a picture.
             unfinished: Whether to take what a dead run had received whole but not yet renamed.
 
         Raises:
@@ -275,7 +280,7 @@ class Outbox:
             except FileNotFoundError:
                 continue  # its run has renamed it, or the archive has it by now
             except OSError as error:
-                raise self._unusable(f"{path.name} cannot be read: {error.strerror}") from error
+                raise self._unusable(f"{path.name} cannot be read: {reason(error)}") from error
             except BrokenPicture as error:
                 if path.suffix == ".part":
                     continue
@@ -300,7 +305,7 @@ class Outbox:
         return None
 
     def fingerprints(self) -> set[str]:
-        """Those of all pictures that lie here, as far as the names of the files tell; none is read.
+        """Those of all pictures here by the names of the files; none is read.
 
         Raises:
             OutboxError: The outbox cannot be read.
@@ -312,7 +317,7 @@ class Outbox:
         }
 
     def unread(self) -> set[str]:
-        """The fingerprints of jobs of which answers lie here that could not be read as a picture.
+        """The fingerprints of jobs with answers here that could not be read as a picture.
 
         Raises:
             OutboxError: The outbox cannot be read.
@@ -320,7 +325,7 @@ class Outbox:
         return {each.name.partition(".")[0] for each in self._all() if each.suffix == ".answer"}
 
     def is_readable(self, fingerprint: str) -> bool:
-        """Whether one of these answers of a job holds a picture that can be read now, links aside."""
+        """Whether one of these answers of a job has a picture in it that can be read now; links are not followed."""
         for body in self.answers(fingerprint):
             with suppress(OSError, ApiError, BrokenPicture):
                 data = body.read_bytes()
@@ -331,12 +336,12 @@ class Outbox:
         return False
 
     def remove(self, fingerprint: str) -> None:
-        """Empties the outbox of a picture that the archive holds; what cannot be removed does no harm.
+        """Remove a picture that the archive has; what cannot be removed does no harm.
 
-        Answers of which no picture came stay: they were paid for, and what they are worth only a person can tell.
+        Answers without a picture stay: they were paid for, and only a person can judge them.
         """
-        with suppress(OSError):
-            for path in self._files(fingerprint):
+        with suppress(OutboxError):
+            for path in self._listed(fingerprint):
                 if not path.name.endswith(_KEPT):
                     with suppress(OSError):
                         path.unlink()
@@ -345,27 +350,18 @@ class Outbox:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
     def _all(self) -> list[Path]:
-        try:
+        """All files. `glob` would find none in a folder that may not be read."""
+        with self._disk_errors(": it cannot be read"):
             return list(self.folder.iterdir()) if self.folder.is_dir() else []
-        except OSError as error:
-            raise self._unusable(f"it cannot be read: {error.strerror}") from error
 
     def _listed(self, fingerprint: str) -> list[Path]:
-        try:
-            return self._files(fingerprint)
-        except OSError as error:
-            raise self._unusable(f"it cannot be read: {error.strerror}") from error
-
-    def _files(self, fingerprint: str) -> list[Path]:
-        """All files of a picture. `glob` would find none in a folder that may not be read."""
-        names = os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
-        return [self.folder / name for name in names if name.startswith(f"{fingerprint}.")]
+        return [each for each in self._all() if each.name.startswith(f"{fingerprint}.")]
 
     def _unusable(self, why: str) -> OutboxError:
-        return OutboxError(
-            f"outbox: {self.folder} cannot take a picture: {why}; nothing was paid (free space there, or set "
-            "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
-        )
+        return OutboxError(f"outbox: {self.folder} cannot take a picture: {why}; {_REMEDY}")
+
+    def _disk_errors(self, what: str = "") -> AbstractContextManager[None]:
+        return disk_errors(f"outbox: {self.folder} cannot take a picture{what}", OutboxError, _REMEDY)
 
 
 def _arrived(part: Path) -> bool:
@@ -381,14 +377,14 @@ def _facts_path(body: Path) -> Path:
 
 
 def _facts_of(body: Path) -> Answered | None:
-    """What the headers of a kept answer told."""
+    """The facts in the headers of a kept answer."""
     with suppress(OSError, ValidationError):
         return Answered.model_validate_json(_facts_path(body).read_bytes())
     return None
 
 
 def _reserve(descriptor: int) -> None:
-    """Takes the space for an answer, where the system can."""
+    """Reserve the space for an answer, where the system can."""
     if sys.platform == "linux":
         try:
             os.posix_fallocate(descriptor, 0, RESERVED_BYTES)

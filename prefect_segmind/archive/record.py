@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, model_validator
 
 from prefect_segmind.api.picture import KEPT_MODEL, PaidPicture
-from prefect_segmind.limits.ledger import Sums
+from prefect_segmind.limits.ledger import PastRequest, RequestId, Totals
 from prefect_segmind.limits.retry import UNKNOWN_RETRIES
 
 OnUnknown = Literal["repay", "fail"]
@@ -59,6 +59,11 @@ class Attempt(BaseModel):
     kept: str | None = None
     flow_runs: FlowRuns = ()
     cost_usd: Decimal | None = None
+
+    @property
+    def request(self) -> RequestId:
+        """What identifies it in a ledger."""
+        return RequestId(self.run, self.sent_at)
 
     @property
     def paid_for_nothing(self) -> bool:
@@ -165,10 +170,10 @@ class Record(BaseModel):
 
     def answered(
         self,
-        *,
         status: int | None,
         reason: str | None,
         wait_seconds: float | None,
+        *,
         possibly_billed: bool,
         held_all: bool = False,
         kept: str | None = None,
@@ -217,31 +222,31 @@ class Record(BaseModel):
         )
 
 
-def sums(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal, *, inherits: bool = False) -> Sums:
-    """What a run has to report of the requests for a picture: its own, and those of dead runs that it has taken over.
+def past_requests(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -> Iterator[PastRequest]:
+    """The requests for a picture that a run has to report.
+
+    They are its own, those of earlier tries of its flow run, whose own reports are lost, and those of dead runs that it
+    has taken over.
 
     Args:
         run: The run.
         attempts: All requests for the picture.
         price_usd: What one of unknown outcome may have cost.
-        inherits: Whether it also reports what earlier tries of its flow run have sent, whose own reports are lost.
     """
     flow_runs = {each.run: each.flow_runs for each in attempts}
 
-    def counts(other: str | None) -> bool:
-        return other == run.id or (inherits and other is not None and run.follows(flow_runs.get(other, ())))
+    def is_ours(other: str) -> bool:
+        return other == run.id or run.follows(flow_runs.get(other, ()))
 
-    mine = [each for each in attempts if counts(each.run)]
-    unknown = sum(1 for each in attempts if each.possibly_billed and counts(each.reported_by))
-    return Sums(len(mine), sum((each.cost_usd or Decimal(0) for each in mine), Decimal("0.00")), price_usd * unknown)
-
-
-def sums_of_earlier_tries(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -> Sums:
-    """What earlier tries of a run's flow run have to be charged with: a request without an outcome may be billed."""
-    earlier = [each for each in attempts if run.follows(each.flow_runs)]
-    unknown = sum(1 for each in earlier if each.possibly_billed is not False)
-    cost_usd = sum((each.cost_usd or Decimal(0) for each in earlier), Decimal("0.00"))
-    return Sums(len(earlier), cost_usd, price_usd * unknown)
+    for each in attempts:
+        sent = is_ours(each.run)
+        # One of its own without an outcome is under way, and in its ledger.
+        unknown = each.possibly_billed or (each.possibly_billed is None and each.run != run.id)
+        unknown = unknown and is_ours(each.reported_by or each.run)
+        if sent or unknown:
+            cost_usd = (each.cost_usd if sent else None) or Decimal("0.00")
+            totals = Totals(int(sent), cost_usd, price_usd if unknown else Decimal("0.00"))
+            yield PastRequest(each.request, totals, charged=sent)
 
 
 def answers_of_earlier_tries(run: Run, record: Record) -> Iterator[tuple[datetime, bool]]:

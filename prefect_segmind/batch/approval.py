@@ -47,7 +47,7 @@ def must_ask(planned_usd: Decimal, above_usd: Decimal | None, budget_usd: Decima
     return above_usd is not None and may_cost > above_usd
 
 
-def settle(
+def apply_answer(
     answer: Answer,
     *,
     planned_usd: Decimal,

@@ -131,6 +131,22 @@ class Plan(BaseModel):
         }
         return self.model_copy(update=changes)
 
+    def without(self, in_place: int, skipped: Collection[str]) -> Plan:
+        """The plan without jobs that are left out.
+
+        Args:
+            in_place: How many have their picture in the archive.
+            skipped: Names of those that are known to fail.
+        """
+        changes = {
+            "total": self.total - in_place - len(skipped),
+            "reuse": self.reuse - in_place,
+            "fail": self.fail - len(skipped),
+            "problems": tuple(each for each in self.problems if each[0] not in skipped),
+            "jobs": tuple(each for each in self.jobs if each.name not in skipped),
+        }
+        return self.model_copy(update=changes)
+
     def facts(self) -> dict[str, str]:
         """The plan as people read it, a title and a text for each line."""
         facts = {

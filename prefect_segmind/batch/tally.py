@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from prefect_segmind.batch.plan import REFUSED, Plan, PlannedJob
 from prefect_segmind.errors import NotStartedError, SegmindError, redact
 from prefect_segmind.jobs.job import Job
-from prefect_segmind.limits.ledger import Budget, Sums
+from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
@@ -135,11 +134,9 @@ class BatchError(SegmindError):
     """
 
     def __init__(self, message: str, result: BatchResult, stopped: SegmindError | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, cost_usd=result.cost_usd, possibly_billed_usd=result.possibly_billed_usd)
         self.result = result
         self.stopped = stopped
-        self.cost_usd = result.cost_usd
-        self.possibly_billed_usd = result.possibly_billed_usd
 
     def __reduce__(self) -> tuple[type[BatchError], tuple[str, BatchResult, SegmindError | None]]:
         return type(self), (str(self), self.result, self.stopped)
@@ -176,32 +173,34 @@ class Progress:
         )
 
 
-observer: ContextVar[Callable[[Progress], None] | None] = ContextVar("segmind_observer", default=None)
-"""Who wants to be told of each asset that begins or ends: the progress bar of a command."""
-
-
 class Tally:
-    """Counts what comes of the assets of a run. Threads may share it.
+    """Counts what comes of the assets of a run; what they cost is in the run's ledger. Threads may share it.
 
     Args:
         plan: The run's.
         failed_jobs: Takes the jobs that fail, for a manifest to run again.
+        ledger: The run's.
+        observe: Takes the progress whenever an asset begins or ends.
     """
 
-    def __init__(self, plan: Plan, failed_jobs: Spool[Job]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        failed_jobs: Spool[Job],
+        ledger: Ledger,
+        observe: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
         self._plan = plan
         self._failed_jobs = failed_jobs
+        self._ledger = ledger
+        self._observe = observe
         self._counts: Counter[str] = Counter()
-        self._cost_usd = Decimal("0.00")
-        self._possibly_billed_usd = Decimal("0.00")
         self._images: list[ArchivedImage] = []
         self._failures: list[Failure] = []
         self._under_way: dict[str, Job | ValidatedJob] = {}
-        self._carried = Sums()
         self._closed = False
         self._started = time.monotonic()
         self._changed = threading.Condition()
-        self._observer = observer.get()
 
     def start(self, entry: Job | ValidatedJob) -> None:
         """Notes that an asset is under way."""
@@ -222,8 +221,6 @@ class Tally:
                 return
             if isinstance(outcome, ArchivedImage):
                 self._counts[outcome.status] += 1
-                self._cost_usd += outcome.cost_usd
-                self._possibly_billed_usd += outcome.possibly_billed_usd
                 self._images.append(outcome)
             else:
                 self._fail(entry, outcome)
@@ -231,27 +228,14 @@ class Tally:
             progress = self._progress()
         self._tell(progress)
 
-    def carry(self, earlier: Sums) -> None:
-        """Adds what earlier tries of the flow run came to, as far as no asset of this one reports it."""
-        with self._changed:
-            self._carried = earlier
-
-    def close(self, budget: Budget) -> None:
-        """Counts what is still under way as failed, and takes nothing more down.
-
-        Args:
-            budget: Knows what that has cost: it may be paid and not archived, in flight, or between two requests.
-        """
+    def close(self) -> None:
+        """Counts what is still under way as failed, and counts nothing more."""
         late = SegmindError(
             "the run was ended before this was; run it again: a picture that still arrives is recovered"
         )
         with self._changed:
             for entry in self._under_way.values():
                 self._fail(entry, late)
-            if self._under_way:
-                self._cost_usd = max(self._cost_usd, budget.spent_usd - self._carried.cost_usd)
-                unknown_usd = budget.unknown_usd - self._carried.possibly_billed_usd
-                self._possibly_billed_usd = max(self._possibly_billed_usd, unknown_usd) + budget.in_flight_usd
             self._under_way.clear()
             self._closed = True
 
@@ -284,7 +268,7 @@ class Tally:
             entries: All its jobs, to name those that were not started.
         """
         with self._changed:
-            counts = self._counts
+            counts, spent = self._counts, self._ledger.totals
             not_started = self._plan.total - self._progress().done
             ended = {each.name for each in self._images} | {each.name for each in self._failures}
             left = (each.name for each in (entries if not_started else ()) if each.name not in ended)
@@ -295,8 +279,8 @@ class Tally:
                 recovered=counts["recovered"],
                 failed=counts["failed"],
                 not_started=not_started,
-                cost_usd=self._cost_usd + self._carried.cost_usd,
-                possibly_billed_usd=self._possibly_billed_usd + self._carried.possibly_billed_usd,
+                cost_usd=spent.cost_usd,
+                possibly_billed_usd=spent.possibly_billed_usd,
                 planned_usd=self._plan.planned_usd,
                 images=tuple(self._images),
                 failures=tuple(self._failures),
@@ -307,22 +291,18 @@ class Tally:
             )
 
     def _tell(self, progress: Progress) -> None:
-        if self._observer is not None:
-            with suppress(Exception):  # whoever watches does not change what is counted
-                self._observer(progress)
+        with suppress(Exception):  # whoever watches does not change what is counted
+            self._observe(progress)
 
     def _progress(self) -> Progress:
-        return Progress(self._plan.total, self._counts.copy(), self._cost_usd, time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        return Progress(self._plan.total, self._counts.copy(), self._ledger.spent_usd, seconds)
 
     def _fail(self, entry: Job | ValidatedJob, outcome: object) -> None:
-        cost_usd = getattr(outcome, "cost_usd", Decimal(0))
-        possibly_billed_usd = getattr(outcome, "possibly_billed_usd", Decimal(0))
-        if isinstance(outcome, NotStartedError) and not (cost_usd or possibly_billed_usd):
+        if isinstance(outcome, NotStartedError) and not (outcome.cost_usd or outcome.possibly_billed_usd):
             self._counts["not_started"] += 1
             return
         self._counts["failed"] += 1
-        self._cost_usd += cost_usd
-        self._possibly_billed_usd += possibly_billed_usd
         error = str(outcome) if isinstance(outcome, SegmindError) else redact(f"{type(outcome).__name__}: {outcome}")
         try:
             self._failed_jobs.append(_again(entry))

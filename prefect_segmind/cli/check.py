@@ -15,11 +15,12 @@ from prefect import __version__ as prefect_version
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL
 
-from prefect_segmind import services
 from prefect_segmind.api.client import on_loopback
+from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError
 from prefect_segmind.money import usd
+from prefect_segmind.services import Services, outbox_folder
 from prefect_segmind.settings import PREFIX, load_settings
 from prefect_segmind.storage.http_environment import check_environment, proxy_for, ssl_context
 from prefect_segmind.storage.open_store import is_relative, open_store
@@ -75,10 +76,11 @@ def _credits(block: str | None) -> Found:
 
 
 def _upload_place(place: str | None) -> Found:
-    uploads = services.open_uploads(place)
+    services = Services(upload_to=place)
+    uploads = services.uploads
     if uploads.place is None:
         raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
-    store = open_store(uploads.checked_place(), services.s3_client())
+    store = open_store(uploads.checked_place(), services.s3)
     said = secrets.token_bytes(16)
     store.put(".segmind-check", said, "application/octet-stream")
     answer = _signed(uploads.address(store.uri(".segmind-check")))
@@ -91,7 +93,7 @@ def _upload_place(place: str | None) -> Found:
 
 
 def _archive(place: str | None) -> Found:
-    store = services.open_archive(place).store
+    store = Services(archive=place).archive.store
     store.put(".segmind/check", secrets.token_bytes(16), "application/octet-stream")
     named = place or load_settings().archive or ""
     if is_relative(named):
@@ -122,7 +124,8 @@ def _checked(store: Store) -> str:
 
 
 def _outbox() -> Found:
-    outbox, named = services.open_outbox(), load_settings()
+    named = load_settings()
+    outbox = Outbox(outbox_folder(named), named.outbox_min_free_bytes)
     outbox.check()
     if is_relative(str(named.outbox_folder)):
         variable = f"{PREFIX}OUTBOX" if named.outbox else "PREFECT_HOME"

@@ -19,6 +19,7 @@ from rich.progress import TimeElapsedColumn
 from prefect_segmind._version import __version__
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
 from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.cli.arguments import money, number, pairs, typed
 from prefect_segmind.cli.check import Found, all_checks
 from prefect_segmind.cli.ephemeral_server import shield_temporary_server
@@ -27,26 +28,25 @@ from prefect_segmind.cli.output import (
     DONE,
     FAILED,
     INTERRUPTS,
-    BegunRun,
     batch,
     batch_facts,
     batch_failure,
-    batch_of,
     dry_run_facts,
     exit_code,
-    explain,
     failure,
+    message,
     outcome,
+    show_failure,
     success,
-    told,
 )
-from prefect_segmind.cli.progress import asking, batch_progress, live
+from prefect_segmind.cli.progress import BatchRun, Run, live
 from prefect_segmind.cli.streams import unreadable
 from prefect_segmind.cli.terminal import people, print_facts
 from prefect_segmind.errors import InputError, SegmindError, redact
 from prefect_segmind.flows import image_to_image, refresh_assets
 from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.reporting.listener import heard_by
 from prefect_segmind.settings import load_settings
 from prefect_segmind.storage.http_environment import check_environment
 from prefect_segmind.tasks.interrupts import end_command_on_signals
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         people.print("prefect-segmind --help tells what there is.")
         return BAD_INPUT
     except Exception as error:
-        return explain(error, verbose="--verbose" in arguments)
+        return show_failure(error, verbose="--verbose" in arguments)
     return result if isinstance(result, int) else DONE
 
 
@@ -150,7 +150,7 @@ def generate(
     """
     output = output or Output()
     _prepare_for_interrupts()
-    name, run = name or name_from_image(image), BegunRun()
+    name, run = name or name_from_image(image), Run()
     job: dict[str, Any] = {
         "image": image,
         "prompt": prompt,
@@ -174,12 +174,12 @@ def generate(
         check_environment()
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
-        with run.awaited(), live(people, name, TimeElapsedColumn()):
+        with heard_by(run), live(people, name, TimeElapsedColumn()):
             archived = cast(ArchivedImage, image_to_image(**job, **settings))
     except (Exception, *INTERRUPTS) as error:
         if output.json:
-            print(json.dumps(failure(name, error)))
-        return explain(error, output.verbose, run)
+            print(json.dumps(failure(name, error, run.ledger)))
+        return show_failure(error, output.verbose, run.ledger.totals, run.facts())
     if output.json:
         print(json.dumps(success(archived)))
     else:
@@ -226,11 +226,11 @@ def refresh(
         defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
         output: How to speak.
     """
-    output, run = output or Output(), BegunRun()
+    output, run = output or Output(), BatchRun(people, yes=yes)
     _prepare_for_interrupts()
     try:
         check_environment()
-        with run.awaited(), batch_progress(people) as bar, asking(people, bar, yes=yes):
+        with heard_by(run), run.shown():
             result = refresh_assets(
                 manifest=manifest,
                 archive=archive,
@@ -247,11 +247,12 @@ def refresh(
                 on_unknown=on_unknown,
             )
     except (Exception, *INTERRUPTS) as error:
-        ended = batch_of(error)
+        ended = error.result if isinstance(error, BatchError) else run.result
         if output.json:
-            print(json.dumps(batch(ended) | {"error": told(error)} if ended else batch_failure(error)))
+            what = message(error, run.ledger.totals)
+            print(json.dumps(batch(ended) | {"error": what} if ended else batch_failure(error)))
         if not ended:
-            return explain(error, output.verbose, run)
+            return show_failure(error, output.verbose, run.ledger.totals, run.facts())
         if output.verbose:
             people.print_exception()
         if not output.json:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from decimal import Decimal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prefect.exceptions import CancelledRun, TerminationSignal
@@ -24,15 +23,17 @@ from prefect_segmind.errors import (
     SegmindError,
     redact,
 )
+from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
-from prefect_segmind.reporting.artifacts import watcher
 from prefect_segmind.tasks.interrupts import ended_by
 
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 INTERRUPTED = 130
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
 """What ends a command from without; Prefect may raise another error on top of it."""
+
+NOTHING_SENT = Totals()
 
 SHOWN_JOBS = 20
 """Jobs of a plan that people see."""
@@ -50,29 +51,6 @@ def address_in_ui(flow_run_id: str) -> str:
     if prefect.is_relative_to(Path.cwd()):
         prefect = prefect.relative_to(Path.cwd())
     return f"{prefect} --no-prompt server start, then http://127.0.0.1:4200/runs/flow-run/{flow_run_id} (tab Artifacts)"
-
-
-class BegunRun:
-    """The flow run that a command has begun, if it came that far."""
-
-    def __init__(self) -> None:
-        self._flow_run_id: str | None = None
-
-    @contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Learns which flow run begins inside."""
-        token = watcher.set(self._begin)
-        try:
-            yield
-        finally:
-            watcher.reset(token)
-
-    def facts(self) -> dict[str, str]:
-        """Where people see it."""
-        return {"in the UI": address_in_ui(self._flow_run_id)} if self._flow_run_id else {}
-
-    def _begin(self, flow_run_id: str) -> None:
-        self._flow_run_id = flow_run_id
 
 
 def exit_code(error: BaseException) -> int:
@@ -98,19 +76,25 @@ def success(archived: ArchivedImage) -> dict[str, Any]:
     }
 
 
-def failure(name: str, error: BaseException) -> dict[str, Any]:
-    """What `generate --json` prints of a failure."""
-    known = error if isinstance(error, SegmindError) else SegmindError(told(error))
-    vars(known).update(vars(noted(error)))
+def failure(name: str, error: BaseException, ledger: Ledger | None = None) -> dict[str, Any]:
+    """What `generate --json` prints of a failure.
+
+    Args:
+        name: The job's.
+        error: What it ended with.
+        ledger: What its requests came to.
+    """
+    ledger = ledger or Ledger()
+    totals, asked_for = ledger.totals, next(iter(ledger.pictures), None)
     return {
         "status": "failed",
         "name": name,
         **dict.fromkeys(("image", "sidecar", "fingerprint", "sha256", "width", "height", "seed", "published")),
-        "fingerprint": known.fingerprint,
-        "cost_usd": usd(known.cost_usd),
-        "possibly_billed_usd": usd(known.possibly_billed_usd),
-        "attempts": known.requests_sent,
-        "error": str(known),
+        "fingerprint": getattr(error, "fingerprint", None) or asked_for,
+        "cost_usd": usd(totals.cost_usd),
+        "possibly_billed_usd": usd(totals.possibly_billed_usd),
+        "attempts": totals.requests_sent,
+        "error": message(error, totals),
     }
 
 
@@ -130,21 +114,31 @@ def outcome(archived: ArchivedImage) -> dict[str, str]:
     return facts
 
 
-def explain(error: BaseException, verbose: bool, run: BegunRun | None = None) -> int:
-    """Says what went wrong in a few lines and where its run is, with a traceback only for those who ask."""
+def show_failure(
+    error: BaseException, verbose: bool, totals: Totals = NOTHING_SENT, facts: Mapping[str, str] = MappingProxyType({})
+) -> int:
+    """Says what went wrong in a few lines, with a traceback only for those who ask.
+
+    Args:
+        error: What a command ended with.
+        verbose: Whether to show the traceback.
+        totals: What the requests of its run came to.
+        facts: Where the run is, a title and a text for each line.
+
+    Returns:
+        The exit code.
+    """
     if verbose:
         people.print_exception()
-    people.print(told(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    people.print(message(error, totals), style="red", markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, SegmindError) and error.decision:
         people.print(f"Not sent again: {error.decision.reason}.", markup=False, highlight=False)
-    where = noted(error)
-    paid = getattr(where, "cost_usd", Decimal(0))
-    possibly = getattr(where, "possibly_billed_usd", Decimal(0))
-    if paid or possibly:
-        people.print(f"Paid: {usd(paid)} USD; possibly billed: {usd(possibly)} USD.", highlight=False)
+    if totals.cost_usd or totals.possibly_billed_usd:
+        paid, possibly = usd(totals.cost_usd), usd(totals.possibly_billed_usd)
+        people.print(f"Paid: {paid} USD; possibly billed: {possibly} USD.", highlight=False)
     elif isinstance(error, SegmindError):
         people.print("This run paid nothing.")
-    for title, text in (run.facts() if run else {}).items():
+    for title, text in facts.items():
         people.print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
     return exit_code(error)
 
@@ -169,7 +163,7 @@ def batch_failure(error: BaseException) -> dict[str, Any]:
     money = dict.fromkeys(("cost_usd", "possibly_billed_usd", "planned_usd"), "0.00")
     rest: dict[str, Any] = {"images": [], "failures": [], "failed_manifest": None, "stopped": None}
     rest |= {"not_started_names": [], "waiting": 0, "dry_run": False, "jobs": [], "jobs_left_out": 0}
-    return {**counts, **money, **rest, "error": told(error)}
+    return {**counts, **money, **rest, "error": message(error)}
 
 
 def dry_run_facts(result: BatchResult) -> dict[str, str]:
@@ -179,11 +173,11 @@ def dry_run_facts(result: BatchResult) -> dict[str, str]:
     facts |= {f"job {number}": each.sentence() for number, each in enumerate(shown, start=1)}
     if result.total > len(shown):
         facts["and"] = f"{result.total - len(shown)} more"
-    told = sum(each.needs == "fail" for each in shown)
+    listed = sum(each.needs == "fail" for each in shown)
     failing = [each for each in result.failures if each.name not in {job.name for job in shown}]
     for number, failure in enumerate(failing[:SHOWN_FAILURES], start=1):
         facts[f"fails {number}"] = f"{failure.name}: {failure.error}"
-    if (left := result.failed - told - SHOWN_FAILURES) > 0:
+    if (left := result.failed - listed - SHOWN_FAILURES) > 0:
         facts["and fail"] = f"{left} more"
     return facts
 
@@ -205,32 +199,22 @@ def batch_facts(result: BatchResult) -> dict[str, str]:
     return facts
 
 
-def batch_of(error: BaseException) -> BatchResult | None:
-    """What a batch had come to when it failed or was interrupted; None if it had not begun."""
-    for each in _chain(error):
-        found = each if isinstance(each, BatchError) else getattr(each, "batch", None)
-        if isinstance(found, BatchError):
-            return found.result
-    return None
-
-
-def noted(error: BaseException) -> BaseException:
-    """The error on which the stage that pays has noted what was under way; Prefect raises another one after SIGTERM."""
-    return next((each for each in _chain(error) if hasattr(each, "requests_sent")), error)
-
-
 def interrupted(error: BaseException) -> bool:
     """Whether an error comes of an interrupt."""
     return any(isinstance(each, INTERRUPTS) for each in _chain(error))
 
 
-def told(error: BaseException) -> str:
-    """An error in words for people."""
+def message(error: BaseException, totals: Totals = NOTHING_SENT) -> str:
+    """An error in words for people.
+
+    Args:
+        error: It.
+        totals: What the requests of its run came to.
+    """
     if interrupted(error):
         by = next(filter(None, map(ended_by, _chain(error))))
         ended = "" if by == "Ctrl-C" else f" (it was ended by {by})"
-        known = batch_of(error) or noted(error)
-        if any(getattr(known, each, 0) for each in ("requests_sent", "cost_usd", "possibly_billed_usd")):
+        if any(totals):
             return (
                 "interrupted; a request that was under way may be billed, and the same command again recovers its "
                 f"picture if it had arrived{ended}"

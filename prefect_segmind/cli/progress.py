@@ -22,10 +22,13 @@ from rich.text import Text
 
 from prefect_segmind.batch import tally
 from prefect_segmind.batch.approval import GO_ON, Answer, parse_answer
+from prefect_segmind.batch.tally import BatchResult
+from prefect_segmind.cli.output import address_in_ui
 from prefect_segmind.cli.terminal import print_facts
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.flows.approval_form import Question, asker
+from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.money import usd
+from prefect_segmind.reporting.listener import Listener, Question
 
 
 class _Left(TimeRemainingColumn):
@@ -37,87 +40,111 @@ class _Left(TimeRemainingColumn):
 
 
 @contextmanager
-def live(console: Console, told: str, *columns: ProgressColumn) -> Iterator[Progress]:
+def live(console: Console, line: str, *columns: ProgressColumn) -> Iterator[Progress]:
     """Shows one live line while a command works, the last of the terminal; it goes when the command has ended.
 
     Args:
         console: Where people read; without a terminal nothing is drawn.
-        told: What the line says at first.
+        line: What it says at first.
         columns: What stands right of that.
     """
     bar = Progress(
         SpinnerColumn("line"),
-        TextColumn("{task.fields[told]}", markup=False),
+        TextColumn("{task.fields[line]}", markup=False),
         *columns,
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    bar.add_task("", total=None, told=told)
+    bar.add_task("", total=None, line=line)
     with bar:
         yield bar
 
 
-@contextmanager
-def batch_progress(console: Console) -> Iterator[Progress]:
-    """Shows a bar while a batch runs: done, reused, failed, USD and the time left.
+class Run(Listener):
+    """The run that a command has started: where it is in Prefect's UI, how far it is, what it came to.
+
+    Attributes:
+        ledger: What its requests came to, once it has ended.
+        result: What came of its assets, once it has ended, if it is a batch.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.result: BatchResult | None = None
+        self._flow_run_id: str | None = None
+
+    def began(self, flow_run_id: str) -> None:
+        """Keeps which flow run it is."""
+        self._flow_run_id = flow_run_id
+
+    def ended(self, ledger: Ledger, result: BatchResult | None = None) -> None:
+        """Keeps what it came to."""
+        self.ledger, self.result = ledger, result
+
+    def facts(self) -> dict[str, str]:
+        """Where people see it."""
+        return {"in the UI": address_in_ui(self._flow_run_id)} if self._flow_run_id else {}
+
+
+class BatchRun(Run):
+    """A batch that a command has started: it shows a bar, and asks in the terminal whether it may cost what it will.
 
     Args:
         console: Where people read; without a terminal nothing is drawn.
-    """
-    with live(console, "planning", BarColumn(), TimeElapsedColumn(), _Left()) as bar:
-
-        def show(progress: tally.Progress) -> None:
-            reused = progress.counts["reused"] + progress.counts["recovered"]
-            bar.update(
-                bar.task_ids[0],
-                total=progress.total,
-                completed=progress.done,
-                told=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
-                f"{usd(progress.cost_usd)} USD",
-            )
-
-        token = tally.observer.set(show)
-        try:
-            yield bar
-        finally:
-            tally.observer.reset(token)
-
-
-@contextmanager
-def asking(console: Console, bar: Progress, *, yes: bool) -> Iterator[None]:
-    """Has a batch ask in the terminal before it pays for a plan that costs more than what needs no approval.
-
-    Args:
-        console: Where people read.
-        bar: Makes room for the question.
         yes: Whether to go on without asking.
     """
 
-    def ask(question: Question) -> Answer:
-        if yes:
+    def __init__(self, console: Console, *, yes: bool) -> None:
+        super().__init__()
+        self._console = console
+        self._yes = yes
+        self._bar: Progress | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Shows a bar while the batch runs: done, reused, failed, USD and the time left."""
+        with live(self._console, "planning", BarColumn(), TimeElapsedColumn(), _Left()) as bar:
+            self._bar = bar
+            yield
+
+    def progressed(self, progress: tally.Progress) -> None:
+        """Moves the bar."""
+        reused = progress.counts["reused"] + progress.counts["recovered"]
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                total=progress.total,
+                completed=progress.done,
+                line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
+                f"{usd(progress.cost_usd)} USD",
+            )
+
+    def ask(self, question: Question) -> Answer:
+        """Asks in the terminal.
+
+        Raises:
+            ConfigurationError: There is no terminal.
+        """
+        if self._yes:
             return Answer(GO_ON)
         if not sys.stdin.isatty():
             raise ConfigurationError(
                 f"approve_above_usd: the plan costs {usd(question.plan.planned_usd)} USD, more than "
                 f"{usd(question.above_usd)} USD, and nobody can be asked here; run it in a terminal, or with --yes"
             )
-        bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
         print_facts(
-            console,
+            self._console,
             question.plan.facts()
             | {"goes live": question.goes_live()}
             | {f"asset {name}": prompt for name, prompt in question.prompts},
         )
-        told = f"More than {usd(question.above_usd)} USD needs a yes. Go on? yes, no, or an amount in USD to trim to: "
+        line = f"This run may cost {usd(question.plan.planned_usd)} USD. Continue? [yes/no/limit in USD]: "
         answer = None
         while answer is None:
-            answer = parse_answer(console.input(escape(told)))
-        bar.start()
+            answer = parse_answer(self._console.input(escape(line)))
+        if self._bar is not None:
+            self._bar.start()
         return answer
-
-    token = asker.set(ask)
-    try:
-        yield
-    finally:
-        asker.reset(token)

@@ -1,6 +1,6 @@
-"""What the containers of pictures tell without a decoder: where a file ends, what in it is metadata, which page counts.
+"""The containers of pictures, read without a decoder: where a file ends, what is metadata, which page counts.
 
-Pure: bytes go in, and no bytes make it fail unless it says so. Pixels are `image`'s business.
+Every function takes any bytes without failing, except where it documents otherwise.
 """
 
 from __future__ import annotations
@@ -9,81 +9,86 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Final, Literal, NamedTuple
+from itertools import islice, zip_longest
+from struct import Struct
+from struct import error as StructError
+from typing import Final, NamedTuple
 
 PNG_END: Final = b"IEND\xaeB`\x82"
 """The last chunk of every PNG, without its length."""
 METADATA_LIMIT: Final = 64_000_000
-"""Bytes that a compressed profile or text of a PNG may unpack to; one that holds more is left out."""
+"""The most bytes that a compressed profile or text of a PNG may unpack to; a larger one is left out."""
 
-_COMMON_LIMIT: Final = 1 << 20
-_JPEG_END: Final = b"\xff\xd9"  # of JPEG 2000 too; neither has it anywhere in its compressed pixels
+_COMMON_LIMIT: Final = 1 << 20  # what Pillow and libpng accept by default
+_JPEG_END: Final = b"\xff\xd9"  # which is nowhere in compressed pixels
 _TIFF: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PAGES: Final = 1_000  # of a TIFF that are looked at; their chain may lead in a circle
-_TIFF_NUMBERS: Final = {1: 1, 3: 2, 4: 4, 13: 4, 16: 8}  # sizes of the types that are whole numbers
-_TIFF_PIXELS: Final = (256, 257, 258, 273, 277, 279, 320, 324, 325, 339)  # tags without which there are none
-_PHOTOMETRIC: Final = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab", 32803: "raw"}
-_WEBP_PICTURE: Final = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"ANIM", b"ANMF")
-_BOXES: Final = frozenset(
-    (b"ftyp", b"meta", b"mdat", b"moov", b"moof", b"free", b"skip", b"wide", b"uuid", b"jP  ", b"jp2h", b"jp2c")
-)
+_MAX_PAGES: Final = 1_000  # of a TIFF that are read
+_TIFF_INTEGERS: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # types of tags, as `struct` calls them
+_TIFF_SEGMENTS: Final = ((273, 279), (324, 325))  # offsets and sizes of strips, and of tiles
+_TIFF_TAGS: Final = (254, 255, 256, 257, 258, 273, 277, 279, 320, 324, 325, 339)  # the kind of page, and its pixels
+_WEBP_PIXELS: Final = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"ANIM", b"ANMF")
+_BOXES: Final = (b"ftyp", b"meta", b"mdat", b"moov", b"moof", b"free", b"skip", b"wide", b"uuid")
 
 
-def is_cut(data: bytes) -> bool:
-    r"""Whether a file provably lacks its end: it has less than it says, or no end mark where its format demands one.
+def is_truncated(data: bytes) -> bool:
+    r"""Whether a file provably lacks its end: it is shorter than it states, or without the end mark of its format.
 
-    What proves nothing is not cut: it may be damaged, or of a kind that a decoder does not know.
+    Without proof, a file counts as whole: it may be damaged, or in a form that a decoder does not support.
+
+    Args:
+        data: The file.
 
     Example:
-        >>> is_cut(b"RIFF\x20\0\0\0WEBPVP8 "), is_cut(b"whatever")
+        >>> is_truncated(b"RIFF\x20\0\0\0WEBPVP8 "), is_truncated(b"whatever")
         (True, False)
     """
     kinds: tuple[tuple[bool, Callable[[bytes], bool]], ...] = (
-        (data.startswith(b"\xff\xd8"), _jpeg_is_cut),
-        (data.startswith(b"\x89PNG"), lambda data: not has_png_end(data)),
+        (data.startswith(b"\xff\xd8"), _jpeg_is_truncated),
+        # The checksum of the last chunk is not checked: the chunk is empty.
+        (data.startswith(b"\x89PNG"), lambda data: not 0 <= data.rfind(b"\0\0\0\0IEND") <= len(data) - 12),
         (data.startswith(b"RIFF"), lambda data: len(data) < 8 + int.from_bytes(data[4:8], "little")),
-        (data.startswith((b"GIF87a", b"GIF89a")), _gif_is_cut),
-        (data.startswith(_TIFF), _tiff_is_cut),
-        (data.startswith(b"BM"), _bmp_is_cut),
-        (data.startswith(b"\xff\x4f\xff\x51"), lambda data: _JPEG_END not in data),
-        (data[4:8] in (b"ftyp", b"jP  "), _boxes_are_cut),
+        (data.startswith((b"GIF87a", b"GIF89a")), _gif_is_truncated),
+        (data.startswith(_TIFF), _tiff_is_truncated),
+        (data.startswith(b"BM"), _bmp_is_truncated),
+        (data[4:8] == b"ftyp", _boxes_are_truncated),
     )
-    return next((cut(data) for found, cut in kinds if found), False)
-
-
-def has_png_end(data: bytes) -> bool:
-    """Whether the last chunk of a PNG is there; a wrong checksum of it, which is over nothing, does no harm."""
-    return 0 <= data.rfind(b"\0\0\0\0IEND") <= len(data) - 12
+    return next((lacks_end(data) for matches, lacks_end in kinds if matches), False)
 
 
 class PngParts(NamedTuple):
     """A PNG taken apart.
 
     Attributes:
-        pixels: The same picture with nothing but what its pixels need.
-        info: Its colour profile, EXIF and XMP as far as they are intact, under the names that Pillow gives them.
-        animated: Whether it holds more pictures than that one.
-        odd: Whether something in it that the pixels do not need makes common readers refuse it.
+        pixels: The same picture with only the chunks that its pixels need.
+        info: Its colour profile, EXIF and XMP as far as they are intact, under Pillow's names for them.
+        animated: Whether it contains more pictures than that one.
+        malformed: Whether other chunks make common readers refuse it: one is damaged, or unpacks to too much.
     """
 
     pixels: bytes
     info: dict[str, bytes | str]
     animated: bool
-    odd: bool = False
+    malformed: bool = False
 
 
 def split_png(data: bytes) -> PngParts:
-    """Takes a PNG apart, so that nothing that is said about a picture keeps its pixels from being read.
+    """Takes a PNG apart, so that its pixels can be read whatever its metadata is like.
 
-    A chunk that the file ends in stays as it is, for a decoder to find.
+    A chunk that is cut by the end of the file is kept, for the decoder to report.
+
+    Args:
+        data: The file, which begins as a PNG does.
+
+    Returns:
+        Its parts.
 
     Raises:
         ValueError: A chunk that the pixels need is damaged.
     """
     needed, info, frames, colours = [data[:8]], dict[str, bytes | str](), 0, 0
     kinds: set[bytes] = set()
-    odd = False
-    in_animation = False  # whether the picture is also the first one of an animation
+    malformed = False
+    in_animation = False  # whether the picture is also the first frame
     at = 8
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4])
@@ -92,7 +97,7 @@ def split_png(data: bytes) -> PngParts:
             needed.append(data[at:])
             break
         intact = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
-        odd |= not intact or _unpacks_to_much(kind, content)
+        malformed |= not intact or _unpacks_to_much(kind, content)
         if kind == b"IEND":
             needed.append(b"\0\0\0\0" + PNG_END)
             break
@@ -111,49 +116,49 @@ def split_png(data: bytes) -> PngParts:
             info |= _png_info(kind, content)
         kinds.add(kind)
         at = end
-    return PngParts(b"".join(needed), info, frames > in_animation, odd)
+    return PngParts(b"".join(needed), info, frames > in_animation, malformed)
+
+
+def _payload(kind: bytes, content: bytes) -> tuple[bytes, bytes, bool]:
+    """The keyword of a text or profile, what it contains, and whether that is compressed."""
+    key, _, rest = content.partition(b"\0")
+    if kind == b"iTXt":
+        return key, rest[2:].split(b"\0", 2)[-1], rest[:1] == b"\1"
+    packed = kind in (b"iCCP", b"zTXt")
+    return key, rest[1:] if packed else rest, packed
 
 
 def _unpacks_to_much(kind: bytes, content: bytes) -> bool:
-    """Whether a compressed profile or text holds more than Pillow and libpng take by themselves, about 1 MB."""
-    rest = content.partition(b"\0")[2]
-    if kind == b"iTXt" and rest[:1] == b"\1":
-        packed = rest[2:].split(b"\0", 2)[-1]
-    elif kind in (b"iCCP", b"zTXt"):
-        packed = rest[1:]
-    else:
-        return False
+    """Whether a compressed profile or text unpacks to more than common readers accept."""
+    _, payload, packed = _payload(kind, content)
     unpacker = zlib.decompressobj()
     with suppress(zlib.error):
-        unpacker.decompress(packed, _COMMON_LIMIT)
+        unpacker.decompress(payload if packed else b"", _COMMON_LIMIT)
     return bool(unpacker.unconsumed_tail)
 
 
 def _fits_png(transparency: bytes, colour_type: int, colours: int) -> bool:
-    """Whether a transparency is one of greys, of RGB or of a palette of so many colours; libpng ignores others."""
+    """Whether a transparency chunk fits the colour type and the number of colours in the palette."""
     return len(transparency) <= colours if colour_type == 3 else len(transparency) >= {0: 2, 2: 6}.get(colour_type, 0)
 
 
 def _png_info(kind: bytes, content: bytes) -> dict[str, bytes | str]:
-    """What Pillow takes orientation and colours from, read here: its own limits make other text fail the picture."""
+    """The metadata that Pillow takes orientation and colours from, read without Pillow's limits on all metadata."""
     if kind == b"eXIf":
         return {"exif": b"Exif\0\0" + content}
-    key, _, rest = content.partition(b"\0")
-    if kind == b"iCCP":
-        profile = _inflated(rest[1:])
-        return {"icc_profile": profile} if profile else {}
-    if kind == b"iTXt" and key == b"XML:com.adobe.xmp":
-        text = rest[2:].split(b"\0", 2)[-1]
-        xmp = _inflated(text) if rest[:1] == b"\1" else text
-        return {"xmp": xmp} if xmp else {}
-    if kind in (b"tEXt", b"zTXt") and key == b"Raw profile type exif":
-        text = rest if kind == b"tEXt" else _inflated(rest[1:]) or b""
-        return {key.decode(): text.decode("latin-1")}
-    return {}
+    key, payload, packed = _payload(kind, content)
+    is_xmp = kind == b"iTXt" and key == b"XML:com.adobe.xmp"
+    is_exif = kind in (b"tEXt", b"zTXt") and key == b"Raw profile type exif"
+    if kind != b"iCCP" and not is_xmp and not is_exif:
+        return {}
+    value = _inflated(payload) if packed else payload
+    if not value:
+        return {}
+    return {key.decode(): value.decode("latin-1")} if is_exif else {"xmp" if is_xmp else "icc_profile": value}
 
 
 def _inflated(packed: bytes) -> bytes | None:
-    """What zlib has packed; None where that is broken or too much."""
+    """The unpacked data; None where it is damaged or too large."""
     unpacker = zlib.decompressobj()
     try:
         unpacked = unpacker.decompress(packed, METADATA_LIMIT)
@@ -162,10 +167,16 @@ def _inflated(packed: bytes) -> bytes | None:
     return unpacked if unpacker.eof else None
 
 
-def without_odd_metadata(data: bytes) -> bytes:
-    """A JPEG, WebP or AVIF without the metadata that a reader may fail over; all other data as it is.
+def strip_metadata(data: bytes) -> bytes:
+    """Removes the metadata that can make a reader fail from a JPEG, WebP, AVIF or HEIF.
 
-    What the colours need stays, and so do EXIF and XMP of a JPEG, for a broken one does no harm there.
+    What the colours depend on stays, and so do EXIF and XMP of a JPEG, where damaged ones do no harm.
+
+    Args:
+        data: The file.
+
+    Returns:
+        The file without that metadata; a file of another format as it is.
     """
     if data.startswith(b"\xff\xd8"):
         kept, at = [data[:2]], 2
@@ -180,7 +191,7 @@ def without_odd_metadata(data: bytes) -> bytes:
         return b"".join((*kept, data[at:]))
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         chunks, at = [data[8:12]], 12
-        while (kind := data[at : at + 4]) in _WEBP_PICTURE:
+        while (kind := data[at : at + 4]) in _WEBP_PIXELS:
             end = at + 8 + (int.from_bytes(data[at + 4 : at + 8], "little") + 1) // 2 * 2
             chunk = bytearray(data[at:end])
             if kind == b"VP8X" and len(chunk) > 8:
@@ -189,43 +200,26 @@ def without_odd_metadata(data: bytes) -> bytes:
             at = end
         plain = b"".join(chunks)
         return b"RIFF" + len(plain).to_bytes(4, "little") + plain
-    if data[4:8] == b"ftyp":  # an item of a type that nobody knows is passed over
+    if data[4:8] == b"ftyp":  # readers skip an item of an unknown type
         return re.sub(rb"(infe[\2\3].{7,9}?)Exif", rb"\1none", data, flags=re.DOTALL)
     return data
 
 
 def full_pages(data: bytes) -> list[int]:
-    """Which pages of a TIFF are pictures of their own, the first two at most: previews and masks are not.
+    """The pages of a TIFF that are pictures in their own right: previews, masks and incomplete pages are not.
+
+    Args:
+        data: The file.
+
+    Returns:
+        The numbers of the first two at most, counted from 0.
 
     Example:
-        >>> full_pages(b"no TIFF")
+        >>> full_pages(b"not a TIFF")
         []
     """
-    found: list[int] = []
-    for number, page in enumerate(_tiff_pages(data)):
-        kind, old_kind = (page.tags.get(tag, (0,))[:1] for tag in (254, 255))
-        if not page.is_cut and not (kind and kind[0] & 0b101) and old_kind != (2,):
-            found.append(number)
-        if len(found) == 2:
-            break
-    return found
-
-
-def describe_tiff(data: bytes) -> str:
-    """What the pixels of a TIFF are, for somebody who has one that cannot be read."""
-    pages = list(_tiff_pages(data))
-    number = next(iter(full_pages(data)), 0)
-    if number >= len(pages):
-        return "TIFF"
-    tags = {tag: values for tag, values in pages[number].tags.items() if values}  # a broken one may name none
-    bits = tags.get(258, (1,))
-    channels = tags.get(277, (len(bits),))[0]
-    colours = _PHOTOMETRIC.get(tags.get(262, (-1,))[0], "unknown colours")
-    alpha = " and alpha" if any(tags.get(338, ())) else ""
-    numbers = {2: "signed ", 3: "floating-point "}.get(tags.get(339, (1,))[0], "")
-    compression = tags.get(259, (1,))[0]
-    packed = f", compression {compression}" if compression != 1 else ""
-    return f"TIFF, {colours}{alpha}: {channels} channel{'s' * (channels != 1)} of {bits[0]} {numbers}bits{packed}"
+    full = (number for number, (own, truncated) in enumerate(_tiff_pages(data)) if own and not truncated)
+    return list(islice(full, 2))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -245,14 +239,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def _jpeg_is_cut(data: bytes) -> bool:
-    """No end behind the first scan; a preview inside the metadata has an end of its own, which does not count."""
+def _jpeg_is_truncated(data: bytes) -> bool:
+    """Whether no end mark follows the first scan; a preview within the metadata has an end mark of its own."""
     start = max((end for _, _, end in _jpeg_segments(data)), default=2)
     return _JPEG_END not in data[start:]
 
 
-def _gif_is_cut(data: bytes) -> bool:
-    """Whether its blocks reach beyond the end, or no trailer follows them."""
+def _gif_is_truncated(data: bytes) -> bool:
+    """Whether its blocks extend beyond the end, or no trailer follows them."""
 
     def palette(flags: int) -> int:
         return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
@@ -273,8 +267,8 @@ def _gif_is_cut(data: bytes) -> bool:
     return True
 
 
-def _bmp_is_cut(data: bytes) -> bool:
-    """Whether it is shorter than its header says, or than its plain rows are."""
+def _bmp_is_truncated(data: bytes) -> bool:
+    """Whether it is shorter than its header states, or than its uncompressed rows are."""
     if len(data) < 34:
         return True
     if len(data) < int.from_bytes(data[2:6], "little"):
@@ -285,68 +279,54 @@ def _bmp_is_cut(data: bytes) -> bool:
     return len(data) < int.from_bytes(data[10:14], "little") + rows
 
 
-def _boxes_are_cut(data: bytes) -> bool:
-    """Whether the boxes of an AVIF or JPEG 2000 reach beyond the end, or what holds the pixels is missing."""
+def _boxes_are_truncated(data: bytes) -> bool:
+    """Whether the boxes of an AVIF or HEIF extend beyond the end, or the one with the pixels is missing."""
     at, kinds = 0, set[bytes]()
     while at + 8 <= len(data):
         size, kind, head = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], 8
-        if kind not in _BOXES:
-            return False  # nothing that tells where it should end
         if size == 1:
             size, head = int.from_bytes(data[at + 8 : at + 16]), 16
-        if size == 0:  # it reaches to the end, wherever that is
-            return kind == b"jp2c" and _JPEG_END not in data[at:]
-        if size < head:
+        if kind not in _BOXES or size < head:  # or 0: it extends to the end, wherever that is
             return False
         kinds.add(kind)
         at += size
-    if at > len(data):
-        return True
-    return b"mdat" not in kinds and b"jp2c" not in kinds and b"idat" not in data
+    return at > len(data) or (b"mdat" not in kinds and b"idat" not in data)
 
 
-class _TiffPage(NamedTuple):
-    tags: dict[int, tuple[int, ...]]
-    is_cut: bool
-
-
-def _tiff_pages(data: bytes) -> Iterator[_TiffPage]:
-    """The whole numbers that each page says of itself, and whether a part of it lies beyond the end."""
+def _tiff_pages(data: bytes) -> Iterator[tuple[bool, bool]]:
+    """For each page, whether it is a picture in its own right, and whether a part of it lies beyond the end."""
     if not data.startswith(_TIFF):
         return
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    big = 43 in data[2:4]
-    count_size, entry_size, offset_size = (8, 20, 8) if big else (2, 12, 4)
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(data[at : at + size], order)
-
-    at, seen = number(8 if big else 4, offset_size), set[int]()
-    while at and at not in seen and len(seen) < _PAGES:
-        seen.add(at)
-        count, first = number(at, count_size), at + count_size
-        end = first + count * entry_size
-        cut, tags = end + offset_size > len(data), dict[int, tuple[int, ...]]()
-        for entry in range(first, min(end, len(data) - entry_size + 1), entry_size):
-            size, length = _TIFF_NUMBERS.get(number(entry + 2, 2), 0), number(entry + 4, offset_size)
-            place = entry + 4 + offset_size
-            if size * length > offset_size:
-                place = number(place, offset_size)
-            if place + size * length > len(data):
-                cut = cut or number(entry, 2) in _TIFF_PIXELS
-                continue
-            tags[number(entry, 2)] = tuple(number(place + size * each, size) for each in range(length if size else 0))
-        for offsets, lengths in ((273, 279), (324, 325)):
-            starts = tags.get(offsets, ())
-            sizes = tags.get(lengths, (0,) * len(starts))
-            cut = cut or any(start + size > len(data) for start, size in zip(starts, sizes, strict=False))
-        yield _TiffPage(tags, cut)
-        at = number(end, offset_size)
+    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
+    count, entry, link = (Struct(order + each) for each in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")))
+    start, seen = 8 if big else 4, set[int]()
+    at = int.from_bytes(data[start : start + link.size], "little" if order == "<" else "big")
+    while at and at not in seen and len(seen) < _MAX_PAGES:
+        seen.add(at)  # as the chain may lead in a circle
+        tags: dict[int, tuple[int, ...]] = {}
+        following, truncated = 0, False
+        try:
+            first = at + count.size
+            end = first + count.unpack_from(data, at)[0] * entry.size
+            (following,) = link.unpack_from(data, end)
+            for place in range(first, end, entry.size):
+                tag, kind, length, inline = entry.unpack_from(data, place)
+                if tag in _TIFF_TAGS and kind in _TIFF_INTEGERS:
+                    values = Struct(f"{order}{length}{_TIFF_INTEGERS[kind]}")
+                    source, offset = (inline, 0) if values.size <= link.size else (data, link.unpack(inline)[0])
+                    tags[tag] = values.unpack_from(source, offset)
+        except (StructError, OverflowError):
+            truncated = True
+        for offsets, sizes in _TIFF_SEGMENTS:
+            segments = zip_longest(tags.get(offsets, ()), tags.get(sizes, ()), fillvalue=0)
+            truncated |= any(offset + size > len(data) for offset, size in segments)
+        kind, old_kind = (next(iter(tags.get(tag, ())), 0) for tag in (254, 255))
+        yield not kind & 0b101 and old_kind != 2, truncated
+        at = following
 
 
-def _tiff_is_cut(data: bytes) -> bool:
+def _tiff_is_truncated(data: bytes) -> bool:
     """Whether the directory or the pixels of its picture lie beyond the end."""
-    page = next(iter(full_pages(data)), None)
-    if page is not None:
+    if full_pages(data):
         return False
-    return any(each.is_cut for each in _tiff_pages(data)) or len(data) < 8
+    return any(truncated for _, truncated in _tiff_pages(data)) or len(data) < 8

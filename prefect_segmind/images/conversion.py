@@ -1,17 +1,16 @@
-"""Making pictures fit: a source image for the API, and thumbnails for reports.
+"""Converting pictures: a source image for the API, and thumbnails for reports.
 
-What comes out is upright, sRGB, 8 bits a channel and free of metadata, whatever went in.
+The result is always upright, in sRGB, of 8 bits a channel and without metadata.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Final, cast
+from typing import Final
 
 from PIL import Image, ImageCms, ImageOps
 from PIL.Image import Transpose
@@ -30,7 +29,7 @@ from prefect_segmind.images.inspection import (
 )
 
 _PROFILE_MODES: Final = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # colour spaces in an ICC profile's header
-# What to do for the orientations 2 to 8 of the EXIF standard.
+# How to turn a picture with one of the orientations 2 to 8 of the EXIF standard.
 _MIRRORED_OR_HALF: Final = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM)
 _QUARTERS: Final = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
 _TURNS: Final = dict(enumerate(_MIRRORED_OR_HALF + _QUARTERS, start=2))
@@ -38,7 +37,14 @@ _TURNS: Final = dict(enumerate(_MIRRORED_OR_HALF + _QUARTERS, start=2))
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A source image as it goes up: a JPEG, PNG or WebP of at most `MAX_BYTES`, its type, and the SHA-256 of `data`."""
+    """A source image as it is uploaded.
+
+    Attributes:
+        data: A JPEG, PNG or WebP of at most `MAX_BYTES`.
+        content_type: Such as image/jpeg.
+        extension: Of a file of this format, such as jpg.
+        sha256: The SHA-256 of `data`, in hexadecimal.
+    """
 
     data: bytes
     content_type: str
@@ -47,19 +53,24 @@ class PreparedImage:
 
 
 def prepare(data: bytes, source: SourceImage) -> PreparedImage:
-    """The file that goes up: the source itself, or a normalised copy where the source needs changes.
+    """Converts a source image into the file to upload; a source that needs no changes stays as it is.
 
-    A copy is upright, sRGB, 8 bits a channel and free of metadata; JPEG where it is opaque, else PNG, or WebP where the
-    PNG would be too large. What is still too large is scaled down. The same source makes the same copy.
+    A converted copy is upright, in sRGB, of 8 bits a channel and without metadata: a JPEG if it is opaque, else a PNG,
+    or a WebP if the PNG would be too large. If it is still too large, it is scaled down. The same source makes the same
+    copy.
 
     Args:
         data: The file.
-        source: What `inspect` said of the same file.
+        source: The result of `inspect` for the same file.
+
+    Returns:
+        The file to upload.
 
     Raises:
-        BrokenPicture: It is not the file that was inspected, and no picture.
+        BrokenPicture: It is not the file that was inspected, and does not decode.
 
     Example:
+        >>> from prefect_segmind.images.inspection import inspect
         >>> canvas = BytesIO()
         >>> Image.new("L", (640, 480)).save(canvas, "BMP")
         >>> prepare(canvas.getvalue(), inspect(canvas.getvalue(), "ad.bmp")).content_type
@@ -72,7 +83,7 @@ def prepare(data: bytes, source: SourceImage) -> PreparedImage:
         upright = upright_srgb(image, fitted_size(image.size, MAX_PIXELS))
         encoded, format = _encode(upright)
         while len(encoded) > MAX_BYTES:
-            # A file shrinks about as its pixels do; a tenth more makes one round enough for most.
+            # A file shrinks about as its pixels do; with a tenth to spare, one round is enough for most.
             pixels = int(upright.width * upright.height * 0.9 * MAX_BYTES / len(encoded))
             upright = upright.resize(fitted_size(upright.size, pixels), Image.Resampling.LANCZOS)
             encoded, format = _encode(upright)
@@ -80,18 +91,22 @@ def prepare(data: bytes, source: SourceImage) -> PreparedImage:
 
 
 def thumbnail(data: bytes, max_width: int = 380) -> bytes:
-    """A small JPEG of a picture for reports: upright, transparency on white, never larger than the picture.
+    """Makes a small JPEG of a picture: upright, transparency on white, never larger than the picture.
 
     Args:
         data: The picture.
         max_width: In pixels; the height is at most three times as much.
+
+    Returns:
+        The JPEG.
 
     Raises:
         BrokenPicture: It does not decode.
     """
     image = open_picture(data)
     with decoding(data):
-        image.draft(None, (max_width, max_width))  # a JPEG is then decoded at an eighth to a half of its size
+        # A JPEG is then decoded at an eighth to a half of its size, and of a HEIF the thumbnail that suffices.
+        image.draft(None, (max_width, max_width))
     load_picture(image, data)
     with decoding(data):
         width, height = image.size if exif_orientation(image) < 5 else image.size[::-1]
@@ -104,11 +119,14 @@ def thumbnail(data: bytes, max_width: int = 380) -> bytes:
 
 
 def equal_thumbnails(pictures: Sequence[bytes], width: int) -> list[bytes]:
-    """Small JPEGs of pictures, all of one size, to be seen side by side; grey fills what a picture does not.
+    """Makes small JPEGs of pictures, all of one size, for showing side by side, padded with grey.
 
     Args:
         pictures: The pictures.
         width: In pixels; the height is that of the tallest, at most three times as much.
+
+    Returns:
+        The JPEGs, in the same order.
 
     Raises:
         BrokenPicture: One does not decode.
@@ -120,14 +138,19 @@ def equal_thumbnails(pictures: Sequence[bytes], width: int) -> list[bytes]:
 
 
 def upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A loaded picture as RGB, or RGBA where it is not opaque: 8 bits, scaled, in sRGB, upright, without metadata.
+    """Converts a loaded picture to upright sRGB of 8 bits a channel without metadata.
 
-    `size` is what to scale to, before the picture is turned.
+    Args:
+        image: The picture.
+        size: The size to scale it to, before it is turned.
+
+    Returns:
+        A picture in the mode RGB, or RGBA if it is not opaque.
     """
     profile, turn = image.info.get("icc_profile"), _TURNS.get(exif_orientation(image))
     plain = _eight_bits(image)
     if plain.size != size:
-        # Scaled before the rest, which is slow on large pictures; Pillow weighs colours by alpha here.
+        # First of all, as the rest is slow on large pictures; Pillow weights colours by alpha here.
         plain = plain.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     alpha = plain.getchannel("A") if plain.mode == "RGBA" else None
     result = _to_srgb(plain.convert("RGB") if alpha else plain, profile)
@@ -135,14 +158,14 @@ def upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         result.putalpha(alpha)
     if turn is not None:
         result = result.transpose(turn)
-    result.info = {}  # GPS, comments, profiles: Pillow's encoders would write some of them again
+    result.info = {}  # Pillow's encoders would write some of it: GPS, comments, profiles
     return result
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A loaded picture as L, RGB, RGBA or CMYK, whatever it was."""
-    if image.mode[0] in "IF":
-        return _scaled_to_eight_bits(image)
+    """Converts a loaded picture to L, RGB, RGBA or CMYK."""
+    if image.mode.startswith("I;16"):  # scaled, as Pillow's own `convert` clips everything above 255
+        return image.convert("I").convert("F").point(lambda value: value * (255 / 65_535) + 0.5).convert("L")
     if image.has_transparency_data:
         return image.convert("RGBA")
     if image.mode in ("L", "RGB", "CMYK"):
@@ -150,27 +173,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _scaled_to_eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 or 32 bits or floats as 8 bits, by scaling: Pillow's own `convert` cuts everything above 255 off.
-
-    The range is 16 bits where the mode says so, else the smallest of 0-1 (floats), 0-255 and 0-65535 that holds all
-    values, else theirs.
-    """
-    if image.mode.startswith("I;16"):
-        low, high, image = 0.0, 65_535.0, image.convert("I")
-    else:
-        low, high = cast("tuple[float, float]", image.getextrema())
-        tops = (top for top in (1.0, 255.0, 65_535.0) if image.mode == "F" or top > 1)
-        low, high = next(((0.0, top) for top in tops if low >= 0 and high <= top), (low, high))
-    scale = 255 / (high - low) if high > low and math.isfinite(high - low) else 0.0
-    return image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
-
-
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An L, RGB or CMYK picture as RGB, through its embedded colour profile where that is one for these channels."""
+    """Converts an L, RGB or CMYK picture to RGB, through its embedded colour profile if that fits the channels."""
     mode = _PROFILE_MODES.get(profile[16:20]) if profile else None
     if profile and mode and (mode == "CMYK") == (image.mode == "CMYK"):
-        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a broken profile is as good as none
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a damaged profile is ignored
             source, target = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image.convert(mode), source, target, outputMode="RGB")
             return converted or image.convert("RGB")
@@ -178,7 +185,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _encode(image: Image.Image) -> tuple[bytes, str]:
-    """A normalised picture as a file, and the name of its format; the numbers are what libjpeg and libwebp can hold."""
+    """Encodes a converted picture; returns the file and its format. The side limits are those of JPEG and WebP."""
     if image.mode == "RGB" and max(image.size) <= 65_500:
         return _saved(image, "JPEG", quality=95, subsampling=0), "JPEG"
     encoded = _saved(image, "PNG")

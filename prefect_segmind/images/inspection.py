@@ -1,9 +1,8 @@
-"""Reading pictures: what a source image is and what must change in it, and whether what the API answers is one.
+"""Reading pictures: source images and what must change in them, and the pictures that the API returns.
 
-The one room that reads pictures; `normalisation` changes them. Whatever bytes come in, a picture comes out or a named
-error does. The limits of the API (JPEG, PNG or WebP, at most 10 MB) are from the provider's documentation; 25
-megapixels and side ratios up to 3:1 are this package's own, far above what a model that works at about one megapixel
-can use.
+Any bytes result in a picture or in one of the documented errors. The limits of the API (JPEG, PNG or WebP, at most
+10 MB) are from the provider's documentation; 25 megapixels and side ratios up to 3:1 are this package's own, far above
+what a model that works at about one megapixel can use.
 """
 
 from __future__ import annotations
@@ -22,31 +21,38 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.errors import SourceImageError
-from prefect_segmind.images.container import (
-    describe_tiff,
-    full_pages,
-    has_png_end,
-    is_cut,
-    split_png,
-    without_odd_metadata,
-)
+from prefect_segmind.images.container import full_pages, is_truncated, split_png, strip_metadata
 
 MAX_BYTES: Final = 10_000_000
-"""The largest file that the API takes, by the provider's documentation."""
+"""The largest file that the API accepts, according to the provider's documentation."""
 MAX_PIXELS: Final = 25_000_000
-"""A picture with more pixels is scaled down before it goes up."""
+"""A picture with more pixels is scaled down before it is uploaded."""
 BOMB_PIXELS: Final = 178_956_970
-"""A picture with more pixels is not decoded at all: where Pillow raises DecompressionBombError by default."""
+"""A picture with more pixels is not decoded: the number at which Pillow raises DecompressionBombError by default."""
 MAX_RATIO: Final = 3
 """The longer side over the shorter one; the resolutions of the model reach from 1:3 to 3:1."""
 
 # A closed list: Pillow's other readers guess at bytes without a signature (TGA) or start programs (EPS starts
-# Ghostscript). AVIF comes with Pillow 11.3; MPO, a phone's JPEG with more pictures behind it, is the JPEG reader's.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
-_EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
-_HEIC_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_UNKNOWN: Final = re.compile(r"(?i)unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|compression)")
-# Pillow's words for what it does not read, whole as it may be.
+# Ghostscript). An MPO is a phone's JPEG with more pictures behind it: opened by the JPEG reader, and a JPEG to others.
+_FORMATS: Final = {
+    "JPEG": ("image/jpeg", "jpg"),
+    "PNG": ("image/png", "png"),
+    "WEBP": ("image/webp", "webp"),
+    "MPO": ("image/jpeg", "jpg"),
+    "GIF": ("image/gif", "gif"),
+    "TIFF": ("image/tiff", "tiff"),
+    "BMP": ("image/bmp", "bmp"),
+    "AVIF": ("image/avif", "avif"),
+    "HEIF": ("image/heif", "heif"),
+}
+_HEIF_SEQUENCES: Final = (b"hevc", b"hevx", b"hevm", b"hevs", b"msf1")
+_HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"mif1", *_HEIF_SEQUENCES)
+_JPEG_2000: Final = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+_TIFF_PIXELS: Final = BOMB_PIXELS // 2  # with more, Pillow's TIFF decoder issues a warning (see `open_picture`)
+_SAVE_AS: Final = "save it as PNG or JPEG"
+# How decoders word that they do not support a file, which may well be intact.
+_UNSUPPORTED: Final = re.compile(r"(?i)unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|compression)")
+_Reader = Callable[[BytesIO, str], ImageFile.ImageFile]
 
 Image.init()  # registers the readers once, at import, instead of in whichever thread comes first
 
@@ -55,11 +61,11 @@ class BrokenPicture(ValueError):
     """Bytes that do not decode to a picture.
 
     Attributes:
-        truncated: True where a picture provably lacks its end; False where it is something else, damaged, or whole.
-        remedy: What somebody who has such a source image can do.
+        truncated: True if the picture provably lacks its end; False if it is damaged, unsupported, or no picture.
+        remedy: What the owner of such a source image can do.
     """
 
-    def __init__(self, message: str, remedy: str = "give a JPEG, PNG or WebP in RGB", truncated: bool = False) -> None:
+    def __init__(self, message: str, remedy: str = "save it as PNG or JPEG in RGB", truncated: bool = False) -> None:
         super().__init__(message)
         self.remedy = remedy
         self.truncated = truncated
@@ -68,39 +74,59 @@ class BrokenPicture(ValueError):
 class _FileFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: str  # Pillow's name of it, such as JPEG
+    format: str
     width: int
     height: int
     size_bytes: int
-    sha256: str  # of the file as it is, in hexadecimal
+    sha256: str
 
 
 class SourceImage(_FileFacts):
-    """What inspecting a source image has shown; width and height are pixels after the EXIF rotation.
+    """An inspected source image.
 
-    `changes` says what is changed before it goes up, each to be read after "the image is"; empty: it goes up as it is.
+    Attributes:
+        format: Pillow's name of its format, such as JPEG.
+        width: In pixels, after the EXIF rotation.
+        height: In pixels, after the EXIF rotation.
+        size_bytes: The size of the file.
+        sha256: The SHA-256 of the file, in hexadecimal.
+        changes: What is changed before the upload, each worded to follow "the image is"; empty if nothing is.
     """
 
     changes: tuple[str, ...] = ()
 
 
 class Picture(_FileFacts):
-    """What a picture that the API answered is, by its bytes and not its headers; width and height as stored."""
+    """A picture that the API returned, by its bytes and not by the headers of the response.
+
+    Attributes:
+        format: Pillow's name of its format, such as JPEG.
+        width: In pixels, as stored.
+        height: In pixels, as stored.
+        size_bytes: The size of the file.
+        sha256: The SHA-256 of the file, in hexadecimal.
+        content_type: Such as image/jpeg.
+        extension: Of a file of this format, such as jpg.
+    """
 
     content_type: str
     extension: str
 
 
 def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> SourceImage:
-    """Decodes a source image fully and says what it is and what must change before the API takes it.
+    """Decodes a source image fully and finds what must change before the API accepts it.
 
     Args:
         data: The file.
-        label: What the user calls it, for messages.
-        allow_extreme_ratio: Whether sides beyond 1:3 and 3:1 are let through.
+        label: The user's name for it, for messages.
+        allow_extreme_ratio: Whether side ratios beyond 1:3 and 3:1 are accepted.
+
+    Returns:
+        The facts about it, and the changes.
 
     Raises:
-        SourceImageError: It is empty, cut short, no picture, animated, too large to decode, or too long and narrow.
+        SourceImageError: It is empty, truncated, damaged, animated, too large to decode, too long and narrow, or not a
+            picture in a supported format.
 
     Example:
         >>> canvas = BytesIO()
@@ -111,53 +137,57 @@ def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> So
     try:
         image = open_picture(data)
         if _has_several(image, data):
-            raise BrokenPicture(
-                f"is animated or has several pages ({image.format})", "save the one to use as JPEG or PNG"
-            )
+            remedy = "save the picture to use as PNG or JPEG"
+            raise BrokenPicture(f"is animated or has several pages ({image.format})", remedy)
         load_picture(image, data)
-        if image.mode == "LAB":  # Pillow converts it through a profile only, and next to nobody has such files
-            raise BrokenPicture("has the colour mode LAB")
     except BrokenPicture as broken:
         raise SourceImageError(f"image: {label} {broken}; {broken.remedy}") from None
     orientation = exif_orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
     if max(width, height) > MAX_RATIO * min(width, height) and not allow_extreme_ratio:
         raise SourceImageError(
-            f"image: {label} has {width}×{height} pixels, beyond the ratios 1:3 to 3:1 that the model makes; "
-            "crop it, or set allow_extreme_ratio to have the model crop it"
+            f"image: {label} has {width}×{height} pixels, and the model's side ratios end at 1:3 and 3:1; "
+            "crop it, or set allow_extreme_ratio to let the model crop it"
         )
     facts = _facts(image, data).model_copy(update={"width": width, "height": height})
     return SourceImage(**facts.model_dump(), changes=tuple(_changes(image, data, (width, height), orientation)))
 
 
 def read_picture(path: Path) -> Picture:
-    """Decodes all the data of a picture that the API answered, and says what it is.
+    """Decodes all the data of a picture that the API returned.
 
     Args:
-        path: Of the file.
+        path: The file.
+
+    Returns:
+        The facts about it.
 
     Raises:
-        BrokenPicture: It does not decode; `truncated` says whether it provably lacks its end.
+        BrokenPicture: It does not decode; `truncated` tells whether it provably lacks its end.
         OSError: The file cannot be read.
     """
     return picture_of(path.read_bytes())
 
 
 def picture_of(data: bytes) -> Picture:
-    """Decodes all the data of a picture that the API answered, and says what it is.
+    """Decodes all the data of a picture that the API returned.
 
     Args:
         data: The file.
 
+    Returns:
+        The facts about it.
+
     Raises:
-        BrokenPicture: As `read_picture`.
+        BrokenPicture: It does not decode; `truncated` tells whether it provably lacks its end.
     """
     image = open_picture(data)
     facts = _facts(image, data)
     content_type, extension = file_type(facts.format)
-    with decoding(data):
-        # All of a JPEG's data is read, so that damage shows as ever, but only an eighth of its pixels are worked out.
-        image.draft(None, (1, 1))
+    if facts.format in ("JPEG", "MPO"):
+        with decoding(data):
+            # All of its data is still read, so that damage shows, but at an eighth of the size.
+            image.draft(None, (1, 1))
     load_picture(image, data)
     return Picture(**facts.model_dump(), content_type=content_type, extension=extension)
 
@@ -169,32 +199,76 @@ def _facts(image: ImageFile.ImageFile, data: bytes) -> _FileFacts:
 
 
 def file_type(format: str) -> tuple[str, str]:
-    """The content type and the extension of a format; an MPO is a JPEG to everybody else."""
-    return Image.MIME["JPEG" if format == "MPO" else format], _EXTENSIONS.get(format, format.lower())
+    """The content type and the file extension of a format.
+
+    Args:
+        format: Pillow's name of it, such as JPEG.
+
+    Returns:
+        The two, such as `("image/jpeg", "jpg")`.
+    """
+    return _FORMATS[format]
 
 
 def open_picture(data: bytes) -> ImageFile.ImageFile:
-    """Reads a picture's header, as `Image.open` does but for its warning about large pictures.
+    """Reads the header of a picture, as `Image.open` does but for its warning about large pictures.
 
-    To silence that warning takes a global setting of Pillow or a filter of warnings, which is not thread-safe; so the
-    registered reader is called directly, and the size is checked here before anything is decoded.
+    Silencing that warning takes a global setting of Pillow or a warnings filter, which is not thread-safe; so the
+    reader is called directly, and the size is checked here, before anything is decoded.
+
+    Args:
+        data: The file.
+
+    Returns:
+        The picture, not decoded yet.
+
+    Raises:
+        BrokenPicture: It is not a picture in a supported format, or has too many pixels.
     """
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and b"avif" not in data[:64]:
-        raise BrokenPicture("is HEIC, which is not read here", "convert it to JPEG")
+    reader = _reader(data)
+    with decoding(data):
+        image = _read_header(reader, data)
+        limit = _TIFF_PIXELS if image.format == "TIFF" else BOMB_PIXELS
+        for width, height in (image.size, *_coded_sizes(image, data)):
+            if width * height > limit:
+                remedy = f"scale it down, or {_SAVE_AS}" if limit < BOMB_PIXELS else "scale it down"
+                raise BrokenPicture(f"has more than {limit:,} pixels ({width}×{height})", remedy)
+    if image.mode in ("LAB", "I", "F"):
+        what = "in the LAB colour space" if image.mode == "LAB" else "in greys of 32 bits"
+        raise BrokenPicture(f"is {what}, which is not supported", _SAVE_AS)
+    return image
+
+
+def _reader(data: bytes) -> _Reader:
+    """The class that reads a file, by its first bytes."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and b"avif" not in data[:64]:
+        try:
+            # Called directly and not registered with Pillow, whose list of formats belongs to the whole process.
+            from pillow_heif import HeifImageFile
+        except ImportError:
+            remedy = "run pip install 'prefect-segmind[heif]', or save it as JPEG"
+            raise BrokenPicture("is HEIC or HEIF, which needs the extra heif", remedy) from None
+        return HeifImageFile
     for name in _FORMATS:
         reader, accepts = Image.OPEN.get(name, (None, None))
-        # `accepts` answers with a string, a reason, where this build of Pillow lacks the format.
+        # `accepts` returns a string, the reason, if this build of Pillow lacks the format.
         if reader is not None and accepts is not None and accepts(data[:16]) is True:
-            with decoding(data):
-                image = _opened(reader, data)
-                if image.width * image.height > BOMB_PIXELS:
-                    raise Image.DecompressionBombError(f"{image.width}×{image.height}")
-                return image
-    raise BrokenPicture("is empty" if not data else "is not an image of a kind that can be read")
+            return reader
+    if data.startswith(_JPEG_2000):
+        raise BrokenPicture("is JPEG 2000, which is not supported", _SAVE_AS)
+    raise BrokenPicture("is empty" if not data else "is not an image in a supported format")
 
 
-def _opened(reader: Callable[[BytesIO, str], ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
-    """What a reader of Pillow makes of a file, whatever its metadata is like, and of its own pictures the first."""
+def _coded_sizes(image: ImageFile.ImageFile, data: bytes) -> list[tuple[int, int]]:
+    """The sizes in which a HEIF file is decoded, from its `ispe` boxes: `image.size` is the size after cropping."""
+    if image.format != "HEIF":
+        return []
+    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", data, re.DOTALL)
+    return [(int.from_bytes(width), int.from_bytes(height)) for width, height in sizes]
+
+
+def _read_header(reader: _Reader, data: bytes) -> ImageFile.ImageFile:
+    """Opens a file whatever its metadata is like, at the first page that is a picture in its own right."""
     if data.startswith(b"\x89PNG"):
         parts = split_png(data)
         image = reader(BytesIO(parts.pixels), "")
@@ -204,79 +278,95 @@ def _opened(reader: Callable[[BytesIO, str], ImageFile.ImageFile], data: bytes) 
     try:
         image = reader(BytesIO(data), "")
     except Exception:
-        plain = without_odd_metadata(data)
+        plain = strip_metadata(data)
         if plain == data:
             raise
         return reader(BytesIO(plain), "")
     if isinstance(image, TiffImageFile) and (page := next(iter(full_pages(data)), 0)):
-        image.seek(page)  # those before it are previews
+        image.seek(page)  # past the previews
     return image
 
 
 def _has_several(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether a file holds several pictures that count; a phone's JPEG does not, nor does a TIFF with a preview."""
+    """Whether it is not clear which picture of a file to use; in an MPO, or a TIFF with a preview, it is."""
     if image.format == "PNG":
         with decoding(data):
             return split_png(data).animated
     if image.format == "TIFF":
         return len(full_pages(data)) > 1
+    if image.format == "HEIF":  # one picture is marked as primary; others are of a burst, or for the other eye
+        return data[8:12] in _HEIF_SEQUENCES
     return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def load_picture(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
-    """Decodes the first frame of an opened picture."""
+    """Decodes an opened picture.
+
+    Args:
+        image: The picture, as `open_picture` returns it.
+        data: The file.
+
+    Returns:
+        The same object.
+
+    Raises:
+        BrokenPicture: It does not decode.
+    """
     with decoding(data):
-        if isinstance(image, TiffImageFile):
-            # Its loader would warn of a large picture while it makes room for the pixels; so the room is made here.
-            image.im = Image.new(image.mode, (image.tag_v2[256], image.tag_v2[257])).im
         image.load()
-        if _is_deep_png(image, data):
+        if _is_deep(image, data):
             image.info.pop("transparency", None)  # a 16-bit colour, which Pillow would look for among 8-bit ones
-        if image.format == "PNG" and not has_png_end(data):
-            raise EOFError("no IEND")  # Pillow forgives a missing end once the pixels are there
+        if image.format in ("PNG", "HEIF") and is_truncated(data):
+            raise EOFError("no end")  # which their decoders tolerate
     return image
 
 
-def _is_deep_png(image: Image.Image, data: bytes) -> bool:
-    """Whether it has 16 bits a channel, by its header (IHDR): Pillow halves 16-bit RGB to 8 and does not tell."""
-    return image.format == "PNG" and data[24] == 16
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether a channel has more than 8 bits by the header of a PNG (IHDR) or HEIF: the mode does not show it."""
+    return data[24] == 16 if image.format == "PNG" else image.info.get("bit_depth", 8) > 8
 
 
 @contextmanager
 def decoding(data: bytes) -> Iterator[None]:
-    """Turns whatever a decoder raises over foreign bytes into BrokenPicture."""
+    """Turns the exceptions that a decoder raises into BrokenPicture.
+
+    Args:
+        data: The file that is decoded.
+
+    Raises:
+        BrokenPicture: Any exception occurred, except MemoryError, which is not about the picture.
+    """
     try:
         yield
-    except Image.DecompressionBombError as error:
-        raise BrokenPicture(f"has more than {BOMB_PIXELS:,} pixels ({error})", "scale it down") from error
-    except MemoryError:
-        raise  # says nothing about the picture
+    except (BrokenPicture, MemoryError):
+        raise
     except Exception as error:
         why = str(error) or type(error).__name__
-        if is_cut(data):
+        if is_truncated(data):
             message = f"is cut short (truncated: {why})"
             raise BrokenPicture(message, "copy or export it again", truncated=True) from error
-        if data[:2] in (b"II", b"MM") and isinstance(error, (SyntaxError, KeyError)):
-            why = describe_tiff(data)  # Pillow knows no mode for such pixels, or not their compression
-        elif not _UNKNOWN.search(why):
-            what = f"; {describe_tiff(data)}" if data[:2] in (b"II", b"MM") else ""
-            raise BrokenPicture(f"is damaged ({why}{what})") from error
-        raise BrokenPicture(f"is of a kind that is not read here ({why})", "export it as JPEG or PNG in RGB") from error
+        if data[:2] in (b"II", b"MM") and isinstance(error, SyntaxError):
+            why = f"unsupported TIFF: {why}"  # for lack of an entry in Pillow's tables
+        if _UNSUPPORTED.search(why):
+            raise BrokenPicture(f"has pixels in a form that is not supported ({why})") from error
+        raise BrokenPicture(f"is damaged ({why})") from error
 
 
 def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], orientation: int) -> Iterator[str]:
-    """What keeps a picture from going up as it is, in the words of `SourceImage.changes`."""
+    """The `SourceImage.changes` of a loaded picture whose size after the EXIF rotation is `size`."""
     if image.format == "MPO":
         yield "reduced to the first of its pictures (MPO)"
     elif image.format not in ("JPEG", "PNG", "WEBP"):
         yield f"converted from {image.format}"
+    if image.format == "HEIF" and getattr(image, "is_animated", False):
+        yield "reduced to its primary picture (HEIF)"
     if orientation > 1:
         yield "rotated by its EXIF orientation"
-    if _has_odd_metadata(image, data):
-        yield "freed of metadata that others cannot read"
+    if _has_malformed_metadata(image, data):
+        yield "stripped of metadata that other readers refuse"
     if image.mode == "CMYK":  # YCCK as well, by Pillow's decoder
         yield "converted from CMYK to RGB"
-    if image.mode[0] in "IF" or _is_deep_png(image, data):
+    if image.mode.startswith("I;16") or _is_deep(image, data):
         yield "reduced to 8 bits a channel"
     fitted = fitted_size(size, MAX_PIXELS)
     if fitted != size:
@@ -285,21 +375,28 @@ def _changes(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], ori
         yield f"made smaller than {MAX_BYTES // 1_000_000} MB (it has {len(data) / 1_000_000:.1f})"
 
 
-def _has_odd_metadata(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether the file goes up as it is only to be refused: who reads it there looks at its metadata too."""
+def _has_malformed_metadata(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether the provider may refuse the file for its metadata, as common readers do."""
     if image.format == "PNG":
-        return split_png(data).odd
+        return split_png(data).malformed
     if image.format in ("JPEG", "WEBP"):
         try:
             Image.OPEN[image.format][0](BytesIO(data), "")
-        except Exception:  # noqa: BLE001 - any of a reader, as in `_opened`
+        except Exception:  # noqa: BLE001 - readers raise exceptions of any kind, as in `_read_header`
             return True
     return False
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or EXIF is broken, as viewers take it."""
-    with suppress(Exception):  # anybody writes EXIF; whatever is wrong with it, the picture is still a picture
+    """The EXIF orientation of a picture.
+
+    Args:
+        image: The picture.
+
+    Returns:
+        1 to 8; 1 if there is none or EXIF is damaged, as in viewers.
+    """
+    with suppress(Exception):  # damaged EXIF can raise anything, and the picture is none the worse for it
         found = image.getexif().get(ExifTags.Base.Orientation)
         if found is not None and found in range(2, 9):
             return int(found)
@@ -307,7 +404,15 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def fitted_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
-    """A size of at most so many pixels in the same ratio; never beyond 3:1 by rounding where it was within."""
+    """The size of at most so many pixels in the same ratio; rounding never takes it beyond 3:1 if it was within.
+
+    Args:
+        size: Width and height.
+        pixels: The most pixels.
+
+    Returns:
+        Width and height; `size` itself if it fits.
+    """
     long, short = max(size), min(size)
     if long * short <= pixels:
         return size

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-from prefect_segmind.errors import ConfigurationError, StoreError, writable
+from prefect_segmind.errors import ConfigurationError, writable
 from prefect_segmind.inbox.inbox import IMAGE_SUFFIX, Inbox, InboxFile, Listing, Seen, safe_names
-from prefect_segmind.storage.local import FULL
+from prefect_segmind.storage.disk_errors import disk_errors, reason
+from prefect_segmind.storage.paths import missing_file
 
 
 class FolderInbox(Inbox):
@@ -29,16 +26,16 @@ class FolderInbox(Inbox):
     def _move(self, file: InboxFile, into: str) -> str | None:
         source, target = Path(file.location), self._folder / into / file.below
         held = target.with_name(f"moving-{uuid4().hex}{target.suffix}")
-        with _told(f"move {source} to {target}"):
+        with disk_errors(f"cannot move {source} to {target}"):
             try:
                 if _version(source.lstat()) != file.version:
                     return None
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # What has that name at this moment is taken in one step to where only this run writes, then judged.
+                # Whatever has that name now is moved in one step to a name that only this run knows, then compared.
                 source.replace(held)
             except FileNotFoundError:
                 return None
-        with _told(f"move {held} to {target}"):
+        with disk_errors(f"cannot move {held} to {target}"):
             if _version(held.lstat()) == file.version:
                 return str(_give_name(held, target))
             _give_name(held, source, plain=False)  # a new upload goes back, beside one that may be even newer
@@ -51,28 +48,28 @@ class FolderInbox(Inbox):
             if error.filename == self.url:
                 raise error
             if not isinstance(error, FileNotFoundError):
-                listing.skip(Path(error.filename).relative_to(self._folder).as_posix(), _reason(error))
+                listing.skip(Path(error.filename).relative_to(self._folder).as_posix(), _unreadable(error))
 
-        with _told(f"read the inbox {self.url}"):
+        with disk_errors(f"cannot read the inbox {self.url}"):
             for here, folders, names in os.walk(self._folder, onerror=skip):
                 paths = {Path(here, name): name for name in (*folders, *names)}
                 folders.clear()
                 for path, name in paths.items():
                     below = path.relative_to(self._folder).as_posix()
-                    if self._passes_over(below):
+                    if self._leaves_out(below):
                         continue
                     try:
                         facts = path.lstat()
                     except OSError as error:
                         if not isinstance(error, FileNotFoundError):
-                            listing.skip(below, _reason(error))
+                            listing.skip(below, _unreadable(error))
                         continue
-                    if stat.S_ISDIR(facts.st_mode):  # no link: they lead in circles and anywhere
+                    if stat.S_ISDIR(facts.st_mode):  # not a link: links lead in circles and anywhere
                         folders.append(name)
                     elif not stat.S_ISREG(facts.st_mode) or not IMAGE_SUFFIX.fullmatch(writable(below)):
                         listing.skip(below)
                     elif writable(below) != below:
-                        listing.skip(below, "its name is no UTF-8; rename it")
+                        listing.skip(below, "its name is not UTF-8; rename it")
                     else:
                         file = InboxFile(str(path), below, _version(facts), facts.st_ctime)
                         listing.images[below] = Seen(file, facts.st_size, facts.st_mtime)
@@ -83,18 +80,17 @@ class FolderInbox(Inbox):
 
 
 def _require_folder(place: str, folder: Path) -> None:
-    above = folder.parent
     try:
         if folder.is_dir():
             return
-        if folder.exists():
-            raise ConfigurationError(f"{place} is a file; name the folder that it lies in")
-        names = [each.name for each in above.iterdir() if each.is_dir()] if above.is_dir() else []
+        mistake = (
+            "is a file; name the folder that it is in"
+            if folder.exists()
+            else f"{missing_file(folder, folders=True)}; create the folder or correct its path"
+        )
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{place} cannot be read: {error}") from None
-    near = difflib.get_close_matches(folder.name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"looked in {above}"
-    raise ConfigurationError(f"{place} does not exist ({hint}); create the folder or correct its path")
+        mistake = f"cannot be read: {reason(error)}"
+    raise ConfigurationError(f"{place} {mistake}")
 
 
 def _version(facts: os.stat_result) -> str:
@@ -102,12 +98,12 @@ def _version(facts: os.stat_result) -> str:
 
 
 def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
-    """Gives a file that only this run knows the wanted name or, where that is taken or not to be had, the next."""
+    """Give a file the wanted name or, if that is taken or not `plain`, the next one; only this run knows the file."""
     names = islice(safe_names(wanted.name, held.read_bytes), 0 if plain else 1, None)
     while True:
         path = wanted.with_name(next(names))
         try:
-            path.open("xb").close()  # from here on the name is ours; of several runs one gets it
+            path.open("xb").close()  # from here on the name is ours; only one of several runs gets it
         except FileExistsError:
             if path.is_file() and path.read_bytes() == held.read_bytes():
                 held.unlink()
@@ -116,18 +112,5 @@ def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
             return held.replace(path)
 
 
-def _reason(error: OSError) -> str:
-    return f"it cannot be read: {error.strerror or error}; check its owner and mode"
-
-
-@contextmanager
-def _told(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = "check the owner and mode of the folders"
-        if error.errno in FULL:
-            advice = "free some space there"
-        elif error.errno == errno.EXDEV:
-            advice = "the inbox and its folder for what is done must be on one disk"
-        raise StoreError(f"cannot {doing}: {error.strerror or error}; {advice}") from error
+def _unreadable(error: OSError) -> str:
+    return f"it cannot be read: {reason(error)}; check its owner and mode"

@@ -1,7 +1,7 @@
-"""An inbox: a folder or a prefix in a bucket, into which people put images, and where they move: `done/`, `failed/`.
+"""An inbox: a folder or a prefix in a bucket, into which people put images, and its folders `done/` and `failed/`.
 
-What lies there is to be done, what lies in `done/` is done. What a visit remembers for the next one (`Memory`) spares
-waiting and telling the same thing twice; nothing is lost where it is.
+An image in the inbox is to be done, one in `done/` is done. `Memory` keeps what one visit has seen for the next one, so
+that nothing is waited for or reported twice; losing it does no harm.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pydantic import BaseModel, ValidationError
 from prefect_segmind.errors import writable
 from prefect_segmind.storage.store import Store
 
-IMAGE_SUFFIX = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf])")
+IMAGE_SUFFIX = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2|hei[cf]|hif)")
 EMPTY_SECONDS = 3600.0
-"""For so long an empty image may still be filled."""
-_PASSED_OVER = re.compile(
+"""Seconds for which an empty image may still be filled."""
+_LEFT_OUT = re.compile(
     r"(?is)[.~].*|.*~|.*\.(part|partial|filepart|tmp|crdownload|download)"  # hidden, or still on its way
     r"|@eadir|@recycle|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__macosx"  # a system's
     r"|thumbs\.db|desktop\.ini"
@@ -34,14 +34,14 @@ _PASSED_OVER = re.compile(
 
 @dataclass(frozen=True)
 class InboxFile:
-    """An image as it was looked at.
+    """An image in an inbox, in one version.
 
     Attributes:
         location: An absolute path or `s3://bucket/key`.
         below: Its path below the inbox.
-        version: Changes with the file: the size, with the time of its last change on disk, with its ETag in a bucket.
-        arrived: When it came there as it is, in seconds since 1970. On disk that is no date that a copy takes along
-            from where it was before. How finely a bucket tells it differs, so it is no part of what a file is.
+        version: Changes with the file: its size and, on disk, the time of its last change or, in a bucket, its ETag.
+        arrived: When it arrived as it is, in seconds since 1970. On disk a copy does not bring that date along from
+            its source. A bucket may round it in different ways, so two are equal without it.
     """
 
     location: str
@@ -51,10 +51,14 @@ class InboxFile:
 
 
 class Look(NamedTuple):
-    """What one visit has found, each in the order of the paths below the inbox.
+    """What one visit has found, each sorted by the paths below the inbox.
 
-    `unsettled` are images that are still being written; `ignored` what is visible and no image by its name, a link, or
-    cannot be read; `unreadable` the last of these, each with the reason; `empty` images that nobody fills any more.
+    Attributes:
+        settled: Images that are whole.
+        unsettled: Images that are still being written.
+        ignored: Visible files that are not images by their names, links, and what cannot be read.
+        unreadable: What cannot be read, with the reason.
+        empty: Images that have been empty for an hour.
     """
 
     settled: tuple[InboxFile, ...]
@@ -65,10 +69,14 @@ class Look(NamedTuple):
 
 
 class Listing:
-    """What one look shows, by the paths below the inbox: the images, what is ignored, and why if it is unreadable.
+    """The contents of an inbox at one moment, by the paths below it.
 
     Args:
-        now: The time of the look, in seconds since 1970, by the clock that dates the files.
+        now: That moment, in seconds since 1970, by the clock that dates the files.
+
+    Attributes:
+        images: The images.
+        ignored: Everything else that is visible.
     """
 
     def __init__(self, now: float) -> None:
@@ -78,7 +86,7 @@ class Listing:
         self._unreadable: dict[str, str] = {}
 
     def skip(self, below: str, why: str = "") -> None:
-        """Notes what is passed over, and says so if it may be an image."""
+        """Ignore a path, with the reason if it may be an image."""
         self.ignored.add(writable(below))
         if why:
             self._unreadable[writable(below)] = why
@@ -86,12 +94,12 @@ class Listing:
     def look(
         self, settled: Iterable[InboxFile] = (), unsettled: Iterable[str] = (), empty: Iterable[InboxFile] = ()
     ) -> Look:
-        """The look, where this is the last listing of it."""
+        """The result of the visit that ends with this listing."""
         unreadable = tuple(f"{below}: {why}" for below, why in sorted(self._unreadable.items()))
         return Look(tuple(settled), tuple(unsettled), tuple(sorted(self.ignored)), unreadable, tuple(empty))
 
 
-class _Note(BaseModel):
+class _Visit(BaseModel):
     """What is kept of a visit: versions of files by their paths below the inbox."""
 
     settled: dict[str, str] = {}
@@ -99,12 +107,12 @@ class _Note(BaseModel):
 
 
 class Memory:
-    """What the last visit to an inbox has seen. It lies in the archive, so that it is there on any machine.
+    """What the last visit to an inbox has seen. It is kept in the archive, so that every machine has it.
 
     Args:
         store: The archive's.
-        inbox: Address of the inbox.
-        name: What the visits make of it: two templates for one inbox have a memory each.
+        inbox: The address of the inbox.
+        name: What the pictures are made with: two templates for one inbox have a memory each.
     """
 
     def __init__(self, store: Store, inbox: str, name: str) -> None:
@@ -112,50 +120,56 @@ class Memory:
         self._key = f".segmind/inbox/{hashlib.sha256(json.dumps([inbox, name]).encode()).hexdigest()}.json"
 
     @cached_property
-    def _note(self) -> _Note:
+    def _last(self) -> _Visit:
         found = self._store.get(self._key)
         try:
-            return _Note.model_validate_json(found.data) if found else _Note()
-        except ValidationError:  # of another version, or half written; then this visit is as the first one
-            return _Note()
+            return _Visit.model_validate_json(found.data) if found else _Visit()
+        except ValidationError:  # of another version, or half written: this visit counts as the first one
+            return _Visit()
 
     def settled(self) -> Mapping[str, str]:
-        """The versions of files that were seen whole, by their paths below the inbox.
+        """The versions of files that were whole, by their paths below the inbox.
 
         Raises:
             StoreError: The archive cannot be read.
         """
-        return self._note.settled
+        return self._last.settled
 
     def has_reported(self, file: InboxFile) -> bool:
-        """Whether somebody has been told that this very version of a file is bad.
+        """Whether this version of a file has been reported as bad.
 
         Raises:
             StoreError: The archive cannot be read.
         """
-        return self._note.reported.get(file.below) == file.version
+        return self._last.reported.get(file.below) == file.version
 
     def keep(self, settled: Iterable[InboxFile], reported: Iterable[InboxFile]) -> None:
-        """Keeps what this visit has seen in the place of what the last one had, if it differs.
+        """Replace what the last visit has seen, if this one differs.
 
         Args:
-            settled: Files that were seen whole.
-            reported: Bad files of which somebody has been told.
+            settled: Files that are whole.
+            reported: Bad files that have been reported.
 
         Raises:
             StoreError: The archive cannot be written.
         """
-        note = _Note(
+        visit = _Visit(
             settled={file.below: file.version for file in settled},
             reported={file.below: file.version for file in reported},
         )
-        if note != self._note:
-            self._store.put(self._key, note.model_dump_json().encode(), "application/json")
-            self._note = note
+        if visit != self._last:
+            self._store.put(self._key, visit.model_dump_json().encode(), "application/json")
+            self._last = visit
 
 
 class Seen(NamedTuple):
-    """An image as one listing shows it."""
+    """An image in one listing.
+
+    Attributes:
+        file: The image.
+        size: Its length in bytes.
+        written: When it was last written, in seconds since 1970.
+    """
 
     file: InboxFile
     size: int
@@ -163,9 +177,12 @@ class Seen(NamedTuple):
 
 
 class Inbox(ABC):
-    """A place for images, subfolders included.
+    """A folder or a prefix in a bucket for images, with its subfolders.
 
-    Hidden and temporary names and all of `done/` and `failed/` are passed over.
+    Hidden and temporary names and all of `done/` and `failed/` are left out.
+
+    Attributes:
+        url: The absolute path of the folder, or `s3://bucket/prefix`.
     """
 
     def __init__(self, url: str, done: str, failed: str) -> None:
@@ -178,21 +195,21 @@ class Inbox(ABC):
         pause: Callable[[float], object] = time.sleep,
         known: Callable[[], Mapping[str, str]] = dict,
     ) -> Look:
-        """Looks twice, so that nothing is taken that somebody is still writing.
+        """List the inbox twice, so that no image is taken that somebody is still writing.
 
-        Settled is what is not empty and the same in both looks. On disk it is also older than the time between them,
-        by this machine's clock; a date in the future, as of another machine's clock, says nothing and does not count.
-        What was settled in an earlier visit and is the same needs no second look. An empty image may still be filled;
-        after an hour nobody does.
+        An image is settled if it is not empty and the same in both listings. On disk it must also be older than the
+        time between them by this machine's clock; a date in the future, by another machine's clock, does not count.
+        An image that was settled in an earlier visit and is the same needs no second listing. An empty one may still
+        be filled for an hour.
 
         Args:
             settle_seconds: How long nothing may change.
-            pause: Waits that long; not called where nothing is new.
-            known: The versions of files that were settled before, by their paths below the inbox; not called where
-                there is no image.
+            pause: Waits that long; not called if nothing is new.
+            known: The versions of files that were settled before, by their paths below the inbox; not called if there
+                is no image.
 
         Raises:
-            StoreError: The place cannot be listed.
+            StoreError: The inbox cannot be listed.
         """
         first = second = self._list()
         if not first.images:
@@ -216,13 +233,13 @@ class Inbox(ABC):
         return second.look(settled, unsettled, empty)
 
     def move_done(self, file: InboxFile) -> str | None:
-        """Moves a file into `done/`, there as deep as it was in the inbox; nothing is ever replaced.
+        """Move a file into `done/`, with its subfolders; nothing is ever replaced.
 
-        Where its name is taken it gets the start of its SHA-256 as well, `cup-1a2b3c4d.jpg`; where that very content
-        lies there already, the file is just removed.
+        If its name is taken, the start of its SHA-256 is appended: `cup-1a2b3c4d.jpg`. If the file of that name has the
+        same content, this one is just removed.
 
         Returns:
-            Where it is now; None if it is gone or no longer what was looked at, and then what is there stays.
+            Where it is now; None if it is gone or has changed since it was listed, and then what is there stays.
 
         Raises:
             StoreError: It cannot be moved.
@@ -230,7 +247,7 @@ class Inbox(ABC):
         return self._move(file, self._done)
 
     def move_failed(self, file: InboxFile) -> str | None:
-        """Moves a file into `failed/`, as `move_done` does into `done/`.
+        """Move a file into `failed/`, as `move_done` does into `done/`.
 
         Raises:
             StoreError: It cannot be moved.
@@ -239,20 +256,18 @@ class Inbox(ABC):
 
     @abstractmethod
     def _move(self, file: InboxFile, into: str) -> str | None:
-        """Moves a file into a folder of the inbox."""
+        """Move a file into a folder of the inbox."""
 
     @abstractmethod
     def _list(self) -> Listing:
-        """What lies there now."""
+        """List the inbox."""
 
     def _is_young(self, seen: Seen, now: float, seconds: float) -> bool:
         return False
 
-    def _passes_over(self, below: str) -> bool:
+    def _leaves_out(self, below: str) -> bool:
         segments = below.split("/")
-        return (
-            not segments[-1] or segments[0] in (self._done, self._failed) or any(map(_PASSED_OVER.fullmatch, segments))
-        )
+        return not segments[-1] or segments[0] in (self._done, self._failed) or any(map(_LEFT_OUT.fullmatch, segments))
 
 
 def safe_names(name: str, content: Callable[[], bytes]) -> Iterator[str]:

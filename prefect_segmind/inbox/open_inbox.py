@@ -1,4 +1,4 @@
-"""Which inbox a place is: a folder or a prefix in a bucket."""
+"""Which inbox an address names: a folder or a prefix in a bucket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.inbox.bucket import BucketInbox
 from prefect_segmind.inbox.folder import FolderInbox
 from prefect_segmind.inbox.inbox import Inbox
-from prefect_segmind.storage.open_store import open_store
+from prefect_segmind.storage.open_store import is_s3, open_store
 from prefect_segmind.storage.paths import found_path
 from prefect_segmind.text import given_text
 
@@ -19,24 +19,23 @@ if TYPE_CHECKING:
 
 
 def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", failed: str = "failed") -> Inbox:
-    """The inbox at a place.
+    """The inbox at an address.
 
     Args:
-        place: An existing folder (`~` is the home) or `s3://bucket/prefix`, where nothing has to be yet.
+        place: An existing folder (`~` is the home), or `s3://bucket/prefix`, which may be empty.
         s3: Makes the S3 client, when one is needed.
-        done: The folder in it for what is done.
-        failed: The folder in it for what cannot be done.
+        done: The name of its folder for images that are done.
+        failed: The name of its folder for images that cannot be done.
 
     Raises:
-        ConfigurationError: The place is of no such kind, or there is no such folder.
+        ConfigurationError: The address is of another kind, or the folder does not exist.
     """
     for folder, what in ((done, "done"), (failed, "failed")):
         if not folder.strip(". ") or re.search(r"[/\\\0]", folder):
-            told = f"inbox: {folder!r} cannot be the folder for what is {what}; write one name, such as {what}"
-            raise ConfigurationError(told)
+            raise ConfigurationError(f"inbox: {folder!r} cannot be the folder `{what}`; write one name, such as {what}")
     place = given_text("inbox", place) or ""
     try:
-        if place.lower().startswith("s3:"):
+        if is_s3(place):
             return BucketInbox(place, s3, done, failed)
         return FolderInbox(place, found_path(open_store(place).url), done, failed)
     except ConfigurationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import cached_property
 from pathlib import PurePath, PurePosixPath
@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from prefect_segmind.api.request import (
     ImageWeight,
@@ -250,22 +251,57 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     lines: dict[str, str] = {}
     for each in error.errors():
         field = str(each["loc"][0]) if each["loc"] else "job"
-        if each["type"] == "missing":
-            line = f"{field}: missing; needed is {ALLOWED[field]}"
-        elif each["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field.lower(), list(model.model_fields), n=1)
-            line = f"{field}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")
+        if each["type"] == "extra_forbidden":
+            line = unknown(field, model.model_fields)
         else:
-            value = each["input"]
-            shown = redact(repr(value.value if isinstance(value, Enum) else value))
-            shown = shown if len(shown) <= 80 else shown[:79] + "…"
-            line = f"{field}: {shown} is not allowed; allowed is {ALLOWED.get(field, 'an object of named fields')}."
-            if "secret" in each["msg"]:
-                line = f"{field}: {shown} {each['msg'].removeprefix('Value error, ')}"
-            near_value = nearest_value(field, value)
-            line += f" Did you mean {near_value}?" if near_value else ""
+            line = describe_mistake(field, each)
         lines.setdefault(field, line)
     return list(lines.values())
+
+
+def describe_mistake(field: str, mistake: ErrorDetails, allowed: str | None = None) -> str:
+    """One line for a field with a wrong value or none: the value, what is allowed, and the nearest right value.
+
+    Args:
+        field: The name of the field.
+        mistake: What pydantic found.
+        allowed: What the field takes, if `ALLOWED` does not say it.
+
+    Returns:
+        The line, which begins with the name of the field.
+    """
+    allowed = allowed or ALLOWED.get(field, "an object of named fields")
+    if mistake["type"] == "missing":
+        return f"{field}: missing; needed is {allowed}"
+    value = mistake["input"]
+    given = shown(repr(value.value if isinstance(value, Enum) else value))
+    if "secret" in mistake["msg"]:
+        return f"{field}: {given} {mistake['msg'].removeprefix('Value error, ')}"
+    near = nearest_value(field, value)
+    return f"{field}: {given} is not allowed; allowed is {allowed}." + (f" Did you mean {near}?" if near else "")
+
+
+def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
+    """The mistake of a field that does not exist, with the nearest that does, or with all.
+
+    Args:
+        name: What it is called.
+        known: Those that exist.
+        what: What they are.
+
+    Example:
+        >>> unknown("varients", ["vars", "variants"])
+        'varients: there is no such field. Did you mean variants?'
+    """
+    near = difflib.get_close_matches(str(name).lower(), known := list(known), n=1)
+    remedy = f". Did you mean {near[0]}?" if near else f"; allowed is one of {', '.join(known)}"
+    return f"{shown(name)}: there is no such {what}{remedy}"
+
+
+def shown(value: object) -> str:
+    """A value in an error message: one short line without secrets."""
+    text = text if (text := redact(str(value))).isprintable() else repr(text)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def nearest_value(field: str, value: object) -> str | None:

@@ -1,14 +1,15 @@
 """The one gate of a run that every paid request passes: so many at once, at this pace, within this budget.
 
-It knows threads and the clock; what to decide is `pace`'s and `budget`'s.
+It knows threads and the clock; what to decide is the rate limiter's and the ledger's.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -24,17 +25,13 @@ from prefect_segmind.errors import (
     SegmindError,
     UnusableAnswersError,
 )
-from prefect_segmind.limits.ledger import Budget, Fit, Sums, Unusable
+from prefect_segmind.limits.ledger import Fit, Ledger, RequestId, Totals, Unusable
 from prefect_segmind.limits.rate_limiter import Pace
 from prefect_segmind.limits.retry import holds_all
 from prefect_segmind.money import usd
 
 PARKED = 256
 """Assets that may wait outside the window at once; each of them keeps a thread."""
-
-
-def _silence(_line: str) -> None:
-    """Says nothing."""
 
 
 class Admission:
@@ -45,13 +42,19 @@ class Admission:
         self.asset = asset
         self.ticket = ticket
         self.reserved_usd = reserved_usd
-        self.is_sent = False
+        self.picture = ""
+        self.request: RequestId | None = None
         self.is_over = False
         self.cost_usd: Decimal | None = None
 
-    def sent(self) -> None:
-        """Says that the request is sent now: from here on it may be billed."""
-        self._gate._note_sent(self)
+    def sent(self, picture: str, request: RequestId) -> None:
+        """Says that the request is sent now: from here on it may be billed.
+
+        Args:
+            picture: The fingerprint of what it asks for.
+            request: What identifies it in the ledger.
+        """
+        self._gate._note_sent(self, picture, request)
 
     def paid(self, cost_usd: Decimal, at: datetime | None = None) -> None:
         """Says that a picture came of it. From here on another request may go.
@@ -81,7 +84,7 @@ class Gate:
 
     The first reason to stop wins: the budget is reached, the account is refused, the provider asks for a longer wait
     than is allowed, answers that are paid for hold no pictures, or somebody calls `stop`. What is under way then goes
-    on undisturbed; what waits is told.
+    on undisturbed; what waits is stopped.
 
     Assets go in the order in which they were begun. Where a budget has not room for all, nobody is let in on money that
     an asset begun earlier may still need: one that is uploading, or that waits for a retry.
@@ -90,22 +93,18 @@ class Gate:
         max_concurrency: Requests under way at once, at most.
         look_ahead: Assets under way beyond those, so that uploads and archiving overlap; `max_concurrency` if None.
         requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
-        budget_usd: What the run may spend; None for no limit.
-        earlier: What earlier tries of the run have spent of it.
+        ledger: The run's; a request that has no room in its limit waits, or stops the run.
         earlier_answers: When earlier tries of the run have paid for an answer, and whether it held a picture.
         stop_after_unusable: So many paid answers in a row without a picture stop the run; 0 for never.
         longest_wait_seconds: A rate limit or an overload that lasts longer stops the run.
-        say: Takes a line for the log; by default none is said.
-
-    Attributes:
-        budget: What is spent, in flight and possibly billed, in USD.
+        log: Where to say that the whole run waits.
 
     Example:
-        >>> gate = Gate(budget_usd=Decimal("1.00"))
+        >>> gate = Gate(ledger=Ledger(Decimal("1.00")))
         >>> with gate.admit(Decimal("0.05")) as admission:
-        ...     admission.sent()
+        ...     admission.sent("a fingerprint", RequestId("a task run", datetime(2026, 11, 26, tzinfo=UTC)))
         ...     admission.paid(Decimal("0.05"))
-        >>> gate.budget.spent_usd
+        >>> gate.ledger.spent_usd
         Decimal('0.05')
     """
 
@@ -115,15 +114,13 @@ class Gate:
         max_concurrency: int = 16,
         look_ahead: int | None = None,
         requests_per_minute: int | None = None,
-        budget_usd: Decimal | None = None,
-        earlier: Sums | None = None,
+        ledger: Ledger | None = None,
         earlier_answers: Iterable[tuple[datetime, bool]] = (),
         stop_after_unusable: int = 0,
         longest_wait_seconds: float = 120.0,
-        say: Callable[[str], None] = _silence,
+        log: logging.Logger | None = None,
     ) -> None:
-        before = earlier or Sums()
-        self.budget = Budget(budget_usd, spent_usd=before.cost_usd, unknown_usd=before.possibly_billed_usd)
+        self.ledger = ledger or Ledger()
         self._pace = Pace(requests_per_minute)
         self._unusable = Unusable(stop_after_unusable)
         for at, is_picture in sorted(earlier_answers):
@@ -131,7 +128,7 @@ class Gate:
         self._max_concurrency = max_concurrency
         self._window = max_concurrency + (max_concurrency if look_ahead is None else look_ahead)
         self._longest_wait_seconds = longest_wait_seconds
-        self._say = say
+        self._log = log or logging.getLogger(__name__)
         # One lock for everything, and a condition of its own for all that wait for the same: no needless waking.
         self._lock = threading.RLock()
         self._queue: list[tuple[int, threading.Condition]] = []  # who waits for admission, by number of the asset
@@ -159,7 +156,7 @@ class Gate:
         return self._in_flight
 
     def stop(self, error: SegmindError) -> None:
-        """Lets nothing new go: all that wait are told at once, what is under way goes on. The first error wins."""
+        """Lets nothing new go: all that wait are stopped at once, what is under way goes on. The first error wins."""
         with self._lock:
             self._stopped = self._stopped or error
             for waiting in (*(turn for _, turn in self._queue), self._room, self._stopping):
@@ -175,7 +172,7 @@ class Gate:
 
         Args:
             price_usd: The list price; the dearest answer of the run is reserved where that is more.
-            asset: For whom, as `enter` was told; one that was never begun goes before all others.
+            asset: For whom, by the name given to `enter`; one that was never begun goes before all others.
 
         Raises:
             NotStartedError: The run is stopped; the cause says by what.
@@ -295,9 +292,9 @@ class Gate:
                     if self._queue[0] is not waiting:
                         turn.wait()
                         continue
-                    price, now = self.budget.price_of(price_usd), monotonic()
+                    price, now = self.ledger.price_of(price_usd), monotonic()
                     kept = price * sum(each < number for each in self._may_pay)
-                    fit, delay = self.budget.fit(price, kept), self._pace.delay(now)
+                    fit, delay = self.ledger.fit(price, kept), self._pace.delay(now)
                     if in_a_row := self._unusable.too_many:
                         self._stop_by_unusable(in_a_row, "earlier tries of this run got them; a new run begins anew")
                     elif fit is Fit.NEVER:
@@ -308,7 +305,7 @@ class Gate:
                         turn.wait(min(delay, threading.TIMEOUT_MAX))
                     else:
                         self._admitted += 1
-                        self.budget.reserve(price)
+                        self.ledger.reserve(price)
                         self._keep_money(asset, False)
                         return Admission(self, asset, self._pace.reserve(now), price)
             finally:
@@ -321,11 +318,11 @@ class Gate:
             self._queue[0][1].notify()
 
     def _stop_by_budget(self) -> None:
-        budget = self.budget
+        ledger = self.ledger
         self.stop(
             BudgetReachedError(
-                f"the budget of {usd(budget.limit_usd or Decimal(0))} USD is reached: {usd(budget.spent_usd)} USD "
-                f"spent, {usd(budget.unknown_usd)} USD possibly billed"
+                f"the budget of {usd(ledger.limit_usd or Decimal(0))} USD is reached: {usd(ledger.spent_usd)} USD "
+                f"spent, {usd(ledger.unknown_usd)} USD possibly billed"
             )
         )
 
@@ -355,24 +352,24 @@ class Gate:
             )
         )
 
-    def _note_sent(self, admission: Admission) -> None:
+    def _note_sent(self, admission: Admission, picture: str, request: RequestId) -> None:
         with self._lock:
-            if not admission.is_sent:
-                admission.is_sent = True
+            if admission.request is None:
+                admission.picture, admission.request = picture, request
                 self._in_flight += 1
                 self._pace.sent(admission.ticket, monotonic())
                 self._next()
 
     def _let_out(self, admission: Admission, error: BaseException | None) -> None:
-        told: str | None = None
+        hold: str | None = None
         with self._lock:
             if admission.is_over:
                 return
             admission.is_over = True
             self._admitted -= 1
-            if admission.is_sent:
+            if admission.request is not None:
                 self._in_flight -= 1
-                told = self._answered(admission, error)
+                hold = self._answered(admission, error)
             else:
                 self._pace.release(admission.ticket)
             self._settle(admission, error)
@@ -381,8 +378,8 @@ class Gate:
                 self.stop(error)
             self._room.notify_all()
             self._next()
-        if told is not None:
-            self._say(told)
+        if hold is not None:
+            self._log.warning(hold)
 
     def _answered(self, admission: Admission, error: BaseException | None) -> str | None:
         """Tells the pace; returns what is to be said where a hold begins with this answer."""
@@ -405,10 +402,13 @@ class Gate:
         )
 
     def _settle(self, admission: Admission, error: BaseException | None) -> None:
-        price = admission.reserved_usd
+        price, request = admission.reserved_usd, admission.request
+        if request is None:
+            self.ledger.release(price)
+            return
+        outcome = Totals(1)
         if admission.cost_usd is not None:
-            self.budget.settle(price, admission.cost_usd)
-        elif not admission.is_sent or (isinstance(error, SegmindError) and not error.possibly_billed):
-            self.budget.release(price)
-        else:
-            self.budget.lose(price)
+            outcome = Totals(1, cost_usd=admission.cost_usd)
+        elif not isinstance(error, SegmindError) or error.possibly_billed:
+            outcome = Totals(1, possibly_billed_usd=price)
+        self.ledger.settle(price, admission.picture, request, outcome)

@@ -15,21 +15,17 @@ from typing import Any
 
 from prefect_segmind.api.resolutions import resolution_size
 from prefect_segmind.errors import InvalidJobError
-from prefect_segmind.jobs.job import Job, name_from_image, parse_job, suffix_from_image
+from prefect_segmind.jobs.job import Job, name_from_image, parse_job, shown, suffix_from_image
 from prefect_segmind.manifest.model import (
-    AXES,
     FIELDS,
-    HEAD,
-    JOB_FIELDS,
     MAX_VARIANTS,
     TEXTS,
     Found,
     Notes,
     Row,
     look_alike,
-    shown,
-    unknown,
 )
+from prefect_segmind.manifest.schema import ASSET, MANIFEST, check
 from prefect_segmind.manifest.templates import TemplateMistake, render, template_names
 from prefect_segmind.text import Spelled, as_written, composed, spelled, stripped
 
@@ -42,12 +38,14 @@ class Expansion:
         variables: The run's own, which win over the manifest's vars and give way to an asset's.
         find: The images for what an asset says; its second argument tells whether wildcards count. An InvalidJobError
             of it is a mistake of the asset.
-        mistakes: Where mistakes go.
-        warnings: Where warnings go.
+        mistakes: Those that are known already.
+        warnings: Those that are known already.
         allow_unlisted_resolution: Whether other sizes than the 78 are let through.
         absent: Says why nothing can be at a location, if that is known at little cost; it is told of each location.
 
     Attributes:
+        mistakes: What is wrong with the head and the assets so far.
+        warnings: What is odd about them.
         unmatched: What is no mistake by itself: patterns that nothing matches.
         missing: And images that are not there, with where they are asked for.
     """
@@ -58,32 +56,27 @@ class Expansion:
         variables: Mapping[str, Any],
         find: Callable[[str, bool], Sequence[Found]],
         *,
-        mistakes: Notes,
-        warnings: Notes,
+        mistakes: Notes | None = None,
+        warnings: Notes | None = None,
         allow_unlisted_resolution: bool = False,
         absent: Callable[[str, str], str | None] = lambda location, where: None,
     ) -> None:
         self.unmatched, self.missing = Notes(), Notes()
         self._absent = absent
-        self._find, self._mistakes, self._warnings = find, mistakes, warnings
+        self._find = find
+        self.mistakes = Notes() if mistakes is None else mistakes
+        self.warnings = Notes() if warnings is None else warnings
         self._run, self._unlisted = _variables(variables), allow_unlisted_resolution
         self._seen: dict[int, str] = {}  # the hash of each name and where it stands
         self._used: set[str] = set()
-        told = dict.fromkeys(unknown(key, [*HEAD, "assets"]) for key in head if key not in HEAD)
-        self._templates = head.get("templates", True)
-        if not isinstance(self._templates, bool):
-            told[f"templates: {shown(self._templates)} is not allowed; allowed is true or false"] = None
-        self._vars: dict[str, Any] = {**_variables(_section(head, "vars", told)), **self._run}
-        self._defaults = self._checked(_section(head, "defaults", told), told)
-        self._variants: dict[str, list[Any]] = {}
-        for field, values in _axes(_section(head, "variants", told), told).items():
-            wrong = [line for value in values for line in self._wrong({field: value}).values()]
-            told.update(dict.fromkeys(f"variants.{line}" for line in wrong))
-            if not wrong:
-                self._variants[field] = values
+        right, wrong = check(MANIFEST, {**head, "assets": []}, allow_unlisted_resolution=self._unlisted)
+        for line in wrong:
+            self.mistakes.add(line)
+        self._templates = right.get("templates", True)
+        self._vars: dict[str, Any] = {**_variables(right.get("vars")), **self._run}
+        self._defaults: dict[str, Any] = right.get("defaults") or {}
+        self._variants: dict[str, list[Any]] = right.get("variants") or {}
         self._note_names(self._defaults.values(), *self._variants.values())
-        for line in told:
-            mistakes.add(line)
 
     def jobs(self, row: Row) -> Iterator[Job]:
         """The jobs of an asset; every mistake in it is noted, and none of a wrong asset's jobs is promised."""
@@ -92,7 +85,7 @@ class Expansion:
         if told:
             name = f" ({shown(row.values['name'])})" if row.values.get("name") else ""
             for line in told:
-                self._mistakes.add(f"{row.where}{name}: {line}")
+                self.mistakes.add(f"{row.where}{name}: {line}")
 
     def warn_of_unused(self) -> None:
         """Notes each variable of the run that no template of the assets so far has named."""
@@ -100,14 +93,15 @@ class Expansion:
             if name not in self._used:
                 near = difflib.get_close_matches(name, sorted(self._used), n=1)
                 why = "no template of the manifest names it" if self._templates else "its templates are switched off"
-                self._warnings.add(f"variable {shown(name)}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
+                self.warnings.add(f"variable {shown(name)}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _jobs(self, row: Row, told: dict[str, None]) -> Iterator[Job]:
-        own = {field: value for field, value in row.values.items() if field in JOB_FIELDS}
-        others = [field for field in row.values if field not in own and field not in ("vars", "variants")]
-        told.update(dict.fromkeys(unknown(field, [*FIELDS, "vars", "variants"]) for field in others))
-        variables: dict[str, Any] = {**self._vars, **_variables(_section(row.values, "vars", told))}
-        axes = self._axes_of(row, own, told)
+        own = {field: value for field, value in row.values.items() if field in FIELDS}
+        others = {field: value for field, value in row.values.items() if field not in own}
+        shared, wrong = check(ASSET, others, allow_unlisted_resolution=self._unlisted)
+        told.update(dict.fromkeys(wrong))
+        variables: dict[str, Any] = {**self._vars, **_variables(shared.get("vars"))}
+        axes = self._axes(shared.get("variants"), own, told)
         fields = {**self._defaults, **own}
         found: Sequence[Found] = [Found("")]
         if "image" in fields:
@@ -119,7 +113,7 @@ class Expansion:
                     told[f"image: {error}"] = None
             if not found:
                 self.unmatched.add(f"{row.where}: nothing matches {shown(image)}")
-                self._warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
+                self.warnings.add(f"{row.where}: nothing matches {shown(image)}; there is no job for it")
             for each in found if not any(line.startswith("image:") for line in told) else ():
                 # A match of a pattern has a name and is there.
                 if each.location and not each.name and (why := self._absent(each.location, row.where)):
@@ -164,11 +158,13 @@ class Expansion:
         if not told:
             yield job
 
-    def _axes_of(self, row: Row, own: Mapping[str, Any], told: dict[str, None]) -> dict[str, list[Any]]:
-        if row.values.get("variants") is None:
+    def _axes(
+        self, variants: dict[str, list[Any]] | None, own: Mapping[str, Any], told: dict[str, None]
+    ) -> dict[str, list[Any]]:
+        if variants is None:
             axes = {field: values for field, values in self._variants.items() if field not in own}
         else:
-            axes = _axes(_section(row.values, "variants", told), told)
+            axes = variants
             for field in (each for each in axes if each in own):
                 told[f"variants.{field}: the asset gives {field} as well; keep one of the two"] = None
         if (many := math.prod(map(len, axes.values()))) > MAX_VARIANTS:
@@ -207,25 +203,6 @@ class Expansion:
             for text in (each for some in values for each in some if isinstance(each, str)):
                 self._used |= template_names(composed(text))
 
-    def _checked(self, defaults: Mapping[str, Any], told: dict[str, None]) -> dict[str, Any]:
-        """The defaults that are right by themselves."""
-        if "name" in defaults:
-            told["defaults.name: each asset has a name of its own"] = None
-        others = [field for field in defaults if field not in JOB_FIELDS]
-        told.update(dict.fromkeys(f"defaults.{unknown(field, FIELDS)}" for field in others))
-        kept = {field: value for field, value in defaults.items() if field in JOB_FIELDS and field != "name"}
-        wrong = self._wrong(kept)
-        told.update(dict.fromkeys(f"defaults.{line}" for line in wrong.values()))
-        return {field: value for field, value in kept.items() if field not in wrong}
-
-    def _wrong(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """The line for each field that is wrong by itself."""
-        try:
-            parse_job({"image": "x", "prompt": "x", **values}, allow_unlisted_resolution=self._unlisted)
-        except InvalidJobError as error:
-            return {line.partition(":")[0]: line for line in str(error).split("\n  ")[1:]}
-        return {}
-
 
 def _labels(field: str, values: list[Any]) -> Iterator[str]:
     """What each value of an axis is called in a name."""
@@ -242,30 +219,6 @@ def _labels(field: str, values: list[Any]) -> Iterator[str]:
         yield prefix + text
 
 
-def _section(values: Mapping[str, Any], key: str, told: dict[str, None]) -> Mapping[str, Any]:
-    """A mapping under a key, empty where there is none."""
-    section = values.get(key)
-    if section is None:
-        return {}
-    if not isinstance(section, Mapping) or not all(isinstance(name, str) for name in section):
-        told[f"{key}: {shown(section)} is not allowed; allowed is a mapping of names to values"] = None
-        return {}
-    return section
-
-
-def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+def _variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Variables by their names in one spelling, as templates name them."""
-    return {composed(name): value for name, value in given.items()}
-
-
-def _axes(variants: Mapping[str, Any], told: dict[str, None]) -> dict[str, list[Any]]:
-    axes: dict[str, list[Any]] = {}
-    for field, values in variants.items():
-        if field not in AXES:
-            _, did, near = unknown(field, AXES).partition(" Did")
-            told[f"variants.{shown(field)}: what may vary is {', '.join(AXES)}.{did}{near}"] = None
-        elif not isinstance(values, list) or not values:
-            told[f"variants.{field}: {shown(values)} is not allowed; allowed is a list of at least one value"] = None
-        else:
-            axes[field] = values
-    return axes
+    return {composed(name): value for name, value in (given or {}).items()}

@@ -1,7 +1,8 @@
 """The text of a manifest: YAML, JSON, JSON Lines or CSV to plain values with their places, and jobs back to YAML.
 
 Scalars of YAML are read as YAML 1.2 has them: only true and false are booleans, so `OFF` stays a text, and there are
-no dates, octal or sexagesimal numbers. Those of `vars` remember how they were written, for they end up in prompts.
+no dates, octal or sexagesimal numbers. Those of `vars` remember how they were written, for they end up in prompts. So
+only PyYAML's events are used; some versions of its composer also crash the process on a text that is nested deeply.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
 
 import yaml
 
-from prefect_segmind.jobs.job import Job
+from prefect_segmind.errors import writable
+from prefect_segmind.jobs.job import Job, shown, unknown
 from prefect_segmind.manifest.model import (
     FIELDS,
     HEAD,
@@ -26,8 +27,6 @@ from prefect_segmind.manifest.model import (
     Notes,
     Row,
     UnreadableManifest,
-    shown,
-    unknown,
 )
 from prefect_segmind.manifest.templates import Written, meant, written
 from prefect_segmind.text import Spelled, spelled, stripped
@@ -40,7 +39,7 @@ MAX_TEXT = 50_000_000
 """Characters of a YAML or JSON manifest, and of one line of the others."""
 _STREAMS = "use JSON Lines (.jsonl) or CSV, which are read row by row"
 _DEPTH = 100
-_WEIGHT = 100_000_000  # characters and values of a YAML file with each alias written out
+_WEIGHT = 100_000_000  # characters of a document with each alias written out, 20 more for each value
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "null", "bool", "int", "float")}
@@ -112,84 +111,77 @@ def _written(value: object) -> str:
 # --- documents: YAML and JSON -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Open:
-    """A list or mapping of YAML whose end has not been read yet, and how much is in it."""
-
-    value: Any
-    key: list[Any]  # of a mapping, the key that waits for its value
-    anchor: str | None
-    line: int
-    weight: int = 1
-    depth: int = 1
-
-
 def _yaml(lines: Iterable[str], mistakes: Notes) -> Parsed:
     text = _whole(lines)
     if bad := _UNPRINTABLE.search(text):
         before = text[: bad.start()].split("\n")
         raise _broken(text, len(before) - 1, len(before[-1]), f"the character {bad[0]!r} is not allowed in YAML")
-    places: list[int] = []
+    reader = _YamlReader(text, mistakes)
     try:
-        value = _yaml_value(text, places, mistakes)
+        value = reader.document()
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
         problem = error.problem or "cannot be read"
         # PyYAML reads ahead, and from 6.0.4 on stops at a depth of its own.
         raise _broken(text, mark.line, mark.column, "nested too deeply" if "nesting" in problem else problem) from None
-    return _document(value, lambda n: f"line {places[n]}" if n < len(places) else f"asset {n + 1}", mistakes)
+    return _document(_plain(value), mistakes, reader.asset_lines)
 
 
-def _yaml_value(text: str, places: list[int], mistakes: Notes) -> Any:
-    """The value of a document and the line of each asset, made of its events: without recursion, whatever it is."""
-    stack: list[_Open] = []
-    anchors: dict[str, tuple[Any, int, int]] = {}
-    documents: list[Any] = []
-    for event in yaml.parse(text, Loader=_LOADER):
-        mark: Any = event.start_mark
-        line, column, anchor, depth = mark.line, mark.column, getattr(event, "anchor", None), 0
-        if (tag := getattr(event, "tag", None)) not in (None, "!", *_TAGS):
-            raise _broken(text, line, column, f"the tag {tag} means nothing here")
-        if isinstance(event, yaml.CollectionStartEvent):
-            stack.append(_Open([] if isinstance(event, yaml.SequenceStartEvent) else {}, [], anchor, line))
-            if len(stack) > _DEPTH:
-                raise _broken(text, line, column, "nested too deeply")
-            continue
+class _YamlReader:
+    """Makes values of the events of a text: `Written` scalars in lists and mappings, which aliases share.
+
+    Attributes:
+        asset_lines: The line of each asset, if they stand under `assets`.
+    """
+
+    def __init__(self, text: str, mistakes: Notes) -> None:
+        kinds = yaml.NodeEvent | yaml.CollectionEndEvent
+        self._events: Iterator[Any] = (event for event in yaml.parse(text, Loader=_LOADER) if isinstance(event, kinds))
+        self._mistakes = mistakes
+        self._anchors: dict[str, Any] = {}
+        self.asset_lines: list[int] = []
+
+    def document(self) -> Any:
+        """The value of the only document; None where there is none."""
+        value = next((self._value(event, ()) for event in self._events), None)
+        if next(self._events, None):
+            raise UnreadableManifest("it holds several documents; a manifest is one")
+        return value
+
+    def _value(self, event: Any, path: tuple[Any, ...]) -> Any:
+        value: Any
+        items = takewhile(lambda each: not isinstance(each, yaml.CollectionEndEvent), self._events)
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self._anchors:
+                raise _misplaced(event, f"the alias *{event.anchor} stands for nothing that ends before it")
+            return self._anchors[event.anchor]
+        if event.tag not in (None, "!", *_TAGS):
+            raise _misplaced(event, f"the tag {event.tag} means nothing here")
+        if len(path) >= _DEPTH and not isinstance(event, yaml.ScalarEvent):
+            raise _misplaced(event, "nested too deeply")
         if isinstance(event, yaml.ScalarEvent):
-            value, weight = _scalar(event), 1 + len(event.value)
-        elif isinstance(event, yaml.AliasEvent):
-            if anchor not in anchors:
-                raise _broken(text, line, column, f"the alias *{anchor} stands for nothing that ends before it")
-            (value, weight, depth), anchor = anchors[anchor], None
-        elif isinstance(event, yaml.CollectionEndEvent):
-            done = stack.pop()
-            value, weight, depth, anchor, line = done.value, done.weight, done.depth, done.anchor, done.line
+            value = _scalar(event)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = []
+            for item in items:
+                if path == ("assets",):
+                    self.asset_lines.append(item.start_mark.line + 1)
+                value.append(self._value(item, (*path, None)))
         else:
-            continue
-        if anchor is not None:
-            anchors[anchor] = (value, weight, depth)
-        if not stack:
-            documents.append(value)
-            continue
-        into = stack[-1]
-        into.weight, into.depth = into.weight + weight, max(into.depth, depth + 1)
-        if into.weight > _WEIGHT or into.depth + len(stack) > _DEPTH:
-            raise _broken(text, line, column, "nested too deeply, or its aliases make too much of it")
-        if isinstance(into.value, list):
-            into.value.append(value)
-            if len(stack) == 2 and stack[0].key == ["assets"]:
-                places.append(line + 1)
-        elif into.key:
-            into.value[into.key.pop()] = value
-        elif isinstance(value, dict | list):
-            raise _broken(text, line, column, "a key must be a plain text")
-        else:
-            if value in into.value:
-                mistakes.add(f"line {line + 1}: {shown(value)} is given twice in one mapping")
-            into.key.append(value)
-    if len(documents) > 1:
-        raise UnreadableManifest("it holds several documents; a manifest is one")
-    return documents[0] if documents else None
+            value = {}
+            for item in items:
+                if isinstance(key := self._value(item, (*path, None)), dict | list):
+                    raise _misplaced(item, "a key must be a plain text")
+                if (key := str(key)) in value:
+                    self._mistakes.add(f"line {item.start_mark.line + 1}: {shown(key)} is given twice in one mapping")
+                value[key] = self._value(next(items), (*path, key))
+        if event.anchor:
+            self._anchors[event.anchor] = value
+        return value
+
+
+def _misplaced(event: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:
@@ -210,7 +202,7 @@ def _broken(text: str, line: int, column: int, what: str) -> UnreadableManifest:
 
 
 def _json(lines: Iterable[str], mistakes: Notes) -> Parsed:
-    return _document(_json_value(_whole(lines), "", mistakes), lambda n: f"asset {n + 1}", mistakes)
+    return _document(_json_value(_whole(lines), "", mistakes), mistakes)
 
 
 def _json_value(text: str, where: str, mistakes: Notes) -> Any:
@@ -229,32 +221,22 @@ def _json_value(text: str, where: str, mistakes: Notes) -> Any:
 
     try:
         value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=no_number, parse_int=_integer, parse_float=_float
+            text,
+            object_pairs_hook=unique,
+            parse_constant=no_number,
+            parse_int=_integer,
+            parse_float=lambda digits: written(digits, float(digits)),
         )
     except json.JSONDecodeError as error:
         at = where.removesuffix(": ") or f"line {error.lineno}"
         raise UnreadableManifest(f"{at}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise UnreadableManifest(f"{where}nested too deeply") from None
-    if text.count("[") + text.count("{") > _DEPTH and _too_deep(value):
-        raise UnreadableManifest(f"{where}nested too deeply")
-    return value
+    return _plain(value, where)
 
 
 def _integer(digits: str) -> Written | str:
     return written(digits, int(digits)) if len(digits) <= 1000 else digits  # Python refuses to read very long ones
-
-
-def _float(digits: str) -> Written:
-    return written(digits, float(digits))
-
-
-def _too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_DEPTH):
-        lists = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
-        level = [inner for each in lists for inner in each]
-    return bool(level)
 
 
 def _whole(lines: Iterable[str]) -> str:
@@ -270,53 +252,51 @@ def _whole(lines: Iterable[str]) -> str:
     return text
 
 
-def _document(value: Any, where: Callable[[int], str], mistakes: Notes) -> Parsed:
+def _document(value: Any, mistakes: Notes, lines: Sequence[int] = ()) -> Parsed:
     if not isinstance(value, dict):
         bare = "it is a bare list; put it" if isinstance(value, list) else "it has no assets; put a list of them"
         raise UnreadableManifest(f"{bare} under `assets:`")
-    assets = meant(value.get("assets", []))
-    if "assets" not in value:
-        mistakes.add("assets: missing; needed is a list of assets")
-    elif not isinstance(assets, list):
+    if not isinstance(assets := value.pop("assets", None), list):
         mistakes.add(f"assets: {shown(assets)} is not allowed; allowed is a list of assets")
         assets = []
-    elif len(assets) > MAX_ASSETS:
+    if len(assets) > MAX_ASSETS:
         raise UnreadableManifest(f"it has {len(assets):,} assets, more than {MAX_ASSETS:,}: {_STREAMS}")
-    head = {key: inner for key, inner in value.items() if key not in ("assets", "$schema")}
-    return Parsed(_section(head), _rows(((where(number), asset) for number, asset in enumerate(assets)), mistakes))
+    places = [f"line {line}" for line in lines] or [f"asset {number}" for number in range(1, len(assets) + 1)]
+    return Parsed(value, _rows(zip(places, assets, strict=False), mistakes))
 
 
 def _rows(items: Iterable[tuple[str, Any]], mistakes: Notes) -> Iterator[Row]:
     for where, asset in items:
         if isinstance(asset, dict):
-            yield Row(where, _section(asset))
+            yield Row(where, asset)
         else:
-            mistakes.add(f"{where}: {shown(meant(asset))} is no asset; an asset is a mapping of fields to values")
+            mistakes.add(f"{where}: {shown(asset)} is no asset; an asset is a mapping of fields to values")
 
 
-def _section(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The head or an asset: its variables with how each was written, all else without."""
-    return {
-        key: _each(value, _as_written if key == "vars" and isinstance(value, dict) else meant, {})
-        for key, value in values.items()
-    }
+def _plain(document: Any, where: str = "") -> Any:
+    """A copy of a document that shares nothing; only in `vars` its scalars know how they were written.
 
+    Raises:
+        UnreadableManifest: It is nested too deeply, or too large with its aliases written out.
+    """
+    weight = 0
 
-def _as_written(value: Any) -> Any:
-    """JSON's reader does not tell these three, but they are written in one way only."""
-    return written(json.dumps(value), value) if value is None or isinstance(value, bool) else value
-
-
-def _each(value: Any, change: Callable[[Any], Any], known: dict[int, Any]) -> Any:
-    """A copy with each scalar changed. What aliases repeat is copied once."""
-    if not isinstance(value, dict | list):
-        return change(value)
-    if id(value) not in known:
+    def plain(value: Any, depth: int, in_vars: bool) -> Any:
+        nonlocal weight
+        weight += 20 + (len(value) if isinstance(value, str) else 0)
+        if depth > _DEPTH:
+            raise UnreadableManifest(f"{where}nested too deeply")
+        if weight > _WEIGHT:
+            raise UnreadableManifest(f"{where}too large with each alias written out: {_STREAMS}")
         if isinstance(value, dict):
-            known[id(value)] = {meant(key): _each(inner, change, known) for key, inner in value.items()}
-        else:
-            known[id(value)] = [_each(inner, change, known) for inner in value]
-    return known[id(value)]
+            return {writable(key): plain(each, depth + 1, in_vars or key == "vars") for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each, depth + 1, in_vars) for each in value]
+        if in_vars and (value is None or isinstance(value, bool)):
+            return written(json.dumps(value), value)  # JSON's reader does not keep these, but has one way to write each
+        return value if in_vars else meant(value)
+
+    return plain(document, 0, False)
 
 
 # --- streams: JSON Lines and CSV --------------------------------------------------------------------------------------
@@ -337,7 +317,9 @@ def _json_lines(lines: Iterable[str], mistakes: Notes) -> Parsed:
         raise UnreadableManifest("it has no assets; each line is one")
     value = first[0][1] if first else None
     if isinstance(value, dict) and value.keys() & {*HEAD} and not value.keys() & {"image", "prompt", "name"}:
-        return Parsed(_section({key: inner for key, inner in value.items() if key != "$schema"}), _rows(rest, mistakes))
+        if "assets" in value:
+            mistakes.add(f"{first[0][0]}: assets: each asset stands on a line of its own")
+        return Parsed(value, _rows(rest, mistakes))
     return Parsed({}, _rows(chain(first, rest), mistakes))
 
 
@@ -362,7 +344,7 @@ def _csv(lines: Iterable[str], mistakes: Notes) -> Parsed:
         if columns.count(column) > 1:
             mistakes.add(f"{where}: there are several columns {shown(column)}")
         if column not in FIELDS and not re.match(r"vars\..", column):
-            mistakes.add(f"{where}: column {unknown(column, FIELDS).replace('field', 'column')}")
+            mistakes.add(f"{where}: column {unknown(column, [*FIELDS, 'vars.NAME'], 'column')}")
     if absent := [column for column in ("image", "prompt") if column not in columns]:
         mistakes.add(f"{where}: there is no column {' and none '.join(absent)}")
         return Parsed({}, iter(()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,7 +17,7 @@ from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.formats import KINDS, MAX_TEXT, read_text
 from prefect_segmind.manifest.image_paths import Images, images_in_s3
-from prefect_segmind.manifest.model import Found, Notes, Row, UnreadableManifest
+from prefect_segmind.manifest.model import Notes, Row, UnreadableManifest
 from prefect_segmind.storage.paths import found_path
 from prefect_segmind.storage.spool import Spool, temporary_file
 from prefect_segmind.text import stripped
@@ -71,10 +71,11 @@ def load_manifest(
         ConfigurationError: Its address is malformed, or the S3 client cannot be made.
 
     Example:
-        >>> load_manifest("campaign.yaml", {"season": "late summer"}, s3=s3_client)
-        Traceback (most recent call last):
-        prefect_segmind.errors.ManifestError: campaign.yaml: 1 mistake; nothing was uploaded or paid.
-          it does not exist
+        >>> from prefect_segmind.storage.s3 import s3_client
+        >>> with tempfile.NamedTemporaryFile("w+", suffix=".jsonl") as file:
+        ...     print('{"image": "s3://photos/mug.jpg", "prompt": "{{ season }} light"}', file=file, flush=True)
+        ...     [job.prompt for job in load_manifest(file.name, {"season": "autumn"}, s3=s3_client).jobs]
+        ['autumn light']
     """
     place, mistakes = stripped(place), Notes()
     with ExitStack() as stack:
@@ -86,63 +87,40 @@ def load_manifest(
             raise mistakes.error(place) from None
         warnings = Notes()
         images = Images(place, s3, warnings.add)
-        return expand(
-            place,
+        expansion = Expansion(
             _with_defaults(head, defaults),
-            rows,
             variables or {},
             images.find,
             mistakes=mistakes,
             warnings=warnings,
             allow_unlisted_resolution=allow_unlisted_resolution,
-            images=images,
+            absent=images.absent,
         )
+        return expand(place, expansion, rows, images)
 
 
-def expand(
-    place: str,
-    head: Mapping[str, Any],
-    rows: Iterable[Row],
-    variables: Mapping[str, Any],
-    find: Callable[[str, bool], Sequence[Found]],
-    *,
-    mistakes: Notes | None = None,
-    warnings: Notes | None = None,
-    allow_unlisted_resolution: bool = False,
-    images: Images | None = None,
-) -> Manifest:
-    """Makes the jobs of assets that are read or made already; see `Expansion` for what it is given.
+def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images | None = None) -> Manifest:
+    """Makes the jobs of assets that are read or made already.
 
-    An image that is not there, or a pattern without a match, is no mistake by itself: it fails its asset alone, or
-    makes none. Where there are mistakes it is told with them, so that a person mends all at once.
+    An image that is not there, or a pattern without a match, is not a mistake by itself: it fails its asset alone, or
+    makes none. Where there are mistakes it is listed with them, so that a person mends all at once.
 
     Args:
         place: What the manifest is called.
-        head: As for `Expansion`.
+        expansion: Makes the jobs of each asset.
         rows: The assets.
-        variables: As for `Expansion`.
-        find: As for `Expansion`.
-        mistakes: Those that are known already.
-        warnings: Those that are known already.
-        allow_unlisted_resolution: As for `Expansion`.
-        images: Tells which images are not there.
+        images: What finds their images, and knows which are not there.
+
+    Returns:
+        The manifest with its jobs.
 
     Raises:
         ManifestError: There are mistakes, or there are patterns and nothing matches any; a line for each.
         StoreError: A folder in which a pattern looks cannot be read; or there is no room for the jobs.
     """
-    mistakes, warnings = Notes() if mistakes is None else mistakes, Notes() if warnings is None else warnings
+    mistakes, warnings = expansion.mistakes, expansion.warnings
     with ExitStack() as stack:
         jobs = stack.enter_context(Spool(Job))
-        expansion = Expansion(
-            head,
-            variables,
-            find,
-            mistakes=mistakes,
-            warnings=warnings,
-            allow_unlisted_resolution=allow_unlisted_resolution,
-            **({"absent": images.absent} if images else {}),
-        )
         try:
             for row in rows:
                 for job in expansion.jobs(row):

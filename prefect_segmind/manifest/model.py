@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from prefect_segmind.errors import ManifestError, redact
-from prefect_segmind.jobs.job import Job, suffix_from_image
+from prefect_segmind.jobs.job import Job, shown, suffix_from_image
 
 FIELDS = tuple(Job.model_fields)
-JOB_FIELDS = frozenset(FIELDS)
 TEXTS = ("name", "image", "prompt", "negative_prompt")
 """The fields that may be templates."""
 AXES = ("prompt", "negative_prompt", "image_weight", "magic_prompt_option", "resolution", "seed", "style_type")
@@ -73,12 +71,6 @@ class Notes:
         return error
 
 
-def shown(value: object) -> str:
-    """A value in an error message: one short line without secrets."""
-    text = text if (text := redact(str(value))).isprintable() else repr(text)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 def look_alike(name: str, one: Found, other: Found, names_each: bool) -> str:
     """The mistake of two matches of a pattern that get one name.
 
@@ -96,14 +88,3 @@ def look_alike(name: str, one: Found, other: Found, names_each: bool) -> str:
         remedy = "rename one of them"
     both = " and ".join(each if each.isprintable() else repr(each) for each in (one.location, other.location))
     return f"name: {shown(name)} would be both {both}; {remedy}"
-
-
-def unknown(field: object, known: Iterable[str]) -> str:
-    """The mistake of a field that does not exist, with the nearest that does.
-
-    Example:
-        >>> unknown("varients", ["vars", "variants"])
-        'varients: there is no such field. Did you mean variants?'
-    """
-    near = difflib.get_close_matches(str(field).lower(), list(known), n=1)
-    return f"{shown(field)}: there is no such field" + (f". Did you mean {near[0]}?" if near else "")

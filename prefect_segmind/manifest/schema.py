@@ -1,13 +1,120 @@
-"""The JSON Schema of a manifest."""
+"""What a manifest may hold: pydantic models that check it, and the JSON Schema that they make."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
+from typing_extensions import TypeAliasType
 
 from prefect_segmind.api.resolutions import AUTO, Resolution
-from prefect_segmind.jobs.job import ALLOWED, Job
-from prefect_segmind.manifest.model import AXES, FIELDS, MAX_ASSETS
+from prefect_segmind.jobs.job import ALLOWED, Job, describe_mistake, unknown
+from prefect_segmind.manifest.model import (
+    AXES,
+    MAX_ASSETS,
+)
+from prefect_segmind.text import spelled
+
+_MORE = {
+    "name": " {{ stem }} is the image's name, {{ suffix }} its extension, such as jpg.",
+    "image": " Relative to the manifest's folder; * ? and ** make a job of each match.",
+}
+_TEMPLATES = "Whether texts are Jinja2 templates, and images with * or ? in them patterns."
+_ALLOWED = {"bool_type": "true or false"}
+_ALLOWED |= dict.fromkeys(("dict_type", "model_type"), "a mapping of names to values")
+_ALLOWED |= dict.fromkeys(("list_type", "too_short"), "a list of at least one value")
+_named: Any = TypeAliasType  # which type checkers allow for a fixed name only
+
+
+def _in_one_spelling(value: object) -> object:
+    return (spelled(value) or value) if isinstance(value, str) else value
+
+
+def _types() -> dict[str, Any]:
+    """The fields of a job as types with names, so that the JSON Schema defines each once."""
+    hints = get_type_hints(Job, include_extras=True)
+    texts = dict(re.findall(r"(?m)^\s+(\w+): (.+)$", Job.__doc__ or ""))
+    types: dict[str, Any] = {}
+    for field, schema in Job.model_json_schema()["properties"].items():
+        more = {key: value for key, value in schema.items() if key == "default"}
+        if field == "resolution":
+            more["enum"] = [AUTO, *(each.value for each in Resolution)]
+        text = f"{texts[field]} Allowed is {ALLOWED[field]}.{_MORE.get(field, '')}"
+        described = Field(description=text, json_schema_extra=more)
+        types[field] = _named(field, Annotated[hints[field], BeforeValidator(_in_one_spelling), described])
+    return types
+
+
+def _model(name: str, description: str, /, **types: Any) -> type[BaseModel]:
+    """A model whose fields may be left out, and that takes no others."""
+    fields: dict[str, Any] = {field: (type_, Field(default_factory=dict)) for field, type_ in types.items()}
+    return create_model(name, __config__=ConfigDict(extra="forbid"), __doc__=description, **fields)
+
+
+_FIELDS: Any = _types()
+_SECTIONS = {
+    "defaults": _model(
+        "Defaults",
+        "What holds for each asset that does not say otherwise.",
+        **{field: type_ for field, type_ in _FIELDS.items() if field != "name"},
+    ),
+    "variants": _model(
+        "Variants",
+        "Fields with the values they take in turn; each combination is a job of its own.",
+        **{field: Annotated[list[_FIELDS[field]], Field(min_length=1)] for field in AXES},
+    ),
+}
+_SHARED = {
+    "vars": Annotated[dict[str, Any] | None, Field(description="Variables for the templates.")],
+    "variants": _SECTIONS["variants"] | None,
+}
+ASSET = _model("Asset", "One asset, a picture or several.", **_FIELDS, **_SHARED)
+"""An asset."""
+MANIFEST = _model(
+    "Manifest",
+    "The assets of a batch and what they share.",
+    **{"$schema": Annotated[str, Field(description="Where this schema lies, for an editor.")]},
+    defaults=_SECTIONS["defaults"] | None,
+    **_SHARED,
+    templates=Annotated[StrictBool, Field(description=_TEMPLATES, json_schema_extra={"default": True})],
+    assets=Annotated[list[ASSET], Field(description="What is to be made.", max_length=MAX_ASSETS)],  # type: ignore[valid-type]
+)
+"""A whole manifest."""
+
+
+def check(
+    model: type[BaseModel], values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Checks what a manifest says beside its assets, or an asset beside the fields that end up in its jobs.
+
+    Args:
+        model: `MANIFEST` or `ASSET`.
+        values: The values, as they were read.
+        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+
+    Returns:
+        The values that are right, as they were read, and a line for each mistake.
+
+    Example:
+        >>> check(ASSET, {"variants": {"seed": [100], "style_type": ["anime"]}, "vars": {"season": "summer"}})[0]
+        {'variants': {'seed': [100]}, 'vars': {'season': 'summer'}}
+    """
+    right: dict[str, Any] = {key: {**value} if isinstance(value, Mapping) else value for key, value in values.items()}
+    lines: dict[str, None] = {}  # each member of a union has an error of its own, which says the same
+    try:
+        model.model_validate(right, context={"allow_unlisted_resolution": allow_unlisted_resolution})
+    except ValidationError as error:
+        for mistake in error.errors(include_url=False):
+            *within, field = map(str, mistake["loc"][:2])
+            if mistake["type"] == "extra_forbidden":
+                line = unknown(field, (_SECTIONS[within[0]] if within else model).model_fields)
+            else:
+                line = describe_mistake(field, mistake, _ALLOWED.get(mistake["type"]))
+            lines[".".join([*within, line])] = None
+            (right[within[0]] if within else right).pop(field, None)
+    return right, list(lines)
 
 
 def json_schema() -> dict[str, Any]:
@@ -15,46 +122,5 @@ def json_schema() -> dict[str, Any]:
 
     What it cannot say, such as that names are unique, is checked when a manifest is read.
     """
-    job = Job.model_json_schema()
-    told = dict(re.findall(r"(?m)^ {4}(\w+): (.+)$", job["description"]))
-    types = {field: _plain(schema) for field, schema in job["properties"].items()}
-    for field, schema in types.items():
-        schema["description"] = f"{told[field]} Allowed is {ALLOWED[field]}."
-    types["name"]["description"] += " {{ stem }} is the image's name, {{ suffix }} its extension, such as jpg."
-    types["image"]["description"] += " Relative to the manifest's folder; * ? and ** make a job of each match."
-    types["resolution"]["enum"] = [AUTO, *(each.value for each in Resolution)]
-    fields = {field: {"$ref": f"#/$defs/{field}"} for field in FIELDS}
-    axes = {field: {"type": "array", "minItems": 1, "items": fields[field]} for field in AXES}
-    variants = _object("Fields with the values they take in turn; each combination is a job of its own.", axes)
-    free = {"type": "object", "description": "Variables for the templates."}
-    more = {"vars": free, "variants": {"$ref": "#/$defs/variants"}}
-    inherited = {field: reference for field, reference in fields.items() if field != "name"}
-    shared = _object("What holds for each asset that does not say otherwise.", inherited)
-    asset = _object("One asset, a picture or several.", {**fields, **more})
-    templates = "Whether texts are Jinja2 templates, and images with * or ? in them patterns."
-    manifest = {
-        "$schema": {"type": "string", "description": "Where this schema lies, for an editor."},
-        "defaults": shared,
-        **more,
-        "templates": {"type": "boolean", "default": True, "description": templates},
-        "assets": {"type": "array", "maxItems": MAX_ASSETS, "items": asset, "description": "What is to be made."},
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Manifest of prefect-segmind",
-        **_object("The assets of a batch and what they share.", manifest),
-        "required": ["assets"],
-        "$defs": {**job["$defs"], **types, "variants": variants},
-    }
-
-
-def _object(description: str, properties: dict[str, Any]) -> dict[str, Any]:
-    what = {"description": description, "type": "object"}
-    return {**what, "properties": properties, "additionalProperties": False}
-
-
-def _plain(schema: Any) -> Any:
-    """Pydantic's schema of a field without the titles that it makes up."""
-    if isinstance(schema, dict):
-        return {key: _plain(value) for key, value in schema.items() if key != "title"}
-    return [_plain(each) for each in schema] if isinstance(schema, list) else schema
+    schema = MANIFEST.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "required": ["assets"]}

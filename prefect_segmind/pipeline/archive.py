@@ -17,7 +17,7 @@ from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import ArchiveError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.money import usd
-from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.sidecar import sidecar
 
 
@@ -94,12 +94,13 @@ class Archiving:
                 if generated.path and generated.path.exists()
                 else f"this run paid {usd(generated.cost_usd)} USD"
             )
-            failed = ArchiveError(f"{generated.name} could not be archived; {safe}. The archive says: {error}")
-            failed.fingerprint = generated.job.fingerprint
-            failed.cost_usd = generated.cost_usd
-            failed.requests_sent = generated.requests_sent
-            failed.possibly_billed_usd = generated.possibly_billed_usd
-            raise failed from error
+            raise ArchiveError(
+                f"{generated.name} could not be archived; {safe}. The archive says: {error}",
+                fingerprint=generated.job.fingerprint,
+                requests_sent=generated.requests_sent,
+                cost_usd=generated.cost_usd,
+                possibly_billed_usd=generated.possibly_billed_usd,
+            ) from error
         finally:
             if held is not None and held.run == generated.run:
                 held.release()

@@ -1,37 +1,48 @@
-"""A job from its check to the archive in one piece, with parts that the jobs of a run share."""
+"""A job from its check to the archive and the place where it is published, through all stages."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
+from typing import Literal
 
-from prefect_segmind.archive.record import FlowRuns
-from prefect_segmind.errors import SegmindError
+from prefect_segmind.api.picture import PaidPicture
+from prefect_segmind.archive.record import Attempt, Record, Run, Verdict, past_requests
+from prefect_segmind.errors import OutcomeUnknownError, SegmindError
 from prefect_segmind.jobs.job import Job
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
-from prefect_segmind.pipeline.look_up import Generation
+from prefect_segmind.pipeline.look_up import Finding, LookUp
+from prefect_segmind.pipeline.pay import Cashier, GeneratedImage
 from prefect_segmind.pipeline.publish import Publisher
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 
+WAIT_SECONDS = 1.0
+"""Seconds until the second look at a record that another run holds; each further one comes later."""
+LONGEST_WAIT_SECONDS = 5.0
+"""Seconds between looks at most."""
 KEPT = 10_000
 """Uploads that are remembered; jobs of one image mostly follow each other."""
 
 
 @dataclass(frozen=True)
-class Production:
+class Pipeline:
     """All that jobs need on their way. Threads may share it.
 
     Attributes:
         reader: Reads source images.
-        uploads: Puts them up.
-        generation: Pays.
+        uploads: Puts them where the provider can read them.
+        look_up: Finds out what is paid for.
+        cashier: Pays.
         archiving: Archives.
         publisher: Publishes, where that is asked for.
         price_usd: What a picture is expected to cost.
@@ -39,12 +50,23 @@ class Production:
 
     reader: SourceReader
     uploads: Uploads
-    generation: Generation
+    look_up: LookUp
+    cashier: Cashier
     archiving: Archiving
     publisher: Publisher | None
     price_usd: Decimal
     _uploaded: dict[tuple[str, str], Future[UploadedImage]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The account book of the run."""
+        return self.look_up.ledger
+
+    @property
+    def gate(self) -> Gate:
+        """What every request of the run passes."""
+        return self.cashier.gate
 
     def upload(self, job: ValidatedJob) -> UploadedImage:
         """Uploads a job's source image; one that several jobs of the run share is uploaded once.
@@ -70,66 +92,168 @@ class Production:
             mine.set_exception(error)
         return mine.result()
 
+    def generate(
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+    ) -> GeneratedImage:
+        """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
+
+        Call it again with the same run to retry: what happened before is in the record. A picture that another run is
+        paying for at this moment is waited for.
+
+        Args:
+            job: What is asked for.
+            upload: Puts its source image where the provider can read it; called only if there is something to pay.
+            run: Who asks. What may be sent is counted by flow run, however often that is run again.
+            log: Where to say what is going on.
+
+        Raises:
+            ApiError: The request failed; its `decision` says whether and when to try again.
+            NotStartedError: The run of a batch has stopped, and no request was sent.
+            OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
+            OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`; or as many of this
+                flow run may have been as are allowed.
+            SegmindError: As `upload` raises it; or the record could not be read or written. Nothing was paid now; what
+                earlier requests of the run came to is on the error, as on all others.
+        """
+        try:
+            job = self.look_up.as_paid_for(job)
+            return self._generate(job, upload, run, log)
+        except SegmindError as error:
+            if error.decision is None:
+                self.cashier.give_up(job, run)
+            account = self.ledger.account(job.fingerprint, run.id)._asdict()
+            raise error.with_facts(fingerprint=job.fingerprint, **account) from error.__cause__
+        except BaseException:
+            self.cashier.give_up(job, run)
+            raise
+
+    def _generate(
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+    ) -> GeneratedImage:
+        self.cashier.release_for(job, run)
+        waits, announced, read_again = 0, False, True
+        while True:
+            finding = self.look_up.look_up(job, run, log, read_again=read_again)
+            read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
+            if finding.verdict is Verdict.PAY:
+                with self.gate.first(job.fingerprint) as first:
+                    if first:
+                        uploaded = upload()
+                        if paid := self.cashier.pay(job, uploaded, finding, run, log):
+                            return self._generated(job, run, "generated", *paid, uploaded.uri)
+            elif finding.verdict is Verdict.REUSE and (picture := finding.archived):
+                log.info("reused: %s is paid for and archived already; nothing to pay", job.name)
+                return self._generated(job, run, "reused", None, picture, finding.attempts)
+            elif finding.verdict is Verdict.RECOVER and finding.kept:
+                if not self.look_up.is_unchanged(job, finding):
+                    continue  # the run that has brought it has just claimed or archived it
+                log.info("recovered: %s was paid for and lies in the outbox; nothing to pay", job.name)
+                path, entry = finding.kept
+                self.gate.picture(entry.paid.paid_at)
+                attempts = finding.attempts if finding.record else entry.attempts
+                return self._generated(job, run, "recovered", path, entry.paid, attempts)
+            elif finding.verdict is Verdict.REFUSE:
+                raise self._refusal(job, finding)
+            elif not announced:
+                log.info("waiting: another run is paying for %s at this moment", job.name)
+                announced = True
+            with self.gate.parked(job.name):
+                self.gate.pause(min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS))
+            waits += 1
+
+    def _generated(
+        self,
+        job: ValidatedJob,
+        run: Run,
+        status: Literal["generated", "recovered", "reused"],
+        path: Path | None,
+        picture: PaidPicture,
+        attempts: tuple[Attempt, ...],
+        source_uri: str | None = None,
+    ) -> GeneratedImage:
+        known = Record(fingerprint=job.fingerprint, attempts=attempts).archived(picture, "-", "-").attempts
+        self.ledger.carry(job.fingerprint, past_requests(run, known, job.price_usd), run.id)
+        brought = next((each for each in reversed(known) if each.status == 200 and each.reason is None), None)
+        if brought and run.follows(brought.flow_runs):
+            status = "generated" if self.ledger.reports(job.fingerprint, brought.request, run.id) else status
+        return GeneratedImage(
+            job=job,
+            source_uri=source_uri or job.job.image,
+            archive=self.look_up.archive.url,
+            run=run.id,
+            status=status,
+            path=path,
+            picture=picture,
+            attempts=attempts,
+            **self.ledger.account(job.fingerprint, run.id)._asdict(),
+        )
+
+    def _refusal(self, job: ValidatedJob, finding: Finding) -> OutcomeUnknownError:
+        by_policy = self.look_up.on_unknown == "fail"
+        forbidden = 'on_unknown is "fail"' if by_policy else "this flow run sends no more for it"
+        allowed = 'on_unknown="repay"' if by_policy else "a new run"
+        return OutcomeUnknownError(
+            f"{finding.unresolved(job.name)}; {forbidden} (look at the provider's usage page; {allowed} pays once more)"
+        )
+
     def produce(
         self,
         job: Job | ValidatedJob,
-        run: str,
-        flow_run_id: str | None = None,
-        flow_runs: FlowRuns = (),
+        run: Run,
+        log: logging.Logger,
         *,
-        say: Callable[[str], None] = print,
-        warn: Callable[[str], None] = print,
+        flow_run_id: str | None = None,
         unpublished: Callable[[ArchivedImage], None] = lambda _: None,
     ) -> ArchivedImage:
         """Takes a job through all its stages.
 
         Args:
-            job: What is asked for. One that is validated already has told its warnings.
-            run: Identifies the run across its retries.
+            job: What is asked for. The warnings of one that is validated already are logged already.
+            run: Who asks.
+            log: Where to say what is going on.
             flow_run_id: The Prefect flow run, for the sidecar.
-            flow_runs: The flow run, as `Generation.generate` takes it.
-            say: Takes a line for the log.
-            warn: Takes a line that a person should see.
             unpublished: Takes what is archived where publishing it fails.
 
         Raises:
             SegmindError: In one of its classes; its `stage` says where.
         """
-        with _stage("validate"):
+        with stage("validate"):
             if isinstance(job, Job):
                 job = validate(job, self.reader, price_usd=self.price_usd)
                 for warning in job.warnings:
-                    warn(warning)
+                    log.warning(warning)
 
         def upload() -> UploadedImage:
-            with _stage("upload"):
+            with stage("upload"):
                 uploaded = self.upload(job)
             for warning in uploaded.warnings:
-                warn(warning)
+                log.warning(warning)
             return uploaded
 
-        with _stage("generate"):
-            generated = replace(self.generation, say=say, warn=warn).generate(job, upload, run, flow_runs)
-        with _stage("archive"):
+        with stage("generate"):
+            generated = self.generate(job, upload, run, log)
+        with stage("archive"):
             archived = self.archiving.archive_picture(generated, flow_run_id)
         if self.publisher is None:
             return archived
-        with _stage("publish"):
+        with stage("publish"):
             try:
-                return self.publisher.publish(archived, self.archiving.archive, say)
+                return self.publisher.publish(archived, self.archiving.archive, log)
             except SegmindError:
                 unpublished(archived)
                 raise
 
 
 @contextmanager
-def _stage(name: str) -> Iterator[None]:
+def stage(name: str) -> Iterator[None]:
+    """Names the stage on what fails inside of it, unless an inner one has been named.
+
+    Args:
+        name: `validate`, `upload`, `generate`, `archive` or `publish`.
+    """
     try:
         yield
     except SegmindError as error:
-        error.stage = error.stage or name
-        raise
-
-
-shared: ContextVar[Production | None] = ContextVar("segmind_production", default=None)
-"""What the assets of a batch share, opened once for all of them: S3, uploads, and the gate of their requests."""
+        if error.stage:
+            raise
+        raise error.with_facts(stage=name) from error.__cause__

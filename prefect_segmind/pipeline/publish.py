@@ -3,24 +3,27 @@
 {place}/{pattern with the job's name}     the picture, such as live/hero/summer.png
 {place}/.segmind/live/{key}.json          a note: which refresh the picture there is of, or is about to be of
 
-A picture of an older refresh does not replace that of a newer one. The picture is read before the note, the note is
-written before the picture, each on the condition that it is still what was read, so a slow older run loses and sees
-why. A run that dies on the way leaves a note that keeps older ones out, and the next refresh does the rest.
+A picture of an older refresh does not replace that of a newer one. A run reads the picture and then the note; it writes
+the note and then the picture, each on the condition that it is still what was read. So a slow older run loses, and its
+result says why. A run that dies on the way leaves a note that keeps older ones out, and the next refresh does the rest.
 
 The condition on a picture is one on its content, and a newer refresh may have left or brought back the very content
-that an older run has read. So everybody takes another look: who left the picture as it was, at the picture; who wrote
-it, at the note; and who has overwritten what a newer note names puts that back. In this one case the older picture is
-seen for a moment, or until the next refresh if the run dies in that moment. On a store that ignores conditions all of
-this is best effort.
+that an older run has read. So every run checks once more: one that left the picture as it was checks the picture, one
+that wrote it checks the note, and one that has overwritten what a newer note names restores that. In this one case the
+older picture is seen for a moment, or until the next refresh if the run dies in that moment. On a store that ignores
+conditions all of this is best effort.
+
+The note is an object of its own and not metadata of the picture. A folder has no metadata, and `rclone serve s3` keeps
+it in memory only. Nor would it save the second check where it is kept: an ETag is one of the content, so `If-Match`
+cannot tell two refreshes with the same picture apart, and an older run would replace the newer one unseen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,15 +32,15 @@ from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
 from PIL import Image
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, StoreError, redact
 from prefect_segmind.images.conversion import upright_srgb
 from prefect_segmind.images.inspection import BrokenPicture, decoding, file_type, load_picture, open_picture
 from prefect_segmind.pipeline.archive import ArchivedImage
-from prefect_segmind.storage.open_store import path_of_file_url
-from prefect_segmind.storage.store import Store, StoredObject
+from prefect_segmind.storage.open_store import is_s3, path_of_file_url
+from prefect_segmind.storage.store import Store, StoredObject, read_model
 
 DEFAULT_CACHE_CONTROL: Final = "public, max-age=300"
 """Short, because the same address gets new content."""
@@ -49,8 +52,7 @@ _FORMATS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".webp": ("WEBP", {"quality": 90}),
 }
-_WAITS_FOR_A_WRITER: Final = (0.05, 0.2, 0.5)  # as in `archive`: some servers write in place, and show half of it
-_ROUNDS: Final = 20  # each one lost means that somebody else has won one
+_ROUNDS: Final = 20  # another run has won each one that is lost
 
 
 class Published(BaseModel):
@@ -134,49 +136,49 @@ class Publishing:
             sha256=_sha256(data),
             cache_control=self.cache_control or None,
         )
-        stands, changed = self._settle(key, data, mine)
+        current, changed = self._publish(key, data, mine)
         why = ""
-        if stands != mine:
-            why = f"a refresh that is not older has this address: that of {stands.refreshed_at}, by run {stands.run}"
+        if current != mine:
+            why = f"a refresh that is not older has this address: that of {current.refreshed_at}, by run {current.run}"
         return Published(uri=self.store.uri(key), published=not why, changed=changed, why=why)
 
-    def _settle(self, key: str, data: bytes, note: Note, *, stood: bool = False) -> tuple[Note, bool]:
-        """Works until a picture is there with its note, or another note keeps it out.
+    def _publish(self, key: str, data: bytes, note: Note, *, written: bool = False) -> tuple[Note, bool]:
+        """Try until the picture is there with its note, or another note keeps it out.
 
-        The order of the calls is what holds; the tests step through their interleavings.
+        The promises rest on the order of the calls; the tests step through their interleavings.
 
         Args:
             key: Of the picture.
             data: The picture.
             note: Its note.
-            stood: Whether the note has been there. Whatever is there later has replaced it, and is not older.
+            written: Whether the note has been there. Whatever is there later has replaced it, and is not older.
 
         Returns:
-            The note that stands, and whether the picture was written.
+            The note that is there, and whether the picture was written.
         """
         for _ in range(_ROUNDS):
-            with suppress(PreconditionFailedError):  # somebody else came in between: look again
+            with suppress(PreconditionFailedError):  # another run came in between: read again
                 before = self.store.get(key)
-                noted, version = self._noted(key)
-                if noted and noted != note and (stood or noted.refreshed_at > note.refreshed_at):
-                    return noted, False
-                if noted != note:
-                    self._note(key, note, version)
-                stood = True
-                if before and before.data == data and noted and noted.cache_control == note.cache_control:
+                current, version = self._read_note(key)
+                if current and current != note and (written or current.refreshed_at > note.refreshed_at):
+                    return current, False
+                if current != note:
+                    self._write_note(key, note, version)
+                written = True
+                if before and before.data == data and current and current.cache_control == note.cache_control:
                     if self.store.holds(key, data):  # still: an older run may have written until it could see the note
                         return note, False
                     continue
                 self._write(key, data, note, before)
-                noted, _ = self._noted(key)
-                if noted is None or noted == note:
+                current, _ = self._read_note(key)
+                if current is None or current == note:
                     return note, True
-                if before and noted.sha256 == _sha256(before.data):  # what a newer run has published is overwritten
-                    self._settle(key, before.data, noted, stood=True)
-                return noted, False
-        raise StoreError(f"{self.store.uri(key)} is written by others all the time; run again when they have finished")
+                if before and current.sha256 == _sha256(before.data):  # overwritten: what a newer run has published
+                    self._publish(key, before.data, current, written=True)
+                return current, False
+        raise StoreError(f"{self.store.uri(key)} is being written by other runs; run again when they have finished")
 
-    def _note(self, key: str, note: Note, version: str | None) -> None:
+    def _write_note(self, key: str, note: Note, version: str | None) -> None:
         data = note.model_dump_json(indent=2).encode()
         self.store.put(_note_key(key), data, "application/json", if_absent=version is None, if_match=version)
 
@@ -190,22 +192,14 @@ class Publishing:
             cache_control=note.cache_control,
         )
 
-    def _noted(self, key: str) -> tuple[Note | None, str | None]:
+    def _read_note(self, key: str) -> tuple[Note | None, str | None]:
         """The note of a key and its version; neither only where the store says for certain that there is none."""
-        where = _note_key(key)
-        for wait in (*_WAITS_FOR_A_WRITER, None):
-            found = self.store.get(where)
-            if found is None:
-                return None, None
-            try:
-                return Note.model_validate_json(found.data), found.etag
-            except ValidationError:
-                if wait is not None:
-                    time.sleep(wait)
-        raise StoreError(
-            f"{self.store.uri(where)} is no note that this version can read; it says which refresh is published, so "
-            "nothing is published there until it is restored (or removed, if any refresh may be published there)"
+        remedy = (
+            "it names the refresh that is published, so nothing is published there until it is restored (or removed, "
+            "if any refresh may be published there)"
         )
+        found = read_model(self.store, _note_key(key), Note, remedy)
+        return (found[0], found[1].etag) if found else (None, None)
 
     def _formatted(self, key: str, picture: bytes) -> bytes:
         """The picture in the format of its address: itself, or a converted copy."""
@@ -251,7 +245,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         ('/srv/live/mugs', '{name}/large.webp')
     """
     path = path_of_file_url(publish_to.strip())
-    if not (in_s3 := path.lower().startswith("s3:")):
+    if not (in_s3 := is_s3(path)):
         path = path.replace(os.sep, "/")
     place, pattern = path.rstrip("/") or path[:1], f"{_NAME}.png"
     if _NAME in path:
@@ -262,7 +256,7 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
         mistake = "it is empty"
     elif re.search("[{}]", path.replace(_NAME, "", 1)):
         mistake = "it has another placeholder than one {name}"
-    elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", path):
+    elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:|s3:", path):
         mistake = "nothing can be written there"
     elif in_s3 and not re.match(r"(?i)s3://[^/]", place):
         mistake = "it has no bucket before {name}"
@@ -306,8 +300,13 @@ class Publisher:
     refreshed_at: datetime
     run: str
 
-    def publish(self, archived: ArchivedImage, archive: Archive, say: Callable[[str], None]) -> ArchivedImage:
+    def publish(self, archived: ArchivedImage, archive: Archive, log: logging.Logger) -> ArchivedImage:
         """Copies a picture from the archive to its address that stays, unless a newer refresh is there.
+
+        Args:
+            archived: The picture.
+            archive: Where it is archived.
+            log: Where to say what came of it.
 
         Returns:
             The picture with where it is published.
@@ -328,9 +327,15 @@ class Publisher:
             )
         except Exception as error:
             known = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
-            failed = StoreError(f"{archived.image} is archived, but not published: {known}")
-            failed.fingerprint, failed.requests_sent = archived.fingerprint, archived.attempts
-            failed.cost_usd, failed.possibly_billed_usd = archived.cost_usd, archived.possibly_billed_usd
-            raise failed from error
-        say(f"published: {published.uri}" if published.published else f"not published: {published.why}")
+            raise StoreError(
+                f"{archived.image} is archived, but not published: {known}",
+                fingerprint=archived.fingerprint,
+                requests_sent=archived.attempts,
+                cost_usd=archived.cost_usd,
+                possibly_billed_usd=archived.possibly_billed_usd,
+            ) from error
+        if published.published:
+            log.info("published: %s", published.uri)
+        else:
+            log.info("not published: %s", published.why)
         return archived.model_copy(update={"published": published.uri if published.published else None})

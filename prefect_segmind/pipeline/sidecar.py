@@ -7,7 +7,7 @@ from typing import Any
 from prefect_segmind._version import __version__
 from prefect_segmind.archive.record import Record
 from prefect_segmind.money import usd
-from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.pay import GeneratedImage
 
 _TOLD = {"sent_at", "status", "reason", "wait_seconds", "possibly_billed"}
 """What a sidecar tells of each request; which run sent it from which machine is the record's business."""

@@ -1,4 +1,4 @@
-"""Reading a source image from where it lies: a local file, an `s3://` object, or an `http(s)://` address."""
+"""Reading a source image: a local file, an `s3://` object, or an `http(s)://` address."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_segmind.errors import SourceImageError, StoreError, redact
+from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download_bytes
+from prefect_segmind.storage.open_store import is_s3
 from prefect_segmind.storage.paths import found_path, missing
 from prefect_segmind.text import spellings
 
@@ -15,9 +17,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 REMOTE_LIMIT = 25_000_000
-"""Bytes of an `s3://` or `http(s)://` source that are read."""
+"""Most bytes of an `s3://` or `http(s)://` source that are read."""
 LOCAL_LIMIT = 250_000_000
-"""Bytes of a local file that are read; more is no photo."""
+"""Most bytes of a local file that are read; no photo has more."""
 
 
 class UnreadableSource(Exception):
@@ -39,7 +41,7 @@ class SourceReader:
     allow_loopback: bool = False
 
     def locate(self, image: str) -> str:
-        """Where a source is: as it is given or, where nothing is there, under another spelling of its name.
+        """The location of a source: as given or, if nothing is there, in another spelling of its name.
 
         Args:
             image: As for `read`.
@@ -49,7 +51,7 @@ class SourceReader:
         """
         if image.startswith(("http://", "https://")):
             return image
-        if not image.startswith("s3://"):
+        if not is_s3(image):
             return str(found_path(image))
         if len(others := spellings(image)) == 1:
             return image
@@ -68,7 +70,7 @@ class SourceReader:
             UnreadableSource: An http source that does not answer as it should.
             StoreError: S3 refuses or does not answer.
         """
-        if image.startswith("s3://"):
+        if is_s3(image):
             from prefect_segmind.storage import s3
 
             try:
@@ -88,7 +90,7 @@ class SourceReader:
         except DownloadError as error:
             if error.refused:
                 raise SourceImageError(
-                    f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant)"
+                    f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true to allow it)"
                 ) from None
             if error.too_large:
                 raise SourceImageError(f"image: {error}; the provider takes 10 MB, make it smaller") from None
@@ -103,10 +105,9 @@ def _read_file(image: str) -> bytes:
         if not path.exists():
             raise SourceImageError(missing(image))
         if not path.is_file():
-            raise SourceImageError(f"image: {image} is no ordinary file")
+            raise SourceImageError(f"image: {image} is not a regular file")
         if path.stat().st_size > LOCAL_LIMIT:
             raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home, a circle of links
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise SourceImageError(f"image: {image} cannot be read: {why}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user, a circle of links
+        raise SourceImageError(f"image: {image} cannot be read: {reason(error)}") from None

@@ -14,7 +14,7 @@ from prefect_segmind.errors import ConfigurationError, SourceImageError
 from prefect_segmind.images.conversion import prepare
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob
-from prefect_segmind.storage.open_store import open_store
+from prefect_segmind.storage.open_store import is_s3, open_store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -67,7 +67,7 @@ class Uploads:
             StoreError: S3 refuses or does not answer.
         """
         image, source = job.job.image, job.source
-        remote = image.startswith(("s3://", "http://", "https://"))
+        remote = is_s3(image) or image.startswith(("http://", "https://"))
         if source is None or (remote and not source.changes):
             size = source.size_bytes if source else None
             sha256 = source.sha256 if source else None
@@ -99,36 +99,42 @@ class Uploads:
         Args:
             uri: Of an uploaded image.
         """
-        if not uri.startswith("s3://"):
+        if not is_s3(uri):
             return uri
         if self._public(uri):
-            key = uri.removeprefix((self.place or "").rstrip("/") + "/")
-            return f"{(self.public_base_url or '').rstrip('/')}/{quote(key)}"
+            return f"{(self.public_base_url or '').rstrip('/')}/{quote(uri.removeprefix(self._prefix))}"
         from prefect_segmind.storage.s3 import presign_uri
 
         return presign_uri(uri, self.s3(), self.presigned_seconds)
 
     def _public(self, uri: str) -> bool:
-        return bool(self.public_base_url and self.place) and uri.startswith(f"{(self.place or '').rstrip('/')}/")
+        return bool(self.public_base_url and self.place) and uri.startswith(self._prefix)
+
+    @property
+    def _prefix(self) -> str:
+        """What all addresses of uploads begin with, the scheme as a store writes it."""
+        return f"s3://{(self.place or '')[5:].rstrip('/')}/"
 
     def checked_place(self) -> str:
         """The place, if the provider can read what lies there.
 
         Raises:
-            ConfigurationError: There is none, or it is no bucket.
+            ConfigurationError: There is none, or it is not in S3.
         """
         if self.place is None:
             raise ConfigurationError(
                 "upload_to: a local image must be uploaded for the provider to read it; name a place such as "
                 "s3://bucket/uploads with --upload-to, the flow's upload_to or PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"
             )
-        if not self.place.startswith("s3://"):
-            raise ConfigurationError(f"upload_to: {self.place} is no s3:// place, so the provider could not read it")
+        if not is_s3(self.place):
+            raise ConfigurationError(
+                f"upload_to: {self.place} is not in S3, so the provider cannot read it; name s3://bucket/prefix"
+            )
         return self.place
 
     def _short_lived(self, uri: str) -> tuple[str, ...]:
         """A warning where the address will die with the credentials that sign it."""
-        if not uri.startswith("s3://") or self._public(uri):
+        if not is_s3(uri) or self._public(uri):
             return ()
         from prefect_segmind.storage.s3 import credentials_expire_in
 

@@ -10,20 +10,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
 
-from prefect_segmind import services
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import redact
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
-from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.markdown import before_and_after, cell, listing, table
@@ -38,15 +35,6 @@ SHOWN_JOBS = 100
 """Jobs that a plan lists."""
 SHOWN_FAILURES = 100
 """Failures that it lists; the manifest of the failed ones has them all."""
-
-watcher: ContextVar[Callable[[str], None] | None] = ContextVar("segmind_watcher", default=None)
-"""Who wants to know which flow run has begun, by its id: a command, which tells people where it is in the UI."""
-
-
-def tell_begun() -> None:
-    """Tells whoever watches that this flow run has begun."""
-    if (tell := watcher.get()) is not None:
-        tell(str(flow_run.id))
 
 
 def before_after(
@@ -86,15 +74,15 @@ def before_after(
 
 
 def publish_before_after(
-    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, credentials_block: str | None
+    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, archive: Archive, reader: SourceReader
 ) -> None:
     """Puts before and after into an artifact of the flow run, under a key made of the job's name.
 
     The picture is paid and archived by now, so nothing that fails here fails the run: it is a warning.
     """
     try:
-        before = services.source_reader(credentials_block).read(job.job.image) if job.source else None
-        after = services.open_archive(generated.archive).content(archived.image)
+        before = reader.read(job.job.image) if job.source else None
+        after = archive.content(archived.image)
         if after is None:
             raise FileNotFoundError(archived.image)
         create_markdown_artifact(
@@ -127,17 +115,17 @@ def publish_plan(plan: Plan, title: str) -> None:
     _publish(lambda: lines, artifact_key(title, "plan"), "what the run is going to do and to cost")
 
 
-def publish_batch(result: BatchResult, title: str, archive: Archive, credentials_block: str | None) -> None:
+def publish_batch(result: BatchResult, title: str, archive: Archive, reader: SourceReader) -> None:
     """Puts a batch's counts, its failures, and before and after of its first pictures into an artifact.
 
     Args:
         result: What came of the batch.
         title: What it is of: its manifest, its inbox.
         archive: Has the pictures.
-        credentials_block: As for `source_reader`.
+        reader: Reads the source images.
     """
     _publish(
-        lambda: _batch(result, title, archive, services.source_reader(credentials_block)),
+        lambda: _batch(result, title, archive, reader),
         artifact_key(title, "batch"),
         "what came of the run, before and after",
     )
@@ -197,7 +185,7 @@ def artifact_key(name: str, kind: str = "before-after") -> str:
 
     Example:
         >>> artifact_key("Hero/Summer")
-        'before-after-hero-summer-8cb7bd3d'
+        'before-after-hero-summer-ac13c71f'
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-60:].strip("-")
     return f"{kind}-{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,6 +1,6 @@
 """Fetching a public address: http(s) source images, and links to pictures in an answer of the API.
 
-The one room that follows addresses somebody else chose. What an address may reach is decided on the resolved IP
+The only module that follows addresses of other people's choice. What may be reached is decided on the resolved IP
 address, and the connection goes to exactly that one, so a name cannot point elsewhere a moment later; every redirect is
 decided anew. Nothing of ours goes along: no API key, no cookies, no credentials.
 
@@ -30,7 +30,7 @@ _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has 
 _PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know the first eight of it only
 
 _INSIDE: Final = re.compile(r"(?i)[^.]+\.?|.*\.(internal|intranet|lan|local|localhost|home\.arpa|corp|home)\.?")
-"""Names that are of no public host; without an address of their own here, they are not asked of a proxy."""
+"""Names that no public host has; where they do not resolve here, a proxy is not asked for them."""
 
 
 class DownloadError(Exception):
@@ -63,7 +63,7 @@ class Sink(Protocol):
     """Where the bytes go: an open binary file, for example."""
 
     def write(self, data: bytes, /) -> object:
-        """Takes the next bytes."""
+        """Take the next bytes."""
         ...
 
 
@@ -102,7 +102,12 @@ PUBLIC: Final = Destination()
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What a download has written: its size and the Content-Type that the server claims."""
+    """What a download has written.
+
+    Attributes:
+        size_bytes: Its size.
+        content_type: The Content-Type that the server claims.
+    """
 
     size_bytes: int
     content_type: str | None
@@ -111,7 +116,7 @@ class Downloaded:
 def download(
     url: str, sink: Sink, *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0
 ) -> Downloaded:
-    """Writes what lies at an address, and at the end of its redirects, to a file.
+    """Download from an address, and through its redirects, into a file.
 
     After an error the sink may hold a part of it.
 
@@ -127,8 +132,9 @@ def download(
         OSError: The sink cannot be written.
 
     Example:
-        >>> download("https://cdn.example/a.png", file, limit=50_000_000)  # doctest: +SKIP
-        Downloaded(size_bytes=1843200, content_type='image/png')
+        >>> download("http://169.254.169.254/", BytesIO(), limit=50_000_000)
+        Traceback (most recent call last):
+        prefect_segmind.storage.http.DownloadError: http://169.254.169.254/ leads to 169.254.169.254; only public ...
     """
     deadline = time.monotonic() + timeout
     here = _parsed(url)
@@ -141,7 +147,7 @@ def download(
 
 
 def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0) -> bytes:
-    """What lies at an address, in memory; arguments and errors as in `download`."""
+    """Download from an address into memory; arguments and errors as in `download`."""
     sink = BytesIO()
     download(url, sink, limit=limit, destination=destination, timeout=timeout)
     return sink.getvalue()
@@ -169,7 +175,7 @@ def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, dea
                 raise DownloadError(f"{_name(url)} took too long", retryable=True) from None
             except httpx.TransportError as error:
                 raise DownloadError(
-                    f"{_name(url)}: the answer was cut or is no HTTP: {error}", retryable=True
+                    f"{_name(url)}: the answer was cut or is not HTTP: {error}", retryable=True
                 ) from None
             except httpx.DecodingError as error:
                 raise DownloadError(f"{_name(url)} cannot be decompressed: {error}") from None
@@ -259,7 +265,7 @@ def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
     try:
         url = base.join(location) if base else httpx.URL(location)
     except httpx.InvalidURL:
-        raise DownloadError("the address is no URL", refused=True) from None
+        raise DownloadError("the address is not a URL", refused=True) from None
     if url.scheme not in ("http", "https") or not url.host:
         raise DownloadError(f"{_name(url)} is not an http(s) address", refused=True)
     if url.userinfo:

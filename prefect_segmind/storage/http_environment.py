@@ -1,7 +1,7 @@
 """What the environment says about certificates and proxies, as httpx reads it, with errors that name the variable.
 
-httpx fails on a wrong one when a client is made, ours and Prefect's alike, and says neither where it stands nor what to
-do. No message shows a proxy's address, which may hold a password.
+httpx fails on a wrong one when a client is made, ours and Prefect's alike, and names neither the variable nor a remedy.
+No message shows a proxy's address, which may hold a password.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefect_segmind.errors import ConfigurationError
 
 
 def check_environment() -> None:
-    """Refuses an environment with which no client of httpx can be made.
+    """Check that httpx can make a client in this environment.
 
     Raises:
         ConfigurationError: The message names the variable.
@@ -64,7 +64,7 @@ def proxy_for(url: httpx.URL | str) -> httpx.Proxy | None:
 def _ssl_context(file: str | None, folder: str | None) -> ssl.SSLContext:
     if folder and not file and not Path(folder).is_dir():
         raise ConfigurationError(
-            f"SSL_CERT_DIR: there is no folder {folder}; name one with certificates, or unset the variable"
+            f"SSL_CERT_DIR: the folder {folder} does not exist; name one with certificates, or unset the variable"
         )
     try:
         return httpx.create_ssl_context(trust_env=bool(file or folder))
@@ -90,7 +90,7 @@ def _proxies() -> tuple[dict[str, httpx.Proxy], list[str]]:
             httpx.URL(_pattern(entry))
         except httpx.InvalidURL:
             raise ConfigurationError(
-                f"{_variable('no_proxy')}: {entry!r} is no entry that httpx can read; write names such as .example.com "
+                f"{_variable('no_proxy')}: {entry!r} cannot be read by httpx; write names such as .example.com "
                 "and addresses such as 10.0.0.8 or ::1, without brackets, separated by commas"
             ) from None
     return proxies, direct
@@ -103,7 +103,7 @@ def _proxy(address: str, variable: str) -> httpx.Proxy:
             raise ValueError("no host, or no port")
     except (httpx.InvalidURL, ValueError):
         raise ConfigurationError(
-            f"{variable}: it is no address of a proxy; write http://host:port, a name and a password in it with their "
+            f"{variable}: it is not a proxy's address; write http://host:port, a name and a password in it with their "
             "special characters percent-encoded, or unset the variable"
         ) from None
     if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:

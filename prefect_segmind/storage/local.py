@@ -12,17 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from uuid import uuid4
 
-from prefect_segmind.errors import StoreAccessError, StoreError
+from prefect_segmind.errors import StoreError
+from prefect_segmind.storage.disk_errors import disk_errors
 from prefect_segmind.storage.store import StoredObject, require
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
-FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
-"""What the system says where nothing more can be written."""
 
 
 class LocalStore:
-    """A store in a folder, which is made when first written to; a relative one is taken from the folder of now.
+    """A store in a folder, which is made when first written to; a relative path counts from the current folder.
 
     What `put` has written survives a power cut. It holds an exclusive lock on `.segmind/.lock` for the moment of the
     rename, so conditions hold between threads and processes; on a network folder as far as its server supports `flock`.
@@ -39,12 +38,12 @@ class LocalStore:
 
     @property
     def conditional(self) -> bool:
-        """Always True: the lock sees to it."""
+        """Always True, by the lock."""
         return True
 
     @property
     def checksums(self) -> bool:
-        """Always True: the disk sees to it."""
+        """Always True, by the disk."""
         return True
 
     def uri(self, key: str) -> str:
@@ -54,7 +53,7 @@ class LocalStore:
     def get(self, key: str) -> StoredObject | None:
         """The file's content, with its SHA-256 as etag; None if there is no such file."""
         path = self._path(key)
-        with _explained("read", path):
+        with disk_errors(f"cannot read {path}"):
             try:
                 with path.open("rb") as file:
                     written = os.fstat(file.fileno()).st_mtime  # of this very content, whatever is renamed meanwhile
@@ -76,7 +75,7 @@ class LocalStore:
         """Write a file atomically; see `Store.put`."""
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
-        with _explained("write", path):
+        with disk_errors(f"cannot write {path}"):
             above_new: list[Path] = []
             if not path.parent.is_dir():
                 above_new = [folder.parent for folder in path.parents if not folder.exists()]
@@ -102,7 +101,7 @@ class LocalStore:
         return found is not None and found.etag == hashlib.sha256(data).hexdigest()
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The files whose keys start with these characters; the lock and unfinished files are none."""
+        """The files whose keys start with these characters; without the lock and unfinished files."""
         root = self._path(start) if (start := prefix.rpartition("/")[0]) else self.folder
         for folder, _, names in os.walk(root, onerror=_unless_gone):
             for name in names:
@@ -115,7 +114,7 @@ class LocalStore:
         plain = path.as_posix() == key and key != "."  # one key, one file: no `a//b`, no `./a`, no backslash on Windows
         stream = sys.platform == "win32" and ":" in key
         if not plain or path.anchor or ".." in path.parts or "\0" in key or stream or _is_ours(key):
-            raise StoreError(f"{key!r} is no key for the folder {self.folder}: use a plain relative path with '/'")
+            raise StoreError(f"{key!r} is not a key in the folder {self.folder}: use a plain relative path with '/'")
         return self.folder / path
 
     @contextmanager
@@ -136,39 +135,25 @@ def _is_ours(key: str) -> bool:
 
 
 def _unless_gone(error: OSError) -> None:
-    """What os.walk does with a folder it cannot list: by itself it would silently show less than there is."""
+    """Raise for a folder that os.walk cannot list: by default it silently leaves that out."""
     if not isinstance(error, FileNotFoundError):
-        with _explained("list", Path(error.filename)):
+        with disk_errors(f"cannot list {error.filename}"):
             raise error
 
 
-@contextmanager
-def _explained(doing: str, path: Path) -> Iterator[None]:
-    """Turn the system's errors into ours, with the path and what to do."""
-    try:
-        yield
-    except OSError as error:
-        where = f"cannot {doing} {path}"
-        if error.errno in FULL:
-            raise StoreError(f"{where}: the disk is full, or a quota is; free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StoreAccessError(f"{where}: permission denied; check the owner and mode of the folder") from error
-        raise StoreError(f"{where}: {error.strerror or error}; check the folder and its disk") from error
-
-
 def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk; a rename alone may not survive a crash."""
+    """Wait until a file's content, or the names in a folder, are on disk; a rename alone may not survive a crash."""
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     except PermissionError:
-        if folder:  # Windows has no such thing for folders
+        if folder:  # Windows cannot sync folders
             return
         raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not folder or error.errno != errno.EINVAL:  # some network and container mounts do not have it for folders
+        if not folder or error.errno != errno.EINVAL:  # some network and container mounts cannot sync folders
             raise
     finally:
         os.close(descriptor)

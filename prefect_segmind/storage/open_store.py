@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def path_of_file_url(url: str) -> str:
-    """The path of a `file:` URL of this machine, in which `#` and `?` are part of the path; anything else as it is.
+    """The path of a local `file:` URL, in which `#` and `?` are part of the path; anything else unchanged.
 
     Example:
         >>> path_of_file_url("file:///srv/live#1"), path_of_file_url("s3://bucket/live")
@@ -25,6 +25,16 @@ def path_of_file_url(url: str) -> str:
     """
     found = re.match(r"(?i)file:(//(localhost)?(?=/)|(?=/(?!/)))", url)
     return url2pathname(url[found.end() :]) if found else url
+
+
+def is_s3(url: str) -> bool:
+    """Whether an address is one in S3, however its scheme is written.
+
+    Example:
+        >>> is_s3("S3://bucket/mug.jpg"), is_s3("s3/mug.jpg")
+        (True, False)
+    """
+    return url[:5].lower() == "s3://"
 
 
 def open_store(url: str, client: S3Client | None = None) -> Store:
@@ -35,27 +45,27 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.storage.s3.s3_client()`.
 
     Raises:
-        ConfigurationError: The address is of no such kind, or the S3 client cannot be made.
+        ConfigurationError: The address is of another kind, or the S3 client cannot be made.
 
     Example:
         >>> open_store("~/pictures").conditional
         True
     """
-    if url.lower().startswith("s3:"):
+    if is_s3(url):
         from prefect_segmind.storage.s3 import S3Store, s3_client, split_uri  # boto3 takes a second to import
 
         bucket, prefix = split_uri(url)
         return S3Store(bucket, prefix, client or s3_client())
-    allowed = "use s3://bucket/prefix, a folder, or file:///folder"
     if QUOTED.fullmatch(url):
-        raise ConfigurationError(f"{url} is no place for a store: take the quotes away")
+        raise ConfigurationError(f"unsupported location {url}: take the quotes away")
+    allowed = "use s3://bucket/prefix, a folder, or file:///folder"
     url = path_of_file_url(url)
-    if re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:", url) or not url.strip():
-        raise ConfigurationError(f"{url!r} is no place for a store: {allowed}")
+    if re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:|s3:", url) or not url.strip():
+        raise ConfigurationError(f"unsupported location {url!r}: {allowed}")
     try:
         return LocalStore(Path(url).expanduser())
-    except RuntimeError as error:  # pathlib's word for a home that nobody has
-        raise ConfigurationError(f"{url!r} is no place for a store ({error}): {allowed}") from error
+    except RuntimeError as error:  # the home of an unknown user
+        raise ConfigurationError(f"unsupported location {url!r} ({error}): {allowed}") from error
 
 
 def is_relative(url: str) -> bool:

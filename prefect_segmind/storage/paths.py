@@ -1,10 +1,11 @@
-"""Local paths as people write them: another form of Unicode, the slashes of Windows, a near miss."""
+"""Local paths as people write them: another form of Unicode, backslashes, typing mistakes."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from prefect_segmind.text import spellings
@@ -28,7 +29,7 @@ def found_path(given: str | Path) -> Path:
             if is_there(found):
                 return found
         return path
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # the home of an unknown user
         return path
 
 
@@ -36,20 +37,30 @@ def is_there(path: Path) -> bool:
     """Whether a path leads to something."""
     try:
         return path.exists()
-    except (OSError, ValueError):  # no name that this system takes, so no file either
+    except (OSError, ValueError):  # a name that this system does not allow
         return False
 
 
+def missing_file(path: Path, *, folders: bool = False) -> str:
+    """Why there is no such file, with the nearest name in its folder: `does not exist (did you mean mug.jpg?)`.
+
+    Args:
+        path: The path that leads to nothing.
+        folders: Whether a folder is meant.
+    """
+    names: list[str] = []
+    with suppress(OSError, ValueError):  # a folder that cannot be listed is named all the same
+        names = [each.name for each in path.parent.iterdir() if each.is_dir() or not folders]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"does not exist ({f'did you mean {near[0]}?' if near else f'looked in {path.parent.absolute()}'})"
+
+
 def missing(image: str) -> str:
-    """The mistake of a local image that is not there, with what may have been meant."""
-    path = found_path(image).expanduser()
+    """The mistake of a local image that does not exist."""
     if os.name != "nt" and on_windows(image):
         hint = "a path on a Windows disk, which this machine does not have; write one relative to the manifest"
-    else:
-        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.resolve()}"
-    return f"image: {image} does not exist ({hint})"
+        return f"image: {image} does not exist ({hint})"
+    return f"image: {image} {missing_file(found_path(image).expanduser())}"
 
 
 def on_windows(image: str) -> bool:

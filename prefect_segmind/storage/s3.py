@@ -1,4 +1,4 @@
-"""S3 through boto3: the store in a bucket, single objects, presigned addresses, and every failure in plain words.
+"""S3 through boto3: the store in a bucket, single objects, presigned addresses.
 
 Importing this costs about a second of boto3, so it is imported where an `s3://` address turns up.
 """
@@ -10,7 +10,8 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from botocore.config import Config
 
 from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
-from prefect_segmind.storage.s3_errors import LOST, error_code, explained, may_be_the_checksum
+from prefect_segmind.storage.s3_errors import LOST, error_code, explained, may_be_the_checksum, status_of
 from prefect_segmind.storage.store import StoredObject, require
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def s3_client() -> S3Client:
 
 
 def ask_for_no_checksums(client: S3Client) -> None:
-    """Has a client not ask for the checksums of what it reads: that is checked by its own hash.
+    """Make a client read without asking for checksums: what it reads is checked by its own hash.
 
     botocore's check breaks on a 5xx that carries a checksum header (AttributeError: 'StreamingChecksumBody' object has
     no attribute 'strip'), as S3-compatible servers send it, and some servers refuse to be asked.
@@ -78,10 +79,10 @@ def ask_for_no_checksums(client: S3Client) -> None:
 
 
 def encrypt_writes(client: S3Client, encryption: str | None) -> None:
-    """Has a client ask for server-side encryption with all that it writes, copies included; for none if None.
+    """Make a client ask for server-side encryption of all that it writes, copies included; of nothing if None.
 
     Args:
-        client: Whoever made it.
+        client: The client, whoever made it.
         encryption: `AES256`, `aws:kms` for the account's own key, or `aws:kms:` and the id or ARN of a key.
     """
     headers = {"ServerSideEncryption": encryption} if encryption else {}
@@ -98,7 +99,7 @@ def encrypt_writes(client: S3Client, encryption: str | None) -> None:
 
 
 def sign_where_buckets_are(client: S3Client) -> None:
-    """Has a client sign addresses for the region into which it was redirected with a bucket's requests.
+    """Make a client sign addresses for the region to which a bucket's requests were redirected.
 
     botocore learns from a redirect for its next requests, and for the host of an address that it signs, but signs that
     for the client's own region, which is refused.
@@ -129,12 +130,36 @@ def split_uri(uri: str) -> tuple[str, str]:
     """
     found = re.fullmatch(r"(?is)s3://([a-z0-9][a-z0-9._-]{1,254})(?:/(.*))?", uri)
     if not found:
-        raise ConfigurationError(f"{uri!r} is no S3 address: write s3://bucket/key, with the key as it is, not encoded")
+        raise ConfigurationError(f"{uri!r} is not an S3 address: write s3://bucket/key, the key not encoded")
     return found[1], found[2] or ""
 
 
-def read(uri: str, client: S3Client, limit: int) -> bytes:
-    """The content of any object of at most `limit` bytes.
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What S3 says about an object without sending it.
+
+    Attributes:
+        key: Its key in the bucket.
+        size: Its length in bytes.
+        etag: Its ETag without the quotes, which some servers leave out in a listing.
+        modified: When it was last written, in seconds since 1970; a listing and a HEAD may round it differently.
+        now: When S3 said so, by its own clock; the same object seen twice is equal.
+    """
+
+    key: str
+    size: int
+    etag: str
+    modified: float
+    now: float = field(compare=False)
+
+
+def read(uri: str, client: S3Client, limit: int | None = None) -> bytes:
+    """The content of any object.
+
+    Args:
+        uri: `s3://bucket/key`.
+        client: As of `s3_client()`.
+        limit: The most bytes that it may have.
 
     Raises:
         ConfigurationError: The address is malformed or names no object.
@@ -146,11 +171,51 @@ def read(uri: str, client: S3Client, limit: int) -> bytes:
         answer = _get(client, bucket, key)
         if answer is None:
             raise StoreError(f"{uri} does not exist: check the key", status=404)
+        size = answer["ContentLength"]
         with answer["Body"] as body:
-            data = body.read(limit + 1) if answer["ContentLength"] <= limit else b""
-    if max(answer["ContentLength"], len(data)) > limit:
-        raise StoreError(f"{uri} has {answer['ContentLength']} bytes, more than the {limit} that are read")
+            if limit is None:
+                return body.read()
+            data = body.read(limit + 1) if size <= limit else b""
+    if max(size, len(data)) > limit:
+        raise StoreError(f"{uri} has {size} bytes, more than the {limit} that are read")
     return data
+
+
+def list_objects(uri: str, client: S3Client) -> Iterator[ObjectInfo]:
+    """The objects whose keys start with that of an address, a thousand at a time; "folder" markers are left out.
+
+    Args:
+        uri: `s3://bucket`, or `s3://bucket/` and the characters that the keys start with.
+        client: As of `s3_client()`.
+
+    Raises:
+        ConfigurationError: The address is malformed.
+        StoreError: The bucket cannot be listed.
+    """
+    bucket, prefix = split_uri(uri)
+    with explained(f"list {uri}", client):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", ()):
+                if not entry.get("Key", "/").endswith("/"):
+                    yield _info(entry.get("Key", ""), entry, entry.get("Size", 0), page)
+
+
+def stat(uri: str, client: S3Client) -> ObjectInfo | None:
+    """An object's size and version, by HEAD; None if there is no such object.
+
+    Raises:
+        ConfigurationError: The address is malformed or names no object.
+        StoreError: S3 refuses or does not answer.
+    """
+    bucket, key = _object(uri)
+    with explained(f"read {uri}", client):
+        try:
+            head = client.head_object(Bucket=bucket, Key=key)
+        except aws.ClientError as error:
+            if status_of(error) == 404:
+                return None
+            raise
+        return _info(key, head, head["ContentLength"], head)
 
 
 def exists(uri: str, client: S3Client) -> bool:
@@ -160,25 +225,69 @@ def exists(uri: str, client: S3Client) -> bool:
         ConfigurationError: The address is malformed or names no object.
         StoreError: S3 does not answer.
     """
+    try:
+        return stat(uri, client) is not None
+    except StoreError as error:
+        if error.status is None:
+            raise
+        return True
+
+
+def copy(source: str, target: str, client: S3Client, *, etag: str) -> None:
+    """Copy an object within S3, if it still has this ETag, to where there is none yet.
+
+    A condition that boto3 or the server does not know is left out, and some servers ignore one: so check both before.
+
+    Args:
+        source: `s3://bucket/key` of the object.
+        target: `s3://bucket/key` of the copy.
+        client: As of `s3_client()`.
+        etag: As in `ObjectInfo`.
+
+    Raises:
+        ConfigurationError: An address is malformed or names no object.
+        PreconditionFailedError: The source has changed, or the target exists.
+        StoreError: S3 refuses or does not answer.
+    """
+    (bucket, key), (to_bucket, to_key) = _object(source), _object(target)
+    request = {
+        "Bucket": to_bucket,
+        "Key": to_key,
+        "CopySource": {"Bucket": bucket, "Key": key},
+        "CopySourceIfMatch": f'"{etag}"',
+    }
+    with explained(f"copy {source} to {target}", client):
+        _call_if(client.copy_object, request, {"IfNoneMatch": "*"})
+
+
+def delete(uri: str, client: S3Client, *, etag: str) -> None:
+    """Delete an object if it still has this ETag, as far as boto3 and the server know that condition.
+
+    Args:
+        uri: `s3://bucket/key`.
+        client: As of `s3_client()`.
+        etag: As in `ObjectInfo`.
+
+    Raises:
+        ConfigurationError: The address is malformed or names no object.
+        PreconditionFailedError: The object has changed.
+        StoreError: S3 refuses or does not answer.
+    """
     bucket, key = _object(uri)
-    with explained(f"read {uri}", client):
-        try:
-            client.head_object(Bucket=bucket, Key=key)
-        except aws.ClientError as error:
-            return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404
-    return True
+    with explained(f"delete {uri}", client):
+        _call_if(client.delete_object, {"Bucket": bucket, "Key": key}, {"IfMatch": f'"{etag}"'})
 
 
 def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
-    """A https address by which anybody can GET the object until it dies, or the credentials that signed it.
+    """An https address by which anybody can GET the object until it expires, or the credentials that signed it.
 
-    It is a bearer secret: never logged, stored or shown. It is a signature only; nothing is asked of the server. It is
-    for the region that this client's requests to the bucket have led to.
+    It is a bearer secret: never logged, stored or shown. No request is sent. The address is for the region that this
+    client's requests to the bucket have led to.
 
     Args:
         uri: `s3://bucket/key`.
         client: One that signs with SigV4, as that of `s3_client()` does.
-        seconds: How long it lives, up to 604800 (seven days, the most that SigV4 allows,
+        seconds: How long it is valid, up to 604800 (seven days, the most that SigV4 allows,
             https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html).
 
     Raises:
@@ -194,12 +303,12 @@ def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
 
 
 def credentials_expire_in(client: S3Client) -> float | None:
-    """Seconds until the credentials that would sign now die, refreshed first if due; None where none is known.
+    """Seconds until the current credentials expire, refreshed first if due; None if they do not, or it is unknown.
 
     Raises:
         StoreCredentialsError: They are due to be refreshed and cannot be.
     """
-    # botocore shows a client's credentials and their expiry nowhere in public; a test pins that these are there.
+    # botocore has no public access to a client's credentials and their expiry; a test pins these private names.
     credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
     if credentials is None:
         return None
@@ -214,7 +323,7 @@ class S3Store:
 
     Args:
         bucket: It must exist.
-        prefix: What all keys begin with; slashes around it do not count.
+        prefix: What all keys begin with; slashes around it are ignored.
         client: As of `s3_client()`; threads may share it.
     """
 
@@ -233,9 +342,9 @@ class S3Store:
 
     @property
     def conditional(self) -> bool:
-        """Whether the server honours `If-None-Match: *`; asked once, by writing `.segmind/conditional-writes`.
+        """Whether the server honours `If-None-Match: *`; probed once, by writing `.segmind/conditional-writes`.
 
-        Some servers take the header and ignore it, hence two writes: the second one must be refused.
+        Some servers accept the header and ignore it, hence two writes: the second one must be refused.
         """
         with self._probing:
             if self._conditional is None:
@@ -261,9 +370,7 @@ class S3Store:
             answer = _get(self._client, self._bucket, self._root + key)
             if answer is None:
                 return None
-            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-            now = parsedate_to_datetime(date) if date else datetime.now(UTC)
-            age = max(0.0, (now - answer["LastModified"]).total_seconds())
+            age = max(0.0, _date(answer) - answer["LastModified"].timestamp())
             return StoredObject(answer["Body"].read(), answer["ETag"], age)
 
     def put(
@@ -286,15 +393,15 @@ class S3Store:
             PreconditionFailedError: The condition does not hold, or another write was under way.
             StoreError: Its subclass says what to do.
         """
+        headers = {} if cache_control is None else {"CacheControl": cache_control}
         if not if_absent and if_match is None:
-            return self._put(key, data, content_type, cache_control=cache_control)
+            return self._put(key, data, content_type, **headers)
         if not self.conditional:
             require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
-            return self._put(key, data, content_type, cache_control=cache_control)
+            return self._put(key, data, content_type, **headers)
+        condition = {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": if_match}
         try:
-            return self._put(
-                key, data, content_type, if_absent=if_absent, if_match=if_match, cache_control=cache_control
-            )
+            return self._put(key, data, content_type, **headers, **condition)
         except PreconditionFailedError:
             # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
             found = self.get(key)
@@ -303,10 +410,9 @@ class S3Store:
             raise
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether the object is there with this content, by HEAD: every sign that the server gives must agree.
+        """Whether the object has this content, by HEAD: the size, and the SHA-256 and ETag where known, must agree.
 
-        The signs are the size, the SHA-256 and the ETag; this one is the MD5 of the content only if it looks like one
-        and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
+        The ETag is the MD5 of the content only if it looks like one and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
 
         Raises:
             StoreError: Its subclass says what to do.
@@ -319,14 +425,14 @@ class S3Store:
                 head = self._client.head_object(**where)
             except aws.ClientError:
                 head = None
-        if head is None:  # a refused HEAD has no text: 404 may be the key or the bucket, 403 the key pair or the rights
+        if head is None:  # a refused HEAD has no body: 404 may be the key or the bucket, 403 the key pair or the rights
             found = self.get(key)
             return found is not None and found.data == data
         checksum, etag = head.get("ChecksumSHA256"), _MD5.fullmatch(head["ETag"])
         plain = not head.get("ServerSideEncryption", "").startswith("aws:kms")
         return (
             head["ContentLength"] == len(data)
-            and (not checksum or "-" in checksum or checksum == _sha256(data))  # with a dash: of the parts of an upload
+            and (not checksum or "-" in checksum or checksum == _sha256(data))  # with a dash: of a multipart upload
             and (not etag or not plain or etag[1] == hashlib.md5(data, usedforsecurity=False).hexdigest())
         )
 
@@ -336,42 +442,24 @@ class S3Store:
         Raises:
             StoreError: Its subclass says what to do.
         """
-        with explained(f"list {self.uri(prefix)}", self._client):
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
-                for entry in page.get("Contents", ()):
-                    if not entry.get("Key", "/").endswith("/"):
-                        yield entry.get("Key", "")[len(self._root) :]
+        for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
+            yield each.key.removeprefix(self._root)
 
-    def _put(
-        self,
-        key: str,
-        data: bytes,
-        content_type: str,
-        *,
-        if_absent: bool = False,
-        if_match: str | None = None,
-        cache_control: str | None = None,
-    ) -> str:
+    def _put(self, key: str, data: bytes, content_type: str, **more: Any) -> str:
         request: PutObjectRequestTypeDef = {
             "Bucket": self._bucket,
             "Key": self._root + key,
             "Body": data,
             "ContentType": content_type,
+            **more,  # type: ignore[typeddict-item]
         }
-        if cache_control is not None:
-            request["CacheControl"] = cache_control
-        if if_absent:
-            request["IfNoneMatch"] = "*"
-        if if_match is not None:
-            request["IfMatch"] = if_match
         with explained(f"write {self.uri(key)}", self._client):
             return _put(self._client, request, _sha256(data))
 
     def _probe(self) -> bool:
         for _ in range(2):
             try:
-                self._put(PROBE_KEY, b"asked whether If-None-Match is honoured\n", "text/plain", if_absent=True)
+                self._put(PROBE_KEY, b"asked whether If-None-Match is honoured\n", "text/plain", IfNoneMatch="*")
             except PreconditionFailedError:
                 return True
             except StoreError as error:
@@ -388,22 +476,42 @@ def _object(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def _info(key: str, facts: Any, size: int, answer: Any) -> ObjectInfo:
+    return ObjectInfo(key, size, facts.get("ETag", "").strip('"'), facts["LastModified"].timestamp(), _date(answer))
+
+
+def _date(answer: Any) -> float:
+    """When an answer was given by the server's clock, in seconds since 1970; by this machine's if it does not say."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return (parsedate_to_datetime(date) if date else datetime.now(UTC)).timestamp()
+
+
+def _call_if(call: Callable[..., object], request: dict[str, Any], condition: dict[str, str]) -> None:
+    """Call with a condition; without it where this boto3 does not have it, or the server does not know it."""
+    try:
+        call(**request, **condition)
+    except (aws.ParamValidationError, aws.ClientError) as error:
+        if isinstance(error, aws.ClientError) and status_of(error) not in (400, 501):
+            raise
+        call(**request)
+
+
 def _sha256(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
 def _put(client: S3Client, request: PutObjectRequestTypeDef, sha256: str) -> str:
-    """Writes an object with its checksum; without, from here on, where the server takes it only so. Gives the ETag."""
+    """Write an object with its checksum; without, from here on, if the server refuses one. Returns the ETag."""
     if not _sends_checksums(client):
         return client.put_object(**request)["ETag"]
     try:
-        # Both: a server may keep the checksum only if the algorithm is named as well (moto does).
+        # Both: a server may keep the checksum only if the algorithm is named as well, as moto does.
         checked: PutObjectRequestTypeDef = {**request, "ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
         return client.put_object(**checked)["ETag"]
     except aws.ClientError as error:
         if not may_be_the_checksum(error):
             raise
-    config: Any = client.meta.config  # what botocore looks at for each request: else it adds a checksum of its own
+    config: Any = client.meta.config  # botocore reads it for each request; else it adds a checksum of its own
     with _trying_without:
         before = config.request_checksum_calculation
         config.request_checksum_calculation = "when_required"

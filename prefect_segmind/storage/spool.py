@@ -1,4 +1,4 @@
-"""A list on disk: as many records as there are, in little memory."""
+"""A list on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from prefect_segmind.errors import StoreError
+from prefect_segmind.storage.disk_errors import disk_errors
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -28,7 +28,7 @@ class Spool(Generic[M]):
         models: The classes of the records.
 
     Example:
-        >>> from prefect_segmind.api.request import Job
+        >>> from prefect_segmind.jobs.job import Job
         >>> with Spool(Job) as jobs:
         ...     jobs.append(Job(image="mug.jpg", prompt="a red mug"))
         ...     [job.name for job in jobs]
@@ -45,7 +45,7 @@ class Spool(Generic[M]):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the spool
 
     def append(self, record: M) -> None:
-        """Adds a record.
+        """Append a record.
 
         Raises:
             StoreError: The disk is full, or the temporary folder cannot be written.
@@ -73,12 +73,12 @@ class Spool(Generic[M]):
                 return
             for line in lines:
                 number, _, text = line.partition(b" ")
-                # What is in here has been checked before; the context only lets all of that through again.
+                # The records were valid when appended; the context lets all of them through again.
                 yield self._models[int(number)].model_validate_json(text, context={"allow_unlisted_resolution": True})
 
     def close(self) -> None:
-        """Removes the file; the records are gone."""
-        with suppress(OSError):  # what could not be flushed is of no use any more
+        """Remove the file with all records."""
+        with suppress(OSError):  # what could not be flushed is not needed any more
             self._file.close()
 
     def __enter__(self) -> Spool[M]:
@@ -92,19 +92,14 @@ class Spool(Generic[M]):
 
 @contextmanager
 def temporary_file() -> Iterator[None]:
-    """Turns what fails with a temporary file into an error that names its folder.
+    """Turn a failure of a temporary file into an error that names its folder.
 
     Raises:
         StoreError: The disk is full, or the folder is missing or cannot be written.
     """
-    try:
+    folder = "the folder for temporary files"
+    with suppress(OSError):  # where none of those that it tries can be written
+        folder = tempfile.gettempdir()
+    remedy = f"free some space in {folder}, or set TMPDIR to a folder that can be written and has some"
+    with disk_errors("cannot use a temporary file", remedy=remedy):
         yield
-    except OSError as error:
-        try:
-            folder = tempfile.gettempdir()
-        except OSError:  # none of those that it tries can be written
-            folder = "the folder for temporary files"
-        raise StoreError(
-            f"cannot use a temporary file ({error.strerror or error}): free some space in {folder}, or set TMPDIR to a "
-            "folder that is there, can be written and has some"
-        ) from error

@@ -6,16 +6,25 @@ who all say `if_absent` one wins. "Cannot read" is always an error and never loo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from prefect_segmind.errors import PreconditionFailedError
+from pydantic import BaseModel, ValidationError
+
+from prefect_segmind.errors import PreconditionFailedError, StoreError
+
+M = TypeVar("M", bound=BaseModel)
+
+_WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
+"""Seconds before JSON that cannot be read is read again: some servers write in place, and show half of it."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object as a store gave it.
+    """An object as it was read.
 
     Attributes:
         data: The content.
@@ -29,7 +38,7 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """Objects by key, such as `summer/hat.png`. Any method may raise a `StoreError` naming the place and a remedy."""
+    """Objects by key, such as `summer/hat.png`. Any method may raise a `StoreError` with the address and a remedy."""
 
     @property
     def url(self) -> str:
@@ -38,12 +47,12 @@ class Store(Protocol):
 
     @property
     def conditional(self) -> bool:
-        """Whether the conditions of `put` are honoured; where they are not, they are checked first as best effort."""
+        """Whether the conditions of `put` are atomic; where they are not, they are checked beforehand."""
         ...
 
     @property
     def checksums(self) -> bool:
-        """Whether the store checks what it is given by a checksum, as far as it is known by now."""
+        """Whether the store verifies what is written by a checksum, as far as is known by now."""
         ...
 
     def uri(self, key: str) -> str:
@@ -67,12 +76,12 @@ class Store(Protocol):
         """Write an object, whole or not at all, and return its new etag.
 
         Args:
-            key: Where to.
+            key: Its key.
             data: The content. Where it matters who won, no two writers may write the same bytes.
             content_type: Such as `image/png`; a folder does not keep it.
             if_absent: Only if there is no such object.
             if_match: Only if the object still has this etag; not together with `if_absent`.
-            cache_control: The `Cache-Control` that caches are told, such as `no-cache`; a folder does not keep it.
+            cache_control: The `Cache-Control` for caches, such as `no-cache`; a folder does not keep it.
 
         Raises:
             PreconditionFailedError: The condition does not hold; nothing was written.
@@ -80,7 +89,7 @@ class Store(Protocol):
         ...
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether the object is there with this content, as far as the store can tell without sending it."""
+        """Whether the object has this content, as far as the store can tell without sending it."""
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:
@@ -88,9 +97,31 @@ class Store(Protocol):
         ...
 
 
+def read_model(store: Store, key: str, model: type[M], remedy: str) -> tuple[M, StoredObject] | None:
+    """A JSON object as a model, and as it was read; None only where the store says for certain that there is none.
+
+    Args:
+        store: The store.
+        key: The object's key.
+        model: The class of the model.
+        remedy: What follows from an object that cannot be read, and what to do.
+
+    Raises:
+        StoreError: It cannot be read, or is of another version; neither is ever taken for "not there".
+    """
+    for wait in (*_WAITS_FOR_A_WRITER, 0.0):
+        found = store.get(key)
+        if found is None:
+            return None
+        with suppress(ValidationError):
+            return model.model_validate_json(found.data), found
+        time.sleep(wait)
+    raise StoreError(f"{store.uri(key)} cannot be read by this version; {remedy}")
+
+
 def require(found: StoredObject | None, uri: str, *, if_absent: bool, if_match: str | None) -> None:
     """Raise PreconditionFailedError unless the conditions hold for what was found at an address."""
     if if_absent and found is not None:
-        raise PreconditionFailedError(f"{uri} is there already; somebody else has written it")
+        raise PreconditionFailedError(f"{uri} already exists; somebody else has written it")
     if if_match is not None and (found is None or found.etag != if_match):
-        raise PreconditionFailedError(f"{uri} is no longer what was read; somebody else has changed it")
+        raise PreconditionFailedError(f"{uri} has changed since it was read; somebody else has written it")

@@ -22,8 +22,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from prefect_segmind import services
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from tests.support import environment, waiting
 from tests.support.patient import PatientTransport
 from tests.support.ports import free_port
@@ -31,13 +31,14 @@ from tests.support.ports import free_port
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(840)]
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HEADING = "## It runs by itself: schedules, events, an inbox"
+PAGE = (ROOT / "docs" / "schedules-and-events.md").read_text(encoding="utf-8")
+HEADING = "## A schedule in three terminals"
 T = TypeVar("T")
 
 
 def block(start: str, kind: str) -> str:
-    """The first fenced block of a kind in the README below some text."""
-    found = re.search(rf"```{kind}\n(.*?)```", README.partition(start)[2], re.S)
+    """The first fenced block of a kind in the page on schedules and events below some text."""
+    found = re.search(rf"```{kind}\n(.*?)```", PAGE.partition(start)[2], re.S)
     assert found, start
     return found[1]
 
@@ -45,9 +46,9 @@ def block(start: str, kind: str) -> str:
 def terminals() -> list[list[str]]:
     """What is pasted into each of the README's terminals, a command each."""
     below = README.partition(HEADING)[2].partition("\n## ")[0]
-    pasted = re.findall(r"^\*\*Terminal (\d)\*\*.*\n\n```console\n((?:\$ .*\n)+)```", below, re.M)
+    pasted = re.findall(r"^\*\*Terminal (\d)\*\*.*\n\n```bash\n((?:.+\n)+?)```", below, re.M)
     assert [number for number, _ in pasted] == ["1", "2", "3"]
-    return [re.findall(r"^\$ (.*)$", commands, re.M) for _, commands in pasted]
+    return [commands.splitlines() for _, commands in pasted]
 
 
 def test_there_are_five_commands_in_three_terminals_and_the_file_says_the_same() -> None:
@@ -60,7 +61,7 @@ def test_there_are_five_commands_in_three_terminals_and_the_file_says_the_same()
 
 def test_no_server_is_started_in_the_background() -> None:
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("deployments/**/*.yaml")):
-        for line in re.findall(r"^(?:\$|#) +.*server start.*$", path.read_text(encoding="utf-8"), re.M):
+        for line in re.findall(r"^#? *prefect .*server start.*$", path.read_text(encoding="utf-8"), re.M):
             assert "--background" not in line
 
 
@@ -232,8 +233,8 @@ def test_a_fresh_clone_runs_by_itself_after_five_commands(sandbox: Sandbox, team
 
 
 def send(team: Team, **payload: Any) -> str:
-    """Sends the README's event, as it stands but for another payload; returns its id."""
-    command = block("<!-- webhook: a test sends this -->", "console").removeprefix("$ ")
+    """Sends the event of the docs, as it stands but for another payload; returns its id."""
+    command = block("<!-- webhook: a test sends this -->", "bash")
     command = command.replace("4200", str(team.port))
     event_id = str(uuid4())
     if payload:
@@ -256,7 +257,7 @@ def an_event_makes_the_picture_that_it_asks_for(sandbox: Sandbox, team: Team) ->
 
 def the_same_event_makes_no_other_picture(sandbox: Sandbox, team: Team) -> None:
     send(team)  # with the same id: no other run
-    payload = json.loads(re.findall(r'"payload": (\{.*?\})', block("<!-- webhook", "console"), re.S)[0])
+    payload = json.loads(re.findall(r'"payload": (\{.*?\})', block("<!-- webhook", "bash"), re.S)[0])
     send(team, **payload)  # with another id: a run that finds the picture
     before = len(sandbox.ledger.requests)
     runs = team.until(lambda: found if len(found := team.runs("image-to-image/on-asset-changed")) == 2 else None)
@@ -346,7 +347,7 @@ def the_schedule_runs_with_its_own_parameters(sandbox: Sandbox, team: Team) -> N
 
 
 def every_picture_is_in_the_archive_and_billed_once(sandbox: Sandbox) -> None:
-    archive = services.open_archive(None)
+    archive = Services().archive
     names = {key.rpartition("/")[0] for key in archive.store.keys("") if key.endswith((".jpg", ".png", ".webp"))}
     pictures = {
         "shop/mug",
@@ -361,7 +362,7 @@ def every_picture_is_in_the_archive_and_billed_once(sandbox: Sandbox) -> None:
 
 
 def a_deployment_is_paused_when_the_credits_run_out(sandbox: Sandbox, team: Team) -> None:
-    team.shell(block("### Events and automations", "console").removeprefix("$ "))
+    team.shell(block("## Automations", "bash"))
     sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
     parameters = {"image": "deployments/photos/bowl.jpg", "prompt": "a bowl"}
     assert team.ended(team.start("image-to-image/on-demand", **parameters))["type"] == "FAILED"
@@ -392,5 +393,5 @@ def test_without_a_work_pool_one_process_serves_the_same(
             server.kill()
             server.wait()
     assert sandbox.ledger.billed == 2
-    keys = set(services.open_archive(None).store.keys("mug/"))
+    keys = set(Services().archive.store.keys("mug/"))
     assert [each for each in keys if "contact-sheet" in each]

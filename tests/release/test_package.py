@@ -66,8 +66,9 @@ print(Block.load(f"segmind-credentials/{sys.argv[1]}").api_key.get_secret_value(
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_the_readme_s_command_puts_the_block_into_the_catalogue() -> None:
-    (command,) = re.findall(r"^\$ prefect (block register .+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+def test_the_command_of_the_docs_puts_the_block_into_the_catalogue() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^prefect (block register .+)$", page, re.M)
     assert "Segmind Credentials" in fresh("-m", "prefect", *command.split())
     assert "segmind-credentials" in fresh("-m", "prefect", "block", "type", "ls")
 
@@ -102,6 +103,11 @@ def test_wheel_and_sdist_hold_everything_and_nothing_else() -> None:
         "README.md",
         "LICENSE",
         "CHANGELOG.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        ".pre-commit-config.yaml",
+        "docs/paying-once.md",
         "flows/image_to_image.py",
         "tasks/retry_delays.py",
         "tests/conftest.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -26,7 +25,9 @@ from prefect.states import Cancelling, Pending
 from prefect_segmind import BatchError, BatchResult, refresh_assets
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, NotApprovedError
 from prefect_segmind.flows import approval_form
+from prefect_segmind.reporting.listener import Question
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
@@ -271,11 +272,7 @@ def test_the_form_tells_what_goes_live_until_when_it_waits_and_for_which_deploym
 )
 def test_what_goes_live_is_told_by_its_addresses(publish_to: str | None, told: str) -> None:
     plan = _plan().model_copy(update={"total": 8})
-    assert approval_form.Question("x", plan, Decimal(0), (("a", "b"),), (), publish_to).goes_live() == told
-
-
-def test_the_examples_are_true() -> None:
-    assert doctest.testmod(approval_form).failed == 0
+    assert Question("x", plan, Decimal(0), (("a", "b"),), (), publish_to).goes_live() == told
 
 
 def test_nobody_is_asked_for_what_costs_no_more(sandbox: Sandbox, manifest: str) -> None:
@@ -309,9 +306,9 @@ def test_the_setting_counts_where_the_flow_names_none(
 
 
 def test_where_nobody_could_answer_it_says_so_at_once(sandbox: Sandbox, manifest: str) -> None:
-    question = approval_form.Question("x", _plan(), Decimal(0), (), ())
+    question = Question("x", _plan(), Decimal(0), (), ())
     with temporary_settings({PREFECT_API_URL: None}), pytest.raises(ConfigurationError, match="no Prefect server"):
-        approval_form._ask_in_prefect(question, None)
+        approval_form._ask_in_prefect(question, Services())
 
 
 def _plan() -> Any:
@@ -323,6 +320,6 @@ def _plan() -> Any:
 def test_a_source_that_cannot_be_read_is_named_in_the_form(sandbox: Sandbox, photo: Path) -> None:
     (photo.parent / "text.jpg").write_text("no picture")
     sources = [str(photo), str(photo.parent / "text.jpg"), str(photo.parent / "lost.jpg")]
-    told = approval_form.description(approval_form.Question("x", _plan(), Decimal(0), (("a", "b"),), sources), None)
+    told = approval_form.description(Question("x", _plan(), Decimal(0), (("a", "b"),), sources), Services().reader)
     assert told.count("data:image/jpeg") == 1
     assert told.count("cannot be read") == 2

@@ -17,12 +17,13 @@ import certifi
 import httpx
 import pytest
 
-from prefect_segmind import __version__, services
+from prefect_segmind import __version__
 from prefect_segmind.__main__ import main
 from prefect_segmind.cli import commands, output
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from tests.support.ports import listens
 from tests.support.waiting import until
 
@@ -175,7 +176,7 @@ def test_an_archive_that_fails_after_the_answer_tells_what_was_paid_and_where_th
 ) -> None:
     archive = tmp_path / "archive"
     (archive / "mug").mkdir(parents=True)
-    put = services.open_archive(str(archive)).store.__class__.put
+    put = Services(archive=str(archive)).archive.store.__class__.put
 
     def full(self: Any, key: str, *arguments: Any, **options: Any) -> str:
         if not key.startswith(".segmind"):

@@ -18,11 +18,13 @@ from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
 from prefect_segmind.batch.plan import Plan, PlannedJob
-from prefect_segmind.batch.tally import BatchError, BatchResult, Progress, observer, planned
+from prefect_segmind.batch.tally import BatchResult, Progress, planned
 from prefect_segmind.cli import commands, output
-from prefect_segmind.cli.progress import batch_progress
+from prefect_segmind.cli.progress import BatchRun
 from prefect_segmind.flows import refresh_assets
+from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.reporting import artifacts
+from prefect_segmind.reporting.listener import listener
 from prefect_segmind.sandbox import Answer, Sandbox
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
@@ -234,14 +236,14 @@ def test_an_interrupt_is_told_as_one_even_if_prefect_fails_on_top_of_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     refresh(capsys, manifest)
-    kept: list[BatchResult] = []
 
     def interrupted(**options: Any) -> None:
-        kept.append(refresh_assets(**options))
-        ended: BaseException = interrupt(signal.SIGTERM)
-        vars(ended)["batch"] = BatchError("interrupted", kept[0].model_copy(update={"cost_usd": Decimal("0.10")}))
+        result: BatchResult = refresh_assets(**options)
+        ledger = Ledger()
+        ledger.reserve(Decimal("0.10"))  # it may be billed
+        listener().ended(ledger, result.model_copy(update={"cost_usd": Decimal("0.10")}))
         try:
-            raise ended
+            raise interrupt(signal.SIGTERM)
         except interrupt:
             raise ConnectionError("Prefect's server is gone") from OSError("refused")
 
@@ -257,7 +259,7 @@ def test_an_interrupt_while_planning_does_not_speak_of_a_bill(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefect_segmind.services.source_reader", interrupted)  # the plan is made with it
+    monkeypatch.setattr("prefect_segmind.services.SourceReader", interrupted)  # the plan is made with it
     code, told, err = refresh(capsys, manifest)
     assert (code, told["total"], sandbox.ledger.requests) == (130, 0, ())
     assert told["error"] == "interrupted; the same command again goes on from here"
@@ -267,14 +269,12 @@ def test_an_interrupt_while_planning_does_not_speak_of_a_bill(
 def test_a_bar_shows_done_reused_failed_money_and_time_left() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    with batch_progress(console):
-        show = observer.get()
-        assert show is not None
-        show(Progress(10, Counter(generated=2, reused=1, failed=1), Decimal("0.10"), 5.0))
+    run = BatchRun(console, yes=False)
+    with run.shown():
+        run.progressed(Progress(10, Counter(generated=2, reused=1, failed=1), Decimal("0.10"), 5.0))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "4/10" in text
     assert "1 reused, 1 failed, 0.10 USD" in text
-    assert observer.get() is None
 
 
 class Typing(io.StringIO):
@@ -306,7 +306,9 @@ def test_a_person_is_asked_in_the_terminal_and_the_answer_counts(
     assert (found, told["generated"], sandbox.ledger.billed) == (code, billed, billed)
     assert "3, 0.15 USD" in people
     assert "a mug, number 0, summer" in people
-    assert people.count("More than 0.05 USD") == typed.count("\n"), "what is no answer is asked again"
+    assert people.count("This run may cost 0.15 USD. Continue?") == typed.count("\n"), (
+        "what is no answer is asked again"
+    )
     if not billed:
         assert (told["not_started"], told["cost_usd"]) == (3, "0.00")
         assert "not approved" in told["error"]
@@ -315,7 +317,7 @@ def test_a_person_is_asked_in_the_terminal_and_the_answer_counts(
 def test_yes_asks_nobody(sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, told, people = refresh(capsys, manifest, "--approve-above-usd", "0", "--yes")
     assert (code, told["generated"]) == (output.DONE, 3)
-    assert "Go on?" not in people
+    assert "Continue?" not in people
 
 
 def test_where_nobody_can_be_asked_nothing_is_paid(

@@ -54,7 +54,7 @@ from prefect_segmind.manifest.templates import render
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deployments"
-DOCS = (ROOT / "docs" / "deployments.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "schedules-and-events.md").read_text(encoding="utf-8")
 NAMES = [
     "image-to-image/on-demand",
     "image-to-image/on-asset-changed",

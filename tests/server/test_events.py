@@ -16,20 +16,19 @@ from prefect_segmind import image_to_image, refresh_assets
 from prefect_segmind.batch.approval import Answer as Answered
 from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
-from prefect_segmind.flows import approval_form
 from prefect_segmind.reporting import events as our_events
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support.answering import answering
 from tests.support.server_events import all_events
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 DOCUMENTED = {
     event: set(re.findall(r"`(\w+)`", payload))
-    for events, payload in re.findall(
-        r"^\| (`prefect-segmind\..*?) \| (.*) \|$",
-        (Path(__file__).parents[2] / "docs" / "deployments.md").read_text(encoding="utf-8"),
+    for event, payload in re.findall(
+        r"^\| `(prefect-segmind\..*?)` \|.*\| (.*) \|$",
+        (Path(__file__).parents[2] / "docs" / "schedules-and-events.md").read_text(encoding="utf-8"),
         re.M,
     )
-    for event in re.findall(r"`(.+?)`", events)
 }
 Events = Callable[[int], list[dict[str, Any]]]
 
@@ -118,12 +117,8 @@ def test_credits_that_end_a_trimmed_batch_are_told_too(
     sandbox: Sandbox, manifest: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
-    token = approval_form.asker.set(lambda _: Answered("trim", Decimal("0.10")))
-    try:
-        with pytest.raises(BatchError):
-            refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
-    finally:
-        approval_form.asker.reset(token)
+    with answering(Answered("trim", Decimal("0.10"))), pytest.raises(BatchError):
+        refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
     assert events(3)[-1]["event"] == "prefect-segmind.credits.exhausted"
 
 
@@ -155,5 +150,3 @@ def test_a_budget_that_is_reached_is_told_of_the_run(sandbox: Sandbox, manifest:
 def test_every_event_is_documented() -> None:
     ours = {value for name, value in vars(our_events).items() if name.isupper() and isinstance(value, str)}
     assert DOCUMENTED.keys() == ours
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(prefect-segmind\..*?)` \|", readme, re.M)) == ours

@@ -13,17 +13,18 @@ from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from prefect_segmind import BatchError, explore_variations, services
+from prefect_segmind import BatchError, explore_variations
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, ManifestError, SourceImageError
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def sheet(uri: str | None) -> Image.Image:
     assert uri
-    found = services.open_archive(None).content(uri)
+    found = Services().archive.content(uri)
     assert found
     return Image.open(BytesIO(found))
 
@@ -33,7 +34,7 @@ def test_every_combination_is_a_picture_and_all_are_on_one_sheet(sandbox: Sandbo
         str(photo), "a red mug", styles=["ANIME", "DESIGN"], weights=[30, 70], seeds=[100, 4711]
     )
     assert (result.generated, result.cost_usd) == (8, Decimal("0.40"))
-    archive = services.open_archive(None)
+    archive = Services().archive
     sent = [json.loads(archive.content(each.sidecar) or b"")["request"] for each in result.images]
     assert {(each["style_type"], each["image_weight"], each["seed"]) for each in sent} == {
         (style, weight, seed) for style in ("ANIME", "DESIGN") for weight in (30, 70) for seed in (100, 4711)

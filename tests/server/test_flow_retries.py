@@ -32,7 +32,6 @@ from prefect_segmind import (
     image_to_image,
     produce_asset,
     refresh_assets,
-    services,
     upload_image,
     validate_job,
 )
@@ -40,6 +39,7 @@ from prefect_segmind.api import client
 from prefect_segmind.archive.record import Attempt, Record
 from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLimitError, SegmindError
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage.http import DownloadError
 from tests.support.walk import up_to_upload
 
@@ -385,7 +385,7 @@ def test_a_budget_holds_in_all_tries_for_pictures_that_are_known_by_an_older_spe
         assert job.earlier
         lost = Attempt(run="long ago", sent_at=datetime.now(UTC), status=502, reason="lost", possibly_billed=True)
         before = Record(fingerprint=job.earlier.fingerprint, attempts=(lost,))
-        services.open_archive(None).write(before, None)
+        Services().archive.write(before, None)
     sandbox.play(*[LOST] * 12)
     result = run(str(manifest), 2, max_concurrency=1, budget_usd=Decimal("0.10"))
     agrees(result, sandbox)

@@ -40,7 +40,6 @@ from prefect_segmind import (
     generate_image,
     image_to_image,
     publish_image,
-    services,
     upload_image,
     validate_job,
 )
@@ -48,6 +47,7 @@ from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import BadGatewayError, InvalidJobError, InvalidKeyError, RateLimitError
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from tests.support import prefect_server, waiting
 from tests.support.server_events import all_events
 
@@ -198,7 +198,7 @@ def test_all_mistakes_of_a_job_are_told_at_once_and_nothing_is_uploaded(sandbox:
     for line in ("Did you mean REALISTIC?", "Did you mean RESOLUTION_768_1280?", "Did you mean 1?"):
         assert line in str(error.value)
     assert sandbox.ledger.requests == ()
-    assert list(services.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store.keys("")) == []
+    assert list(Services(archive=os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).archive.store.keys("")) == []
 
 
 def test_before_and_after_stand_side_by_side_in_an_artifact_that_never_expires(sandbox: Sandbox, photo: Path) -> None:

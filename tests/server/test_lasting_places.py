@@ -13,10 +13,11 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.runtime import deployment
 
-from prefect_segmind import image_to_image, refresh_assets, services
+from prefect_segmind import image_to_image, refresh_assets
 from prefect_segmind.cli import commands
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services, outbox_folder
 from prefect_segmind.settings import load_settings
 from prefect_segmind.storage.open_store import is_relative
 
@@ -44,40 +45,40 @@ class TestInADeployment:
     @pytest.mark.parametrize("place", ["pictures", "./pictures", "../pictures", "pictures/2026", " pictures"])
     def test_a_relative_archive_is_refused_by_the_name_of_its_parameter(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match=r"^archive: .* is a relative folder") as caught:
-            services.open_archive(place)
+            _ = Services(archive=place).archive
         for said in (repr(place.strip()), "nothing was paid", "s3://bucket/prefix", "/srv/pictures"):
             assert said in str(caught.value)
 
     def test_and_by_the_name_of_its_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "pictures")
         with pytest.raises(ConfigurationError, match=f"^{PREFIX}ARCHIVE: 'pictures' is a relative folder"):
-            services.open_archive(None)
+            _ = Services().archive
 
     def test_so_is_an_outbox(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "outbox")
         with pytest.raises(ConfigurationError, match=f"^{PREFIX}OUTBOX: 'outbox' is a relative folder"):
-            services.open_outbox()
+            outbox_folder(load_settings())
 
     def test_so_is_the_outbox_in_a_relative_home_of_prefect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("prefect_segmind.settings.PREFECT_HOME.value", lambda: Path("home"), raising=False)
         with pytest.raises(ConfigurationError, match=r"^PREFECT_HOME: 'home/segmind/outbox' is a relative folder"):
-            services.open_outbox()
+            outbox_folder(load_settings())
 
     @pytest.mark.parametrize("place", ["live", "live/{name}.jpg", "{name}.jpg"])
     def test_so_is_a_place_to_publish_to(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match=r"^publish_to: .* is a relative folder"):
-            services.open_publisher(place)
+            _ = Services(publish_to=place).publishing
 
     @pytest.mark.parametrize("folder", ["/tmp/tmpab_12xyzprefect/clone", "/tmp/runner_storage/1f2e/clone"])
     def test_so_is_a_folder_that_prefect_deletes_with_the_run(self, folder: str) -> None:
         with pytest.raises(ConfigurationError, match="in a folder that Prefect deletes"):
-            services.open_archive(f"{folder}/pictures")
+            _ = Services(archive=f"{folder}/pictures").archive
 
     @pytest.mark.parametrize("file", [".env", "prefect.toml", "pyproject.toml"])
     def test_what_a_file_names_is_taken_from_the_folder_of_the_file(self, file: str, folder: Path) -> None:
         write(folder / file, archive="pictures", outbox="../outbox")
-        assert services.open_archive(None).url == str(folder / "pictures")
-        assert services.open_outbox().folder == folder / "../outbox"
+        assert Services().archive.url == str(folder / "pictures")
+        assert outbox_folder(load_settings()) == folder / "../outbox"
 
     def test_absolute_folders_homes_and_buckets_are_taken(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(folder))
@@ -87,10 +88,10 @@ class TestInADeployment:
             (folder / "pictures").as_uri(),
             f"file:{folder}/pictures",
         ):
-            assert services.open_archive(place).url == str(folder / "pictures")
-            assert services.open_publisher(place)
+            assert Services(archive=place).archive.url == str(folder / "pictures")
+            assert Services(publish_to=place).publishing
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "~/outbox")
-        assert services.open_outbox().folder == folder / "outbox"
+        assert outbox_folder(load_settings()) == folder / "outbox"
 
 
 def write(path: Path, **settings: str) -> None:
@@ -108,27 +109,27 @@ class TestElsewhere:
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "outbox")
         for here in (folder, tmp_path):
             monkeypatch.chdir(here)
-            assert services.open_archive("pictures").url == str(here / "pictures")
-            assert services.open_outbox().folder == here / "outbox"
+            assert Services(archive="pictures").archive.url == str(here / "pictures")
+            assert outbox_folder(load_settings()) == here / "outbox"
 
     def test_a_variable_wins_over_a_file_and_one_file_over_the_next(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(folder / "pyproject.toml", archive="third", outbox="/third")
         write(folder / "prefect.toml", archive="/second", outbox="second")
-        assert services.open_archive(None).url == "/second"
-        assert services.open_outbox().folder == folder / "second"
+        assert Services().archive.url == "/second"
+        assert outbox_folder(load_settings()) == folder / "second"
         write(folder / ".env", archive="first")
-        assert services.open_archive(None).url == str(folder / "first")
+        assert Services().archive.url == str(folder / "first")
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "s3://bucket/archive")
         assert load_settings().archive == "s3://bucket/archive"
 
     @pytest.mark.parametrize("place", ["file:pictures", "FILE:pictures", "file://host/pictures"])
     def test_a_file_url_without_a_whole_path_is_refused(self, place: str) -> None:
         with pytest.raises(ConfigurationError, match="file:///folder"):
-            services.open_archive(place)
+            _ = Services(archive=place).archive
         with pytest.raises(ConfigurationError, match="publish_to"):
-            services.open_publisher(place)
+            _ = Services(publish_to=place).publishing
 
 
 def test_check_says_what_a_relative_place_is_and_that_deployments_refuse_it(

@@ -9,19 +9,23 @@ import sys
 import time
 from collections.abc import Callable
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pillow_heif
 import pytest
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.exceptions import ParameterTypeError
 
-from prefect_segmind import BatchError, process_inbox, services
+from prefect_segmind import BatchError, process_inbox
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.flows.process_inbox import InboxResult
 from prefect_segmind.inbox.inbox import Inbox, Memory
 from prefect_segmind.sandbox import Answer, Sandbox, sample_photo
+from prefect_segmind.services import Services
 from prefect_segmind.storage.open_store import open_store
 from tests.support.server_events import all_events
 
@@ -63,7 +67,7 @@ def visit(inbox: Path | str, prompt: str = PROMPT, **parameters: Any) -> InboxRe
 def test_each_new_image_becomes_a_picture_by_the_template(sandbox: Sandbox, inbox: Path) -> None:
     result = visit(inbox, style_type="ANIME", name="shop")
     assert {each.name for each in result.images} == {"shop/cup", "shop/summer/pot"}
-    sent = [json.loads(services.open_archive(None).content(each.sidecar) or b"")["request"] for each in result.images]
+    sent = [json.loads(Services().archive.content(each.sidecar) or b"")["request"] for each in result.images]
     assert {(each["prompt"], each["style_type"]) for each in sent} == {
         ("cup on a picnic blanket", "ANIME"),
         ("pot on a picnic blanket", "ANIME"),
@@ -121,7 +125,7 @@ def test_a_dry_run_tells_nobody_and_remembers_nothing(sandbox: Sandbox, inbox: P
     (inbox / "cup.png").write_bytes(sample_photo((600, 402)))
     for _ in range(2):
         assert visit(inbox, dry_run=True).failed == 2
-    assert not list(services.open_archive(None).store.keys(".segmind/inbox/"))
+    assert not list(Services().archive.store.keys(".segmind/inbox/"))
     visit(inbox)
     assert visit(inbox, dry_run=True).failed == 2
     assert {each["payload"]["name"] for each in failures(2)} == {"inbox/broken", "inbox/cup"}
@@ -157,6 +161,21 @@ def test_a_bad_file_is_moved_in_the_visit_that_finds_it(sandbox: Sandbox, inbox:
         "failed/broken.jpg",
     ]
     assert visit(inbox).total == 0
+
+
+def test_a_phones_photo_is_made_and_a_format_that_is_not_supported_fails_with_the_remedy(
+    sandbox: Sandbox, inbox: Path
+) -> None:
+    for name in ("cup.jpg", "broken.jpg", "summer/pot.jpg"):
+        (inbox / name).unlink()
+    with Image.open(BytesIO(sample_photo((600, 402)))) as photo:
+        pillow_heif.from_pillow(photo).save(inbox / "IMG_1.HEIC")
+        photo.save(inbox / "scan.jp2")
+    result = visit(inbox)
+    assert (result.generated, result.ignored) == (1, ("notes.txt",))
+    (failure,) = result.failures
+    assert (failure.name, failure.stage) == ("inbox/scan", "validate")
+    assert failure.error.endswith("is JPEG 2000, which is not supported; save it as PNG or JPEG")
 
 
 def test_what_is_no_fault_of_a_file_moves_no_file(sandbox: Sandbox, inbox: Path) -> None:
@@ -259,7 +278,7 @@ def test_what_failed_is_not_moved_and_the_next_visit_makes_it(sandbox: Sandbox, 
 
 def test_an_inbox_in_s3_works_alike(sandbox: Sandbox, inbox: Path, tmp_path: Path) -> None:
     place = f"s3://segmind/{tmp_path.name}/inbox"
-    store = open_store(place, services.s3_client())
+    store = open_store(place, Services().s3)
     for path in inbox.rglob("*.jpg"):
         store.put(path.relative_to(inbox).as_posix(), path.read_bytes(), "image/jpeg")
     result = visit(place, move_done=True)
@@ -418,7 +437,7 @@ def test_a_variable_that_no_template_names_is_told(
 
 def test_a_bad_file_leaves_no_manifest_behind_at_each_visit(sandbox: Sandbox, inbox: Path) -> None:
     assert visit(inbox).failed_manifest is None
-    assert not list(services.open_archive(None).store.keys(".segmind/runs/"))
+    assert not list(Services().archive.store.keys(".segmind/runs/"))
 
 
 def test_there_must_be_an_inbox(sandbox: Sandbox, inbox: Path) -> None:

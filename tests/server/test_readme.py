@@ -1,6 +1,6 @@
-"""The README tells the truth: its examples run, its failures are what happens, its settings are the settings.
+"""The README and the pages of docs/ are true: examples run, failures are what happens, settings are the settings.
 
-What it and docs/deployments.md name exists: commands and options, variables, files and headings that links lead to.
+What a page names exists: commands and options, variables, files and headings that links lead to.
 """
 
 from __future__ import annotations
@@ -36,18 +36,23 @@ from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.reporting import artifacts
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
-from prefect_segmind.services import open_archive
+from prefect_segmind.services import Services
 from prefect_segmind.settings import PREFIX, SegmindSettings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/deployments.md")}
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+    if path.name != "CHANGELOG.md"
+}
 CLOSED = "http://127.0.0.1:9"  # the discard port, where nobody listens
 
 
-def table(heading: str) -> list[list[str]]:
-    """The rows of the first table below a heading, without its head."""
-    below = README.split(f"\n## {heading}\n", 1)[1]
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading of a page, without its head."""
+    below = DOCS[page].split(f"\n## {heading}\n", 1)[1]
     rows = re.search(r"(?:^\|.*\n)+", below, re.M)
     assert rows
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[0].splitlines()[2:]]
@@ -96,11 +101,11 @@ CAUSES: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
 
 
 def test_the_table_of_failures_has_a_row_for_each_cause_and_no_other() -> None:
-    assert [row[0] for row in table("When something goes wrong")] == list(CAUSES)
+    assert [row[0] for row in table("failures", "When something goes wrong")] == list(CAUSES)
 
 
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("row", table("When something goes wrong"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", table("failures", "When something goes wrong"), ids=lambda row: row[0])
 def test_each_row_of_the_table_of_failures_is_what_happens(
     row: list[str],
     sandbox: Sandbox,
@@ -126,7 +131,7 @@ def test_each_row_of_the_table_of_failures_is_what_happens(
 
 @pytest.mark.usefixtures("prefect_server")
 def test_the_example_with_the_four_tasks_runs(sandbox: Sandbox, photo: Path) -> None:
-    code = re.search(r"<!-- example: a test runs this -->\n```python\n(.*?)```", README, re.S)
+    code = re.search(r"<!-- example: a test runs this -->\n```python\n(.*?)```", DOCS["flows"], re.S)
     assert code
     names: dict[str, Any] = {"__name__": "example"}
     exec(code[1], names)
@@ -136,8 +141,8 @@ def test_the_example_with_the_four_tasks_runs(sandbox: Sandbox, photo: Path) -> 
     assert sandbox.ledger.billed == 2
 
 
-def manifest_of_the_readme() -> str:
-    code = re.search(r"```yaml\n(# yaml-language-server.*?)```", README, re.S)
+def manifest_of_the_docs() -> str:
+    code = re.search(r"```yaml\n(# yaml-language-server.*?)```", DOCS["manifest"], re.S)
     assert code
     return code[1]
 
@@ -151,14 +156,14 @@ def test_the_manifest_becomes_the_pictures_that_are_told(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photo.read_bytes())
     manifest = photo.parent / "campaign.yaml"
-    manifest.write_text(manifest_of_the_readme())
+    manifest.write_text(manifest_of_the_docs())
     capsys.readouterr()
     assert cli.run(["refresh", str(manifest), "--budget-usd", "5", "--set", "season=autumn", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {each["name"] for each in found["images"]} == {
         f"{name}/{weight}" for name in ("mug", "inbox/cup", "inbox/pot") for weight in ("w40", "w70")
     }
-    told = README.partition("`--json` for scripts: one object")[2].partition("\n\n")[0]
+    told = DOCS["command-line"].partition("`--json` for scripts: one object")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", told)) - {"generated", "reused", "recovered", "failed", "error"}
     assert all(each.keys() == named for each in found["images"])
     assert {each.prompt for each in sandbox.ledger.requests} == {
@@ -166,14 +171,14 @@ def test_the_manifest_becomes_the_pictures_that_are_told(
         "cup on a picnic blanket, autumn light",
         "pot on a picnic blanket, autumn light",
     }
-    told = README.partition("`refresh --json` prints one object:")[2].partition("With `--dry-run`")[0]
+    told = DOCS["command-line"].partition("`refresh --json` prints one object:")[2].partition("With `--dry-run`")[0]
     named = set(re.findall(r"`(\w+)`", told)) - {"name", "stage", "error"}
     assert named == found.keys()
 
 
 def test_the_manifest_is_what_the_schema_says() -> None:
     schema = json.loads((Path(__file__).parents[2] / "docs" / "manifest.schema.json").read_text())
-    jsonschema.validate(yaml.safe_load(manifest_of_the_readme()), schema)
+    jsonschema.validate(yaml.safe_load(manifest_of_the_docs()), schema)
 
 
 def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,12 +197,12 @@ def test_the_plan_is_told_as_it_is_printed(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(output, "SHOWN_JOBS", len(shown))
     capsys.readouterr()
     print_facts(Console(), output.dry_run_facts(planned(plan)))
-    assert capsys.readouterr().out in README
+    assert capsys.readouterr().out in DOCS["manifest"]
 
 
 def test_the_settings_are_all_there_with_their_defaults() -> None:
     told: dict[str, str] = {}
-    for row, defaults, _ in table("Settings"):
+    for row, defaults, _ in table("settings", "Settings"):
         names = re.findall(r"`(\w+)`", row)
         told.update(zip(names, defaults.split(", ") if len(names) > 1 else [defaults], strict=True))
     real = {name.upper(): field.default for name, field in SegmindSettings.model_fields.items()}
@@ -209,7 +214,7 @@ def test_the_settings_are_all_there_with_their_defaults() -> None:
 
 
 def test_the_exit_codes_are_the_ones_of_the_command_line() -> None:
-    told = re.findall(r"^\| (\d+) \| (.+?) \|$", README, re.M)
+    told = re.findall(r"^\| (\d+) \| (.+?) \|$", DOCS["command-line"], re.M)
     assert [int(code) for code, _ in told] == [
         *(output.DONE, output.FAILED, output.BAD_INPUT, output.ACCOUNT_REFUSED, output.NO_MONEY),
         output.INTERRUPTED,
@@ -230,12 +235,9 @@ def test_the_two_flows_run_as_they_are_called(
         path = photo.parent / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photo.read_bytes())
-    (photo.parent / "campaign.yaml").write_text(manifest_of_the_readme())
+    (photo.parent / "campaign.yaml").write_text(manifest_of_the_docs())
     monkeypatch.chdir(photo.parent)
-    section = README.partition("\n## In a flow\n")[2].partition("\n## ")[0]
-    one, many = (
-        each for each in re.findall(r"```python\n(.*?)```", section, re.S) if "print(" in each and "@flow" not in each
-    )
+    one, many, _ = re.findall(r"```python\n(.*?)```", DOCS["flows"], re.S)
     capsys.readouterr()
     exec(one, {})
     assert capsys.readouterr().out.startswith("generated 0.05 s3://")
@@ -261,28 +263,83 @@ def test_the_command_for_one_picture_has_an_option_for_every_parameter_of_the_fl
 def test_a_job_with_mistakes_is_told_them_as_shown() -> None:
     with pytest.raises(InvalidJobError) as told:
         parse_job({"image": "a.jpg", "prompt": "a", "resolution": "RESOLUTION_800_1280", "style_type": "realistic"})
-    assert f"```text\n{told.value}\n```" in README
+    assert f"```text\n{told.value}\n```" in DOCS["failures"]
 
 
 def test_the_numbers_of_what_is_named_are_those_of_the_code() -> None:
-    flat = " ".join(README.split())
-    assert f"A dry run names the first {output.SHOWN_JOBS} jobs so" in flat
-    assert f"the plan in Prefect's UI names the first {artifacts.SHOWN_JOBS}." in flat
-    assert f"`not_started_names` (the first {tally.NAMED})" in flat
+    flat = {page: " ".join(text.split()) for page, text in DOCS.items()}
+    assert f"A dry run names the first {output.SHOWN_JOBS} jobs in this way" in flat["manifest"]
+    assert f"the plan in Prefect's UI names the first {artifacts.SHOWN_JOBS}." in flat["manifest"]
+    assert f"`not_started_names` (the first {tally.NAMED})" in flat["command-line"]
 
 
-def commands(page: str) -> Iterator[list[str]]:
-    """What is typed on a page, a command each, without its comments."""
-    for block in re.findall(r"```console\n(.*?)```", PAGES[page], re.S):
-        for text in re.split(r"^\$ ", block, flags=re.M)[1:]:
-            yield shlex.split(text.replace("\\\n", " "), comments=True)
+def commands(text: str) -> Iterator[list[str]]:
+    """What is to be typed, a command each, without its comments."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        command = ""
+        for line in block.splitlines():
+            command += line.removesuffix("\\") + "\n"
+            if line.endswith("\\") or command.count("'") % 2:
+                continue  # goes on in the next line
+            yield shlex.split(command, comments=True)
+            command = ""
+        assert not command
+
+
+def test_the_readme_is_short_and_begins_with_a_picture() -> None:
+    assert len(README.split()) <= 1500
+    first_lines = "\n".join(README.splitlines()[:30])
+    assert "make demo" in first_lines
+    assert "docs/before-after.jpg" in first_lines
+    section = README.partition("\n## Why it can be trusted with money\n")[2].partition("\n## ")[0]
+    sentences = re.split(r"^\d\. ", section.strip(), flags=re.M)[1:]
+    assert len(sentences) == 5
+    assert not any(". " in " ".join(each.split()) for each in sentences), "one sentence each"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(([^)\s#]+)", README))
+    assert {page for page in PAGES if page != "README.md"} <= linked
+
+
+def test_the_commands_of_the_readme_name_files_that_a_clone_has() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    for command in commands(README):
+        for word in command:
+            if "/" in word and "://" not in word and not word.startswith(".venv/"):
+                assert word in listed, shlex.join(command)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_first_commands_of_the_readme_make_pictures(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    section = README.partition("\n## Everything for free: the sandbox\n")[2].partition("\n## ")[0]
+    serve, *typed = [each[1:] for each in commands(section) if each[0] == "prefect-segmind"]
+    assert serve == ["sandbox"]
+    for _ in range(2):
+        assert [cli.run(each) for each in typed] == [0] * len(typed), capsys.readouterr().err
+        assert sandbox.ledger.billed == 4, "the picture, and the three of the campaign; nothing the second time"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_example_of_the_readme_runs(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    capsys.readouterr()
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("generated 0.05 s3://")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_that_is_shown_is_understood(page: str) -> None:
-    typed = [each[1:] for each in commands(page) if each[0] == "prefect-segmind"]
-    typed += [text.split()[1:] for text in re.findall(r"`(prefect-segmind [a-z][^`]*)`", PAGES[page])]
+    typed = [each[1:] for each in commands(PAGES[page]) if each[0] == "prefect-segmind"]
+    typed += [shlex.split(text)[1:] for text in re.findall(r"`(prefect-segmind [a-z][^`]*)`", PAGES[page])]
     assert typed or page != "README.md"
+    assert "```console" not in PAGES[page], "a prompt in front of a command is copied with it"
     for each in typed:
         cli.app.parse_args(each, exit_on_error=False, print_error=False)
 
@@ -291,7 +348,8 @@ def test_every_option_that_is_named_is_there(capsys: pytest.CaptureFixture[str])
     for asked in (["generate", "--help"], ["refresh", "--help"], ["--help"]):
         assert cli.run(asked) == 0
     there = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    assert set(re.findall(r"`(--[a-z-]+)", README)) - there == {"--background"}, "which is Prefect's"
+    named = set(re.findall(r"`(--[a-z-]+)", "".join(PAGES.values())))
+    assert named - there == {"--limit", "--param"}, "which are Prefect's"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -324,7 +382,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 def test_the_keys_of_a_scripted_answer_are_all_there_and_no_other() -> None:
-    rows = {tuple(re.findall(r"`(\w+)`", key)): meaning for key, meaning in table("The sandbox")}
+    rows = {tuple(re.findall(r"`(\w+)`", key)): meaning for key, meaning in table("sandbox", "Scripted failures")}
     assert {key for keys in rows for key in keys} == Answer.model_fields.keys()
     told = re.findall(r"`(\w+)`", rows["kind",])
     assert set(told) == set(get_args(Kind)) - {"error"}, "which is what any other status has"
@@ -332,7 +390,7 @@ def test_the_keys_of_a_scripted_answer_are_all_there_and_no_other() -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_the_sandbox_is_told_to_fail_as_shown(sandbox: Sandbox) -> None:
-    script, ledger = (each for each in commands("README.md") if "/sandbox/" in " ".join(each))
+    script, ledger = (each for each in commands(DOCS["sandbox"]) if "/sandbox/" in " ".join(each))
 
     def said(command: list[str]) -> str:
         ours = [each.replace("http://127.0.0.1:8787", sandbox.base_url.removesuffix("/v1")) for each in command]
@@ -345,7 +403,7 @@ def test_the_sandbox_is_told_to_fail_as_shown(sandbox: Sandbox) -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_every_target_of_make_that_is_named_is_there() -> None:
-    named = sorted(set(re.findall(r"\bmake ([a-z-]+)(?=`|  )", README)))
+    named = sorted(set(re.findall(r"\bmake ([a-z-]+)(?=`|  )", README + PAGES["CONTRIBUTING.md"])))
     assert named == ["check", "demo", "test", "test-quick"]
     for target in named:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
@@ -355,11 +413,11 @@ def test_every_target_of_make_that_is_named_is_there() -> None:
 def test_the_archive_looks_as_shown(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     made = image_to_image(str(photo), "a red mug", name="summer/hero", archive=str(archive))
-    section = README.partition("\n## The archive\n")[2].partition("\n## ")[0]
+    section = DOCS["paying-once"].partition("\n## The archive\n")[2].partition("\n## ")[0]
     shown = [line.split()[0] for line in section.splitlines() if line.startswith("{archive}")]
     values = {"archive": archive, "name": made.name, "short": made.fingerprint[:16], "fingerprint": made.fingerprint}
     paths = [each.replace("fingerprint[:16]", "short").format(**values) for each in shown]
-    assert sorted(paths) == sorted(f"{archive}/{key}" for key in open_archive(str(archive)).store.keys(""))
+    assert sorted(paths) == sorted(f"{archive}/{key}" for key in Services(archive=str(archive)).archive.store.keys(""))
     said = re.search(r"its sidecar: (.*)", section)
     assert said
     keys = json.loads(Path(made.sidecar).read_text()).keys()
@@ -368,7 +426,7 @@ def test_the_archive_looks_as_shown(sandbox: Sandbox, photo: Path, tmp_path: Pat
 
 
 def test_the_defaults_that_are_told_are_those_of_the_flows() -> None:
-    flat = " ".join(README.split())
+    flat = " ".join("".join(DOCS.values()).split())
     waits, at_once = (
         inspect.signature(each.fn).parameters[name].default
         for each, name in ((process_inbox, "settle_seconds"), (refresh_assets, "max_concurrency"))
@@ -380,7 +438,8 @@ def test_the_defaults_that_are_told_are_those_of_the_flows() -> None:
 def test_the_python_the_extras_and_the_licence_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in " ".join(README.split())
-    extras = {each for text in re.findall(r"(?:prefect-segmind|\.)\[([a-z,]+)\]\"", README) for each in text.split(",")}
+    installed = re.findall(r"(?:prefect-segmind|\.)\[([a-z,]+)\]\"", "".join(PAGES.values()))
+    extras = {each for text in installed for each in text.split(",")}
     assert extras
     assert extras <= project["optional-dependencies"].keys()
     assert README.rstrip().endswith(f"Licence: {project['license']}.")

@@ -32,13 +32,14 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
-from prefect_segmind import BatchError, BatchResult, Job, produce_asset, refresh_assets, services
+from prefect_segmind import BatchError, BatchResult, Job, produce_asset, refresh_assets
 from prefect_segmind.batch import plan
 from prefect_segmind.batch import tally as batch_module
 from prefect_segmind.batch.approval import Answer as ApprovalAnswer
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.batch.tally import Tally
 from prefect_segmind.cli import output
+from prefect_segmind.cli.progress import Run
 from prefect_segmind.errors import (
     BadGatewayError,
     BudgetReachedError,
@@ -52,11 +53,13 @@ from prefect_segmind.errors import (
     StoreError,
 )
 from prefect_segmind.flows import batch_run, dispatch
-from prefect_segmind.flows.approval_form import asker
-from prefect_segmind.limits.ledger import Budget
+from prefect_segmind.limits.ledger import Ledger, RequestId, Totals
 from prefect_segmind.pipeline.upload import Uploads
+from prefect_segmind.reporting.listener import heard_by
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
+from tests.support.answering import answering
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
@@ -144,7 +147,7 @@ def test_every_mistake_is_told_at_once_and_nothing_is_uploaded(sandbox: Sandbox,
     for text in ("Did you mean REALISTIC?", "prompt: missing", "'../b' is not allowed", "nothing was uploaded or paid"):
         assert text in str(error.value)
     assert sandbox.ledger.requests == ()
-    uploads = services.open_archive(os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).store
+    uploads = Services(archive=os.environ["PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO"]).archive.store
     assert list(uploads.keys("")) == []
 
 
@@ -345,7 +348,7 @@ def test_a_plan_asks_nothing_for_each_job_that_is_archived_or_new(
 ) -> None:
     run(campaign(5))
     asked: list[str] = []
-    store = services.open_archive(None).store
+    store = Services().archive.store
     get = store.get
 
     def watched(key: str) -> Any:
@@ -445,11 +448,8 @@ def test_what_nobody_has_approved_is_named_as_not_started(
     sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_module, "NAMED", 2)
-    token = asker.set(lambda _: ApprovalAnswer("stop"))
-    try:
+    with answering(ApprovalAnswer("stop")):
         state: State[BatchResult] = refresh_assets(campaign(3), approve_above_usd=Decimal(0), return_state=True)
-    finally:
-        asker.reset(token)
     with pytest.raises(BatchError) as error:
         state.result()
     assert (error.value.result.not_started, error.value.result.not_started_names) == (3, ("mug/000", "mug/001"))
@@ -581,11 +581,12 @@ def test_a_run_that_breaks_tells_what_it_has_paid(
         raise OSError("no space")
 
     monkeypatch.setattr(batch_run, "publish_batch", broken)
-    with pytest.raises(OSError, match="no space") as error:
+    run = Run()
+    with heard_by(run), pytest.raises(OSError, match="no space"):
         refresh_assets(campaign(3))
-    told = output.batch_of(error.value)
-    assert told is not None
-    assert (told.generated, told.cost_usd) == (3, Decimal("0.15"))
+    assert run.result is not None
+    assert (run.result.generated, run.result.cost_usd) == (3, Decimal("0.15"))
+    assert run.ledger.totals == Totals(3, Decimal("0.15"))
 
 
 def test_a_batch_stops_where_answer_after_answer_is_paid_for_and_holds_no_picture(
@@ -639,17 +640,19 @@ def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: P
     planned = Plan(total=3, generate=3, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
     jobs = [Job(name=str(n), image="a.jpg", prompt="x") for n in range(3)]
     with Spool(Job) as failed:
-        tally = Tally(planned, failed)
+        ledger = Ledger()
+        tally = Tally(planned, failed, ledger)
         for each in jobs[:2]:
             tally.start(each)
         tally.end(jobs[0], NotStartedError("stopped"))
         assert not tally.wait(0.0)
-        budget = Budget()
         for price in (Decimal("0.05"), Decimal("0.04"), Decimal("0.03")):
-            budget.reserve(price)
-        budget.settle(Decimal("0.04"), paid=Decimal("0.04"))  # not archived yet
-        budget.lose(Decimal("0.03"))  # between two requests
-        tally.close(budget)
+            ledger.reserve(price)
+        not_archived, between_two = Totals(1, cost_usd=Decimal("0.04")), Totals(1, possibly_billed_usd=Decimal("0.03"))
+        for outcome in (not_archived, between_two):
+            request = RequestId("a run", datetime.now(UTC))
+            ledger.settle(outcome.cost_usd + outcome.possibly_billed_usd, "a picture", request, outcome)
+        tally.close()
         tally.end(jobs[1], NotStartedError("too late to be counted"))
         result = tally.result()
         assert [each.name for each in failed] == ["1"]
@@ -662,7 +665,7 @@ def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
     job = Job(name="a", image="a.jpg", prompt="x")
     failed = Spool(Job)
     failed.close()
-    tally = Tally(planned, failed)
+    tally = Tally(planned, failed, Ledger())
     tally.start(job)
     tally.end(job, StoreError("gone"))
     assert tally.wait(0.0)
@@ -675,7 +678,7 @@ def test_the_runs_defaults_win_over_the_manifests_and_give_way_to_an_assets(
     own = {"name": "own", "image": "mug.jpg", "prompt": "x", "style_type": "DESIGN"}
     manifest = campaign(1, own, defaults={"style_type": "ANIME", "image_weight": 30})
     result = run(manifest, defaults={"style_type": "REALISTIC"})
-    archive = services.open_archive(None)
+    archive = Services().archive
     sent = {each.name: json.loads(archive.content(each.sidecar) or b"")["request"] for each in result.images}
     assert {name: (each["style_type"], each["image_weight"]) for name, each in sent.items()} == {
         **{"mug/000": ("REALISTIC", 30), "own": ("DESIGN", 30)}

@@ -23,9 +23,9 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_segmind import services
 from prefect_segmind.archive.record import Record
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
@@ -77,7 +77,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
 
 
 def records() -> list[Record]:
-    archive = services.open_archive(None)
+    archive = Services().archive
     found = (archive.store.get(key) for key in archive.store.keys(".segmind/") if key.count("/") == 1)
     return [Record.model_validate_json(each.data) for each in found if each and b'"fingerprint"' in each.data]
 
@@ -93,7 +93,7 @@ def runs_that_report(found: list[Record]) -> list[str | None]:
 
 
 def pictures() -> list[str]:
-    return [key for key in services.open_archive(None).store.keys("mug/") if key.endswith(".jpg")]
+    return [key for key in Services().archive.store.keys("mug/") if key.endswith(".jpg")]
 
 
 @pytest.mark.timeout(1200)

@@ -18,10 +18,11 @@ from prefect.settings import PREFECT_HOME
 from pydantic import SecretStr, ValidationError
 
 import prefect_segmind
-from prefect_segmind import errors, services
+from prefect_segmind import errors
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
 from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services, outbox_folder
 from prefect_segmind.settings import SegmindSettings, load_settings
 from prefect_segmind.storage.s3 import S3Store
 
@@ -57,7 +58,7 @@ class TestSettings:
         monkeypatch.setenv("HOME", "/home/ann")
         monkeypatch.setenv("USERPROFILE", "/home/ann")
         monkeypatch.setenv(f"{PREFIX}OUTBOX", "~/outbox")
-        assert services.open_outbox().folder == Path("/home/ann/outbox")
+        assert outbox_folder(load_settings()) == Path("/home/ann/outbox")
 
     def test_an_empty_variable_is_as_good_as_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = load_settings()
@@ -79,10 +80,10 @@ class TestSettings:
         monkeypatch.setenv(f"{PREFIX}CREDENTIALS_BLOCK", blank)
         monkeypatch.setenv("SEGMIND_API_KEY", f"{KEY}{blank}")
         monkeypatch.setenv("SEGMIND_BASE_URL", f"https://api.example/v1{blank}")
-        archive = services.open_archive(None)
-        assert archive.url == services.open_archive(f"{tmp_path}/archive{blank}").url == f"{tmp_path}/archive"
-        assert services.open_outbox().folder == tmp_path / "outbox"
-        assert services.open_uploads(f"s3://b/uploads{blank}").place == "s3://b/uploads"
+        archive = Services().archive
+        assert archive.url == Services(archive=f"{tmp_path}/archive{blank}").archive.url == f"{tmp_path}/archive"
+        assert outbox_folder(load_settings()) == tmp_path / "outbox"
+        assert Services(upload_to=f"s3://b/uploads{blank}").uploads.place == "s3://b/uploads"
         assert load_credentials(None).base_url == load_base_url() == "https://api.example/v1"
         assert load_credentials(None).api_key.get_secret_value() == KEY
 
@@ -92,9 +93,9 @@ class TestSettings:
                 call()
             return str(caught.value)
 
-        assert "archive: 's3://b/a\\x1bb' holds a control" in refused(lambda: services.open_archive("s3://b/a\x1bb"))
-        assert refused(lambda: services.open_uploads("s3://b/\n/a")).startswith("upload_to: ")
-        assert refused(lambda: services.open_publisher("/srv/\x00live")).startswith("publish_to: ")
+        assert "archive: 's3://b/a\\x1bb' holds a control" in refused(lambda: Services(archive="s3://b/a\x1bb").archive)
+        assert refused(lambda: Services(upload_to="s3://b/\n/a").uploads).startswith("upload_to: ")
+        assert refused(lambda: Services(publish_to="/srv/\x00live").publishing).startswith("publish_to: ")
         assert refused(lambda: open_inbox("/srv/\rin", lambda: pytest.fail("S3"))).startswith("inbox: ")
         assert refused(lambda: load_credentials("a\nb")).startswith("credentials_block: ")
         with monkeypatch.context() as wrong:
@@ -168,8 +169,8 @@ class TestCredentials:
         monkeypatch.delenv("SEGMIND_API_KEY")
         monkeypatch.delenv("SEGMIND_BASE_URL")
         assert load_base_url(name) == sandbox.base_url
-        assert services.source_reader(name).allow_loopback
-        assert not services.source_reader().allow_loopback
+        assert Services(credentials_block=name).reader.allow_loopback
+        assert not Services().reader.allow_loopback
         with load_credentials(name).get_client() as client:
             assert client.credits() == Decimal(1000)
         monkeypatch.setenv(f"{PREFIX}CREDENTIALS_BLOCK", name)
@@ -262,22 +263,22 @@ class TestS3:
     def test_a_client_is_made_once_for_each_environment(
         self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first = services.s3_client()
-        assert services.s3_client() is first
+        first = Services().s3
+        assert Services().s3 is first
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-        second = services.s3_client()
+        second = Services().s3
         assert second is not first
         assert second.meta.endpoint_url == "http://127.0.0.1:9"
         monkeypatch.setenv("UNRELATED", "1")
-        assert services.s3_client() is second
+        assert Services().s3 is second
 
     @pytest.mark.parametrize("place", ["s3://segmind/a", "S3://segmind/a"])
     def test_whatever_opens_a_bucket_uses_that_client(self, place: str, sandbox: Sandbox) -> None:
-        publisher = services.open_publisher(place)
+        publisher = Services(publish_to=place).publishing
         assert publisher is not None
-        for store in (services.open_archive(place).store, publisher.publishing.store):
+        for store in (Services(archive=place).archive.store, publisher.store):
             assert isinstance(store, S3Store)
-            assert store._client is services.s3_client()
+            assert store._client is Services().s3
 
     def test_a_block_that_has_one_supplies_it_and_the_environment_does_not(
         self, sandbox: Sandbox, prefect_server: None, monkeypatch: pytest.MonkeyPatch
@@ -292,8 +293,8 @@ class TestS3:
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.delenv(name)
         monkeypatch.setenv(f"{PREFIX}S3_BLOCK", f"own-s3/{saved}")
-        services.open_archive(None).store.put("x.txt", b"by the block", "text/plain")
-        found = services.open_archive(None).store.get("x.txt")
+        Services().archive.store.put("x.txt", b"by the block", "text/plain")
+        found = Services().archive.store.get("x.txt")
         assert found is not None
         assert found.data == b"by the block"
 
@@ -305,14 +306,14 @@ class TestS3:
         name = name.format(saved=saved)
         monkeypatch.setenv(f"{PREFIX}S3_BLOCK", name)
         with pytest.raises(errors.ConfigurationError, match=f"{PREFIX}S3_BLOCK: '{name}' is no block with") as caught:
-            services.s3_client()
+            _ = Services().s3
         assert "aws-credentials/prod" in str(caught.value)
 
 
 class TestPlaces:
     def test_no_archive_is_an_error_that_names_the_option_and_the_variable(self) -> None:
         with pytest.raises(errors.ConfigurationError) as caught:
-            services.open_archive(None)
+            _ = Services().archive
         for name in ("--archive", "the flow's archive", f"{PREFIX}ARCHIVE"):
             assert name in str(caught.value)
 
@@ -320,17 +321,17 @@ class TestPlaces:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", str(tmp_path / "set"))
-        assert services.open_archive(None).url == str(tmp_path / "set")
-        assert services.open_archive(str(tmp_path / "named")).url == str(tmp_path / "named")
+        assert Services().archive.url == str(tmp_path / "set")
+        assert Services(archive=str(tmp_path / "named")).archive.url == str(tmp_path / "named")
 
     def test_an_archive_in_a_folder_asks_for_no_s3(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_PROFILE", "none-of-that-name")
-        archive = services.open_archive(str(tmp_path))
+        archive = Services(archive=str(tmp_path)).archive
         assert archive.read("ab" * 32) is None
         with pytest.raises(errors.StoreCredentialsError, match="none-of-that-name"):
-            services.open_archive("s3://bucket/prefix")
+            _ = Services(archive="s3://bucket/prefix").archive
 
     def test_the_place_for_uploads_that_is_named_wins_over_the_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{PREFIX}UPLOAD_TO", "s3://set/uploads")
-        assert services.open_uploads(None).place == "s3://set/uploads"
-        assert services.open_uploads("s3://named/uploads").place == "s3://named/uploads"
+        assert Services().uploads.place == "s3://set/uploads"
+        assert Services(upload_to="s3://named/uploads").uploads.place == "s3://named/uploads"

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefect_segmind import services
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnUnknown, Run
 from prefect_segmind.jobs.job import parse_job
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
-from prefect_segmind.pipeline.look_up import GeneratedImage
+from prefect_segmind.pipeline.pay import GeneratedImage
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
+from prefect_segmind.services import Services
+from tests.support.logs import listening
+
+LOG = logging.getLogger("tests.walk")
 
 
 def up_to_upload(image: str | Path, **fields: Any) -> tuple[ValidatedJob, UploadedImage]:
     fields = {"prompt": "a red mug", **fields}
-    reader = services.source_reader()
-    job = validate(parse_job({"image": str(image), **fields}), reader)
-    return job, services.open_uploads(None).upload(job, reader)
+    services = Services()
+    job = validate(parse_job({"image": str(image), **fields}), services.reader)
+    return job, services.uploads.upload(job, services.reader)
+
+
+def pipeline(
+    archive: str | None = None,
+    *,
+    on_unknown: OnUnknown = "repay",
+    ledger: Ledger | None = None,
+    policy: RetryPolicy | None = None,
+    gate: Gate | None = None,
+) -> Pipeline:
+    """What takes jobs through all stages; a run of its own."""
+    return Services(archive=archive).pipeline(gate or Gate(ledger=ledger), on_unknown=on_unknown, policy=policy)
+
+
+def with_gate(opened: Pipeline, gate: Gate | None = None) -> Pipeline:
+    """The same pipeline behind another gate, which limits nothing if it is left out."""
+    return replace(opened, cashier=replace(opened.cashier, gate=gate or Gate(ledger=opened.ledger)))
 
 
 def generate(
@@ -31,16 +56,17 @@ def generate(
     archive: str | None = None,
     on_unknown: OnUnknown = "repay",
     said: list[str] | None = None,
+    ledger: Ledger | None = None,
 ) -> GeneratedImage:
     """One request; a failed one is raised as it is."""
-    generation = services.open_generation(archive, None, None, on_unknown=on_unknown)
-    say = (said if said is not None else []).append
-    return replace(generation, say=say, warn=say).generate(job, lambda: uploaded, run or uuid.uuid4().hex)
+    log = logging.Logger("tests.walk") if said is None else listening(said)
+    opened = pipeline(archive, on_unknown=on_unknown, ledger=ledger)
+    return opened.generate(job, lambda: uploaded, Run(run or uuid.uuid4().hex), log)
 
 
 def archive_picture(generated: GeneratedImage) -> ArchivedImage:
-    archive = services.open_archive(generated.archive)
-    return Archiving(archive, services.open_outbox(archive)).archive_picture(generated)
+    services = Services(archive=generated.archive)
+    return Archiving(services.archive, services.outbox).archive_picture(generated)
 
 
 def walk(image: str | Path, *, on_unknown: OnUnknown = "repay", **fields: Any) -> ArchivedImage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import count
 from time import monotonic, sleep
 from typing import Any, Literal, get_args
 
@@ -38,9 +38,12 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.limits import admission as module
 from prefect_segmind.limits.admission import PARKED, Admission, Gate
+from prefect_segmind.limits.ledger import Ledger, RequestId
+from tests.support.logs import listening
 from tests.support.waiting import until
 
 PRICE = Decimal("0.05")
+NUMBERS = count()
 STOP = RunCancelledError("the run was cancelled")
 
 
@@ -68,19 +71,19 @@ def start() -> Iterator[Callable[..., Any]]:
         yield pool.submit
 
 
-def quiet(_: str) -> None:
-    pass
+def sent(admission: Admission) -> None:
+    admission.sent("a picture", RequestId(f"run {next(NUMBERS)}", datetime(2026, 1, 2, tzinfo=UTC)))
 
 
 def pay(gate: Gate, cost: Decimal = PRICE) -> None:
     with gate.admit(PRICE) as admission:
-        admission.sent()
+        sent(admission)
         admission.paid(cost)
 
 
 def send(gate: Gate, error: BaseException, meanwhile: Callable[[Admission], Any] = lambda admission: None) -> None:
     with gate.admit(PRICE) as admission:
-        admission.sent()
+        sent(admission)
         meanwhile(admission)
         raise error
 
@@ -108,15 +111,11 @@ def fail(gate: Gate, error: BaseException) -> None:
 
 
 def money(gate: Gate) -> tuple[Decimal, Decimal, Decimal]:
-    return gate.budget.spent_usd, gate.budget.in_flight_usd, gate.budget.unknown_usd
+    return gate.ledger.spent_usd, gate.ledger.in_flight_usd, gate.ledger.unknown_usd
 
 
 def waiting(gate: Gate, count: int) -> None:
     until(lambda: len(gate._queue) == count, every=0.001)
-
-
-def test_the_example_is_true():
-    assert doctest.testmod(module).failed == 0
 
 
 # What becomes of an admission.
@@ -133,7 +132,7 @@ def test_the_example_is_true():
     ],
 )
 def test_a_failed_request_is_counted_by_whether_it_may_have_been_billed(error, unknown):
-    gate = Gate(say=quiet)
+    gate = Gate()
     fail(gate, error)
     assert money(gate) == (0, 0, Decimal(unknown))
     assert gate.in_flight == 0
@@ -150,7 +149,7 @@ def test_a_picture_that_was_paid_for_is_spent_whatever_happens_afterwards():
 def test_once_an_answer_has_been_read_the_next_request_may_go_while_the_picture_is_put_away(start):
     gate = Gate(max_concurrency=1)
     with gate.admit(PRICE) as admission:
-        admission.sent()
+        sent(admission)
         admission.paid(PRICE)
         assert gate.in_flight == 0
         start(pay, gate).result(timeout=30)
@@ -160,12 +159,12 @@ def test_once_an_answer_has_been_read_the_next_request_may_go_while_the_picture_
 def test_a_request_that_ends_without_a_word_may_have_been_billed():
     gate = Gate()
     with gate.admit(PRICE) as admission:
-        admission.sent()
+        sent(admission)
     assert money(gate) == (0, 0, PRICE)
 
 
 def test_an_answer_without_a_picture_is_spent_at_what_it_has_cost_and_one_that_was_cut_stays_unknown() -> None:
-    gate = Gate(budget_usd=Decimal("1.00"))
+    gate = Gate(ledger=Ledger(Decimal("1.00")))
     waste(gate, unusable("0.07"))
     assert money(gate) == (Decimal("0.07"), 0, 0)
     waste(gate, unusable("0.07", kind=AnswerCutError))
@@ -214,7 +213,7 @@ def test_a_picture_begins_the_row_anew_and_what_was_not_paid_neither_lengthens_n
     for at in range(20):
         if at % 3 == 2:
             with gate.admit(PRICE) as admission:
-                admission.sent()
+                sent(admission)
                 admission.paid(PRICE, datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=at))
         else:
             waste(gate, unusable(at=at))
@@ -230,7 +229,7 @@ def test_the_row_is_by_the_time_of_the_answers_and_not_of_when_they_were_judged(
     waste(gate, unusable(at=1))
     waste(gate, unusable(at=3))
     with gate.admit(PRICE) as admission:
-        admission.sent()
+        sent(admission)
         admission.paid(PRICE, datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=2))
     waste(gate, unusable(at=0))  # its link was followed for a while
     waste(gate, unusable(at=4))
@@ -246,12 +245,12 @@ def test_neither_a_single_job_nor_a_run_that_says_never_is_stopped_and_a_full_di
         assert gate.stopped is None
     gate = Gate(stop_after_unusable=1)
     waste(gate, unusable(kind=OutboxError))
-    assert (gate.stopped, gate.budget.spent_usd) == (None, PRICE)
+    assert (gate.stopped, gate.ledger.spent_usd) == (None, PRICE)
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), BadGatewayError("…", possibly_billed=True)])
 def test_an_admission_that_is_not_used_leaves_no_trace(clock, error):
-    gate = Gate(max_concurrency=1, requests_per_minute=1, budget_usd=PRICE)
+    gate = Gate(max_concurrency=1, requests_per_minute=1, ledger=Ledger(PRICE))
     for _ in range(3):
         with ExitStack() as stack:
             if error:
@@ -262,14 +261,14 @@ def test_an_admission_that_is_not_used_leaves_no_trace(clock, error):
                 raise error
     assert money(gate) == (0, 0, 0)
     pay(gate)
-    assert gate.budget.spent_usd == PRICE
+    assert gate.ledger.spent_usd == PRICE
 
 
 def test_a_request_is_sent_once():
     gate = Gate()
     with gate.admit(PRICE) as admission:
-        admission.sent()
-        admission.sent()
+        sent(admission)
+        sent(admission)
         assert gate.in_flight == 1
         admission.paid(PRICE)
     assert gate.in_flight == 0
@@ -289,7 +288,7 @@ def run(gate: Gate, outcome: Callable[[int], SegmindError | None], assets: int =
             with lock:
                 let_go += 1
                 error = outcome(next(numbers))
-            admission.sent()
+            sent(admission)
             if error:
                 raise error
             admission.paid(PRICE)
@@ -303,7 +302,7 @@ def run(gate: Gate, outcome: Callable[[int], SegmindError | None], assets: int =
 
 
 def test_a_budget_pays_for_as_many_pictures_as_it_has_room_for():
-    gate = Gate(budget_usd=Decimal("1.00"))
+    gate = Gate(ledger=Ledger(Decimal("1.00")))
     assert run(gate, lambda number: None) == 20
     assert money(gate) == (Decimal("1.00"), 0, 0)
     assert isinstance(gate.stopped, BudgetReachedError)
@@ -311,7 +310,7 @@ def test_a_budget_pays_for_as_many_pictures_as_it_has_room_for():
 
 
 def test_what_may_have_been_billed_uses_the_budget_up():
-    gate = Gate(budget_usd=Decimal("1.00"))
+    gate = Gate(ledger=Ledger(Decimal("1.00")))
     lost = GatewayTimeoutError("timed out", possibly_billed=True)
     assert run(gate, lambda number: lost if number % 4 == 0 else None) == 20
     assert money(gate) == (Decimal("0.75"), 0, Decimal("0.25"))
@@ -319,13 +318,13 @@ def test_what_may_have_been_billed_uses_the_budget_up():
 
 
 def test_what_was_not_billed_is_spent_on_others():
-    gate = Gate(budget_usd=Decimal("1.00"))
+    gate = Gate(ledger=Ledger(Decimal("1.00")))
     assert run(gate, lambda number: UnprocessableError("refused") if number < 7 else None) == 27
     assert money(gate) == (Decimal("1.00"), 0, 0)
 
 
 def test_a_budget_that_may_yet_have_room_is_waited_for(start):
-    gate = Gate(budget_usd=PRICE)
+    gate = Gate(ledger=Ledger(PRICE))
     others = []
 
     def another_comes(_: Admission) -> None:
@@ -340,7 +339,7 @@ def test_a_budget_that_may_yet_have_room_is_waited_for(start):
 
 
 def test_a_price_that_rises_is_reserved_from_then_on():
-    gate = Gate(budget_usd=Decimal("0.20"))
+    gate = Gate(ledger=Ledger(Decimal("0.20")))
     pay(gate, Decimal("0.15"))
     with pytest.raises(NotStartedError, match=r"not started: the budget of 0\.20 USD is reached: 0\.15 USD spent"):
         pay(gate)
@@ -359,7 +358,7 @@ def produce(gate: Gate, fates: list[Fate], dice: random.Random) -> set[int]:
 
     def request(asset: int, error: SegmindError | None = None) -> None:
         with gate.admit(PRICE, str(asset)) as admission:
-            admission.sent()
+            sent(admission)
             sleep(delays[asset].pop())
             if error:
                 raise error
@@ -403,10 +402,10 @@ class UnreachableByChance(ApiUnreachableError):
     dice=st.randoms(use_true_random=True),
 )
 def test_a_budget_is_spent_on_the_first_assets_whatever_the_threads_do(fates, budget, concurrency, dice):
-    gate = Gate(max_concurrency=concurrency, budget_usd=budget * PRICE)
+    gate = Gate(max_concurrency=concurrency, ledger=Ledger(budget * PRICE))
     wanted = [asset for asset, fate in enumerate(fates) if fate not in ("refused", "reused")]
     assert produce(gate, fates, dice) == set(wanted[:budget])
-    assert gate.budget.spent_usd == PRICE * min(budget, len(wanted))
+    assert gate.ledger.spent_usd == PRICE * min(budget, len(wanted))
     assert (gate._numbers, gate._may_pay, gate._entered) == ({}, set(), 0)
 
 
@@ -417,19 +416,19 @@ def test_a_budget_is_spent_on_the_first_assets_whatever_the_threads_do(fates, bu
     dice=st.randoms(use_true_random=True),
 )
 def test_an_asset_that_waits_for_another_run_keeps_nobody_from_the_budget(fates, budget, dice):
-    gate = Gate(max_concurrency=4, budget_usd=budget * PRICE)
+    gate = Gate(max_concurrency=4, ledger=Ledger(budget * PRICE))
     made = produce(gate, fates, dice)
     wanted = [fate for fate in fates if fate not in ("refused", "reused")]
     assert len(made) == min(budget, len(wanted)), "nothing of it is left while there is something to make"
 
 
 def test_a_budget_that_has_room_is_spent_at_once_by_all_that_it_has_room_for(start):
-    gate = Gate(max_concurrency=8, budget_usd=3 * PRICE)
+    gate = Gate(max_concurrency=8, ledger=Ledger(3 * PRICE))
     together = threading.Barrier(4)
 
     def work(asset: str) -> None:
         with gate.admit(PRICE, asset) as admission:
-            admission.sent()
+            sent(admission)
             together.wait(30)
             admission.paid(PRICE)
 
@@ -447,13 +446,13 @@ def test_without_a_budget_an_asset_waits_for_no_other(start):
     assert gate.enter("slow")
     assert gate.enter("fast")
     with gate.admit(PRICE, "fast") as admission:
-        admission.sent()
+        sent(admission)
         admission.paid(PRICE)
-    assert gate.budget.spent_usd == PRICE
+    assert gate.ledger.spent_usd == PRICE
 
 
 def test_an_asset_that_waits_for_the_claim_of_a_later_one_does_not_keep_it_waiting(start):
-    gate = Gate(budget_usd=PRICE)
+    gate = Gate(ledger=Ledger(PRICE))
     assert gate.enter("first")
     assert gate.enter("second")
     later = start(lambda: gate.admit(PRICE, "second").__enter__())
@@ -477,7 +476,7 @@ def test_there_are_never_more_at_once_than_allowed_and_the_first_comes_first(sta
                 order.append(number)
                 now += 1
                 most = max(most, now)
-            admission.sent()
+            sent(admission)
             full.wait()
             with lock:
                 now -= 1
@@ -513,7 +512,7 @@ def test_a_thread_that_is_interrupted_while_it_waits_lets_the_next_one_go(start,
         monkeypatch.setattr(module, "monotonic", interrupted_once)
     assert isinstance(first.exception(), KeyboardInterrupt)
     second.result()
-    assert gate.budget.spent_usd == PRICE
+    assert gate.ledger.spent_usd == PRICE
 
 
 # The pace.
@@ -528,7 +527,7 @@ def test_a_known_limit_is_kept(clock, start):
     clock.now += 59.9
     gate.stop(STOP)
     assert isinstance(third.exception(), NotStartedError)
-    assert gate.budget.spent_usd == 2 * PRICE
+    assert gate.ledger.spent_usd == 2 * PRICE
 
 
 def test_a_place_at_the_pace_comes_free_by_time(clock, start):
@@ -539,18 +538,18 @@ def test_a_place_at_the_pace_comes_free_by_time(clock, start):
     waiting(gate, 1)
     clock.now += 0.02
     second.result()
-    assert gate.budget.spent_usd == 2 * PRICE
+    assert gate.ledger.spent_usd == 2 * PRICE
 
 
 def test_one_429_holds_all_and_then_one_goes_ahead(clock, start):
     said: list[str] = []
-    gate = Gate(max_concurrency=8, say=said.append)
+    gate = Gate(max_concurrency=8, log=listening(said))
     admitted: list[Admission] = []
     ahead, answer = threading.Event(), threading.Event()
 
     def work() -> None:
         with gate.admit(PRICE) as admission:
-            admission.sent()
+            sent(admission)
             admitted.append(admission)
             ahead.set()
             answer.wait()
@@ -576,7 +575,7 @@ def test_one_429_holds_all_and_then_one_goes_ahead(clock, start):
 
 def test_a_limit_that_lasts_too_long_stops_the_run():
     said: list[str] = []
-    gate = Gate(longest_wait_seconds=120.0, say=said.append)
+    gate = Gate(longest_wait_seconds=120.0, log=listening(said))
     error = too_many(3600.0)
     fail(gate, error)
     assert gate.stopped is error
@@ -588,7 +587,7 @@ def test_a_limit_that_lasts_too_long_stops_the_run():
 
 def test_an_overloaded_provider_that_names_a_time_holds_all_and_is_told_once(clock, start):
     said: list[str] = []
-    gate = Gate(say=said.append)
+    gate = Gate(log=listening(said))
     overloaded = OverloadedError("busy", status=529, retry_after=7.0)
     with pytest.raises(OverloadedError):
         send(gate, overloaded, lambda _: fail(gate, overloaded))
@@ -606,7 +605,7 @@ def test_an_overloaded_provider_that_names_a_time_holds_all_and_is_told_once(clo
 @pytest.mark.parametrize("asked", [None, 0.0])
 def test_an_overloaded_provider_that_names_no_time_holds_nobody(clock, asked):
     said: list[str] = []
-    gate = Gate(say=said.append)
+    gate = Gate(log=listening(said))
     for _ in range(20):
         fail(gate, OverloadedError("busy", status=503, retry_after=asked))
         pay(gate)
@@ -645,7 +644,7 @@ def test_a_stop_wakes_all_that_wait_and_leaves_alone_what_is_under_way(start):
     assert gate.enter()
     dispatcher = start(gate.enter)
     with gate.admit(PRICE) as admission:
-        admission.sent()
+        sent(admission)
         waiters = [start(pay, gate) for _ in range(20)]
         waiters.append(start(gate.pause, 3600.0))
         waiting(gate, 20)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_segmind.batch.approval import GO_ON, STOP, TRIM, Answer, Approved, must_ask, parse_answer, settle
+from prefect_segmind.batch.approval import GO_ON, STOP, TRIM, Answer, Approved, apply_answer, must_ask, parse_answer
 from prefect_segmind.errors import NotApprovedError
 
 money = st.decimals(min_value=0, max_value=10_000, places=2)
@@ -35,7 +35,7 @@ def test_a_person_is_asked_if_the_run_may_cost_more_than_what_needs_no_approval(
 
 @given(above=money, budget=st.none() | money, up_to=st.none() | money)
 def test_an_answer_never_raises_the_budget(above: Decimal, budget: Decimal | None, up_to: Decimal | None) -> None:
-    approved = settle(Answer(TRIM, up_to), planned_usd=Decimal(50), above_usd=above, budget_usd=budget)
+    approved = apply_answer(Answer(TRIM, up_to), planned_usd=Decimal(50), above_usd=above, budget_usd=budget)
     assert approved.budget_usd is not None
     assert approved.budget_usd == min(each for each in (budget, above if up_to is None else up_to) if each is not None)
     assert approved.trimmed is (budget is None or approved.budget_usd < budget)
@@ -45,13 +45,13 @@ def test_an_answer_never_raises_the_budget(above: Decimal, budget: Decimal | Non
 def test_to_go_on_allows_the_plan_and_a_second_request_for_each_of_its_pictures(
     planned: Decimal, budget: Decimal | None
 ) -> None:
-    approved = settle(Answer(GO_ON), planned_usd=planned, above_usd=Decimal(0), budget_usd=budget)
+    approved = apply_answer(Answer(GO_ON), planned_usd=planned, above_usd=Decimal(0), budget_usd=budget)
     assert approved == Approved(min(each for each in (2 * planned, budget) if each is not None), trimmed=False)
 
 
 def test_to_stop_is_to_pay_nothing() -> None:
     with pytest.raises(NotApprovedError, match="nothing was paid"):
-        settle(Answer(STOP), planned_usd=Decimal(2), above_usd=Decimal(1), budget_usd=None)
+        apply_answer(Answer(STOP), planned_usd=Decimal(2), above_usd=Decimal(1), budget_usd=None)
 
 
 @pytest.mark.parametrize("text", ["y", "yes", " YES ", "go on"])
@@ -76,6 +76,8 @@ def test_what_is_no_answer_is_asked_again(text: str) -> None:
 
 def test_what_earlier_tries_of_the_run_have_spent_is_not_approved_anew():
     known = {"planned_usd": Decimal("0.10"), "above_usd": Decimal("0.05"), "spent_usd": Decimal("0.30")}
-    assert settle(Answer(GO_ON), budget_usd=None, **known) == Approved(Decimal("0.50"))
-    assert settle(Answer(GO_ON), budget_usd=Decimal("0.40"), **known) == Approved(Decimal("0.40"))
-    assert settle(Answer(TRIM, Decimal("0.35")), budget_usd=None, **known) == Approved(Decimal("0.35"), trimmed=True)
+    assert apply_answer(Answer(GO_ON), budget_usd=None, **known) == Approved(Decimal("0.50"))
+    assert apply_answer(Answer(GO_ON), budget_usd=Decimal("0.40"), **known) == Approved(Decimal("0.40"))
+    assert apply_answer(Answer(TRIM, Decimal("0.35")), budget_usd=None, **known) == Approved(
+        Decimal("0.35"), trimmed=True
+    )

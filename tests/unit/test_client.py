@@ -24,7 +24,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from prefect_segmind import errors, services
+from prefect_segmind import errors
 from prefect_segmind.api import client as room
 from prefect_segmind.api.client import SegmindClient, on_loopback
 from prefect_segmind.api.picture import PaidPicture
@@ -32,6 +32,7 @@ from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
+from prefect_segmind.services import Services
 from tests.support.walk import up_to_upload
 from tests.support.wire import Wire, http, http_json
 
@@ -246,7 +247,7 @@ class TestPictures:
         found = set()
         with load_credentials().get_client() as client:
             for kind in kinds:
-                request = job.request(services.open_uploads(None).address(uploaded.uri))
+                request = job.request(Services().uploads.address(uploaded.uri))
                 picture = client.generate(request, photo.with_name(kind))
                 found.add((picture.sha256, picture.seed, picture.cost_usd, picture.cost_source, picture.notices))
         assert found == {(picture.sha256, job.seed, Decimal("0.05"), "x-cost", ())}

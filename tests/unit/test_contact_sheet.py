@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from prefect_segmind.images.contact_sheet import MAX_LABELS, MAX_SIDE, contact_sheet
+from tests.unit.test_inspection import heif
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
@@ -167,7 +168,7 @@ class TestPictures:
             (saved(Image.new("RGBA", (60, 60), (0, 0, 0, 0))), (255, 255, 255)),
             (saved(Image.new("RGBA", (60, 60), (255, 0, 0, 128)), "WEBP", lossless=True), (255, 127, 127)),
             (saved(Image.new("I;16", (60, 60), 128 * 257)), (128, 128, 128)),
-            (saved(Image.new("F", (60, 60), 0.5), "TIFF"), (128, 128, 128)),
+            (heif(Image.new("RGB", (64, 64), RED)), RED),
             (saved(Image.new("1", (60, 60), 0)), (0, 0, 0)),
             (saved(Image.new("RGB", (60, 60), BLUE).quantize(4), "GIF"), BLUE),
             (saved(Image.new("RGB", (60, 60), RED), save_all=True, append_images=[Image.new("RGB", (60, 60))]), RED),
@@ -209,6 +210,7 @@ class TestCellsWithoutAPicture:
             plain(RED)[:-12],
             plain(RED).replace(b"IDAT", b"IDAX"),
             b"\0\0\0\x18ftypheic" + bytes(90),
+            saved(Image.new("F", (60, 60), 0.5), "TIFF"),
         ],
     )
     def test_one_that_does_not_decode_says_so_and_harms_no_other(self, data: bytes) -> None:

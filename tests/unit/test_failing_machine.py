@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind import services
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.cli import check
 from prefect_segmind.errors import (
@@ -29,6 +28,7 @@ from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage.s3 import S3Store, s3_client
 from prefect_segmind.storage.s3_errors import explained
 from prefect_segmind.storage.spool import Spool
@@ -50,7 +50,7 @@ class Full(BytesIO):
 
 def put_manifest(sandbox: Sandbox, tmp_path: Path) -> str:
     text = b"image,prompt\ns3://segmind/mug.jpg,a mug\n"
-    services.s3_client().put_object(Bucket="segmind", Key=f"{tmp_path.name}.csv", Body=text)
+    Services().s3.put_object(Bucket="segmind", Key=f"{tmp_path.name}.csv", Body=text)
     return f"s3://segmind/{tmp_path.name}.csv"
 
 
@@ -63,8 +63,8 @@ class TestATemporaryFolder:
     ) -> None:
         place = put_manifest(sandbox, tmp_path)
         monkeypatch.setattr(tempfile, "TemporaryFile", made)
-        with pytest.raises(StoreError, match=r"cannot use a temporary file .*TMPDIR") as caught:
-            load_manifest(place, None, s3=services.s3_client)
+        with pytest.raises(StoreError, match=r"cannot use a temporary file: .*TMPDIR") as caught:
+            load_manifest(place, None, s3=lambda: Services().s3)
         assert type(caught.value) is StoreError
         assert tempfile.gettempdir() in str(caught.value)
         assert "credentials" not in str(caught.value)
@@ -72,7 +72,7 @@ class TestATemporaryFolder:
     def test_that_is_missing_is_named(self, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         place, missing = put_manifest(sandbox, tmp_path), str(tmp_path / "gone")
         monkeypatch.setattr(tempfile, "tempdir", missing)
-        for use in (lambda: load_manifest(place, None, s3=services.s3_client), lambda: Spool(Job)):
+        for use in (lambda: load_manifest(place, None, s3=lambda: Services().s3), lambda: Spool(Job)):
             with pytest.raises(StoreError, match=r"No such file or directory.*TMPDIR") as caught:
                 use()
             assert missing in str(caught.value)
@@ -127,7 +127,7 @@ def test_a_manifest_on_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: py
     (manifest := tmp_path / "m.csv").write_text("image,prompt\n")
     monkeypatch.setattr(Path, "open", lambda *_: Broken())
     with pytest.raises(ManifestError, match="it cannot be read: Input/output error"):
-        load_manifest(str(manifest), None, s3=services.s3_client)
+        load_manifest(str(manifest), None, s3=lambda: Services().s3)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_moved_out_of_the_inbox_says_why(
     code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cup.png").write_bytes(b"x")
-    inbox = open_inbox(str(tmp_path), services.s3_client)
+    inbox = open_inbox(str(tmp_path), lambda: Services().s3)
     (file,) = inbox.look(0).settled
     monkeypatch.setattr(Path, "replace", failing(code))
     with pytest.raises(StoreError, match=f"{os.strerror(code)}; .*{words}"):
@@ -167,5 +167,5 @@ class TestAnOutbox:
 
 def test_check_says_that_an_upload_place_on_disk_is_none(tmp_path: Path) -> None:
     looks = dict(check.all_checks(None, None, str(tmp_path)))
-    with pytest.raises(ConfigurationError, match="is no s3:// place, so the provider could not read it"):
+    with pytest.raises(ConfigurationError, match="is not in S3, so the provider cannot read it"):
         looks["upload place"]()

@@ -8,12 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_segmind import services
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.cli import commands, output
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage.http_environment import check_environment, proxy_for, ssl_context
 
 WRONG = [
@@ -91,7 +91,7 @@ def test_a_block_that_cannot_be_asked_for_is_told_so_too(monkeypatch: pytest.Mon
         load_credentials("marketing")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK", "aws-credentials/prod")
     with pytest.raises(ConfigurationError, match=r"^NO_PROXY: "):
-        services.s3_client()
+        _ = Services().s3
 
 
 URLS = ["https://api.example.com/v1", "https://example.com", "https://notexample.com", "https://example.com:8443",

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from prefect_segmind import services
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.record import Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage.s3 import S3Store
 from tests.support.waiting import until
 from tests.support.walk import archive_picture, generate, up_to_upload, walk
@@ -30,14 +30,14 @@ def claimed(archive: Archive, fingerprint: str, run: str = "a run") -> leases.Cl
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
-    return services.open_archive(str(tmp_path / "archive"))
+    return Services(archive=str(tmp_path / "archive")).archive
 
 
 def test_a_renewal_under_way_never_overwrites_a_record_that_is_done(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generated = generate(*up_to_upload(photo))
-    claim = leases.held_claim(services.open_archive(None), generated.job.fingerprint)
+    claim = leases.held_claim(Services().archive, generated.job.fingerprint)
     assert claim is not None
     checked, go_on, put = threading.Event(), threading.Event(), S3Store._put
 
@@ -54,7 +54,7 @@ def test_a_renewal_under_way_never_overwrites_a_record_that_is_done(
     threading.Timer(0.5, go_on.set).start()
     archive_picture(generated)
     renewal.join()
-    again = services.open_archive(None).read(generated.job.fingerprint)
+    again = Services().archive.read(generated.job.fingerprint)
     assert again is not None
     assert again.record.state == "done"
     assert walk(photo).status == "reused"
@@ -150,10 +150,11 @@ def test_neither_a_renewal_that_hangs_nor_one_that_breaks_keeps_the_others(
 HANGS = """
 import sys, threading, time
 from prefect_segmind import services
+from prefect_segmind.services import Services
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
 leases.RENEW_SECONDS = leases.LOOK_SECONDS = 0.05
-archive = services.open_archive(sys.argv[1])
+archive = Services(archive=sys.argv[1]).archive
 claim = leases.claim(archive, None, "ab" * 32, Run("a run"))
 hanging = threading.Event()
 def hang(*_):

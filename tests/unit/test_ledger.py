@@ -2,98 +2,106 @@
 
 from __future__ import annotations
 
-import doctest
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.limits import ledger as module
-from prefect_segmind.limits.ledger import Budget, Fit
+from prefect_segmind.limits.ledger import Fit, Ledger, PastRequest, RequestId, Totals
 
 PRICE = Decimal("0.05")
 PRICES = st.decimals(0, 1, places=4)
 
 
-def total(budget: Budget) -> Decimal:
-    return budget.spent_usd + budget.in_flight_usd + budget.unknown_usd
+NUMBERS = count()
 
 
-def test_the_example_is_true():
-    assert doctest.testmod(module).failed == 0
+def request(run: str = "a run") -> RequestId:
+    return RequestId(run, datetime(2026, 11, 26, tzinfo=UTC) + timedelta(seconds=next(NUMBERS)))
+
+
+def settle(ledger: Ledger, price: Decimal, paid: Decimal = Decimal(0), unknown: Decimal = Decimal(0)) -> None:
+    """Ends a reservation with a request of its own."""
+    ledger.settle(price, "a picture", request(), Totals(1, paid, unknown))
+
+
+def total(ledger: Ledger) -> Decimal:
+    return ledger.spent_usd + ledger.in_flight_usd + ledger.unknown_usd
 
 
 def test_without_a_limit_everything_fits_and_is_counted_all_the_same():
-    budget = Budget()
+    ledger = Ledger()
     for _ in range(3):
-        assert budget.fit(PRICE) is Fit.NOW
-        budget.reserve(PRICE)
-    budget.settle(PRICE, PRICE)
-    budget.lose(PRICE)
-    assert (budget.spent_usd, budget.in_flight_usd, budget.unknown_usd) == (PRICE, PRICE, PRICE)
+        assert ledger.fit(PRICE) is Fit.NOW
+        ledger.reserve(PRICE)
+    settle(ledger, PRICE, paid=PRICE)
+    settle(ledger, PRICE, unknown=PRICE)
+    assert (ledger.spent_usd, ledger.in_flight_usd, ledger.unknown_usd) == (PRICE, PRICE, PRICE)
 
 
 def test_a_budget_is_used_to_the_last_cent():
-    budget = Budget(Decimal("0.10"))
+    ledger = Ledger(Decimal("0.10"))
     for _ in range(2):
-        budget.reserve(PRICE)
-        budget.settle(PRICE, PRICE)
-    assert budget.spent_usd == budget.limit_usd
-    assert budget.fit(PRICE) is Fit.NEVER
+        ledger.reserve(PRICE)
+        settle(ledger, PRICE, paid=PRICE)
+    assert ledger.spent_usd == ledger.limit_usd
+    assert ledger.fit(PRICE) is Fit.NEVER
 
 
 def test_what_is_in_flight_may_yet_come_back():
-    budget = Budget(PRICE)
-    budget.reserve(PRICE)
-    assert budget.fit(PRICE) is Fit.LATER
-    budget.release(PRICE)
-    assert budget.fit(PRICE) is Fit.NOW
+    ledger = Ledger(PRICE)
+    ledger.reserve(PRICE)
+    assert ledger.fit(PRICE) is Fit.LATER
+    ledger.release(PRICE)
+    assert ledger.fit(PRICE) is Fit.NOW
 
 
 def test_what_may_have_been_billed_never_comes_back():
-    budget = Budget(PRICE)
-    budget.reserve(PRICE)
-    budget.lose(PRICE)
-    assert budget.unknown_usd == PRICE
-    assert budget.fit(PRICE) is Fit.NEVER
+    ledger = Ledger(PRICE)
+    ledger.reserve(PRICE)
+    settle(ledger, PRICE, unknown=PRICE)
+    assert ledger.unknown_usd == PRICE
+    assert ledger.fit(PRICE) is Fit.NEVER
 
 
 def test_no_budget_has_room_for_nothing():
-    assert Budget(Decimal(0)).fit(PRICE) is Fit.NEVER
+    assert Ledger(Decimal(0)).fit(PRICE) is Fit.NEVER
 
 
 def test_a_rise_of_the_price_is_noticed_and_a_fall_is_not_relied_on():
-    budget = Budget(Decimal("1.00"))
-    assert budget.price_of(PRICE) == PRICE
+    ledger = Ledger(Decimal("1.00"))
+    assert ledger.price_of(PRICE) == PRICE
     for paid, price in (("0.04", "0.05"), ("0.08", "0.08"), ("0.05", "0.08")):
-        budget.reserve(budget.price_of(PRICE))
-        budget.settle(budget.price_of(PRICE), Decimal(paid))
-        assert budget.price_of(PRICE) == Decimal(price)
+        ledger.reserve(ledger.price_of(PRICE))
+        settle(ledger, ledger.price_of(PRICE), paid=Decimal(paid))
+        assert ledger.price_of(PRICE) == Decimal(price)
 
 
 def test_a_reservation_without_room_is_refused():
-    budget = Budget(PRICE)
-    budget.reserve(PRICE)
+    ledger = Ledger(PRICE)
+    ledger.reserve(PRICE)
     with pytest.raises(ValueError, match=r"no room for 0\.05 USD"):
-        budget.reserve(PRICE)
-    assert total(budget) == PRICE
+        ledger.reserve(PRICE)
+    assert total(ledger) == PRICE
 
 
 def test_what_was_never_reserved_cannot_come_back():
-    budget = Budget(PRICE)
+    ledger = Ledger(PRICE)
     with pytest.raises(ValueError, match="not in flight"):
-        budget.release(PRICE)
-    assert total(budget) == 0
+        ledger.release(PRICE)
+    assert total(ledger) == 0
 
 
 @settings(deadline=None)
 @given(limit=st.decimals(0, 3, places=4), data=st.data())
 def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
-    budget, refused_for_ever = Budget(limit), None
+    ledger, refused_for_ever = Ledger(limit), None
     reserved: list[Decimal] = []
     for price in data.draw(st.lists(PRICES, max_size=40)):
-        fit = budget.fit(price)
+        fit = ledger.fit(price)
         if refused_for_ever is not None and price >= refused_for_ever:
             assert fit is Fit.NEVER
         if fit is Fit.NEVER:
@@ -101,15 +109,68 @@ def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
         elif fit is Fit.LATER:
             assert reserved
         else:
-            budget.reserve(price)
+            ledger.reserve(price)
             reserved.append(price)
-        assert total(budget) <= limit
+        assert total(ledger) <= limit
         for _ in range(data.draw(st.integers(0, len(reserved)))):
             ended = reserved.pop(data.draw(st.integers(0, len(reserved) - 1)))
             how = data.draw(st.sampled_from(["settle", "release", "lose"]))
             if how == "settle":
-                budget.settle(ended, data.draw(st.decimals(0, ended, places=4)))
+                settle(ledger, ended, paid=data.draw(st.decimals(0, ended, places=4)))
             else:
-                getattr(budget, how)(ended)
-            assert total(budget) <= limit
-        assert budget.in_flight_usd == sum(reserved)
+                ledger.release(ended) if how == "release" else settle(ledger, ended, unknown=ended)
+            assert total(ledger) <= limit
+        assert ledger.in_flight_usd == sum(reserved)
+
+
+# What is reported, and by whom.
+
+
+def carried(*runs: str, unknown: str = "0.05") -> list[PastRequest]:
+    return [PastRequest(request(run), Totals(1, possibly_billed_usd=Decimal(unknown))) for run in runs]
+
+
+def test_a_record_that_is_read_again_counts_once():
+    ledger, past = Ledger(), carried("an earlier try")
+    for run in ("first", "second", "first"):
+        ledger.carry("a picture", past, run)
+    assert ledger.totals == Totals(1, possibly_billed_usd=PRICE)
+    assert (ledger.account("a picture", "first"), ledger.account("a picture", "second")) == (ledger.totals, Totals())
+
+
+def test_a_record_that_knows_more_by_now_corrects_what_it_said():
+    ledger, (past,) = Ledger(), carried("an earlier try")
+    ledger.carry("a picture", [past], "a run")
+    ledger.carry("a picture", [past._replace(totals=Totals(1, cost_usd=PRICE))], "a run")
+    assert ledger.totals == ledger.account("a picture", "a run") == Totals(1, cost_usd=PRICE)
+
+
+def test_what_a_run_knows_of_its_own_request_is_not_corrected_by_a_record_that_was_not_written():
+    ledger, mine = Ledger(), request()
+    ledger.reserve(PRICE)
+    ledger.settle(PRICE, "a picture", mine, Totals(1, cost_usd=PRICE))
+    ledger.carry("a picture", [PastRequest(mine, Totals(1, possibly_billed_usd=PRICE))], "a run")
+    assert ledger.totals == Totals(1, cost_usd=PRICE)
+
+
+def test_what_a_dead_run_may_have_been_billed_is_reported_and_leaves_the_budget_whole():
+    ledger = Ledger(PRICE)
+    ledger.carry("a picture", [each._replace(charged=False) for each in carried("a dead run")], "a run")
+    assert ledger.fit(PRICE) is Fit.NOW
+    assert ledger.account("a picture", "a run").possibly_billed_usd == PRICE
+
+
+def test_another_try_reports_what_the_earlier_ones_have_sent_and_the_budget_stays_spent():
+    ledger, past = Ledger(PRICE), request("task run 1")
+    ledger.reserve(PRICE)
+    ledger.settle(PRICE, "a picture", past, Totals(1, cost_usd=PRICE))
+    ledger.begin_try()
+    ledger.carry("a picture", [PastRequest(past, Totals(1, cost_usd=PRICE))], "task run 2")
+    assert (ledger.account("a picture", "task run 1"), ledger.fit(PRICE)) == (Totals(), Fit.NEVER)
+    assert ledger.account("a picture", "task run 2") == ledger.totals == Totals(1, cost_usd=PRICE)
+
+
+def test_what_is_in_flight_may_be_billed():
+    ledger = Ledger()
+    ledger.reserve(PRICE)
+    assert ledger.totals.possibly_billed_usd == PRICE

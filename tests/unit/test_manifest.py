@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from prefect_segmind.api.request import MagicPromptOption
 from prefect_segmind.errors import InvalidJobError, ManifestError
 from prefect_segmind.jobs.fingerprint import fingerprint
-from prefect_segmind.jobs.job import Job, parse_job
+from prefect_segmind.jobs.job import Job, parse_job, shown, unknown
 from prefect_segmind.manifest import formats
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.formats import read_text, write_manifest
@@ -30,8 +30,6 @@ from prefect_segmind.manifest.model import (
     MistakenManifest,
     Notes,
     UnreadableManifest,
-    shown,
-    unknown,
 )
 from prefect_segmind.manifest.schema import json_schema
 from prefect_segmind.manifest.templates import TemplateMistake, meant, render, template_names, written
@@ -262,6 +260,11 @@ def test_scalars_are_those_of_yaml_1_2(written, value):
     assert type(head["defaults"]["x"]) is type(meant(head["vars"]["x"])) is type(value)
 
 
+def test_a_key_is_a_text():
+    head, _ = read_text("YAML", ["vars: {5: a, no: b, 1.10: c, ~: d}\nassets: []"], Notes())
+    assert head == {"vars": {"5": "a", "no": "b", "1.10": "c", "~": "d"}}
+
+
 def test_off_stays_a_text():
     assert jobs("assets: [{image: a, prompt: b, magic_prompt_option: OFF}]")[0].magic_prompt_option == "OFF"
 
@@ -298,11 +301,15 @@ def test_an_alias_stands_for_what_was_said_before():
         (
             "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
             + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)),
-            "line .*: nested too deeply, or its aliases make too much of it",
+            "too large with each alias written out: use JSON Lines .*",
+        ),
+        (
+            f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1_001)}]",
+            "too large with each alias written out: use JSON Lines .*",
         ),
         (
             "a0: &a0 " + "[" * 60 + "]" * 60 + "\na1: " + "[" * 60 + "*a0" + "]" * 60,
-            "line 2, .*: nested too deeply, or its aliases make too much of it",
+            "nested too deeply",
         ),
     ],
 )
@@ -734,23 +741,23 @@ assets:
 """
     assert mistakes(text) == [
         "line 15: prompt is given twice in one mapping",
-        "varients: there is no such field. Did you mean variants?",
-        "templates: maybe is not allowed; allowed is true or false",
-        "vars: [1] is not allowed; allowed is a mapping of names to values",
-        "defaults.name: each asset has a name of its own",
-        "defaults.promt: there is no such field. Did you mean prompt?",
         "defaults.style_type: 'REALISTC' is not allowed; allowed is one of GENERAL, REALISTIC, DESIGN, RENDER_3D, "
         "ANIME. Did you mean REALISTIC?",
-        "variants.prompt: a is not allowed; allowed is a list of at least one value",
-        "variants.style: what may vary is prompt, negative_prompt, image_weight, magic_prompt_option, resolution, "
-        "seed, style_type. Did you mean style_type?",
-        "variants.image_weight: [] is not allowed; allowed is a list of at least one value",
+        "defaults.name: there is no such field; allowed is one of image, prompt, image_weight, magic_prompt_option, "
+        "negative_prompt, resolution, seed, style_type, allow_extreme_ratio",
+        "defaults.promt: there is no such field. Did you mean prompt?",
+        "vars: [1] is not allowed; allowed is a mapping of names to values.",
+        "variants.prompt: 'a' is not allowed; allowed is a list of at least one value.",
+        "variants.image_weight: [] is not allowed; allowed is a list of at least one value.",
         "variants.seed: 7 is not allowed; allowed is an integer from 100 to 999999, `random`, or nothing for one "
         "derived from the job. Did you mean 100?",
+        "variants.style: there is no such field. Did you mean style_type?",
+        "templates: 'maybe' is not allowed; allowed is true or false.",
+        "varients: there is no such field. Did you mean variants?",
         "line 8 (a): promt: there is no such field. Did you mean prompt?",
         "line 8 (a): image_weight: 150 is not allowed; allowed is an integer from 1 to 100. Did you mean 100?",
         "line 13: b is no asset; an asset is a mapping of fields to values",
-        "line 14 (a): vars: 5 is not allowed; allowed is a mapping of names to values",
+        "line 14 (a): vars: 5 is not allowed; allowed is a mapping of names to values.",
         "line 14 (a): variants.seed: the asset gives seed as well; keep one of the two",
         "line 14 (a): prompt: missing; needed is a text that is not blank",
         "line 15 (2024): image: ['x'] is no text; a number must stand in quotes",
@@ -788,21 +795,41 @@ def test_a_name_is_given_once_in_the_whole_manifest(kind, text, where):
     assert mistake(text, kind) == where
 
 
+COLUMNS = ", ".join([*Job.model_fields, "vars.NAME"])
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "told"),
     [
         (
             "YAML",
             "assetz: []",
-            ["assets: missing; needed is a list of assets", "assetz: there is no such field. Did you mean assets?"],
+            [
+                "assets: None is not allowed; allowed is a list of assets",
+                "assetz: there is no such field. Did you mean assets?",
+            ],
         ),
         ("YAML", "assets:", ["assets: None is not allowed; allowed is a list of assets"]),
         ("YAML", "assets: {image: m}", ["assets: {'image': 'm'} is not allowed; allowed is a list of assets"]),
-        ("YAML", "5: x\nassets: []", ["5: there is no such field"]),
         (
             "YAML",
-            "vars: {5: x}\nassets: []",
-            ["vars: {5: 'x'} is not allowed; allowed is a mapping of names to values"],
+            "5: x\nassets: []",
+            [
+                "5: there is no such field; allowed is one of $schema, defaults, vars, variants, templates, assets",
+            ],
+        ),
+        (
+            "YAML",
+            "variants: {zzz: [1]}\nassets: []",
+            [
+                "variants.zzz: there is no such field; allowed is one of prompt, negative_prompt, image_weight, "
+                "magic_prompt_option, resolution, seed, style_type",
+            ],
+        ),
+        (
+            "JSON Lines",
+            '{"templates": false, "assets": [{}]}\n{"image": "m", "prompt": "a"}',
+            ["line 1: assets: each asset stands on a line of its own"],
         ),
         ("YAML", "assets: []\nassets: []", ["line 2: assets is given twice in one mapping"]),
         ("JSON", '{"vars": {"a": 1, "a": 2, "a": 3}, "assets": []}', ["a is given twice in one mapping"] * 2),
@@ -829,8 +856,8 @@ def test_a_name_is_given_once_in_the_whole_manifest(kind, text, where):
             "CSV",
             "a,b\n1,2",
             [
-                "line 1: column a: there is no such column",
-                "line 1: column b: there is no such column",
+                f"line 1: column a: there is no such column; allowed is one of {COLUMNS}",
+                f"line 1: column b: there is no such column; allowed is one of {COLUMNS}",
                 "line 1: there is no column image and none prompt",
             ],
         ),
@@ -838,7 +865,7 @@ def test_a_name_is_given_once_in_the_whole_manifest(kind, text, where):
             "CSV",
             "image,prompt,,vars.\nm,b,c\nm,b,,,d\nm,b,,,\nn",
             [
-                "line 1: column vars.: there is no such column",
+                "line 1: column vars.: there is no such column. Did you mean vars.NAME?",
                 "line 2: more cells than columns; a text with the separator in it must stand in quotes",
                 "line 3: more cells than columns; a text with the separator in it must stand in quotes",
                 "line 5: prompt: missing; needed is a text that is not blank",
@@ -933,7 +960,7 @@ def test_no_mistake_shows_a_secret():
 def test_what_is_shown_is_one_short_line():
     assert shown("a\x1b[31m\nb") == "'a\\x1b[31m\\nb'"
     assert shown("x" * 100) == "x" * 79 + "…"
-    assert unknown("zzz", ["image"]) == "zzz: there is no such field"
+    assert unknown("zzz", ["image", "prompt"]) == "zzz: there is no such field; allowed is one of image, prompt"
 
 
 # --- written and read back --------------------------------------------------------------------------------------------

@@ -480,7 +480,7 @@ def test_images_are_found_from_the_manifest_s_place_in_its_bucket(moto):
     assert locations("../../*.gif") == []
     with pytest.raises(InvalidJobError, match=r"'\.\./\.\./\.\./x' leads out of the bucket pictures"):
         images.find("../../../x", True)
-    with pytest.raises(InvalidJobError, match="is no S3 address"):
+    with pytest.raises(InvalidJobError, match="is not an S3 address"):
         images.find("s3://pic*/x", True)
     with pytest.raises(BucketNotFoundError):
         images.find("s3://nowhere/*.jpg", True)
@@ -674,7 +674,7 @@ def test_a_closed_spool_has_no_file_any_more(tmp_path, monkeypatch):
 
 def test_a_spool_without_a_place_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(StoreError, match=r"cannot use a temporary file \(No such file or directory\).* or set TMPDIR"):
+    with pytest.raises(StoreError, match=r"cannot use a temporary file: No such file or directory;.* or set TMPDIR"):
         Spool(Done)
 
 

@@ -6,6 +6,7 @@ import base64
 import errno
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,7 +27,6 @@ import boto3
 import pytest
 from PIL import Image
 
-from prefect_segmind import services
 from prefect_segmind.api import client
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.archive import Archive, RecordRead, record_key
@@ -50,20 +50,21 @@ from prefect_segmind.errors import (
 from prefect_segmind.images.inspection import BrokenPicture
 from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
 from prefect_segmind.limits.admission import Gate
-from prefect_segmind.limits.ledger import Sums
+from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.limits.retry import RetryPolicy
-from prefect_segmind.pipeline.sums import forget
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage.http import DownloadError
+from tests.support.logs import listening
 from tests.support.moto_server import moto_server
 from tests.support.waiting import until
-from tests.support.walk import archive_picture, generate, up_to_upload, walk
+from tests.support.walk import LOG, archive_picture, generate, pipeline, up_to_upload, walk, with_gate
 
 
 def recorded(fingerprint: str, archive: str | None = None) -> RecordRead:
-    found = services.open_archive(archive).read(fingerprint)
+    found = Services(archive=archive).archive.read(fingerprint)
     assert found is not None
     return found
 
@@ -80,7 +81,7 @@ def test_the_same_picture_under_another_name_is_copied_there_and_costs_nothing(s
     first, second = walk(photo, name="spring/hero"), walk(photo, name="summer/hero")
     assert (second.status, second.cost_usd, second.sha256) == ("reused", Decimal("0.00"), first.sha256)
     assert second.image != first.image
-    store = services.open_archive(None).store
+    store = Services().archive.store
     copy = json.loads(store.get(f"summer/hero/{first.fingerprint[:16]}.json").data)  # type: ignore[union-attr]
     assert (copy["cost_usd"], copy["copied_from"]) == ("0.00", first.image)
     assert sandbox.ledger.billed == 1
@@ -115,9 +116,7 @@ def test_what_lies_in_the_outbox_under_another_spelling_is_recovered(sandbox: Sa
     job, uploaded = up_to_upload(photo, prompt="a red mug ")
     generate(as_it_was(job), uploaded)
     leases._claims.clear()
-    services.open_archive(None).write(
-        Record(fingerprint=as_it_was(job).fingerprint), recorded(as_it_was(job).fingerprint).etag
-    )
+    Services().archive.write(Record(fingerprint=as_it_was(job).fingerprint), recorded(as_it_was(job).fingerprint).etag)
     again = walk(photo, prompt="a red mug ")
     assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal("0.00"), 1)
 
@@ -190,7 +189,7 @@ def test_a_picture_without_its_facts_is_recovered_all_the_same(sandbox: Sandbox,
     generated = generate(*up_to_upload(photo))
     assert generated.path is not None
     generated.path.with_suffix(".json").unlink()
-    leases.held_claim(services.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(Services().archive, generated.job.fingerprint).release()  # type: ignore[union-attr]
     again = walk(photo)
     assert (again.status, again.sha256, sandbox.ledger.billed) == ("recovered", generated.picture.sha256, 1)
 
@@ -203,7 +202,7 @@ def test_an_answer_that_had_arrived_whole_when_the_run_died_is_recovered(
     arrived = generated.path.with_name(f"{generated.job.fingerprint}.0123456789abcdef.part")
     generated.path.with_suffix(".json").unlink()
     generated.path.rename(arrived)
-    leases.held_claim(services.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(Services().archive, generated.job.fingerprint).release()  # type: ignore[union-attr]
     again = walk(photo)
     assert (again.status, again.sha256, sandbox.ledger.billed) == ("recovered", generated.picture.sha256, 1)
 
@@ -218,7 +217,7 @@ def test_an_answer_that_had_arrived_in_part_is_not_taken_for_a_picture(sandbox: 
     (outbox / f"{generated.job.fingerprint}.aaaaaaaaaaaaaaaa.part").write_bytes(data[: len(data) // 2])
     reserved = data[: len(data) // 2] + bytes(RESERVED_BYTES - len(data) // 2)
     (outbox / f"{generated.job.fingerprint}.bbbbbbbbbbbbbbbb.part").write_bytes(reserved)
-    leases.held_claim(services.open_archive(None), generated.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(Services().archive, generated.job.fingerprint).release()  # type: ignore[union-attr]
     assert walk(photo).status == "generated"
     assert list(outbox.iterdir()) == []
 
@@ -274,7 +273,7 @@ def test_a_picture_that_waits_for_one_archive_is_not_taken_by_another(
         assert walk(photo).status == "generated"
     assert waiting.path is not None
     assert waiting.path.is_file()
-    leases.held_claim(services.open_archive(None), waiting.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(Services().archive, waiting.job.fingerprint).release()  # type: ignore[union-attr]
     assert walk(photo).status == "recovered"
 
 
@@ -297,7 +296,7 @@ def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named(
     sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = generate(*up_to_upload(photo))
-    leases.held_claim(services.open_archive(None), theirs.job.fingerprint).release()  # type: ignore[union-attr]
+    leases.held_claim(Services().archive, theirs.job.fingerprint).release()  # type: ignore[union-attr]
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another machine"))
     with pytest.raises(OutcomeUnknownError, match=f"was paid for, and its picture lies in {theirs.path}"):
         walk(photo, on_unknown="fail")
@@ -333,14 +332,14 @@ def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
 
 def test_a_budget_for_one_picture_is_enough_for_two_jobs_that_want_it(sandbox: Sandbox, photo: Path) -> None:
     sandbox.play(Answer(delay=1.0))
-    gate = Gate(budget_usd=Decimal("0.05"))
-    generation, made = services.open_generation(None, None, None, gate=gate), list[str]()
+    gate = Gate(ledger=Ledger(Decimal("0.05")))
+    opened, made = pipeline(gate=gate), list[str]()
     asked = {name: up_to_upload(photo, name=name) for name in ("first", "second")}
     assert all(map(gate.enter, asked))
 
     def work(name: str) -> None:
         job, uploaded = asked[name]
-        made.append(archive_picture(generation.generate(job, lambda: uploaded, name)).status)
+        made.append(archive_picture(opened.generate(job, lambda: uploaded, Run(name), LOG)).status)
         gate.leave(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in asked]
@@ -349,7 +348,7 @@ def test_a_budget_for_one_picture_is_enough_for_two_jobs_that_want_it(sandbox: S
     for thread in threads:
         thread.join()
     assert sorted(made) == ["generated", "reused"]
-    assert (gate.stopped, gate.budget.spent_usd, sandbox.ledger.billed) == (None, Decimal("0.05"), 1)
+    assert (gate.stopped, gate.ledger.spent_usd, sandbox.ledger.billed) == (None, Decimal("0.05"), 1)
 
 
 @pytest.fixture
@@ -427,14 +426,14 @@ def test_where_rate_limits_are_counted_apart_they_leave_the_retries_to_other_fai
     sandbox.play(*[Answer(status=429)] * 3, Answer(status=502))
     job, uploaded = up_to_upload(photo)
     policy = RetryPolicy(retries=1, rate_limit_retries=3)
-    generation = services.open_generation(None, None, None, policy=policy)
+    opened = pipeline(policy=policy)
     for kind in (RateLimitError, RateLimitError, RateLimitError, BadGatewayError):
         with pytest.raises(kind) as error:
-            generation.generate(job, lambda: uploaded, "one")
+            opened.generate(job, lambda: uploaded, Run("one"), LOG)
         assert error.value.decision
         assert error.value.decision.retry
-        generation = replace(generation, gate=Gate())  # as long as the limit is none of this test's business
-    assert generation.generate(job, lambda: uploaded, "one").requests_sent == 5
+        opened = with_gate(opened)  # as long as the limit is none of this test's business
+    assert opened.generate(job, lambda: uploaded, Run("one"), LOG).requests_sent == 5
 
 
 def test_a_second_answer_of_unknown_outcome_ends_the_run(sandbox: Sandbox, photo: Path) -> None:
@@ -480,11 +479,12 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    ledger = Ledger()
     with monkeypatch.context() as now:
         now.setattr("prefect_segmind.api.client.SegmindClient.generate", interrupted)
-        with pytest.raises(KeyboardInterrupt) as error:
-            generate(job, uploaded)
-    assert vars(error.value)["possibly_billed_usd"] == Decimal("0.05")
+        with pytest.raises(KeyboardInterrupt):
+            generate(job, uploaded, ledger=ledger)
+    assert ledger.totals == Totals(1, possibly_billed_usd=Decimal("0.05"))
     with pytest.raises(OutcomeUnknownError):
         walk(photo, on_unknown="fail")
     again = walk(photo)
@@ -493,9 +493,9 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request
 
 def test_a_record_that_cannot_be_read_is_never_taken_for_not_there(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    archive = services.open_archive(None)
+    archive = Services().archive
     archive.store.put(record_key(job.fingerprint), b'{"state": "done"', "application/json")
-    with pytest.raises(StoreError, match="no record that this version can read"):
+    with pytest.raises(StoreError, match=r"cannot be read by this version; .* nothing is paid until it is restored"):
         generate(job, uploaded)
     assert sandbox.ledger.requests == ()
 
@@ -522,7 +522,7 @@ def test_a_picture_that_is_gone_from_the_archive_is_not_paid_for_again_behind_yo
 ) -> None:
     first = walk(photo)
     bucket, _, key = first.image.removeprefix("s3://").partition("/")
-    services.s3_client().delete_object(Bucket=bucket, Key=key)
+    Services().s3.delete_object(Bucket=bucket, Key=key)
     with pytest.raises(ArchiveError, match="is gone from the archive, though it was paid for"):
         walk(photo)
     assert sandbox.ledger.billed == 1
@@ -530,7 +530,7 @@ def test_a_picture_that_is_gone_from_the_archive_is_not_paid_for_again_behind_yo
 
 def test_a_different_picture_under_the_same_key_is_never_overwritten(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    store = services.open_archive(None).store
+    store = Services().archive.store
     key = f"{job.name}/{job.fingerprint[:16]}.jpg"
     store.put(key, b"somebody's own", "image/jpeg")
     archived = archive_picture(generate(job, uploaded))
@@ -555,7 +555,7 @@ def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Pat
 
 def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, uploaded = up_to_upload(photo)
-    archive = services.open_archive(None)
+    archive = Services().archive
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(leases, "host_id", lambda: "another host")
         claimed = leases.claim(archive, None, job.fingerprint, Run("their run"))
@@ -571,7 +571,7 @@ def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _ = up_to_upload(photo)
-    archive = services.open_archive(None)
+    archive = Services().archive
     claimed = leases.claim(archive, None, job.fingerprint, Run("a run"))
     assert claimed is not None
     before = archive.read(job.fingerprint)
@@ -590,7 +590,7 @@ def test_a_claim_is_renewed_while_its_run_lives_and_no_longer(
 
 def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    archive = services.open_archive(str(tmp_path / "archive"))
+    archive = Services(archive=str(tmp_path / "archive")).archive
     sandbox.play(Answer(status=429))
     with pytest.raises(RateLimitError):
         generate(job, uploaded, run="slow", archive=archive.url)
@@ -604,7 +604,7 @@ def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox
 
 
 def test_only_one_of_two_claims_on_one_version_of_a_record_wins(sandbox: Sandbox, photo: Path, tmp_path: Path) -> None:
-    archive: Archive = services.open_archive(str(tmp_path / "archive"))
+    archive: Archive = Services(archive=str(tmp_path / "archive")).archive
     job, _ = up_to_upload(photo)
     assert leases.claim(archive, None, job.fingerprint, Run("one")) is not None
     assert leases.claim(archive, None, job.fingerprint, Run("two")) is None
@@ -616,14 +616,14 @@ def never() -> UploadedImage:
 
 def test_what_is_paid_for_needs_neither_the_upload_place_nor_a_client(sandbox: Sandbox, photo: Path) -> None:
     job, uploaded = up_to_upload(photo)
-    generation = replace(
-        services.open_generation(None, None, None), open_client=lambda: pytest.fail("a client was opened")
-    )
+    opened = pipeline()
+    look_up = replace(opened.look_up, open_client=lambda: pytest.fail("a client was opened"))
+    opened = replace(opened, look_up=look_up, cashier=replace(opened.cashier, open_client=look_up.open_client))
     waiting = generate(job, uploaded)
-    leases.held_claim(generation.archive, job.fingerprint).release()  # type: ignore[union-attr]
-    recovered = generation.generate(job, never, "two")
+    leases.held_claim(opened.look_up.archive, job.fingerprint).release()  # type: ignore[union-attr]
+    recovered = opened.generate(job, never, Run("two"), LOG)
     archive_picture(waiting)
-    reused = generation.generate(job, never, "three")
+    reused = opened.generate(job, never, Run("three"), LOG)
     assert (recovered.status, reused.status) == ("recovered", "reused")
     assert (waiting.source_uri, reused.source_uri) == (uploaded.uri, str(photo))
 
@@ -634,19 +634,19 @@ def test_an_upload_that_fails_costs_nothing_and_claims_nothing(sandbox: Sandbox,
     def gone() -> UploadedImage:
         raise StoreError("the bucket is gone")
 
-    generation = services.open_generation(None, None, None)
+    opened = pipeline()
     with pytest.raises(StoreError, match="the bucket is gone"):
-        generation.generate(job, gone, "one")
-    assert generation.archive.read(job.fingerprint) is None
+        opened.generate(job, gone, Run("one"), LOG)
+    assert opened.look_up.archive.read(job.fingerprint) is None
     assert sandbox.ledger.requests == ()
 
 
-def billed_502(sandbox: Sandbox, photo: Path) -> tuple[ValidatedJob, UploadedImage]:
+def billed_502(sandbox: Sandbox, photo: Path, ledger: Ledger | None = None) -> tuple[ValidatedJob, UploadedImage]:
     """A job whose first request, of the run `one`, may have been billed; it is to be sent again."""
     sandbox.play(Answer(status=502))
     job, uploaded = up_to_upload(photo)
     with pytest.raises(BadGatewayError) as error:
-        generate(job, uploaded, run="one")
+        generate(job, uploaded, run="one", ledger=ledger)
     assert error.value.decision
     assert error.value.decision.retry
     return job, uploaded
@@ -666,11 +666,12 @@ def reported(error: SegmindError) -> tuple[int, Decimal]:
 def test_whatever_ends_a_run_its_earlier_requests_are_reported(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: type[SegmindError]
 ) -> None:
-    job, uploaded = billed_502(sandbox, photo)
+    ledger = Ledger()
+    job, uploaded = billed_502(sandbox, photo, ledger)
     with monkeypatch.context() as broken:
         broken.setenv(name, value)
         with pytest.raises(kind) as error:
-            generate(job, uploaded, run="one")
+            generate(job, uploaded, run="one", ledger=ledger)
     assert error.value.decision is None
     assert reported(error.value) == (1, Decimal("0.05"))
     assert walk(photo).possibly_billed_usd == 0, "it is reported once"
@@ -680,7 +681,10 @@ def test_a_run_that_ends_well_leaves_nothing_to_report_behind(sandbox: Sandbox, 
     job, uploaded = billed_502(sandbox, photo)
     generated = generate(job, uploaded, run="one")
     assert (generated.requests_sent, generated.possibly_billed_usd) == (2, Decimal("0.05"))
-    assert forget(generated.archive, job.fingerprint, "one") == Sums()
+    archive_picture(generated)
+    ledger = Ledger()
+    assert generate(job, uploaded, run="another", ledger=ledger).status == "reused"
+    assert ledger.totals == Totals()
 
 
 @pytest.mark.parametrize("lapsed", [False, True])
@@ -688,15 +692,15 @@ def test_a_run_that_is_stopped_before_it_tries_again_reports_its_request_and_nob
     sandbox: Sandbox, photo: Path, lapsed: bool
 ) -> None:
     job, uploaded = billed_502(sandbox, photo)
-    generation = services.open_generation(None, None, None)
+    opened = pipeline()
     if lapsed:
-        claim = leases.held_claim(generation.archive, job.fingerprint)
+        claim = leases.held_claim(opened.look_up.archive, job.fingerprint)
         assert claim is not None
         claim.hold(-1)
         claim.renew()
-    generation.gate.stop(RunCancelledError("Ctrl-C"))
+    opened.gate.stop(RunCancelledError("Ctrl-C"))
     with pytest.raises(NotStartedError) as stopped:
-        generation.generate(job, lambda: uploaded, "one")
+        opened.generate(job, lambda: uploaded, Run("one"), LOG)
     assert reported(stopped.value) == (1, Decimal("0.05"))
     assert recorded(job.fingerprint).record.holder is None
     again = walk(photo)
@@ -707,7 +711,7 @@ def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, uploaded = billed_502(sandbox, photo)
-    archive, write = services.open_archive(None), leases.Claim.write
+    archive, write = Services().archive, leases.Claim.write
     lapsed = leases.held_claim(archive, job.fingerprint)
 
     def late(self: leases.Claim, change: Callable[[Record], Record]) -> Record:
@@ -730,13 +734,13 @@ def test_an_overload_that_names_a_time_is_counted_with_the_rate_limits_and_anoth
     asked = [Answer(status=429), Answer(status=503, retry_after="1"), Answer(status=529, reset_in=1)]
     sandbox.play(*asked, Answer(status=503), Answer(status=503, retry_after="1"), Answer(status=503))
     job, uploaded = up_to_upload(photo)
-    generation = services.open_generation(None, None, None, policy=RetryPolicy(retries=1, rate_limit_retries=4))
+    opened = pipeline(policy=RetryPolicy(retries=1, rate_limit_retries=4))
     for retry in (True, True, True, True, True, False):
         with pytest.raises(SegmindError) as error:
-            generation.generate(job, lambda: uploaded, "one")
+            opened.generate(job, lambda: uploaded, Run("one"), LOG)
         assert error.value.decision
         assert error.value.decision.retry is retry
-        generation = replace(generation, gate=Gate())
+        opened = with_gate(opened)
     assert error.value.decision
     assert error.value.decision.reason == "all 1 retries are spent"
 
@@ -749,7 +753,7 @@ def test_the_time_that_a_rate_limit_took_does_not_end_a_run(
     job, uploaded = up_to_upload(photo)
     with pytest.raises(SegmindError):
         generate(job, uploaded, run="one")
-    claim = leases.held_claim(services.open_archive(None), job.fingerprint)
+    claim = leases.held_claim(Services().archive, job.fingerprint)
     assert claim is not None
 
     def an_hour_ago(record: Record) -> Record:
@@ -1026,10 +1030,9 @@ def test_a_flow_run_that_goes_on_where_its_picture_is_out_of_reach_keeps_to_the_
 
     def on_machine(number: int, on_unknown: OnUnknown) -> str:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / f"machine {number}"))
-        opened = services.open_generation(None, None, None, on_unknown=on_unknown)
         flow_runs = (("flow", number),)
-        generation = replace(opened, warn=said.append)
-        made = generation.generate(job, lambda: uploaded, f"task {number}", flow_runs)
+        run, log = Run(f"task {number}", flow_runs), listening(said, logging.WARNING)
+        made = pipeline(on_unknown=on_unknown).generate(job, lambda: uploaded, run, log)
         leases._claims.clear()
         return made.status
 
@@ -1113,7 +1116,7 @@ def test_an_empty_answer_is_paid_for_and_leaves_nothing_to_keep(sandbox: Sandbox
         generate(*asked)
     assert error.value.cost_usd == Decimal("0.05")
     assert kept_answers() == []
-    with pytest.raises(OutcomeUnknownError, match="there was nothing in the answer"):
+    with pytest.raises(OutcomeUnknownError, match="the answer was empty"):
         generate(*asked, on_unknown="fail")
     assert sandbox.ledger.billed == 1
 

@@ -24,7 +24,6 @@ import pytest
 from PIL import Image
 
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
-from prefect_segmind.pipeline import publish as publishing
 from prefect_segmind.pipeline.publish import DEFAULT_CACHE_CONTROL, Note, Published, Publishing, split_publish_to
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
@@ -484,10 +483,10 @@ def test_a_note_that_is_half_written_is_waited_for(tmp_path: Path) -> None:
 def test_a_note_that_cannot_be_read_is_an_error_and_never_an_absence(
     text: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "_WAITS_FOR_A_WRITER", (0.0,))
+    monkeypatch.setattr("prefect_segmind.storage.store._WAITS_FOR_A_WRITER", (0.0,))
     publish(store, RED, 1)
     store.put(".segmind/live/hero/summer.png.json", text.encode(), "application/json")
-    with pytest.raises(StoreError, match=r"summer\.png\.json is no note .* restored \(or removed"):
+    with pytest.raises(StoreError, match=r"summer\.png\.json cannot be read by this version; .* restored \(or removed"):
         publish(store, GREEN, 2)
     assert content(store) == RED
 
@@ -516,7 +515,7 @@ def test_who_never_wins_gives_up_and_says_what_to_do(tmp_path: Path) -> None:
         def put(self, key: str, data: bytes, content_type: str, **options: Any) -> str:
             raise PreconditionFailedError("somebody else was faster")
 
-    with pytest.raises(StoreError, match=r"summer\.png is written by others all the time; run again"):
+    with pytest.raises(StoreError, match=r"summer\.png is being written by other runs; run again"):
         publish(Losing(LocalStore(tmp_path)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import heapq
 import itertools
 import math
@@ -13,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.limits import rate_limiter as module
 from prefect_segmind.limits.rate_limiter import Pace
 
 
@@ -40,10 +38,6 @@ def learned(count: int, reset: float) -> Pace:
     pace.limited(tickets[-1], 0.0, reset)
     pace.answered(send(pace, reset))
     return pace
-
-
-def test_the_example_is_true():
-    assert doctest.testmod(module).failed == 0
 
 
 def test_without_a_limit_nobody_waits():

@@ -273,8 +273,8 @@ def test_a_misspelt_field_is_told_with_the_right_one(field, near):
     assert mistake(**{field: "x"}) == f"{field}: there is no such field. Did you mean {near}?"
 
 
-def test_a_field_that_is_like_none_is_told_without():
-    assert mistake(zzz=1) == "zzz: there is no such field"
+def test_a_field_that_is_like_none_is_told_with_all():
+    assert mistake(zzz=1) == f"zzz: there is no such field; allowed is one of {', '.join(Job.model_fields)}"
 
 
 def test_what_is_no_job_at_all_is_told_too():

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from prefect_segmind.api.response import TEXT_LIMIT, Link, answer_error, error_text, header, picture_or_link, wait_asked
 from prefect_segmind.errors import (
-    ADVICE,
     InsufficientCreditsError,
     NotAcceptableError,
     NotAnImageError,
@@ -300,8 +299,8 @@ def test_an_overloaded_provider_is_named_and_its_wait_is_read(status, headers, s
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ('{"error": "No credits"}', f"the API answered 406: No credits ({ADVICE[InsufficientCreditsError]})"),
-        ("", f"the API answered 406 ({ADVICE[NotAcceptableError]})"),
+        ('{"error": "No credits"}', f"the API answered 406: No credits ({InsufficientCreditsError.advice})"),
+        ("", f"the API answered 406 ({NotAcceptableError.advice})"),
     ],
 )
 def test_a_message_has_the_provider_s_words_and_what_to_do(body, message):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from prefect_segmind import services
 from prefect_segmind.errors import SourceImageError, StoreError
 from prefect_segmind.pipeline import source
 from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
 from tests.support.wire import Wire, http
 
 
@@ -56,7 +56,7 @@ class TestLocalFiles:
     def test_a_pipe_or_a_device_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", Path("/dev/zero")):
-            assert "is no ordinary file" in refusal(path)
+            assert "is not a regular file" in refusal(path)
 
     def test_a_huge_file_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
@@ -81,19 +81,19 @@ class TestLocalFiles:
 
 class TestS3:
     def test_an_object_is_read(self, sandbox: Sandbox, photo_bytes: bytes) -> None:
-        s3 = services.s3_client()
+        s3 = Services().s3
         s3.put_object(Bucket="segmind", Key="inbox/mug 1.jpg", Body=photo_bytes)
-        assert services.source_reader().read("s3://segmind/inbox/mug 1.jpg") == photo_bytes
+        assert Services().reader.read("s3://segmind/inbox/mug 1.jpg") == photo_bytes
 
     def test_a_missing_object_is_named(self, sandbox: Sandbox) -> None:
         with pytest.raises(StoreError, match=r"s3://segmind/inbox/none\.jpg does not exist: check the key"):
-            services.source_reader().read("s3://segmind/inbox/none.jpg")
+            Services().reader.read("s3://segmind/inbox/none.jpg")
 
     def test_a_large_object_is_refused(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-        services.s3_client().put_object(Bucket="segmind", Key="large.jpg", Body=bytes(2000))
+        Services().s3.put_object(Bucket="segmind", Key="large.jpg", Body=bytes(2000))
         monkeypatch.setattr(source, "REMOTE_LIMIT", 1999)
         with pytest.raises(SourceImageError, match=r"image: .* has 2000 bytes, more than the 1999"):
-            services.source_reader().read("s3://segmind/large.jpg")
+            Services().reader.read("s3://segmind/large.jpg")
 
 
 class TestAddresses:
@@ -116,23 +116,23 @@ class TestAddresses:
 
     @pytest.mark.parametrize("url", ["http://10.0.0.8/mug.jpg", "http://169.254.169.254/latest/meta-data"])
     def test_a_private_one_is_refused_and_the_setting_that_allows_it_named(self, url: str) -> None:
-        assert "set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true if it is meant" in refusal(url)
+        assert "set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true to allow it" in refusal(url)
 
     def test_a_private_one_is_read_where_the_setting_allows_it(
         self, sandbox: Sandbox, photo_bytes: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("SEGMIND_BASE_URL", "https://api.segmind.com/v1")
         with Wire(http(photo_bytes)) as server:
-            refusal(f"{server.url}/mug.jpg", services.source_reader())
+            refusal(f"{server.url}/mug.jpg", Services().reader)
             monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES", "true")
-            assert services.source_reader().read(f"{server.url}/mug.jpg") == photo_bytes
+            assert Services().reader.read(f"{server.url}/mug.jpg") == photo_bytes
             assert len(server.requests) == 1
 
     def test_this_machine_is_read_only_where_the_api_is_on_it_too(
         self, sandbox: Sandbox, photo_bytes: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with Wire(http(photo_bytes)) as server:
-            assert services.source_reader().read(f"{server.url}/mug.jpg") == photo_bytes
-            assert "10.0.0.8" in refusal("http://10.0.0.8/mug.jpg", services.source_reader())
+            assert Services().reader.read(f"{server.url}/mug.jpg") == photo_bytes
+            assert "10.0.0.8" in refusal("http://10.0.0.8/mug.jpg", Services().reader)
             monkeypatch.setenv("SEGMIND_BASE_URL", "https://api.segmind.com/v1")
-            assert "127.0.0.1" in refusal(f"{server.url}/mug.jpg", services.source_reader())
+            assert "127.0.0.1" in refusal(f"{server.url}/mug.jpg", Services().reader)

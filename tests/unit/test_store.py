@@ -29,7 +29,6 @@ from botocore import exceptions as aws
 from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 
-from prefect_segmind import services
 from prefect_segmind.cli import check
 from prefect_segmind.errors import (
     BucketNotFoundError,
@@ -42,6 +41,7 @@ from prefect_segmind.errors import (
     StoreUnreachableError,
 )
 from prefect_segmind.inbox.open_inbox import open_inbox
+from prefect_segmind.services import Services
 from prefect_segmind.storage import s3
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
@@ -311,7 +311,7 @@ def test_an_address_whose_quotes_have_become_part_of_it_is_no_folder() -> None:
 
 @posix
 def test_a_home_that_nobody_has_is_a_wrong_setting() -> None:
-    with pytest.raises(ConfigurationError, match="no place for a store"):
+    with pytest.raises(ConfigurationError, match="unsupported location"):
         open_store("~nobody-of-this-name/archive")
 
 
@@ -336,9 +336,9 @@ def test_a_key_is_taken_as_it_is() -> None:
 def test_a_key_cannot_leave_the_folder_or_touch_what_is_not_an_object(key: str, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     for call in (store.get, store.uri, lambda key: store.put(key, b"x", "text/plain")):
-        with pytest.raises(StoreError, match="is no key"):
+        with pytest.raises(StoreError, match="is not a key"):
             call(key)
-    with pytest.raises(StoreError, match="is no key"):
+    with pytest.raises(StoreError, match="is not a key"):
         list(store.keys("../"))
 
 
@@ -406,7 +406,7 @@ def test_a_folder_that_may_not_be_written_or_listed_is_no_empty_folder(tmp_path:
         for folder, mode in modes.items():
             folder.chmod(mode)
     assert [line.split()[0] for line in said] == ["StoreAccessError"] * 3
-    assert all(str(tmp_path / "closed") in line and "permission" in line for line in said)
+    assert all(str(tmp_path / "closed") in line and "Permission denied" in line for line in said)
 
 
 def test_other_failures_of_the_disk_name_the_path(tmp_path: Path) -> None:
@@ -648,6 +648,43 @@ def test_a_source_is_read_up_to_a_limit(rclone: tuple[str, Path]) -> None:
         read("s3://no-such-bucket/missing.png", client(rclone[0]), 99)
     with pytest.raises(ConfigurationError, match="not an object"):
         read(f"s3://{BUCKET}", client(rclone[0]), 99)
+
+
+@pytest.mark.parametrize("server", ["rclone", "moto"])
+def test_an_object_is_listed_copied_and_deleted_by_its_address(
+    server: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    endpoint = request.getfixturevalue(server)
+    to = client(endpoint if isinstance(endpoint, str) else endpoint[0])
+    root = f"s3://{BUCKET}/{tmp_path.name}"
+    S3Store(BUCKET, tmp_path.name, to).put("a/ä #1.png", b"x" * 100, "image/png")
+    source, target = f"{root}/a/ä #1.png", f"{root}/b.png"
+    (listed,) = s3.list_objects(f"{root}/a/", to)
+    assert (listed.key, listed.size) == (f"{tmp_path.name}/a/ä #1.png", 100)
+    assert abs(listed.now - listed.modified) < 60
+    seen = s3.stat(source, to)
+    assert seen is not None
+    assert (seen.key, seen.size, seen.etag) == (listed.key, listed.size, listed.etag)
+    assert s3.exists(source, to)
+    s3.copy(source, target, to, etag=listed.etag)
+    assert read(target, to) == b"x" * 100
+    s3.delete(source, to, etag=listed.etag)
+    assert s3.stat(source, to) is None
+    assert not s3.exists(source, to)
+    assert [each.key for each in s3.list_objects(f"{root}/", to)] == [f"{tmp_path.name}/b.png"]
+    with pytest.raises(ConfigurationError, match="not an object"):
+        s3.delete(f"s3://{BUCKET}", to, etag=listed.etag)
+
+
+def test_an_object_that_has_changed_is_not_deleted(moto: str, tmp_path: Path) -> None:
+    to, store = client(moto), S3Store(BUCKET, tmp_path.name, client(moto))
+    old = store.put("a", b"old", "text/plain").strip('"')
+    new = store.put("a", b"new", "text/plain").strip('"')
+    with pytest.raises(PreconditionFailedError):
+        s3.delete(store.uri("a"), to, etag=old)
+    assert list(store.keys("")) == ["a"]
+    s3.delete(store.uri("a"), to, etag=new)
+    assert list(store.keys("")) == []
 
 
 def test_a_signed_address_opens_one_object_for_a_time(rclone: tuple[str, Path]) -> None:
@@ -937,18 +974,18 @@ def test_every_write_asks_for_the_encryption_that_is_set(
     environment(monkeypatch, server.endpoint)
     place = f"s3://{BUCKET}/{tmp_path.name}"
     with pytest.raises(StoreAccessError, match="set PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION"):
-        services.open_archive(f"{place}/archive").store.put("k", b"x", "image/png")
+        Services(archive=f"{place}/archive").archive.store.put("k", b"x", "image/png")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", setting)
     server.seen.clear()
-    archive = services.open_archive(f"{place}/archive")
+    archive = Services(archive=f"{place}/archive").archive
     assert archive.store.conditional
     etag = archive.store.put("k", b"x", "image/png", if_absent=True)
     archive.store.put("k", b"y", "image/png", if_match=etag)
-    publisher = services.open_publisher(f"{place}/live")
+    publisher = Services(publish_to=f"{place}/live").publishing
     assert publisher
-    publisher.publishing.store.put("k.png", b"x", "image/png", cache_control="no-cache")
-    open_store(f"{place}/inbox", services.s3_client()).put("cup.png", b"x", "image/png")
-    inbox = open_inbox(f"{place}/inbox", services.s3_client)
+    publisher.store.put("k.png", b"x", "image/png", cache_control="no-cache")
+    open_store(f"{place}/inbox", Services().s3).put("cup.png", b"x", "image/png")
+    inbox = open_inbox(f"{place}/inbox", lambda: Services().s3)
     (file,) = inbox.look(0).settled
     assert inbox.move_done(file)
     assert len(server.writes()) >= 7
@@ -961,7 +998,7 @@ def test_every_write_asks_for_the_encryption_that_is_set(
 def test_another_encryption_is_refused_by_the_name_of_its_setting(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION", value)
     with pytest.raises(ConfigurationError, match=r"PREFECT_INTEGRATIONS_SEGMIND_S3_ENCRYPTION: .*allowed is AES256"):
-        services.s3_client()
+        _ = Services().s3
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "KMS.NotFoundException"), (501, "NotImplemented")])

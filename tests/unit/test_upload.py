@@ -6,22 +6,24 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import urlopen
 
+import pillow_heif
 import pytest
 from PIL import Image
 
-from prefect_segmind import services
 from prefect_segmind.errors import ConfigurationError, SourceImageError, StoreCredentialsError
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.sandbox import Sandbox
+from prefect_segmind.services import Services
 from prefect_segmind.settings import load_settings
 from tests.support.walk import generate, up_to_upload
 from tests.support.wire import Wire, http
@@ -30,12 +32,12 @@ from tests.support.wire import Wire, http
 def stored(uri: str) -> tuple[bytes, str]:
     """What lies at an address, and its content type."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    found = services.s3_client().get_object(Bucket=bucket, Key=key)
+    found = Services().s3.get_object(Bucket=bucket, Key=key)
     return found["Body"].read(), found["ContentType"]
 
 
 def put(data: bytes, key: str) -> str:
-    services.s3_client().put_object(Bucket="segmind", Key=key, Body=data)
+    Services().s3.put_object(Bucket="segmind", Key=key, Body=data)
     return f"s3://segmind/{key}"
 
 
@@ -43,15 +45,20 @@ def put(data: bytes, key: str) -> str:
 def puts(sandbox: Sandbox) -> list[str]:
     """The key of each object that is written from here on."""
     written: list[str] = []
-    events = services.s3_client().meta.events
+    events = Services().s3.meta.events
     events.register("before-parameter-build.s3.PutObject", lambda params, **_: written.append(params["Key"]))
     return written
 
 
-@pytest.fixture
-def bmp(photo: Path) -> Path:
-    path = photo.with_suffix(".bmp")
-    Image.open(photo).save(path)
+@pytest.fixture(params=["bmp", "heic"])
+def unaccepted(photo: Path, request: pytest.FixtureRequest) -> Path:
+    """A photo in a format that the API does not take."""
+    path = photo.with_suffix(f".{request.param}")
+    with Image.open(photo) as image:
+        if request.param == "heic":
+            pillow_heif.from_pillow(image).save(path)
+        else:
+            image.save(path)
     return path
 
 
@@ -89,8 +96,8 @@ class TestUploading:
         assert up_to_upload(photo)[1].uploaded
         assert stored(uri)[0] == photo.read_bytes()
 
-    def test_a_normalised_copy_is_what_the_api_gets(self, sandbox: Sandbox, bmp: Path) -> None:
-        job, uploaded = up_to_upload(bmp, resolution="RESOLUTION_640_1024")
+    def test_a_normalised_copy_is_what_the_api_gets(self, sandbox: Sandbox, unaccepted: Path) -> None:
+        job, uploaded = up_to_upload(unaccepted, resolution="RESOLUTION_640_1024")
         data, content_type = stored(uploaded.uri)
         assert uploaded.uri.endswith(f"/{uploaded.sha256}.jpg")
         assert content_type == "image/jpeg"
@@ -105,7 +112,7 @@ class TestUploading:
         job = validated(photo)
         photo.write_bytes(photo.read_bytes() + b"\0")
         with pytest.raises(SourceImageError, match="has changed since it was validated"):
-            services.open_uploads(None).upload(job, HERE)
+            Services().uploads.upload(job, HERE)
         assert puts == []
 
     def test_no_place_is_an_error_that_names_the_option_and_the_variable(self, photo: Path) -> None:
@@ -116,8 +123,14 @@ class TestUploading:
 
     @pytest.mark.parametrize("place", ["uploads", "/srv/uploads", "https://bucket.example/uploads"])
     def test_a_place_that_the_provider_cannot_read_is_an_error(self, place: str, photo: Path) -> None:
-        with pytest.raises(ConfigurationError, match="is no s3:// place"):
+        with pytest.raises(ConfigurationError, match="is not in S3"):
             Uploads(no_s3, place).upload(validated(photo), HERE)  # type: ignore[arg-type]
+
+    def test_the_scheme_of_a_place_may_be_in_capitals(self, sandbox: Sandbox, photo: Path) -> None:
+        uploads = replace(Services(upload_to="S3://segmind/capitals").uploads, public_base_url="https://cdn.example")
+        uploaded = uploads.upload(validated(photo), HERE)
+        assert uploaded.uri == f"s3://segmind/capitals/{uploaded.sha256}.jpg"
+        assert uploads.address(uploaded.uri) == f"https://cdn.example/{uploaded.sha256}.jpg"
 
 
 class TestRemoteSources:
@@ -131,13 +144,13 @@ class TestRemoteSources:
         assert puts == []
 
     def test_an_object_that_needs_a_change_is_copied_and_left_as_it_is(
-        self, sandbox: Sandbox, bmp: Path, puts: list[str]
+        self, sandbox: Sandbox, unaccepted: Path, puts: list[str]
     ) -> None:
-        uri = put(bmp.read_bytes(), "inbox/mug.bmp")
+        uri = put(unaccepted.read_bytes(), f"inbox/mug{unaccepted.suffix}")
         puts.clear()
         _, uploaded = up_to_upload(uri)
         assert uploaded.uri.endswith(f"/uploads/{uploaded.sha256}.jpg")
-        assert stored(uri)[0] == bmp.read_bytes()
+        assert stored(uri)[0] == unaccepted.read_bytes()
         assert len(puts) == 1
 
     def test_an_address_that_needs_no_change_is_passed_on_without_s3(self, photo: Path) -> None:
@@ -161,7 +174,7 @@ class TestAddresses:
     ) -> None:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PRESIGNED_SECONDS", "77")
         _, uploaded = up_to_upload(photo)
-        address = services.open_uploads(None).address(uploaded.uri)
+        address = Services().uploads.address(uploaded.uri)
         assert parse_qs(urlsplit(address).query)["X-Amz-Expires"] == ["77"]
         with urlopen(address) as answer:
             assert answer.read() == photo.read_bytes()
@@ -169,7 +182,7 @@ class TestAddresses:
     def test_a_public_place_needs_no_signature(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", "s3://segmind/public/")
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_PUBLIC_BASE_URL", "https://cdn.example/p/")
-        uploads = services.open_uploads(None)
+        uploads = Services().uploads
         assert uploads.address("s3://segmind/public/a b/ü?.jpg") == "https://cdn.example/p/a%20b/%C3%BC%3F.jpg"
         for other in ("s3://segmind/publicity/a.jpg", "s3://segmind/private/a.jpg"):
             assert "X-Amz-Signature" in uploads.address(other)

@@ -1,0 +1,267 @@
+"""Paying: one request for a picture that nobody has paid for yet."""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.picture import Answered, PaidPicture
+from prefect_segmind.archive.archive import Archive
+from prefect_segmind.archive.leases import Claim, claim, held_claim, this_process
+from prefect_segmind.archive.outbox import Outbox, OutboxEntry
+from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run
+from prefect_segmind.errors import Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.retry import RetryPolicy, decide, holds_all
+from prefect_segmind.pipeline.look_up import Finding
+from prefect_segmind.pipeline.upload import UploadedImage
+from prefect_segmind.pipeline.validate import ValidatedJob
+
+REQUEST_SECONDS = 3600.0
+"""How long a claim is kept for one request at most."""
+ARCHIVE_SECONDS = 600.0
+"""How long a claim on a picture in the outbox is kept for the archive stage to finish."""
+
+
+class GeneratedImage(BaseModel):
+    """A picture that is paid for, by this run or an earlier one.
+
+    Attributes:
+        job: What was asked for.
+        source_uri: Where the source image lies: where it was uploaded to, if this run has paid.
+        archive: The archive that has its record.
+        run: The run that got it.
+        status: `generated` by this run, an earlier try of its flow run included; `recovered` from the outbox, `reused`
+            from the archive: paid for before.
+        path: The picture in the outbox; None where the archive has it.
+        picture: Its facts.
+        attempts: Every request that was ever sent for it.
+        requests_sent: How many of them this run has to report.
+        cost_usd: What this run paid for it.
+        possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: ValidatedJob
+    source_uri: str
+    archive: str
+    run: str
+    status: Literal["generated", "recovered", "reused"]
+    path: Path | None
+    picture: PaidPicture
+    attempts: tuple[Attempt, ...]
+    requests_sent: int
+    cost_usd: Decimal
+    possibly_billed_usd: Decimal
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.job.name
+
+
+class Paid(NamedTuple):
+    """What a request has brought.
+
+    Attributes:
+        path: The picture in the outbox.
+        picture: Its facts.
+        attempts: Every request for it, this one last.
+    """
+
+    path: Path
+    picture: PaidPicture
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True)
+class Cashier:
+    """Sends the requests that are paid for, each under a claim on its picture. Threads may share it.
+
+    Attributes:
+        archive: Has the records.
+        outbox: Takes the pictures.
+        open_client: Makes the client that sends a request; a pool of connections that threads share is slow.
+        address: Turns the URI of an uploaded image into an address that the provider can GET, for one request.
+        on_unknown: Whether a picture is paid for again where an earlier request, of this run or another, may have been
+            billed.
+        policy: How patient the run is.
+        gate: What every request of the run passes, and is entered in the run's ledger by.
+    """
+
+    archive: Archive
+    outbox: Outbox
+    open_client: Callable[[], SegmindClient]
+    address: Callable[[str], str]
+    on_unknown: OnUnknown = "repay"
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    gate: Gate = field(default_factory=Gate)
+
+    def pay(
+        self, job: ValidatedJob, uploaded: UploadedImage, finding: Finding, run: Run, log: logging.Logger
+    ) -> Paid | None:
+        """Sends one request; None where another run was faster to claim the picture.
+
+        All that can fail on this machine is done before the claim: disk space, the signed address.
+
+        Args:
+            job: What is asked for.
+            uploaded: Its source image, where the provider can read it.
+            finding: What was known of the picture when it was decided to pay.
+            run: Who pays.
+            log: Where to say that money is spent again, and what the provider notes.
+
+        Raises:
+            ApiError: The request failed; its `decision` says whether and when to try again.
+            NotStartedError: The run of a batch has stopped, and no request was sent.
+            OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
+            StoreError: The record cannot be written; nothing was paid.
+        """
+        with (
+            self.gate.admit(job.price_usd, job.name) as admission,
+            self.outbox.receive(job.fingerprint, run.id) as part,
+            self.open_client() as client,
+        ):
+            request = job.request(self.address(uploaded.uri))
+            held = self._claim(job, finding, run)
+            if held is None:
+                return None
+            first = sum(each.run == run.id for each in held.record.attempts) == 1
+            if first and (why := finding.unresolved(job.name)):
+                log.warning("%s: paying again", why)
+            held.hold(REQUEST_SECONDS)
+            try:
+                admission.sent(job.fingerprint, held.record.attempts[-1].request)
+                paid = client.generate(request, part)
+                admission.paid(paid.cost_usd, paid.paid_at)
+                entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
+                path = self.outbox.keep(job.fingerprint, part, entry)
+            except SegmindError as error:
+                failed, kept = error, None
+                if error.answered is not None:
+                    if kept := self._keep_answer(part, error.answered, log):
+                        failed = error.with_facts(
+                            f"{error}; the answer is kept in {kept}, and read again first when the job is run again"
+                        )
+                    admission.unusable(failed)
+                decision = self._fail(run, held, error, log, kept)
+                raise failed.with_facts(decision=decision) from error.__cause__
+            except BaseException as error:
+                self._fail(run, held, SegmindError(f"ended by {type(error).__name__}", possibly_billed=True), log)
+                raise
+        kept_at = f"{path} on {socket.gethostname()}"
+
+        def answered(record: Record) -> Record:
+            return record.answered(*(200, None, None), possibly_billed=False, kept=kept_at, cost_usd=paid.cost_usd)
+
+        self._write_outcome(held, answered, log)
+        held.hold(ARCHIVE_SECONDS)
+        for notice in paid.notices:
+            log.info(notice)
+        return Paid(path, paid, held.record.attempts)
+
+    def give_up(self, job: ValidatedJob, run: Run) -> None:
+        """Lets go of the claim that a run holds on a picture, if it does: nobody waits for it.
+
+        Args:
+            job: What the picture is of.
+            run: The run.
+        """
+        held = held_claim(self.archive, job.fingerprint)
+        if held is not None and held.run == run.id:
+            held.give_up()
+
+    def release_for(self, job: ValidatedJob, run: Run) -> None:
+        """Lets go of the claim that an earlier try of a run's flow run has left: nobody is going to archive for it.
+
+        Args:
+            job: What the picture is of.
+            run: The run that goes on.
+        """
+        left = held_claim(self.archive, job.fingerprint)
+        if left is not None and left.record.holder and run.follows(left.record.holder.flow_runs):
+            left.release()
+
+    def _claim(self, job: ValidatedJob, finding: Finding, run: Run) -> Claim | None:
+        held = held_claim(self.archive, job.fingerprint)
+        if held is None or held.run != run.id:
+            return claim(self.archive, finding.record, job.fingerprint, run)
+        try:
+            held.write(lambda record: record.claimed_by(this_process(run), datetime.now(UTC)))
+        except PreconditionFailedError:
+            held.release()
+            return None
+        return held
+
+    def _keep_answer(self, part: Path, answered: Answered, log: logging.Logger) -> Path | None:
+        """Keeps the body of a 200 that is no picture; None where there is nothing in it."""
+        try:
+            return self.outbox.keep_answer(part, answered)
+        except OutboxError as broken:
+            log.warning(str(broken))
+            return part
+
+    def _fail(
+        self, run: Run, held: Claim, error: SegmindError, log: logging.Logger, kept: Path | None = None
+    ) -> Decision:
+        """Decides what follows a failed request, and writes it into the record.
+
+        Args:
+            run: The run that sent it.
+            held: Its claim.
+            error: The failure.
+            log: Where to say that the record cannot be written.
+            kept: Where the body of a 200 lies that is no picture.
+        """
+        mine = tuple(filter(run.owns, held.record.attempts))
+        alike = mine[:-1]
+        if self.policy.rate_limit_retries is not None:
+            alike = tuple(each for each in alike if each.held_all == holds_all(error))
+        policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
+        # The failed one has no outcome yet. A flow run may be run again days later.
+        counted_from = next(each.sent_at for each in mine if each.run == run.id and not each.held_all)
+        decision = decide(
+            error,
+            attempts=len(alike) + 1,
+            unknown=sum(1 for each in mine if each.possibly_billed) + error.possibly_billed,
+            elapsed=(datetime.now(UTC) - counted_from).total_seconds(),
+            jitter=random.random(),
+            policy=policy,
+        )
+
+        def outcome(record: Record) -> Record:
+            return record.answered(
+                error.status,
+                f"{type(error).__name__}: {error}",
+                decision.wait_seconds,
+                possibly_billed=error.possibly_billed,
+                held_all=holds_all(error),
+                kept=f"{kept} on {socket.gethostname()}" if kept else None,
+                cost_usd=None if error.possibly_billed or error.answered is None else error.answered.cost_usd,
+            )
+
+        self._write_outcome(held, outcome, log)
+        if decision.wait_seconds is None:
+            held.release()
+        else:
+            held.hold(decision.wait_seconds + LEASE_SECONDS)
+        return decision
+
+    def _write_outcome(self, held: Claim, outcome: Callable[[Record], Record], log: logging.Logger) -> None:
+        """Writes the outcome of a request into the record; where the archive fails, this run still knows it."""
+        try:
+            held.write(outcome)
+        except StoreError as broken:
+            held.record = outcome(held.record)
+            log.warning("the outcome of this request could not be written to the archive: %s", broken)
