@@ -28,6 +28,7 @@ from prefect_segmind.flows import approval_form
 from prefect_segmind.reporting.listener import Question
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.services import Services
+from tests.support.manifests import mugs, write_campaign
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
@@ -37,13 +38,7 @@ pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 def manifest(photo: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Five pictures, 0.25 USD."""
     monkeypatch.setattr(approval_form, "POLL_SECONDS", 1)
-    assets = [
-        {"name": f"mug/{n}", "image": photo.name, "prompt": f"a red | mug, number {n}", "seed": 1000 + n}
-        for n in range(5)
-    ]
-    path = photo.parent / "campaign.yaml"
-    path.write_text(yaml.safe_dump({"assets": assets}))
-    return str(path)
+    return write_campaign(photo, mugs(photo, 5, "a red | mug, number {}", first_seed=1000))
 
 
 class Paused:

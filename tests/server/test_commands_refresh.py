@@ -26,6 +26,7 @@ from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.reporting import artifacts
 from prefect_segmind.reporting.listener import listener
 from prefect_segmind.sandbox import Answer, Sandbox
+from tests.support.manifests import mugs, write_campaign
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 KEYS = {
@@ -40,11 +41,7 @@ IMAGE_KEYS = {
 
 @pytest.fixture
 def manifest(photo: Path) -> str:
-    path = photo.parent / "campaign.yaml"
-    prompt = "a mug, number {}, {{{{ season }}}}"
-    assets = [{"name": f"mug/{n}", "image": photo.name, "prompt": prompt.format(n)} for n in range(3)]
-    path.write_text(yaml.safe_dump({"vars": {"season": "summer"}, "assets": assets}))
-    return str(path)
+    return write_campaign(photo, mugs(photo, 3, "a mug, number {}, {{{{ season }}}}"), vars={"season": "summer"})
 
 
 def refresh(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:

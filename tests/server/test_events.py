@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from prefect_segmind import image_to_image, refresh_assets
 from prefect_segmind.batch.approval import Answer as Answered
@@ -19,6 +18,7 @@ from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
 from prefect_segmind.reporting import events as our_events
 from prefect_segmind.sandbox import Answer, Sandbox
 from tests.support.answering import answering
+from tests.support.manifests import mugs, write_campaign
 from tests.support.server_events import all_events
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -49,12 +49,7 @@ def events(own_tag: str) -> Events:
 
 @pytest.fixture
 def manifest(photo: Path) -> str:
-    assets = [
-        {"name": f"mug/{n}", "image": photo.name, "prompt": f"a red mug, {n}", "seed": 1000 + n} for n in range(4)
-    ]
-    path = photo.parent / "campaign.yaml"
-    path.write_text(yaml.safe_dump({"assets": assets}))
-    return str(path)
+    return write_campaign(photo, mugs(photo, 4, "a red mug, {}", first_seed=1000))
 
 
 def test_an_archived_picture_says_where_it_is_and_what_it_cost(

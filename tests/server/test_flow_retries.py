@@ -14,7 +14,6 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -41,6 +40,7 @@ from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLim
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.http import DownloadError
+from tests.support.manifests import mugs, write_campaign
 from tests.support.walk import up_to_upload
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
@@ -204,10 +204,7 @@ def test_a_random_seed_is_drawn_once_for_all_tries_of_a_flow_run_and_anew_for_th
 @pytest.fixture
 def campaign(photo: Path) -> Callable[..., str]:
     def write(count: int, **fields: Any) -> str:
-        assets = [{"name": f"mug/{n}", "image": photo.name, "prompt": f"mug {n}", **fields} for n in range(count)]
-        path = photo.parent / "campaign.yaml"
-        path.write_text(yaml.safe_dump({"assets": assets}))
-        return str(path)
+        return write_campaign(photo, mugs(photo, count, "mug {}", **fields))
 
     return write
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 from prefect import flow, tags
 from prefect.client.orchestration import get_client
@@ -60,6 +59,7 @@ from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
 from tests.support.answering import answering
+from tests.support.manifests import mugs, write_campaign
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
@@ -70,13 +70,8 @@ def campaign(photo: Path) -> Callable[..., str]:
     """Writes a manifest beside the photo: so many assets, all of it, each with a prompt and a seed of its own."""
 
     def write(count: int, *extra: dict[str, Any], **top: Any) -> str:
-        assets = [
-            {"name": f"mug/{n:03}", "image": photo.name, "prompt": f"a red mug, number {n:03}", "seed": 1000 + n}
-            for n in range(count)
-        ]
-        path = photo.parent / "campaign.yaml"
-        path.write_text(yaml.safe_dump({"assets": [*assets, *extra], **top}, allow_unicode=True))
-        return str(path)
+        assets = mugs(photo, count, "a red mug, number {:03}", name="mug/{:03}", first_seed=1000)
+        return write_campaign(photo, [*assets, *extra], **top)
 
     return write
 
