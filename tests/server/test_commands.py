@@ -102,6 +102,7 @@ def test_a_local_image_without_a_place_to_upload_to_is_bad_input_and_says_what_t
     assert "This run paid nothing." in told
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -129,6 +130,7 @@ def test_bad_input_is_exit_code_2_and_reaches_nobody(
     assert sandbox.ledger.requests == ()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("answer", "code"),
     [

@@ -104,6 +104,7 @@ def test_the_table_of_failures_has_a_row_for_each_cause_and_no_other() -> None:
     assert [row[0] for row in table("failures", "When something goes wrong")] == list(CAUSES)
 
 
+@pytest.mark.many
 @pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize("row", table("failures", "When something goes wrong"), ids=lambda row: row[0])
 def test_each_row_of_the_table_of_failures_is_what_happens(

@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """Runs one on loopback; its address."""
+    """Runs one on loopback; its address. What is in its buckets, all servers of a process share: name yours so."""
     one_at_a_time, put_object = threading.Lock(), S3Response.put_object
 
     def atomic(self: S3Response) -> Any:  # S3 looks and writes in one step, moto in two

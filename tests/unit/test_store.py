@@ -51,7 +51,7 @@ from tests.support.moto_server import moto_server
 from tests.support.ports import free_port, listens
 from tests.support.waiting import until
 
-KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "pictures"
+KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "stores"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 
 
