@@ -685,9 +685,10 @@ def test_a_full_disk_is_told(monkeypatch):
         spool.append(Done(name="a"))
 
 
-# --- a hundred thousand -----------------------------------------------------------------------------------------------
+# --- many rows --------------------------------------------------------------------------------------------------------
 
-ROWS = 100_000
+ROWS = 20_000
+"""A fifth of what the documentation calls no burden, in a fifth of the memory."""
 MEASURE = """
 import resource, sys
 from prefect_segmind.manifest.loading import load_manifest
@@ -703,7 +704,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_a_hundred_thousand_rows_need_little_memory(tmp_path, kind):
+def test_many_rows_need_little_memory(tmp_path, kind):
     """Measured in a process of its own: to trace each allocation would take a minute."""
 
     def rows(many: int) -> str:
@@ -719,4 +720,4 @@ def test_a_hundred_thousand_rows_need_little_memory(tmp_path, kind):
     done = subprocess.run([sys.executable, "-c", MEASURE, *places], capture_output=True, text=True, check=True)
     count, memory = map(int, done.stdout.split())
     assert count == ROWS
-    assert memory < 60_000_000
+    assert memory < 12_000_000
