@@ -7,7 +7,7 @@ redacted when the error is made. The meanings of the statuses are the provider's
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -46,51 +46,44 @@ def redact(text: str, *secrets: str) -> str:
     return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", text))
 
 
+@dataclass(eq=False, repr=False)
 class SegmindError(Exception):
     """The base of all errors of this package.
+
+    Args:
+        message: What went wrong and what to do; keys and signatures in it are redacted.
 
     Attributes:
         status: The HTTP status of the answer, if there was one.
         retry_after: Seconds that the server asks to wait.
         possibly_billed: Whether the outcome is unknown and the request may have been paid for.
         request_id: The provider's `x-request-id`.
-        answered: What the headers of a 200 told that was read to its end and gave no picture.
+        answered: The facts in the headers of a 200 that was read to its end and held no picture.
         fingerprint: The job's, where it is known.
         requests_sent: How many requests this run has sent for the job, the failed one included.
         cost_usd: What this run has paid for the job for certain.
         possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
-        decision: What is to follow a failed request: wait or stop.
+        decision: What follows a failed request: wait or stop.
         stage: Where a job of a batch failed: `validate`, `upload`, `generate`, `archive` or `publish`.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        retry_after: float | None = None,
-        possibly_billed: bool = False,
-        request_id: str | None = None,
-        answered: Answered | None = None,
-        fingerprint: str | None = None,
-        requests_sent: int = 0,
-        cost_usd: Decimal = Decimal("0.00"),
-        possibly_billed_usd: Decimal = Decimal("0.00"),
-        decision: Decision | None = None,
-        stage: str | None = None,
-    ) -> None:
+    message: InitVar[str]
+    _: KW_ONLY
+    status: int | None = None
+    retry_after: float | None = None
+    possibly_billed: bool = False
+    request_id: str | None = None
+    answered: Answered | None = None
+    fingerprint: str | None = None
+    requests_sent: int = 0
+    cost_usd: Decimal = Decimal("0.00")
+    possibly_billed_usd: Decimal = Decimal("0.00")
+    decision: Decision | None = None
+    stage: str | None = None
+
+    def __post_init__(self, message: str) -> None:
+        """Make the exception of the redacted message."""
         super().__init__(redact(message))
-        self.status = status
-        self.retry_after = retry_after
-        self.possibly_billed = possibly_billed
-        self.request_id = request_id
-        self.answered = answered
-        self.fingerprint = fingerprint
-        self.requests_sent = requests_sent
-        self.cost_usd = cost_usd
-        self.possibly_billed_usd = possibly_billed_usd
-        self.decision = decision
-        self.stage = stage
 
     def with_facts(self, message: str | None = None, **facts: Any) -> Self:
         """The same error with what more is known of it: an error gets its facts when it is made.
@@ -103,8 +96,8 @@ class SegmindError(Exception):
             >>> RateLimitError("…", status=429).with_facts(stage="generate").stage
             'generate'
         """
-        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return type(self)(message or str(self), **{**known, **facts}).with_traceback(self.__traceback__)
+        known = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self)(message or str(self), **known | facts).with_traceback(self.__traceback__)
 
 
 class InputError(SegmindError):
