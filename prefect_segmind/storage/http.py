@@ -15,9 +15,9 @@ import ipaddress
 import re
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from io import BytesIO
-from typing import Final, Protocol
+from typing import IO, Final
 
 import httpx
 
@@ -33,38 +33,30 @@ _INSIDE: Final = re.compile(r"(?i)[^.]+\.?|.*\.(internal|intranet|lan|local|loca
 """Names that no public host has; where they do not resolve here, a proxy is not asked for them."""
 
 
+@dataclass(eq=False, repr=False)
 class DownloadError(Exception):
-    """An address that was refused, did not answer as it should, or holds too much; the message never has its query.
+    """A download failed. The message never contains the address's query, which may be a signature.
+
+    Args:
+        message: What went wrong.
 
     Attributes:
         status: The HTTP status, if that was the reason.
         refused: Whether the address is one that must not be reached.
-        too_large: Whether it holds more than the limit.
+        too_large: Whether it has more bytes than the limit.
         retryable: Whether the same download may work a moment later.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        refused: bool = False,
-        too_large: bool = False,
-        retryable: bool = False,
-    ) -> None:
+    message: InitVar[str]
+    _: KW_ONLY
+    status: int | None = None
+    refused: bool = False
+    too_large: bool = False
+    retryable: bool = False
+
+    def __post_init__(self, message: str) -> None:
+        """Make the exception of the message."""
         super().__init__(message)
-        self.status = status
-        self.refused = refused
-        self.too_large = too_large
-        self.retryable = retryable
-
-
-class Sink(Protocol):
-    """Where the bytes go: an open binary file, for example."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take the next bytes."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,32 +92,19 @@ PUBLIC: Final = Destination()
 """Public addresses only."""
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """What a download has written.
-
-    Attributes:
-        size_bytes: Its size.
-        content_type: The Content-Type that the server claims.
-    """
-
-    size_bytes: int
-    content_type: str | None
-
-
 def download(
-    url: str, sink: Sink, *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0
-) -> Downloaded:
+    url: str, sink: IO[bytes], *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0
+) -> None:
     """Download from an address, and through its redirects, into a file.
 
     After an error the sink may hold a part of it.
 
     Args:
         url: http or https.
-        sink: Takes the bytes.
-        limit: The most bytes to take, whatever Content-Length says.
+        sink: An open file for the bytes.
+        limit: The most bytes to take, whatever Content-Length claims.
         destination: Which addresses may be reached, redirects included.
-        timeout: Seconds for all of it; a silence of 30 s ends it sooner.
+        timeout: Seconds for the whole download; a silence of 30 s ends it sooner.
 
     Raises:
         DownloadError: Refused, failed or too large.
@@ -139,10 +118,10 @@ def download(
     deadline = time.monotonic() + timeout
     here = _parsed(url)
     for _ in range(MAX_REDIRECTS + 1):
-        found = _fetch(here, sink, limit, destination, deadline)
-        if isinstance(found, Downloaded):
-            return found
-        here = found
+        redirect = _fetch(here, sink, limit, destination, deadline)
+        if redirect is None:
+            return
+        here = redirect
     raise DownloadError(f"{_name(here)}: more than {MAX_REDIRECTS} redirects")
 
 
@@ -153,15 +132,15 @@ def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, t
     return sink.getvalue()
 
 
-def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, deadline: float) -> Downloaded | httpx.URL:
-    """One hop: what was written, or where it redirects to. Tries the permitted addresses of the host in turn."""
+def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination, deadline: float) -> httpx.URL | None:
+    """One hop: where it redirects to, or None once it is written. Tries the permitted addresses of the host in turn."""
     # The certificates follow the environment (SSL_CERT_FILE). A client for each hop keeps no cookies.
     failure, retryable = "", True
     try:
-        certificates, ways = ssl_context(), _ways(url, destination)
+        certificates, routes = ssl_context(), _routes(url, destination)
     except ConfigurationError as error:
         raise DownloadError(f"{_name(url)}: {error}") from None
-    for address, proxy in ways:
+    for address, proxy in routes:
         with httpx.Client(trust_env=False, verify=certificates, proxy=proxy) as client:
             try:
                 return _get(client, url, address, sink, limit, deadline)
@@ -183,66 +162,52 @@ def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, dea
 
 
 def _get(
-    client: httpx.Client, url: httpx.URL, address: str | None, sink: Sink, limit: int, deadline: float
-) -> Downloaded | httpx.URL:
+    client: httpx.Client, url: httpx.URL, address: str | None, sink: IO[bytes], limit: int, deadline: float
+) -> httpx.URL | None:
     remaining = max(0.001, deadline - time.monotonic())
-    request = client.build_request(
+    with client.stream(
         "GET",
         url.copy_with(host=address or url.host, fragment=None),
         headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
         timeout=httpx.Timeout(min(30.0, remaining), connect=min(10.0, remaining)),
         # TLS asks for, and checks the certificate against, the name and not the address.
         extensions={"sni_hostname": url.raw_host.decode("ascii")},
-    )
-    answer = client.send(request, stream=True)
-    try:
+    ) as answer:
         if answer.has_redirect_location:
             return _parsed(answer.headers["Location"], url)
-        if answer.status_code != 200:
-            status = answer.status_code
-            raise DownloadError(
-                f"{_name(url)} answered {status}", status=status, retryable=status in (408, 425, 429) or status >= 500
-            )
+        status, size = answer.status_code, 0
+        if status != 200:
+            retryable = status in (408, 425, 429) or status >= 500
+            raise DownloadError(f"{_name(url)} answered {status}", status=status, retryable=retryable)
+        too_large = DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB", too_large=True)
         if int(answer.headers.get("Content-Length", "0")) > limit:
-            raise _too_large(url, limit)
-        size = 0
+            raise too_large
         for chunk in answer.iter_bytes():
             size += len(chunk)
             if size > limit:
-                raise _too_large(url, limit)
+                raise too_large
             if time.monotonic() > deadline:
-                raise DownloadError(f"{_name(url)} took too long", retryable=True)
+                raise httpx.ReadTimeout("")
             sink.write(chunk)
-        return Downloaded(size, answer.headers.get("Content-Type"))
-    finally:
-        answer.close()
+    return None
 
 
-def _ways(url: httpx.URL, destination: Destination) -> list[tuple[str | None, httpx.Proxy | None]]:
-    """Each way to a URL's host that may be taken, one at least: an IP address, or a proxy that looks the name up."""
+def _routes(url: httpx.URL, destination: Destination) -> list[tuple[str | None, httpx.Proxy | None]]:
+    """The permitted routes to a URL's host, at least one: its IP addresses, or a proxy that resolves the name."""
     proxy = proxy_for(url) if url.scheme == "https" else None
-    if proxy is None:
-        return [(address, None) for address in _permitted(url, destination)]
     try:
         addresses = _resolved(url)
     except DownloadError:
-        if _INSIDE.fullmatch(url.host):
+        if proxy is None or _INSIDE.fullmatch(url.host):
             raise
-        return [(None, proxy)]  # in a closed network nobody but the proxy knows the names outside
-    if any(_unwrapped(each).is_loopback for each in addresses):  # a proxy's loopback is not ours
-        return [(address, None) for address in _permitted(url, destination)]
-    if not all(destination.permits(url, each) for each in addresses):
-        raise _refused(url, addresses, destination)
-    return [(None, proxy)]
-
-
-def _permitted(url: httpx.URL, destination: Destination) -> list[str]:
-    """The IP addresses of a URL's host that may be reached, in the order of the resolver; one at least."""
-    addresses = _resolved(url)
+        return [(None, proxy)]  # in a closed network only the proxy can resolve public names
+    if any(_unwrapped(each).is_loopback for each in addresses):
+        proxy = None  # its loopback is not that of this machine
     permitted = [each for each in addresses if destination.permits(url, each)]
-    if not permitted:
-        raise _refused(url, addresses, destination)
-    return permitted
+    if not permitted or (proxy and permitted != addresses):
+        rule = "https and public addresses" if destination.same_origin else "public ones"
+        raise DownloadError(f"{_name(url)} leads to {', '.join(addresses)}; only {rule} are allowed", refused=True)
+    return [(None, proxy)] if proxy else [(each, None) for each in permitted]
 
 
 def _resolved(url: httpx.URL) -> list[str]:
@@ -253,11 +218,6 @@ def _resolved(url: httpx.URL) -> list[str]:
         passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         raise DownloadError(f"{_name(url)}: the host cannot be resolved: {error}", retryable=passing) from None
     return list(dict.fromkeys(str(each[4][0]) for each in found))
-
-
-def _refused(url: httpx.URL, addresses: list[str], destination: Destination) -> DownloadError:
-    rule = "only https and public addresses are allowed" if destination.same_origin else "only public ones are allowed"
-    return DownloadError(f"{_name(url)} leads to {', '.join(addresses)}; {rule}", refused=True)
 
 
 def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
@@ -276,10 +236,6 @@ def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
 def _name(url: httpx.URL) -> str:
     """A URL without its query, which may be a signature, and without credentials."""
     return f"{url.scheme}://{(url.netloc + url.raw_path.partition(b'?')[0]).decode('ascii')}"
-
-
-def _too_large(url: httpx.URL, limit: int) -> DownloadError:
-    return DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB", too_large=True)
 
 
 def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
