@@ -1,12 +1,12 @@
-"""Fetching a public address: http(s) source images, and links to pictures in an answer of the API.
+"""Downloads from public addresses: http(s) source images, and links to pictures in an answer of the API.
 
-The only module that follows addresses of other people's choice. What may be reached is decided on the resolved IP
-address, and the connection goes to exactly that one, so a name cannot point elsewhere a moment later; every redirect is
-decided anew. Nothing of ours goes along: no API key, no cookies, no credentials.
+The only module that requests addresses chosen by others. Permission depends on the resolved IP address, and the
+connection goes to exactly that address, so a name cannot be resolved differently a moment later; every redirect is
+checked again. No API key, cookies or credentials are sent.
 
-Where the environment names a proxy, https goes through it, as the API's requests do. The proxy resolves the name once
-more, so less can be promised: what resolves here must resolve to permitted addresses only, and the certificate must be
-the name's, which a stranger's name cannot have that leads inside. Plain http has no such guard: never through a proxy.
+If the environment names a proxy, https goes through it, as the API's requests do. The proxy resolves the name again, so
+the guarantee is weaker: the name must resolve to permitted addresses only, and the certificate must be valid for the
+name, which that of an internal host is not. Plain http has no such check and never goes through a proxy.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 
 MAX_REDIRECTS: Final = 5
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last 32 bits
-_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out
-_PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know the first eight of it only
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has allocated
+_PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know only the first eight
 
 _INSIDE: Final = re.compile(r"(?i)[^.]+\.?|.*\.(internal|intranet|lan|local|localhost|home\.arpa|corp|home)\.?")
-"""Names that no public host has; where they do not resolve here, a proxy is not asked for them."""
+"""Names that no public host has: if they do not resolve here, a proxy is not asked for them."""
 
 
 @dataclass(eq=False, repr=False)
@@ -61,13 +61,13 @@ class DownloadError(Exception):
 
 @dataclass(frozen=True)
 class Destination:
-    """Which addresses may be reached: public ones, unless one of these says more.
+    """Which addresses may be reached: public ones, and more by these fields.
 
     Attributes:
         allow_private: Every address, such as 10.0.0.8 or a cloud's metadata service at 169.254.169.254.
-        allow_loopback: This machine as well, as with the sandbox.
-        same_origin: For links in an answer, the API's base URL: its own scheme, host and port wherever they are, and
-            otherwise https only.
+        allow_loopback: This machine too, as for the sandbox.
+        same_origin: For links in an answer, the API's base URL: its scheme, host and port at any address, and other
+            hosts by https only.
 
     Example:
         >>> Destination().permits("https://cdn.example/a.png", "169.254.169.254")
@@ -79,7 +79,12 @@ class Destination:
     same_origin: str | None = None
 
     def permits(self, url: httpx.URL | str, address: str) -> bool:
-        """Whether a URL may be fetched from an IP address that its host has resolved to."""
+        """Whether a URL may be fetched from an IP address of its host.
+
+        Args:
+            url: The URL.
+            address: The IP address that its host has resolved to.
+        """
         url, ip = httpx.URL(url), _unwrapped(address)
         if self.allow_private or (self.same_origin and _origin(url) == _origin(httpx.URL(self.same_origin))):
             return True
@@ -126,7 +131,7 @@ def download(
 
 
 def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0) -> bytes:
-    """Download from an address into memory; arguments and errors as in `download`."""
+    """Download from an address into memory; arguments and errors as for `download`."""
     sink = BytesIO()
     download(url, sink, limit=limit, destination=destination, timeout=timeout)
     return sink.getvalue()
@@ -221,7 +226,7 @@ def _resolved(url: httpx.URL) -> list[str]:
 
 
 def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
-    """A URL that may be tried, or the one that a redirect from `base` leads to."""
+    """The URL of an address, or of a redirect from `base`; one of another kind is refused."""
     try:
         url = base.join(location) if base else httpx.URL(location)
     except httpx.InvalidURL:
@@ -243,7 +248,7 @@ def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
 
 
 def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IP address, as the IPv4 address that it carries where it is a mapped or a translated one."""
+    """An IP address; the embedded IPv4 address of a mapped or translated one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -256,6 +261,6 @@ def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether an unwrapped address is one of the public Internet."""
     if isinstance(ip, ipaddress.IPv6Address):
-        # 6to4 carries an IPv4 address of anybody's choice to wherever a relay stands.
+        # 6to4 embeds any IPv4 address, and leads to it through a relay.
         return ip in _GLOBAL_UNICAST and ip.is_global and ip.sixtofour is None
     return ip.is_global and not ip.is_multicast and ip not in _PROTOCOL_ASSIGNMENTS
