@@ -77,38 +77,22 @@ class Listing:
     Attributes:
         now: That moment.
         images: The images.
-        ignored: All other visible paths.
+        skipped: All other visible paths; with the reason if one may be an image.
     """
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.images: dict[str, Seen] = {}
-        self.ignored: set[str] = set()
-        self._unreadable: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
 
     def skip(self, below: str, why: str = "") -> None:
-        """Ignore a path.
+        """Skip a path.
 
         Args:
             below: The path below the inbox.
             why: The reason, if it may be an image.
         """
-        self.ignored.add(writable(below))
-        if why:
-            self._unreadable[writable(below)] = why
-
-    def look(
-        self, settled: Iterable[InboxFile] = (), unsettled: Iterable[str] = (), empty: Iterable[InboxFile] = ()
-    ) -> Look:
-        """The result of the visit that ends with this listing.
-
-        Args:
-            settled: As in `Look`.
-            unsettled: As in `Look`.
-            empty: As in `Look`.
-        """
-        unreadable = tuple(f"{below}: {why}" for below, why in sorted(self._unreadable.items()))
-        return Look(tuple(settled), tuple(unsettled), tuple(sorted(self.ignored)), unreadable, tuple(empty))
+        self.skipped[writable(below)] = why
 
 
 class _Visit(BaseModel):
@@ -232,9 +216,7 @@ class Inbox(ABC):
             StoreError: The inbox cannot be listed.
         """
         first = second = self._list()
-        if not first.images:
-            return first.look()
-        before = known()
+        before = known() if first.images else {}
         if any(seen.size and before.get(below) != seen.file.version for below, seen in first.images.items()):
             pause(settle_seconds)
             second = self._list()
@@ -250,7 +232,9 @@ class Inbox(ABC):
                 empty.append(seen.file)
             else:
                 unsettled.append(below)
-        return second.look(settled, unsettled, empty)
+        skipped = sorted(second.skipped.items())
+        unreadable = tuple(f"{below}: {why}" for below, why in skipped if why)
+        return Look(tuple(settled), tuple(unsettled), tuple(below for below, _ in skipped), unreadable, tuple(empty))
 
     def move_done(self, file: InboxFile) -> str | None:
         """Move a file into `done/`, with its subfolders, without replacing another file.
