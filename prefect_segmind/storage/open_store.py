@@ -63,7 +63,7 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         bucket, prefix = split_uri(url)
         return S3Store(bucket, prefix, client or s3_client())
     if QUOTED.fullmatch(url):
-        raise ConfigurationError(f"unsupported location {url}: take the quotes away")
+        raise ConfigurationError(f"unsupported location {url}: remove the quotes")
     allowed = "use s3://bucket/prefix, a folder, or file:///folder"
     url = path_of_file_url(url)
     if re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:|s3:", url) or not url.strip():
