@@ -140,11 +140,11 @@ def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, t
 def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination, deadline: float) -> httpx.URL | None:
     """One hop: where it redirects to, or None once it is written. Tries the permitted addresses of the host in turn."""
     # The certificates follow the environment (SSL_CERT_FILE). A client for each hop keeps no cookies.
-    failure, retryable = "", True
+    name, failure, retryable = _name(url), "", True
     try:
         certificates, routes = ssl_context(), _routes(url, destination)
     except ConfigurationError as error:
-        raise DownloadError(f"{_name(url)}: {error}") from None
+        raise DownloadError(f"{name}: {error}") from None
     for address, proxy in routes:
         with httpx.Client(trust_env=False, verify=certificates, proxy=proxy) as client:
             try:
@@ -156,14 +156,12 @@ def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination
                 failure = f"the proxy answers {error}"
                 retryable = str(error).startswith("5")
             except httpx.TimeoutException:
-                raise DownloadError(f"{_name(url)} took too long", retryable=True) from None
+                raise DownloadError(f"{name} took too long", retryable=True) from None
             except httpx.TransportError as error:
-                raise DownloadError(
-                    f"{_name(url)}: the answer was cut or is not HTTP: {error}", retryable=True
-                ) from None
+                raise DownloadError(f"{name}: the answer was cut or is not HTTP: {error}", retryable=True) from None
             except httpx.DecodingError as error:
-                raise DownloadError(f"{_name(url)} cannot be decompressed: {error}") from None
-    raise DownloadError(f"{_name(url)} cannot be reached: {failure}", retryable=retryable)
+                raise DownloadError(f"{name} cannot be decompressed: {error}") from None
+    raise DownloadError(f"{name} cannot be reached: {failure}", retryable=retryable)
 
 
 def _get(

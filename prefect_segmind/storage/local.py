@@ -91,10 +91,8 @@ class LocalStore:
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
         with disk_errors(f"cannot write {path}"):
-            above_new: list[Path] = []
-            if not path.parent.is_dir():
-                above_new = [folder.parent for folder in path.parents if not folder.exists()]
-                path.parent.mkdir(parents=True, exist_ok=True)
+            above_new = [folder.parent for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with draft.open("xb") as file:
                     file.write(data)
@@ -135,8 +133,7 @@ class LocalStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         path = self.folder / LOCK_KEY
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             _lock(file.fileno())
             try:

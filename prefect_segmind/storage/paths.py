@@ -24,7 +24,7 @@ def found_path(given: str | Path) -> Path:
         The path that exists; the given one if none does.
     """
     path = Path(given)
-    try:
+    with suppress(RuntimeError):  # the home of an unknown user
         wanted = path.expanduser()
         if is_there(wanted) or (str(wanted).isascii() and "\\" not in str(wanted)):
             return path
@@ -34,9 +34,7 @@ def found_path(given: str | Path) -> Path:
                 found = next((there for form in spellings(part) if is_there(there := found / form)), found / part)
             if is_there(found):
                 return found
-        return path
-    except RuntimeError:  # the home of an unknown user
-        return path
+    return path
 
 
 def is_there(path: Path) -> bool:
@@ -45,10 +43,7 @@ def is_there(path: Path) -> bool:
     Args:
         path: The path; one that this system does not allow does not exist.
     """
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for names that the system does not allow
 
 
 def missing_file(path: Path, *, folders: bool = False) -> str:

@@ -381,7 +381,11 @@ class S3Store:
         return bool(config.request_checksum_calculation != "when_required")
 
     def uri(self, key: str) -> str:
-        """`s3://bucket/prefix/key`."""
+        """`s3://bucket/prefix/key`.
+
+        Args:
+            key: The object's key.
+        """
         return f"{self.url}/{key}"
 
     def get(self, key: str) -> StoredObject | None:

@@ -104,7 +104,7 @@ class TestSettings:
             wrong.setenv("SEGMIND_BASE_URL", "https://api\x7f.example")
             assert refused(load_base_url).startswith("SEGMIND_BASE_URL: ")
             wrong.setenv("SEGMIND_API_KEY", f"{KEY}\x1b{KEY}")
-            assert refused(lambda: load_credentials(None)).startswith("SEGMIND_API_KEY: it holds")
+            assert refused(lambda: load_credentials(None)).startswith("SEGMIND_API_KEY: it contains")
             assert KEY not in refused(lambda: load_credentials(None))
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "s3://b/a\x1bb")
         assert f"{PREFIX}ARCHIVE: 's3://b/a\\x1bb'" in refused(load_settings)
