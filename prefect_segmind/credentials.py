@@ -1,4 +1,4 @@
-"""The key to the API: a Prefect block, or environment variables where there is none."""
+"""The key to the API: a Prefect block, or environment variables."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class SegmindCredentials(CredentialsBlock):
         """A client with this key and the time-outs of the settings; close it after use.
 
         Args:
-            settings: Those of now if left out; reading them takes longer than making a client.
+            settings: The present ones by default; loading them takes longer than creating a client.
 
         Raises:
-            ConfigurationError: The key or the address is unusable.
+            ConfigurationError: The key or the address is invalid.
         """
         settings = settings or load_settings()
         return SegmindClient(
@@ -61,17 +61,17 @@ class SegmindCredentials(CredentialsBlock):
 
 
 def load_credentials(block: str | None = None) -> SegmindCredentials:
-    """The credentials to use: the named block, the one that the settings name, or the environment.
+    """The credentials to use: the given block, that of the settings, or the environment.
 
     Args:
         block: Name of a saved `SegmindCredentials` block.
 
     Raises:
-        ConfigurationError: There are none; the message says what to set.
+        ConfigurationError: There are none, or they contradict SEGMIND_BASE_URL; the message says what to set.
     """
     name = given_text("credentials_block", block) or load_settings().credentials_block
     if name:
-        check_environment()  # Prefect's client reads it, and fails without a word of it
+        check_environment()  # Prefect's client reads it too, but its errors do not name the variable
         try:
             loaded = cast(SegmindCredentials, SegmindCredentials.load(name, _sync=True))  # type: ignore[call-arg]
         except ValueError as error:
@@ -79,8 +79,8 @@ def load_credentials(block: str | None = None) -> SegmindCredentials:
                 f"credentials_block: no SegmindCredentials block named {name!r} can be loaded ({error}); save one with "
                 f'SegmindCredentials(api_key=…).save("{name}")'
             ) from None
-        address = (given_text("SEGMIND_BASE_URL", os.environ.get("SEGMIND_BASE_URL")) or "").rstrip("/")
-        if address and address != loaded.base_url.rstrip("/"):
+        address = (_base_url() or loaded.base_url).rstrip("/")
+        if address != loaded.base_url.rstrip("/"):
             raise ConfigurationError(
                 f"SEGMIND_BASE_URL is {address}, but the block {name!r} names {loaded.base_url} and would pay there; "
                 "unset the variable, or name no block"
@@ -89,24 +89,27 @@ def load_credentials(block: str | None = None) -> SegmindCredentials:
     key = stripped(os.environ.get("SEGMIND_API_KEY", ""))
     if not key:
         raise ConfigurationError(
-            "api_key: there is none; set SEGMIND_API_KEY, or name a SegmindCredentials block (--block, the flow's "
+            "api_key: missing; set SEGMIND_API_KEY, or name a SegmindCredentials block (--block, the flow's "
             "credentials_block, or PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK)"
         )
     if CONTROL.search(key):
-        raise ConfigurationError("SEGMIND_API_KEY: it holds a control character; copy it once more")
-    return SegmindCredentials(api_key=SecretStr(key), base_url=_base_url())
+        raise ConfigurationError("SEGMIND_API_KEY: it contains a control character; copy it again")
+    return SegmindCredentials(api_key=SecretStr(key), base_url=_base_url() or DEFAULT_BASE_URL)
 
 
 def load_base_url(block: str | None = None) -> str:
-    """Address of the API, which is known without a key too.
+    """The address of the API, for which no key is needed.
 
     Args:
         block: Name of a saved `SegmindCredentials` block.
+
+    Raises:
+        ConfigurationError: The block cannot be loaded, or contradicts SEGMIND_BASE_URL.
     """
     if given_text("credentials_block", block) or load_settings().credentials_block:
         return load_credentials(block).base_url
-    return _base_url()
+    return _base_url() or DEFAULT_BASE_URL
 
 
-def _base_url() -> str:
-    return given_text("SEGMIND_BASE_URL", os.environ.get("SEGMIND_BASE_URL")) or DEFAULT_BASE_URL
+def _base_url() -> str | None:
+    return given_text("SEGMIND_BASE_URL", os.environ.get("SEGMIND_BASE_URL"))

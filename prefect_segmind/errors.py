@@ -1,13 +1,13 @@
-"""Every error this package raises, with the HTTP statuses that it stands for and what to do about it.
+"""The errors of this package, with the HTTP statuses that they stand for and what to do about them.
 
-An error says which field or setting was wrong and what to do. It never holds a key or a signed URL: every message is
-redacted when the error is made. The meanings of the statuses are the provider's.
+A message names the field or setting that is wrong and what to do. It never contains a key or a signed URL: every
+message is redacted when the error is created. The meanings of the statuses are the provider's.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from prefect_segmind.api.picture import Answered
 
 _KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
-# Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one where the
-# text closes behind it. A question mark in `s3://` belongs to the key.
+# Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one if the
+# text closes after it. A question mark in `s3://` belongs to the key.
 _QUERY = re.compile(r"""(?<![sS]3)(:(?:\\?/){2}[^\s?"<>]+)\?(?:[^\s"'<>]|'(?![\s,.;:)\]}>"']|$))*""")
 _USERINFO = re.compile(r"""(:(?:\\?/){2})[^\s/"<>]*@""")
-# Wherever they stand: an address with a space in it is not seen as one.
+# Anywhere in a text: an address with a space in it is not recognized.
 _SIGNATURE = re.compile(r"""(?i)((?:signature|security-token|x-\w+-credential|\bsig)=)[^\s&"'<>]+""")
 
 
 def writable(text: str) -> str:
-    r"""A text that can be written anywhere: the bytes of a file's name that are no UTF-8 are shown as escapes.
+    r"""A text that can be written anywhere: bytes of a file's name that are not UTF-8 are shown as escapes.
+
+    Args:
+        text: The text.
 
     Example:
         >>> writable("caf\udce9.jpg")
@@ -34,7 +37,11 @@ def writable(text: str) -> str:
 
 
 def redact(text: str, *secrets: str) -> str:
-    """A text without API keys, the given secrets, and what is secret in a URL, its query and its password; `writable`.
+    """A text without API keys, the given secrets, and the queries and passwords of URLs; it is `writable` too.
+
+    Args:
+        text: The text.
+        secrets: Secrets to leave out.
 
     Example:
         >>> redact("GET https://b.example/k?X-Amz-Signature=ab with SG_0123456789abcdef")
@@ -46,54 +53,47 @@ def redact(text: str, *secrets: str) -> str:
     return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", text))
 
 
+@dataclass(eq=False, repr=False)
 class SegmindError(Exception):
     """The base of all errors of this package.
+
+    Args:
+        message: What went wrong and what to do; keys and signatures in it are redacted.
 
     Attributes:
         status: The HTTP status of the answer, if there was one.
         retry_after: Seconds that the server asks to wait.
         possibly_billed: Whether the outcome is unknown and the request may have been paid for.
         request_id: The provider's `x-request-id`.
-        answered: What the headers of a 200 told that was read to its end and gave no picture.
+        answered: The facts in the headers of a 200 that was read to its end and held no picture.
         fingerprint: The job's, where it is known.
         requests_sent: How many requests this run has sent for the job, the failed one included.
         cost_usd: What this run has paid for the job for certain.
         possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
-        decision: What is to follow a failed request: wait or stop.
+        decision: What follows a failed request: wait or stop.
         stage: Where a job of a batch failed: `validate`, `upload`, `generate`, `archive` or `publish`.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        retry_after: float | None = None,
-        possibly_billed: bool = False,
-        request_id: str | None = None,
-        answered: Answered | None = None,
-        fingerprint: str | None = None,
-        requests_sent: int = 0,
-        cost_usd: Decimal = Decimal("0.00"),
-        possibly_billed_usd: Decimal = Decimal("0.00"),
-        decision: Decision | None = None,
-        stage: str | None = None,
-    ) -> None:
+    message: InitVar[str]
+    _: KW_ONLY
+    status: int | None = None
+    retry_after: float | None = None
+    possibly_billed: bool = False
+    request_id: str | None = None
+    answered: Answered | None = None
+    fingerprint: str | None = None
+    requests_sent: int = 0
+    cost_usd: Decimal = Decimal("0.00")
+    possibly_billed_usd: Decimal = Decimal("0.00")
+    decision: Decision | None = None
+    stage: str | None = None
+
+    def __post_init__(self, message: str) -> None:
+        """Make the exception of the redacted message."""
         super().__init__(redact(message))
-        self.status = status
-        self.retry_after = retry_after
-        self.possibly_billed = possibly_billed
-        self.request_id = request_id
-        self.answered = answered
-        self.fingerprint = fingerprint
-        self.requests_sent = requests_sent
-        self.cost_usd = cost_usd
-        self.possibly_billed_usd = possibly_billed_usd
-        self.decision = decision
-        self.stage = stage
 
     def with_facts(self, message: str | None = None, **facts: Any) -> Self:
-        """The same error with what more is known of it: an error gets its facts when it is made.
+        """A copy of the error with more facts, since an error gets its facts when it is created.
 
         Args:
             message: Another message; the same if None.
@@ -103,8 +103,8 @@ class SegmindError(Exception):
             >>> RateLimitError("…", status=429).with_facts(stage="generate").stage
             'generate'
         """
-        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return type(self)(message or str(self), **{**known, **facts}).with_traceback(self.__traceback__)
+        known = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self)(message or str(self), **known | facts).with_traceback(self.__traceback__)
 
 
 class InputError(SegmindError):
@@ -124,7 +124,7 @@ class ConfigurationError(InputError):
 
 
 class StoreError(SegmindError):
-    """A place in S3 or on disk could not be read or written."""
+    """An address in S3 or on disk could not be read or written."""
 
 
 class BucketNotFoundError(StoreError):
@@ -148,7 +148,7 @@ class PreconditionFailedError(StoreError):
 
 
 class OutboxError(StoreError):
-    """The outbox, the folder for paid pictures, cannot take one more."""
+    """The outbox, the folder for paid pictures, cannot take another one."""
 
 
 class ArchiveError(StoreError):
@@ -176,7 +176,7 @@ class ApprovalTimeoutError(NotApprovedError):
 
 
 class UnusableAnswersError(SegmindError):
-    """So many paid answers in a row held no picture that a batch does not go on."""
+    """A batch was stopped after several consecutive paid answers without a picture."""
 
 
 class RunCancelledError(SegmindError):
@@ -184,7 +184,7 @@ class RunCancelledError(SegmindError):
 
 
 class NotStartedError(SegmindError):
-    """The run had stopped before the next request for this job was sent; its cause says why."""
+    """The run stopped before the next request for this job was sent; the error's cause has the reason."""
 
 
 class ApiError(SegmindError):
@@ -192,7 +192,7 @@ class ApiError(SegmindError):
 
     Attributes:
         statuses: The HTTP statuses that a class of these errors stands for; a subclass may narrow them.
-        advice: What a user can do about it, in the words of a message; empty where the message itself says so.
+        advice: What a user can do about it; empty if the message itself contains that.
     """
 
     statuses: ClassVar[tuple[int, ...]] = ()
@@ -232,17 +232,17 @@ class EndpointNotFoundError(AccountError):
 
 
 class MethodNotAllowedError(ApiError):
-    """The address does not take a POST, mostly a wrong base URL."""
+    """The address does not accept a POST, mostly because of a wrong base URL."""
 
     statuses = (405,)
     advice = "check SEGMIND_BASE_URL"
 
 
 class NotAcceptableError(ApiError):
-    """The request is not acceptable, for a reason that the provider does not name."""
+    """The request is not acceptable, for a reason that the answer does not name."""
 
     statuses = (406,)
-    advice = "read the provider's words and change what they name"
+    advice = "read the provider's message and change what it names"
 
 
 class InsufficientCreditsError(NotAcceptableError):
@@ -260,7 +260,7 @@ class ParameterRejectedError(NotAcceptableError):
 class ContentTypeRejectedError(NotAcceptableError):
     """The Content-Type was rejected."""
 
-    advice = "check what stands between here and the API: it changed the Content-Type header"
+    advice = "check any proxy on the way to the API: it changed the Content-Type header"
 
 
 class ModelRetiredError(AccountError):
@@ -285,7 +285,7 @@ class RateLimitError(ApiError):
 
 
 class InternalServerError(ApiError):
-    """The provider failed; mostly a parameter that it cannot work with."""
+    """The provider failed, mostly because of a parameter that it cannot use."""
 
     statuses = (500,)
     advice = "check the parameters; if they are right, run again later"
@@ -295,21 +295,21 @@ class BadGatewayError(ApiError):
     """Temporarily unavailable; the picture may have been made and billed."""
 
     statuses = (502,)
-    advice = "run again later; the provider's usage page tells whether it was billed"
+    advice = "run again later; the provider's usage page shows whether it was billed"
 
 
 class GatewayTimeoutError(ApiError):
     """Timed out on the way; the picture may have been made and billed."""
 
     statuses = (504,)
-    advice = "run again later; the provider's usage page tells whether it was billed"
+    advice = "run again later; the provider's usage page shows whether it was billed"
 
 
 class OverloadedError(ApiError):
-    """The provider is overloaded; it has made nothing and bills nothing."""
+    """The provider is overloaded; it has generated nothing and bills nothing."""
 
     statuses = (503, 529)
-    advice = "the provider is overloaded and has made nothing; run again later"
+    advice = "the provider is overloaded and has generated nothing; run again later"
 
 
 class UnexpectedStatusError(ApiError):
@@ -323,7 +323,7 @@ class ApiUnreachableError(ApiError):
 
 
 class AnswerCutError(ApiError):
-    """The answer provably did not arrive whole: read time-out, lost connection, half a picture. It may be billed."""
+    """The answer is certainly incomplete: read time-out, lost connection, half a picture. It may be billed."""
 
 
 class NotAnImageError(ApiError):
@@ -344,11 +344,11 @@ STATUS_ERRORS: dict[int, type[ApiError]] = {
     if isinstance(kind, type) and issubclass(kind, ApiError)
     for status in vars(kind).get("statuses", ())
 }
-"""The class for each status that the contract names."""
+"""The class for each documented status."""
 
 
 def status_error(status: int, text: str) -> type[ApiError]:
-    """The class for an HTTP status; a 406 is told apart by the provider's words.
+    """The class for an HTTP status; for a 406 it depends on the provider's message.
 
     Args:
         status: Any status but 200.
@@ -361,7 +361,9 @@ def status_error(status: int, text: str) -> type[ApiError]:
     if status != 406:
         return STATUS_ERRORS.get(status, UnexpectedStatusError)
     words = text.lower()
-    unquoted = re.sub(r"\"[^\"]*\"|`[^`]*`|(?<!\w)'[^']*'(?!\w)", " ", words)  # a prompt may speak of credit too
+    unquoted = re.sub(
+        r"\"[^\"]*\"|`[^`]*`|(?<!\w)'[^']*'(?!\w)", " ", words
+    )  # a quoted prompt may contain such words too
     if re.search(r"credit|balance|spend|quota|billing|top.?up", unquoted):
         return InsufficientCreditsError
     if re.search(r"content.?type|media type", words):
@@ -373,7 +375,7 @@ def status_error(status: int, text: str) -> type[ApiError]:
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows a failed request.
+    """The decision after a failed request.
 
     Attributes:
         wait_seconds: Seconds to wait before the next request; None to stop.
@@ -385,5 +387,5 @@ class Decision:
 
     @property
     def retry(self) -> bool:
-        """Whether there is to be another request."""
+        """Whether another request follows."""
         return self.wait_seconds is not None

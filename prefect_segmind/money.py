@@ -1,15 +1,18 @@
-"""What a picture costs, in USD."""
+"""Amounts of money, in USD."""
 
 from __future__ import annotations
 
 from decimal import Decimal
 
 LIST_PRICE_USD = Decimal("0.05")
-"""Price of one generation, from the provider's page for this endpoint; an answer's `x-cost` overrules it."""
+"""Price of one generation, from the provider's page for this endpoint; an answer's `x-cost` overrides it."""
 
 
 def usd(amount: Decimal) -> str:
-    """An amount as text with at least two decimals and no more than it needs.
+    """An amount as text with two decimals, or more if it has more.
+
+    Args:
+        amount: The amount.
 
     Example:
         >>> usd(Decimal("0.1")), usd(Decimal("0.0525")), usd(Decimal("0"))

@@ -1,7 +1,7 @@
 """The plugin's settings, read as Prefect reads its own: environment, `.env`, `prefect.toml`, `pyproject.toml`.
 
-The variable of a setting is `PREFECT_INTEGRATIONS_SEGMIND_` and its name in capitals; an empty one is as good as none.
-A relative folder in one of the files is taken from the file's own folder.
+The variable of a setting is `PREFECT_INTEGRATIONS_SEGMIND_` and its name in capitals; an empty one counts as unset.
+A relative folder in one of the files starts at the folder of the file.
 The S3 connection has no settings here: boto3 reads its own (`AWS_PROFILE`, `AWS_ENDPOINT_URL_S3`, …).
 """
 
@@ -31,33 +31,33 @@ from prefect_segmind.storage.open_store import is_relative
 from prefect_segmind.text import CONTROL, QUOTED, stripped
 
 PREFIX: Final = "PREFECT_INTEGRATIONS_SEGMIND_"
-"""What the variables begin with."""
+"""The prefix of the variables."""
 _FOLDERS: Final = ("archive", "outbox")
 """The settings that may name a folder."""
 
 
 class SegmindSettings(PrefectBaseSettings):
-    """What a flow's parameter left out falls back to, and what is the same for all runs.
+    """The defaults of the flows' parameters, and settings that are the same for all runs.
 
     Attributes:
         archive: `s3://bucket/prefix` or a folder for the pictures.
         upload_to: `s3://bucket/prefix` for source images.
         public_base_url: Address under which `upload_to` can be read without a signature.
-        presigned_seconds: How long a signed address of a source image lives.
-        outbox: Folder for paid pictures until they are archived; `{PREFECT_HOME}/segmind/outbox` if left out.
-        outbox_min_free_bytes: Free space in the outbox without which nothing is paid for.
-        credentials_block: Name of the `SegmindCredentials` block to use where a flow names none.
+        presigned_seconds: How long a signed address of a source image is valid.
+        outbox: Folder for paid pictures until they are archived; by default `{PREFECT_HOME}/segmind/outbox`.
+        outbox_min_free_bytes: The free space in the outbox without which nothing is paid for.
+        credentials_block: Name of the default `SegmindCredentials` block.
         s3_block: `block-type/name` of a block with `get_s3_client()` to use instead of boto3's own chain.
         s3_encryption: `AES256`, `aws:kms` or `aws:kms:KEY-ID`, the server-side encryption to ask for with each write.
-        connect_timeout_seconds: To connect to the API.
-        read_timeout_seconds: To wait for the next bytes of an answer.
-        longest_wait_seconds: A rate limit that asks for a longer wait stops the job.
-        stop_after_unusable: So many paid answers in a row without a picture stop a batch; 0 for never.
-        grace_seconds: What is in flight has so long to end when a batch is interrupted; a worker kills after 30.
-        approve_above_usd: A batch that may cost more asks a person before it pays; nobody is asked if left out.
-        approval_timeout_seconds: How long a run waits for the answer.
-        publish_cache_control: The `Cache-Control` header of published pictures, whose addresses get new content.
-        price_usd: What a picture is expected to cost.
+        connect_timeout_seconds: The time-out for connecting to the API.
+        read_timeout_seconds: The time-out for the next bytes of an answer.
+        longest_wait_seconds: The longest wait for a rate limit; a longer one fails the job.
+        stop_after_unusable: The number of consecutive paid answers without a picture that stops a batch; 0 for never.
+        grace_seconds: How long requests in flight may take to end when a batch is interrupted; a worker kills after 30.
+        approve_above_usd: A batch that may cost more asks a person before it pays; by default nobody is asked.
+        approval_timeout_seconds: How long a run waits for the approval.
+        publish_cache_control: The `Cache-Control` header of published pictures, whose content changes.
+        price_usd: The expected cost of a picture.
         allow_private_sources: Whether images at private and link-local addresses are read.
         allow_unlisted_resolution: Whether resolutions beyond the 78 are sent.
     """
@@ -89,7 +89,7 @@ class SegmindSettings(PrefectBaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], *given: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Prefect's sources, and before its files the folders that these name, each from its file."""
+        """Prefect's sources and, before its files, their relative folders as absolute ones."""
         sources = super().settings_customise_sources(settings_cls, *given, **named)
         files = [each for each in sources if isinstance(each, (DotEnvSettingsSource, TomlConfigSettingsSourceBase))]
         at = sources.index(files[0])
@@ -105,9 +105,9 @@ class SegmindSettings(PrefectBaseSettings):
     @classmethod
     def _no_control_characters_and_no_quotes(cls, value: Any) -> Any:
         if isinstance(value, str) and CONTROL.search(value):
-            raise ValueError("it holds a control character; write it anew")
+            raise ValueError("it contains a control character; write it again")
         if isinstance(value, str) and QUOTED.fullmatch(value):
-            raise ValueError("its quotes are part of it; take them away")
+            raise ValueError("the quotes are part of the value; remove them")
         return value
 
     @field_validator("s3_encryption")
@@ -119,16 +119,16 @@ class SegmindSettings(PrefectBaseSettings):
 
     @property
     def outbox_folder(self) -> Path:
-        """The outbox's folder."""
+        """The outbox's folder, set or by default."""
         return (self.outbox or Path(PREFECT_HOME.value()) / "segmind" / "outbox").expanduser()
 
 
 class _FoldersOfFiles(PydanticBaseSettingsSource):
-    """The relative folders that `.env`, `prefect.toml` and `pyproject.toml` name, as absolute ones.
+    """The relative folders in `.env`, `prefect.toml` and `pyproject.toml`, as absolute ones.
 
     Args:
         settings_cls: The settings.
-        files: What reads the files, the first one wins. Prefect reads all of them in the working directory.
+        files: The sources of the files, the first one wins. Prefect reads all of them in the working directory.
     """
 
     def __init__(self, settings_cls: type[BaseSettings], files: Sequence[PydanticBaseSettingsSource]) -> None:
@@ -136,7 +136,7 @@ class _FoldersOfFiles(PydanticBaseSettingsSource):
         self._files = files
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """What the first file that has the field says, as it stands there."""
+        """The field's value in the first file that has it, unchanged."""
         values = (each.get_field_value(field, field_name) for each in self._files)
         return next((value for value in values if value[0] is not None), (None, field_name, False))
 
@@ -150,13 +150,15 @@ class _FoldersOfFiles(PydanticBaseSettingsSource):
 
 
 def load_settings() -> SegmindSettings:
-    """The settings as they are now.
+    """The present settings.
 
     Raises:
-        ConfigurationError: Some are wrong; the message names each with its variable.
+        ConfigurationError: Some are invalid; the message names each with its variable.
     """
     try:
         return SegmindSettings()
     except ValidationError as error:
         lines = [f"{PREFIX}{str(each['loc'][0]).upper()}: {each['input']!r}: {each['msg']}" for each in error.errors()]
-        raise ConfigurationError("\n  ".join(["Settings are wrong; nothing was uploaded or paid.", *lines])) from None
+        raise ConfigurationError(
+            "\n  ".join(["Some settings are invalid; nothing was uploaded or paid.", *lines])
+        ) from None

@@ -41,13 +41,12 @@ class RecordRead:
 
 
 class Survey(NamedTuple):
-    """Which pictures an archive holds, by one listing.
+    """The pictures in an archive, by one listing.
 
     Attributes:
         recorded: Fingerprints that have a record.
-        archived: Those of them that have a sidecar too, which is put just before the record is done: they are paid and
-            archived.
-        places: Where they are: `{name}/{fingerprint[:16]}`.
+        archived: Those with a sidecar too, which is written just before the record is done: paid and archived.
+        places: Their keys without the extension: `{name}/{fingerprint[:16]}`.
     """
 
     recorded: set[str]
@@ -59,7 +58,11 @@ class Archive:
     """Reads and writes an archive.
 
     Args:
-        store: Where it is.
+        store: The store that has it.
+
+    Attributes:
+        store: The store that has it.
+        url: The store's address.
     """
 
     def __init__(self, store: Store) -> None:
@@ -67,7 +70,10 @@ class Archive:
         self.url = store.url
 
     def read(self, fingerprint: str) -> RecordRead | None:
-        """The record of a picture; None only where the store says for certain that there is none.
+        """The record of a picture; None only where the store is certain that there is none.
+
+        Args:
+            fingerprint: The picture's.
 
         Raises:
             StoreError: The record cannot be read, which is never taken for "not there".
@@ -83,14 +89,15 @@ class Archive:
         """Write a record over the version that was read, or as the first one.
 
         Args:
-            record: What to write.
-            etag: The version it replaces; None if there was none.
+            record: The record.
+            etag: The version that it replaces; None if there was none.
 
         Returns:
             The new version.
 
         Raises:
             PreconditionFailedError: Somebody else has written it meanwhile.
+            StoreError: It cannot be written.
         """
         data = record.model_dump_json(indent=2).encode()
         key = record_key(record.fingerprint)
@@ -100,7 +107,7 @@ class Archive:
         """The content at an address of this archive; None if there is none.
 
         Args:
-            uri: As `ArchivedImage` names its picture and sidecar.
+            uri: The address of a picture or sidecar, as `ArchivedImage` has it.
 
         Raises:
             StoreError: The address is not in this archive, or cannot be read.
@@ -115,7 +122,10 @@ class Archive:
         """Which of these pictures are recorded and archived, by one listing of the archive.
 
         Args:
-            fingerprints: Those that matter; a listing holds all that were ever made.
+            fingerprints: The pictures; the listing has every picture ever made.
+
+        Raises:
+            StoreError: The archive cannot be listed.
         """
         short = {each[:16] for each in fingerprints}
         recorded: set[str] = set()
@@ -139,7 +149,10 @@ class Archive:
             data: The picture.
 
         Returns:
-            Its key: `{name}/{fingerprint[:16]}.{ext}`, or with the picture's own hash where another one has that name.
+            Its key: `{name}/{fingerprint[:16]}.{ext}`, with the picture's own hash if another picture has that key.
+
+        Raises:
+            StoreError: It cannot be written, or both keys are taken.
         """
         stem = f"{name}/{fingerprint[:16]}"
         for key in (f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"):
@@ -154,8 +167,15 @@ class Archive:
     def put_sidecar(self, image_key: str, sidecar: Mapping[str, Any]) -> str:
         """Store a picture's sidecar beside it; an existing one stays.
 
+        Args:
+            image_key: The picture's key.
+            sidecar: The sidecar, as JSON values.
+
         Returns:
             Its key.
+
+        Raises:
+            StoreError: It cannot be written.
         """
         key = sidecar_key(image_key)
         data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
@@ -166,8 +186,11 @@ class Archive:
     def get_picture(self, record: Record) -> bytes:
         """The picture of a record that is done.
 
+        Args:
+            record: The record.
+
         Raises:
-            StoreError: It is gone or changed, though it was paid for.
+            StoreError: The picture is gone or has changed, though it was paid for.
         """
         key = record.image or ""
         found = self.store.get(key)
@@ -181,10 +204,18 @@ class Archive:
 
 
 def sidecar_key(image_key: str) -> str:
-    """Key of the sidecar of a picture in the archive."""
+    """The key of a picture's sidecar.
+
+    Args:
+        image_key: The picture's key.
+    """
     return image_key.rpartition(".")[0] + ".json"
 
 
 def record_key(fingerprint: str) -> str:
-    """Key of a picture's record in the archive."""
+    """The key of a picture's record.
+
+    Args:
+        fingerprint: The picture's.
+    """
     return f".segmind/{fingerprint}.json"

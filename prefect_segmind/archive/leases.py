@@ -1,8 +1,8 @@
-"""Claims on pictures: which run may pay for one, for as long as it lives.
+"""Claims on pictures: the right of a run to pay for one, for as long as the run is alive.
 
-A claim is the `holder` in a picture's record. It holds for 60 s since the record was last written, by the store's own
-clock, and threads of the holder's process write it again every 15 s, several at once, so that one that hangs keeps no
-other. A holder that is a dead process of this host is dead at once.
+A claim is the `holder` in a picture's record. It expires 60 s after the record was last written, by the store's own
+clock. Threads of the holder's process renew it every 15 s, several at once, so that a renewal that hangs delays no
+other. A claim held by a dead process of this host expires at once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from prefect_segmind.archive.record import LEASE_SECONDS, Holder, Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 
 RENEW_SECONDS = 15.0
-"""A record that was written longer ago is written again."""
+"""A claim whose record was written longer ago is renewed."""
 LOOK_SECONDS = 5.0
-"""Seconds between looks for such records."""
+"""Seconds between looks for such claims."""
 RENEWERS = 16
-"""Renewals under way at once, at most: a store may take minutes over one."""
+"""The most renewals at once: a store may take minutes over one."""
 
 _claims: dict[tuple[str, str], Claim] = {}
 _claiming: set[tuple[str, str]] = set()
@@ -39,7 +39,13 @@ _watch: threading.Thread | None = None
 
 
 class Claim:
-    """The right of one run to pay for one picture. Made by `claim` only."""
+    """The right of one run to pay for one picture. Created by `claim` only.
+
+    Attributes:
+        archive: The archive that has the record.
+        record: The record as last written.
+        run: The run that holds the claim.
+    """
 
     def __init__(self, archive: Archive, record: Record, etag: str, run: str) -> None:
         self.archive = archive
@@ -53,28 +59,35 @@ class Claim:
         self._lock = threading.Lock()
 
     def write(self, change: Callable[[Record], Record]) -> Record:
-        """Changes the record, and keeps the claim for a lease more at least.
+        """Change the record, and keep the claim for at least one lease more.
+
+        Args:
+            change: Makes the new record of the present one.
+
+        Returns:
+            The record as written.
 
         Raises:
-            PreconditionFailedError: The claim was lost to another run, or let go.
+            PreconditionFailedError: The claim was lost to another run, or released.
             StoreError: The record could not be written.
         """
         with self._lock:
             if self._released:
-                raise PreconditionFailedError(f"the claim on {self.record.fingerprint} was let go meanwhile")
+                raise PreconditionFailedError(f"the claim on {self.record.fingerprint} has been released")
             self._put(change(self.record))
             self._until = max(self._until, self._written + LEASE_SECONDS)
             return self.record
 
     def hold(self, seconds: float) -> None:
-        """Keeps the claim alive for as long as this process lives, at most for so many seconds more.
+        """Renew the claim while this process is alive, for at most this long. A released claim stays released.
 
-        One that is released stays so.
+        Args:
+            seconds: From now.
         """
         self._until = time.monotonic() + seconds
 
     def release(self) -> None:
-        """Stops keeping the claim alive: when this returns, no renewal is under way, and none follows."""
+        """Stop renewing the claim: when this returns, no renewal is in progress, and none follows."""
         with self._lock:
             self._released = True
         with _lock:
@@ -82,32 +95,32 @@ class Claim:
                 del _claims[self.archive.url, self.record.fingerprint]
 
     def give_up(self) -> None:
-        """Releases the claim and says so in the record, as far as that can be written: nobody waits for this run."""
+        """Release the claim, in the record too if that can be written, so that no other run waits for this one."""
         with suppress(StoreError):
             self.write(Record.given_up)
         self.release()
 
     def take_turn(self) -> bool:
-        """Whether the record is to be written again, and nobody is about to do it; `renew` is to follow."""
+        """Whether a renewal is due and not in progress; if so, the caller must call `renew`."""
         if self._renewing or time.monotonic() - self._written < RENEW_SECONDS:
             return False
         self._renewing = True
         return True
 
     def renew(self) -> None:
-        """Writes the record again, so that its age begins anew; lets go of a claim that is lost or no longer needed."""
+        """Write the record again, so that its age starts anew; release a claim that is lost or no longer needed."""
         try:
             with self._lock:
                 if self._released:
                     return
-                # Settled under the lock: a write that came before has made the claim last longer, none comes between.
+                # Decided under the lock: an earlier write has extended the claim, and none can come in between.
                 self._released = time.monotonic() > self._until
                 try:
                     self._put(self.record.given_up() if self._released else self.record.renewed())
                 except PreconditionFailedError:
                     self._released = True
                 except StoreError:
-                    pass  # the next look tries again; the lease lives for some more
+                    pass  # the next look tries again, before the lease ends
                 over = self._released
             if over:
                 self.release()
@@ -121,20 +134,23 @@ class Claim:
 
 
 def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run) -> Claim | None:
-    """Claims a picture for its next request, or says that another run was faster.
+    """Claim a picture for its next request.
 
     Args:
-        archive: Where the record lies.
-        found: The record as it was read just now; None if there was none.
+        archive: The archive that has the record.
+        found: The record as just read; None if there was none.
         fingerprint: The picture's.
         run: The run that claims.
 
     Returns:
-        The claim, its next request noted in the record; None where it was lost to another run.
+        The claim, with the next request in its record; None if another run was faster.
+
+    Raises:
+        StoreError: The record cannot be written or read.
     """
     key = archive.url, fingerprint
     with _lock:
-        # Threads of one process settle it here, so that it holds on a store that ignores conditions too.
+        # Between threads of one process this decides, even on a store that ignores conditions.
         if key in _claiming or key in _claims:
             return None
         _claiming.add(key)
@@ -145,7 +161,7 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run
             etag = archive.write(record, found.etag if found else None)
         except PreconditionFailedError:
             return None
-        # A store that ignores conditions may let two writers through: the one that reads itself has won.
+        # A store that ignores conditions may accept two writers: the one that reads itself back has won.
         again = archive.read(fingerprint)
         if again is None or again.record.holder != record.holder:
             return None
@@ -160,17 +176,22 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run
 
 
 def held_claim(archive: Archive, fingerprint: str) -> Claim | None:
-    """The claim that this process holds on a picture."""
+    """The claim that this process holds on a picture, if any.
+
+    Args:
+        archive: The archive that has the record.
+        fingerprint: The picture's.
+    """
     with _lock:
         return _claims.get((archive.url, fingerprint))
 
 
 def held_elsewhere(archive: Archive, found: RecordRead | None, run: str) -> bool:
-    """Whether another run that lives holds the claim on a picture.
+    """Whether another live run holds the claim on a picture.
 
     Args:
-        archive: Where the record lies.
-        found: The record as it was read just now.
+        archive: The archive that has the record.
+        found: The record as just read.
         run: The run that asks.
     """
     holder = found.record.holder if found else None
@@ -184,58 +205,56 @@ def held_elsewhere(archive: Archive, found: RecordRead | None, run: str) -> bool
     return holder.host != host_id() or _process_started(holder.pid) == holder.started
 
 
-def held_beside(archive: Archive, found: RecordRead | None, run: str) -> bool:
-    """Whether another run that lives on this host holds the claim: what lies in the outbox, it is about to archive.
+def held_on_this_host(archive: Archive, found: RecordRead | None, run: str) -> bool:
+    """Whether another live run of this host holds the claim, and is about to archive the picture in the outbox.
 
-    Args:
-        archive: Where the record lies.
-        found: The record as it was read just now.
-        run: The run that asks.
+    Takes the arguments of `held_elsewhere`.
     """
     holder = found.record.holder if found else None
     return holder is not None and holder.host == host_id() and held_elsewhere(archive, found, run)
 
 
 def this_process(run: Run) -> Holder:
-    """The holder of a claim that a run in this process makes."""
+    """The holder of a claim by a run in this process.
+
+    Args:
+        run: The run.
+    """
     started = _process_started(os.getpid()) or ""
     return Holder(run=run.id, host=host_id(), pid=os.getpid(), started=started, flow_runs=run.flow_runs)
 
 
 @lru_cache(maxsize=1)
 def host_id() -> str:
-    """What tells this host from others, and a container from its neighbours that count their processes anew."""
+    """An id of this host since it was started, and of this container, which has process ids of its own."""
     parts = [socket.gethostname(), f"{uuid.getnode():x}"]
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        try:
-            link = Path(path)
-            parts.append(str(link.readlink()) if link.is_symlink() else link.read_text().strip())
-        except OSError:
-            continue
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return " ".join(parts)
 
 
 def _process_started(pid: int) -> str | None:
-    """When a process of this host began, as a text to compare; None if it is dead. Guards against reused numbers."""
+    """When a process of this host started, as text to compare, since ids are reused; None if it is dead."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             return None
         return None if fields[0] in "ZX" else fields[19]
-    if sys.platform == "win32":
-        return ""  # there is no cheap way to ask: such a holder dies by time
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return ""
+    if sys.platform != "win32":  # which has no cheap way to ask: there a claim expires by time
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
     return ""
 
 
 def _start_renewers() -> None:
-    """Starts the threads that renew. They end with the process, however long a store keeps one of them."""
+    """Start the threads that renew claims. They end with the process, even while a store keeps one waiting."""
     global _watch
     with _lock:
         if _watch is None or not _watch.is_alive():
@@ -258,5 +277,5 @@ def _watch_claims() -> None:
 def _renew_due() -> None:
     while True:
         each = _due.get()
-        with suppress(Exception):  # whatever befalls one claim, the others live on
+        with suppress(Exception):  # the failure of one renewal must not end the others
             each.renew()

@@ -1,12 +1,12 @@
 """The outbox: a folder on this machine that holds a paid picture from the moment its answer has been read until the
-archive has it. Each archive has an outbox of its own, as it has records of its own.
+archive has it. Each archive has its own outbox, as it has its own records.
 
 A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
-`{fingerprint}.{run}.part`. Where the system can do it, space for an answer is taken before the request is sent, so that
-a full disk costs nothing.
+`{fingerprint}.{run}.part`. Where the system supports it, space for an answer is reserved before the request is sent, so
+that a full disk costs nothing.
 
 An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
-readable by the user only, since a link in it may be signed; the facts in its headers are in the same name and `.json`.
+readable by the user only, since a link in it may be signed; the facts in its headers are in `….answer.json`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _KEPT = (".answer", ".answer.json")
 _REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
 Reader = Callable[[Path, Path], Picture]
-"""Finds the picture in the body of a 200, the first file; writes it to the second if the body is not the picture."""
+"""Reads the picture in the body of a 200, the first file; writes it to the second if the body is not the picture."""
 
 
 class OutboxEntry(BaseModel):
-    """What is known of a picture in the outbox.
+    """The facts of a picture in the outbox.
 
     Attributes:
-        paid: The picture.
+        paid: The facts of the picture.
         attempts: The requests that were sent for it.
     """
 
@@ -64,18 +64,18 @@ class Outbox:
     """The folder of paid pictures.
 
     Attributes:
-        folder: Made when it is first needed. In a container it must be on a volume.
-        min_free_bytes: Nothing is paid for with less free space.
+        folder: Created when it is first needed. In a container it must be on a volume.
+        min_free_bytes: The free space without which nothing is paid for.
     """
 
     folder: Path
     min_free_bytes: int = 100_000_000
 
     def check(self) -> None:
-        """Make the folder, and check that it can take a picture.
+        """Create the folder, and check that it can take a picture.
 
         Raises:
-            OutboxError: It cannot be made or written, or has too little free space. Nothing was paid.
+            OutboxError: It cannot be created or written, or has too little free space. Nothing was paid.
         """
         with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,11 @@ class Outbox:
         """Yield the file for the answer to the next request, with its space reserved.
 
         It is removed if the API has answered with an error, or its answer was cut. After anything else, an interrupt
-        for example, what has arrived stays: it may be a picture, and paid for. No other user can read it.
+        for example, the bytes received so far stay: they may be a picture, and paid for. No other user can read them.
+
+        Args:
+            fingerprint: The job's.
+            run: The run that sends the request.
 
         Raises:
             OutboxError: The space cannot be reserved. Nothing was paid.
@@ -102,8 +106,7 @@ class Outbox:
                 part.chmod(0o600)
                 _reserve(file.fileno())
         except OutboxError:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+            _discard(part)
             raise
         try:
             yield part
@@ -112,11 +115,15 @@ class Outbox:
                 if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
                     part.unlink(missing_ok=True)
             raise
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        _discard(part)
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
+
+        Args:
+            fingerprint: The job's.
+            part: The picture as received.
+            entry: Its facts.
 
         Returns:
             The picture's path.
@@ -130,11 +137,8 @@ class Outbox:
             part.replace(path)
             sync(self.folder)
         except OSError as error:
-            raise OutboxError(
-                f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}",
-                status=200,
-                possibly_billed=True,
-            ) from error
+            failure = f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}"
+            raise OutboxError(failure, status=200, possibly_billed=True) from error
         with suppress(OSError):  # the picture is safe, and is found without its facts too
             facts = part.with_suffix(".facts")
             facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
@@ -146,11 +150,11 @@ class Outbox:
         """Keep the body of a 200 that could not be read as a picture, for good: no later one replaces it.
 
         Args:
-            part: The body as received; beside it, with the suffix `.found`, may be what a link in it has led to.
+            part: The body as received; a file beside it with the suffix `.found` is the download of a link in it.
             answered: The facts in the headers.
 
         Returns:
-            Its path now; None if it was empty.
+            Its new path; None if it was empty.
 
         Raises:
             OutboxError: The disk failed; the body is still in `part`.
@@ -161,10 +165,8 @@ class Outbox:
                 self._set_aside(found, answered)
             return self._set_aside(part, answered)
         except OSError as error:
-            raise OutboxError(
-                f"outbox: {part} holds an answer that was paid for and could not be made durable: {reason(error)}",
-                status=200,
-            ) from error
+            failure = f"outbox: {part} holds an answer that was paid for and could not be made durable: {reason(error)}"
+            raise OutboxError(failure, status=200) from error
 
     def _set_aside(self, file: Path, answered: Answered | None) -> Path | None:
         if not file.stat().st_size:
@@ -185,6 +187,9 @@ class Outbox:
     def answers(self, fingerprint: str) -> list[Path]:
         """The paid answers for a job that could not be read as a picture.
 
+        Args:
+            fingerprint: The job's.
+
         Raises:
             OutboxError: The outbox cannot be read.
         """
@@ -193,13 +198,13 @@ class Outbox:
     def read_again(
         self, fingerprint: str, run: str, read: Reader, *, seed: int, list_price_usd: Decimal
     ) -> tuple[Path, OutboxEntry] | None:
-        """The picture in an answer that could not be read at first, made durable; None if it still cannot.
+        """The picture in an answer that could not be read at first, made durable; None if it still cannot be read.
 
         The same for an answer that a run had received whole when it was interrupted.
 
         Args:
             fingerprint: The job's.
-            run: Identifies the run that reads.
+            run: The run that reads.
             read: Reads an answer.
             seed: The job's.
             list_price_usd: The assumed cost of an answer whose headers were not kept.
@@ -208,7 +213,7 @@ class Outbox:
             OutboxError: The outbox cannot be read.
         """
         found = self._part(fingerprint, run).with_suffix(".found")
-        received = [each for each in self._listed(fingerprint) if each.suffix == ".part" and _arrived(each)]
+        received = list(filter(_arrived, self._listed(fingerprint)))
         for body in (*self.answers(fingerprint), *received):
             try:
                 found.unlink(missing_ok=True)
@@ -224,29 +229,23 @@ class Outbox:
             except OSError as error:
                 raise self._unusable(f"{body.name} cannot be read: {reason(error)}") from error
             try:
-                answered = _facts_of(body) or Answered(
-                    cost_usd=list_price_usd,
-                    cost_source="list price",
-                    at=datetime.fromtimestamp(body.stat().st_mtime, UTC),
-                )
+                answered = _facts_of(body) or _assumed(body, list_price_usd)
                 entry = OutboxEntry(paid=answered.brought(picture, seed))
                 path = self.keep(fingerprint, found if found.exists() else body, entry)
             except (FileNotFoundError, OutboxError):
                 if body.exists():
                     raise
                 continue  # another run has kept it meanwhile
-            for each in (body, _facts_path(body)):
-                with suppress(OSError):
-                    each.unlink()
+            _discard(body, _facts_path(body))
             return path, entry
         return None
 
     def _keep_found(self, found: Path, body: Path) -> None:
-        """Keep what a link has led to, unless that is kept already: the link may expire sooner."""
+        """Keep the download of a link in an answer, unless it is kept already: the link may expire."""
         with suppress(OSError):
             new = found.read_bytes()
             known = _facts_of(body)
-            same = any(each.read_bytes() == new for each in self.answers(found.name.partition(".")[0]))
+            same = any(each.read_bytes() == new for each in self.answers(_fingerprint(found)))
             if same or known is None:
                 found.unlink()
             else:
@@ -255,28 +254,26 @@ class Outbox:
     def find(
         self, fingerprint: str, *, seed: int, list_price_usd: Decimal, unfinished: bool
     ) -> tuple[Path, OutboxEntry] | None:
-        """The paid picture of a job and what is known of it.
+        """The paid picture of a job and its facts.
 
-        After a crash between reading an answer and writing its facts the picture may be there without them; it is
+        After a crash between reading an answer and writing its facts, the picture may be there without them; it is
         found all the same.
 
         Args:
             fingerprint: The job's.
             seed: The job's; for a picture without facts.
             list_price_usd: The assumed cost of such a picture.
-            unfinished: Whether to take what a dead run had received whole but not yet renamed.
+            unfinished: Whether to take an answer that a dead run had received whole but not yet renamed.
 
         Raises:
             OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
         files = self._listed(fingerprint)
         paths = [each for each in files if each.suffix not in _NO_PICTURES]
-        # Answers that may have arrived whole when their run died: cut to their length, no longer as reserved.
-        received = [each for each in files if unfinished and each.suffix == ".part" and _arrived(each)]
-        for path in (*paths, *received):
+        for path in (*paths, *(filter(_arrived, files) if unfinished else ())):
             try:
                 picture = read_picture(path)
-                written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                assumed = _assumed(path, list_price_usd)
             except FileNotFoundError:
                 continue  # its run has renamed it, or the archive has it by now
             except OSError as error:
@@ -288,44 +285,39 @@ class Outbox:
                     f"outbox: {path} was paid for and {error}; restore it, or move it away to pay once more"
                 ) from error
             with suppress(OSError, ValidationError):
-                facts = (self.folder / f"{fingerprint}.json").read_bytes()
-                known = OutboxEntry.model_validate_json(facts)
+                known = OutboxEntry.model_validate_json((self.folder / f"{fingerprint}.json").read_bytes())
                 if known.paid.sha256 == picture.sha256:
                     return path, known
-            paid = PaidPicture(
-                **picture.model_dump(),
-                seed=seed,
-                cost_usd=list_price_usd,
-                cost_source="list price",
-                paid_at=written,
-                notices=("recovered after a crash: its cost and request id are not known",),
-            )
-            entry = OutboxEntry(paid=paid)
+            notices = ("recovered after a crash: its cost and request id are not known",)
+            entry = OutboxEntry(paid=assumed.brought(picture, seed).model_copy(update={"notices": notices}))
             return (path if path in paths else self.keep(fingerprint, path, entry)), entry
         return None
 
     def fingerprints(self) -> set[str]:
-        """Those of all pictures here by the names of the files; none is read.
+        """The fingerprints of all pictures in the outbox, by the names of the files; none is read.
 
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        return {
-            each.name.partition(".")[0]
-            for each in self._all()
-            if each.suffix not in _NO_PICTURES or (each.suffix == ".part" and _arrived(each))
-        }
+        return {_fingerprint(each) for each in self._all() if each.suffix not in _NO_PICTURES or _arrived(each)}
 
     def unread(self) -> set[str]:
-        """The fingerprints of jobs with answers here that could not be read as a picture.
+        """The fingerprints of jobs with answers in the outbox that could not be read as a picture.
 
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        return {each.name.partition(".")[0] for each in self._all() if each.suffix == ".answer"}
+        return {_fingerprint(each) for each in self._all() if each.suffix == ".answer"}
 
     def is_readable(self, fingerprint: str) -> bool:
-        """Whether one of these answers of a job has a picture in it that can be read now; links are not followed."""
+        """Whether a kept answer of a job holds a picture that can be read now; links are not followed.
+
+        Args:
+            fingerprint: The job's.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
         for body in self.answers(fingerprint):
             with suppress(OSError, ApiError, BrokenPicture):
                 data = body.read_bytes()
@@ -336,21 +328,21 @@ class Outbox:
         return False
 
     def remove(self, fingerprint: str) -> None:
-        """Remove a picture that the archive has; what cannot be removed does no harm.
+        """Remove a picture that the archive has; a file that cannot be removed does no harm.
 
         Answers without a picture stay: they were paid for, and only a person can judge them.
+
+        Args:
+            fingerprint: The job's.
         """
         with suppress(OutboxError):
-            for path in self._listed(fingerprint):
-                if not path.name.endswith(_KEPT):
-                    with suppress(OSError):
-                        path.unlink()
+            _discard(*(each for each in self._listed(fingerprint) if not each.name.endswith(_KEPT)))
 
     def _part(self, fingerprint: str, run: str) -> Path:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
     def _all(self) -> list[Path]:
-        """All files. `glob` would find none in a folder that may not be read."""
+        """All files. `glob` would silently find none in an unreadable folder."""
         with self._disk_errors(": it cannot be read"):
             return list(self.folder.iterdir()) if self.folder.is_dir() else []
 
@@ -364,12 +356,29 @@ class Outbox:
         return disk_errors(f"outbox: {self.folder} cannot take a picture{what}", OutboxError, _REMEDY)
 
 
-def _arrived(part: Path) -> bool:
-    """Whether an answer may be whole: the file was cut to its length and is no longer as it was reserved."""
+def _arrived(file: Path) -> bool:
+    """Whether a file is an answer that may be whole: cut to its length, no longer as reserved."""
     try:
-        return part.is_file() and part.stat().st_size not in (0, RESERVED_BYTES)
+        return file.suffix == ".part" and file.is_file() and file.stat().st_size not in (0, RESERVED_BYTES)
     except FileNotFoundError:  # renamed by its run at this moment
         return False
+
+
+def _fingerprint(file: Path) -> str:
+    return file.name.partition(".")[0]
+
+
+def _discard(*files: Path) -> None:
+    """Remove files, as far as possible."""
+    for each in files:
+        with suppress(OSError):
+            each.unlink()
+
+
+def _assumed(file: Path, list_price_usd: Decimal) -> Answered:
+    """The facts of an answer whose headers were not kept."""
+    written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    return Answered(cost_usd=list_price_usd, cost_source="list price", at=written)
 
 
 def _facts_path(body: Path) -> Path:
@@ -377,14 +386,14 @@ def _facts_path(body: Path) -> Path:
 
 
 def _facts_of(body: Path) -> Answered | None:
-    """The facts in the headers of a kept answer."""
+    """The facts in the headers of a kept answer, if they were kept too."""
     with suppress(OSError, ValidationError):
         return Answered.model_validate_json(_facts_path(body).read_bytes())
     return None
 
 
 def _reserve(descriptor: int) -> None:
-    """Reserve the space for an answer, where the system can."""
+    """Reserve the space for an answer, where the system supports it."""
     if sys.platform == "linux":
         try:
             os.posix_fallocate(descriptor, 0, RESERVED_BYTES)

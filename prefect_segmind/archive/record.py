@@ -1,4 +1,4 @@
-"""The record of a picture: whether it is paid for, who may pay for it, and what every request for it came to.
+"""The record of a picture: whether it is paid for, who may pay for it, and the outcome of every request for it.
 
 A record is one small JSON object in the archive, `.segmind/{fingerprint}.json`. It is created before the first request
 and never deleted, so that it alone answers "is this picture paid for?".
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Required, TypedDict, Unpack
 
 from pydantic import BaseModel, model_validator
 
@@ -22,10 +22,10 @@ OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
 
 LEASE_SECONDS = 60.0
-"""How long a claim holds since the record was last written, by the store's own clock."""
+"""How long a claim holds after the record was last written, by the store's own clock."""
 
 FlowRuns = tuple[tuple[str, int], ...]
-"""A flow run and those that it is in, the outermost first, each with the number of its try: Prefect's `run_count`."""
+"""A flow run and its parents, the outermost first, each with the number of its try: Prefect's `run_count`."""
 
 
 class Attempt(BaseModel):
@@ -35,15 +35,15 @@ class Attempt(BaseModel):
         run: The run that sent it.
         sent_at: When it was about to be sent, UTC.
         status: HTTP status of the answer, if there was one.
-        held_all: Whether it was refused for a time for which every request of the run was held back.
-        reason: What went wrong, in a few words; None for the one that brought the picture.
+        held_all: Whether the refusal made every request of the run wait.
+        reason: What went wrong, in a few words; None for the request that returned the picture.
         wait_seconds: Seconds waited before the next one; None if none followed.
-        possibly_billed: Whether it may have been paid though no picture came of it; None while no outcome is known.
+        possibly_billed: Whether it may have been billed without returning a picture; None while the outcome is unknown.
         reported_by: The run whose report counts it as possibly billed.
-        kept: Where the picture that it brought lies until it is archived: host and path of an outbox. Where there is a
-            reason, it is the body of a 200 that could not be read as a picture.
+        kept: Path and host of the picture in an outbox until it is archived; with a `reason`, of the body of a 200 that
+            could not be read as a picture.
         flow_runs: The flow run that it was sent in.
-        cost_usd: What a 200 has cost, read to its end; None where there was no such answer.
+        cost_usd: The cost of a 200 that was read to its end; None without such an answer.
     """
 
     model_config = KEPT_MODEL
@@ -67,12 +67,33 @@ class Attempt(BaseModel):
 
     @property
     def paid_for_nothing(self) -> bool:
-        """Whether it was paid for, for certain, and brought no picture that could be read."""
+        """Whether it was certainly paid for and returned no readable picture."""
         return bool(self.cost_usd and self.reason)
 
 
+class Outcome(TypedDict, total=False):
+    """The outcome of a request: these fields of its `Attempt`."""
+
+    status: int | None
+    reason: str | None
+    wait_seconds: float | None
+    possibly_billed: Required[bool]
+    held_all: bool
+    kept: str | None
+    cost_usd: Decimal | None
+
+
 class Holder(BaseModel):
-    """The run that may pay for the picture, and the process it lives in."""
+    """The run that may pay for the picture, and its process.
+
+    Attributes:
+        run: The task run.
+        host: The host, by `leases.host_id()`.
+        pid: The process.
+        started: When the process started, as the system counts it: ids of processes are reused.
+        renewals: How often the claim has been renewed, so that each renewal is a new version of the record.
+        flow_runs: The flow run that the task run is in.
+    """
 
     model_config = KEPT_MODEL
 
@@ -85,9 +106,9 @@ class Holder(BaseModel):
 
 
 class Run(NamedTuple):
-    """Who wants a picture: a task run, which holds claims, in a flow run, by which requests and money are counted.
+    """Who asks for a picture: a task run, which holds claims, in a flow run, by which requests and money are counted.
 
-    Whatever has a flow run run again, the requests of its earlier tries are its own.
+    When a flow run is retried, the requests of its earlier tries count as its own.
 
     Attributes:
         id: The task run.
@@ -103,12 +124,20 @@ class Run(NamedTuple):
     flow_runs: FlowRuns = ()
 
     def follows(self, flow_runs: FlowRuns) -> bool:
-        """Whether it is in a later try of a flow run: of its own, or of one around it."""
+        """Whether it is in a later try of the same flow run, or of one of its parents.
+
+        Args:
+            flow_runs: The flow run of another task run.
+        """
         theirs = dict(flow_runs)
         return any(theirs.get(flow_run, number) < number for flow_run, number in self.flow_runs)
 
     def owns(self, attempt: Attempt) -> bool:
-        """Whether a request counts as sent by it or its flow run, tries before this one included."""
+        """Whether a request counts as sent by it or its flow run, including earlier tries.
+
+        Args:
+            attempt: The request.
+        """
         same = self.flow_runs and attempt.flow_runs and self.flow_runs[-1][0] == attempt.flow_runs[-1][0]
         return attempt.run == self.id or bool(same) or self.follows(attempt.flow_runs)
 
@@ -117,6 +146,8 @@ class Record(BaseModel):
     """What the archive remembers of one picture.
 
     Attributes:
+        schema_version: The version of this format.
+        fingerprint: The picture's.
         state: `claimed` by a run that pays or has tried to; `done` once the picture is archived.
         holder: Who may pay now; None once that run has given up.
         attempts: Every request ever sent for it, oldest first.
@@ -143,7 +174,11 @@ class Record(BaseModel):
         return self
 
     def outcome_unknown(self, run: Run) -> bool:
-        """Whether another run has paid, or may have, for a picture that is not at hand here."""
+        """Whether another run has paid, or may have paid, for a picture that this machine does not have.
+
+        Args:
+            run: The run that asks.
+        """
         return any(
             not run.owns(each) and (each.kept or each.paid_for_nothing or each.possibly_billed is not False)
             for each in self.attempts
@@ -152,86 +187,72 @@ class Record(BaseModel):
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
 
-        A request of a dead run that has no outcome is given one here: possibly billed, and reported by this run, which
-        also reports what the dead one would have reported at its end.
+        A request of a dead run without an outcome becomes possibly billed. This run reports it, and all that the dead
+        run would have reported at its end.
+
+        Args:
+            holder: Who is about to pay.
+            now: The time of the request, UTC.
         """
         dead = self.holder.run if self.holder and self.holder.run != holder.run else None
-        lost = {"possibly_billed": True, "reason": "the run ended before it had the answer", "reported_by": holder.run}
-        closed = tuple(
-            each.model_copy(update=lost)
-            if each.possibly_billed is None
-            else each.model_copy(update={"reported_by": holder.run})
-            if dead and each.reported_by == dead
-            else each
-            for each in self.attempts
-        )
-        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs)
-        return self.model_copy(update={"holder": holder, "attempts": (*closed, attempt)})
+        reported = {"reported_by": holder.run}
+        lost = reported | {"possibly_billed": True, "reason": "the run ended before it had the answer"}
 
-    def answered(
-        self,
-        status: int | None,
-        reason: str | None,
-        wait_seconds: float | None,
-        *,
-        possibly_billed: bool,
-        held_all: bool = False,
-        kept: str | None = None,
-        cost_usd: Decimal | None = None,
-    ) -> Record:
-        """The record with the outcome of the last request; a run that is not going to wait lets go of its claim."""
-        last = self.attempts[-1].model_copy(
-            update={
-                "status": status,
-                "held_all": held_all,
-                "reason": reason,
-                "wait_seconds": wait_seconds,
-                "possibly_billed": possibly_billed,
-                "kept": kept,
-                "cost_usd": cost_usd,
-                "reported_by": self.attempts[-1].run if possibly_billed else None,
-            }
-        )
-        answered = self.model_copy(update={"attempts": (*self.attempts[:-1], last)})
-        return answered.given_up() if reason is not None and wait_seconds is None else answered
+        def taken_over(attempt: Attempt) -> Attempt:
+            if attempt.possibly_billed is None:
+                return attempt.model_copy(update=lost)
+            return attempt.model_copy(update=reported) if dead and attempt.reported_by == dead else attempt
+
+        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs)
+        return self.model_copy(update={"holder": holder, "attempts": (*map(taken_over, self.attempts), attempt)})
+
+    def with_outcome(self, **outcome: Unpack[Outcome]) -> Record:
+        """The record with the outcome of the last request; a run that is not going to wait gives up its claim.
+
+        Args:
+            outcome: The fields of the `Attempt`; those left out keep their defaults.
+        """
+        *earlier, last = self.attempts
+        reported_by = last.run if outcome["possibly_billed"] else None
+        last = last.model_copy(update={**outcome, "reported_by": reported_by})
+        record = self.model_copy(update={"attempts": (*earlier, last)})
+        return record.given_up() if last.reason is not None and last.wait_seconds is None else record
 
     def given_up(self) -> Record:
-        """The record of a run that is over or waits no longer: it has reported its requests itself, or will."""
+        """The record without its holder, which reports its own requests."""
         return self.model_copy(update={"holder": None})
 
     def renewed(self) -> Record:
-        """The record as its holder writes it again: a new version, so that nobody takes over by the one from before."""
+        """The record as its holder renews it: a new version, so that nobody can take over by the previous one."""
         holder = self.holder and self.holder.model_copy(update={"renewals": self.holder.renewals + 1})
         return self.model_copy(update={"holder": holder})
 
     def archived(self, picture: PaidPicture, image: str, sidecar: str) -> Record:
-        """The record once the picture is in the archive. A request without an outcome was the one that brought it."""
-        brought = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
+        """The record once the picture is in the archive. The request without an outcome is the one that returned it.
+
+        Args:
+            picture: The facts of the picture.
+            image: Its key.
+            sidecar: The key of its sidecar.
+        """
+        returned = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
         attempts = tuple(
-            each.model_copy(update=brought) if each.possibly_billed is None else each for each in self.attempts
+            each.model_copy(update=returned) if each.possibly_billed is None else each for each in self.attempts
         )
-        return self.model_copy(
-            update={
-                "state": "done",
-                "holder": None,
-                "attempts": attempts,
-                "picture": picture,
-                "image": image,
-                "sidecar": sidecar,
-            }
-        )
+        done = {"state": "done", "holder": None, "attempts": attempts}
+        return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
 
 
 def past_requests(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -> Iterator[PastRequest]:
     """The requests for a picture that a run has to report.
 
-    They are its own, those of earlier tries of its flow run, whose own reports are lost, and those of dead runs that it
-    has taken over.
+    They are its own, those of earlier tries of its flow run, whose reports are lost, and those of dead runs that it has
+    taken over.
 
     Args:
         run: The run.
         attempts: All requests for the picture.
-        price_usd: What one of unknown outcome may have cost.
+        price_usd: What a request of unknown outcome may have cost.
     """
     flow_runs = {each.run: each.flow_runs for each in attempts}
 
@@ -240,19 +261,24 @@ def past_requests(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -
 
     for each in attempts:
         sent = is_ours(each.run)
-        # One of its own without an outcome is under way, and in its ledger.
+        # A request of its own without an outcome is still in flight, and in its ledger.
         unknown = each.possibly_billed or (each.possibly_billed is None and each.run != run.id)
         unknown = unknown and is_ours(each.reported_by or each.run)
         if sent or unknown:
-            cost_usd = (each.cost_usd if sent else None) or Decimal("0.00")
-            totals = Totals(int(sent), cost_usd, price_usd if unknown else Decimal("0.00"))
+            nothing = Decimal("0.00")
+            totals = Totals(int(sent), (sent and each.cost_usd) or nothing, price_usd if unknown else nothing)
             yield PastRequest(each.request, totals, charged=sent)
 
 
 def answers_of_earlier_tries(run: Run, record: Record) -> Iterator[tuple[datetime, bool]]:
-    """When earlier tries of a run's flow run have asked for what was paid, and whether there was a picture in it.
+    """The paid requests of earlier tries of a run's flow run.
 
-    There was one in an answer that could not be read when it came and has been read since.
+    Args:
+        run: The run.
+        record: The record of the picture.
+
+    Yields:
+        When the request was sent, and whether its answer held a picture, if only by a later reading.
     """
     for each in record.attempts:
         if each.cost_usd and run.follows(each.flow_runs):
@@ -260,7 +286,7 @@ def answers_of_earlier_tries(run: Run, record: Record) -> Iterator[tuple[datetim
 
 
 class Verdict(StrEnum):
-    """What is to be done for a job."""
+    """What to do for a job."""
 
     REUSE = "reuse"
     RECOVER = "recover"
@@ -278,15 +304,15 @@ def verdict(
     on_unknown: OnUnknown,
     unreadable: bool = False,
 ) -> Verdict:
-    """Decides whether a job is to be paid for. Pure: the caller has read the record and the outbox.
+    """Decide whether to pay for a job. Pure: the caller has read the record and the outbox.
 
     Args:
         record: The job's record, None if there is none. A record that cannot be read is an error, never None.
         run: The run that asks.
-        in_outbox: Whether the paid picture is on this machine's disk, and no run that lives on it is to archive it.
-        held_elsewhere: Whether another run that lives holds the claim.
-        on_unknown: The policy for a request that may have been paid, or was, though there is no picture of it.
-        unreadable: Whether an answer is kept on this machine's disk that was paid for and cannot be read.
+        in_outbox: Whether the paid picture is in this machine's outbox, and no live run here is about to archive it.
+        held_elsewhere: Whether another live run holds the claim.
+        on_unknown: The policy for requests that were or may have been paid without returning a picture.
+        unreadable: Whether the outbox has a paid answer that cannot be read as a picture.
 
     Example:
         >>> verdict(None, run=Run("a"), in_outbox=False, held_elsewhere=False, on_unknown="repay").value
@@ -302,8 +328,8 @@ def verdict(
         return Verdict.REFUSE
     if record is None:
         return Verdict.PAY
-    # Of this very run it is decided after each request; here of the others that count as its flow run's.
+    # After each request of its own a run decides by itself; here count the other requests of its flow run.
     own = [each for each in record.attempts if each.run != run.id and run.owns(each)]
-    unknown = sum(1 for each in own if each.kept or each.possibly_billed is not False)  # out of reach, or never seen
-    spent = any(each.paid_for_nothing for each in own)  # another request would bring the same
+    unknown = sum(1 for each in own if each.kept or each.possibly_billed is not False)  # on another disk, or never seen
+    spent = any(each.paid_for_nothing for each in own)  # another request would return the same
     return Verdict.REFUSE if spent or unknown > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.archive.archive import Archive, Survey
-from prefect_segmind.archive.leases import held_beside, held_elsewhere
+from prefect_segmind.archive.leases import held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import FlowRuns, OnUnknown, Record, Run, Verdict, verdict
 from prefect_segmind.errors import SegmindError, SourceImageError
@@ -377,7 +377,7 @@ def _verdicts(
         need = verdict(
             found.record if found else None,
             run=Run("", flow_runs),
-            in_outbox=fingerprint in kept and not held_beside(archive, found, ""),
+            in_outbox=fingerprint in kept and not held_on_this_host(archive, found, ""),
             held_elsewhere=held_elsewhere(archive, found, ""),
             on_unknown=on_unknown,
             unreadable=fingerprint in unread,

@@ -1,4 +1,4 @@
-"""An inbox in a bucket."""
+"""An inbox in a bucket. Importing this imports boto3."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import TYPE_CHECKING
 
 from prefect_segmind.errors import StoreError
 from prefect_segmind.inbox.inbox import IMAGE_SUFFIX, Inbox, InboxFile, Listing, Seen, safe_names
+from prefect_segmind.storage import s3
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-    from prefect_segmind.storage.s3 import ObjectInfo
 
 
 class BucketInbox(Inbox):
     """An inbox that is a prefix in a bucket.
 
-    A server honours all conditions or some or none, and cannot be asked which: so each is also checked beforehand.
+    A server may honour all conditional requests, some or none, and does not declare which; so each condition is also
+    checked beforehand.
+
+    Args:
+        place: `s3://bucket/prefix`.
+        make_client: Makes the S3 client, once the address is known to be good.
+        done: As for `Inbox`.
+        failed: As for `Inbox`.
     """
 
-    def __init__(self, place: str, s3: Callable[[], S3Client], done: str, failed: str) -> None:
-        from prefect_segmind.storage import s3 as storage  # boto3 takes a second to import
-
-        self._bucket, prefix = storage.split_uri(place)
+    def __init__(self, place: str, make_client: Callable[[], S3Client], done: str, failed: str) -> None:
+        self._bucket, prefix = s3.split_uri(place)
         super().__init__(f"s3://{self._bucket}/{prefix.strip('/')}".rstrip("/"), done, failed)
-        self._s3, self._client = storage, s3()
+        self._client = make_client()
 
     def _move(self, file: InboxFile, into: str) -> str | None:
         before = self._stat(file.below)
@@ -41,7 +45,7 @@ class BucketInbox(Inbox):
             raise
         try:
             if self._stat(file.below) == before:
-                self._s3.delete(file.location, self._client, etag=etag)
+                s3.delete(file.location, self._client, etag=etag)
         except StoreError:
             if self._stat(file.below) == before:
                 raise
@@ -54,17 +58,17 @@ class BucketInbox(Inbox):
             target = "/".join(filter(None, (into, folder, next(names))))
             if self._stat(target) is None:
                 try:
-                    self._s3.copy(file.location, self._uri(target), self._client, etag=etag)
+                    s3.copy(file.location, self._uri(target), self._client, etag=etag)
                     return target
                 except StoreError:
-                    if self._stat(target) is None:  # else another run was faster, or the answer to us was lost
+                    if self._stat(target) is None:  # otherwise another run was faster, or only the answer was lost
                         raise
             if self._read(target) == self._read(file.below):
                 return target
 
     def _list(self) -> Listing:
         listing = Listing(time.time())
-        for found in self._s3.list_objects(f"{self.url}/", self._client):
+        for found in s3.list_objects(f"{self.url}/", self._client):
             listing.now, seen = found.now, self._seen(found)
             below = seen.file.below
             if self._leaves_out(below):
@@ -75,18 +79,18 @@ class BucketInbox(Inbox):
                 listing.skip(below)
         return listing
 
-    def _seen(self, found: ObjectInfo) -> Seen:
+    def _seen(self, found: s3.ObjectInfo) -> Seen:
         location = f"s3://{self._bucket}/{found.key}"
         below = location.removeprefix(f"{self.url}/")
         version = f"{found.size} {found.etag}"
         return Seen(InboxFile(location, below, version, found.modified), found.size, found.modified)
 
     def _stat(self, below: str) -> Seen | None:
-        found = self._s3.stat(self._uri(below), self._client)
+        found = s3.stat(self._uri(below), self._client)
         return self._seen(found) if found else None
 
     def _read(self, below: str) -> bytes:
-        return self._s3.read(self._uri(below), self._client)
+        return s3.read(self._uri(below), self._client)
 
     def _uri(self, below: str) -> str:
         return f"{self.url}/{below}"

@@ -16,7 +16,17 @@ from prefect_segmind.storage.paths import missing_file
 
 
 class FolderInbox(Inbox):
-    """An inbox that is a folder."""
+    """An inbox that is a folder.
+
+    Args:
+        place: Its path as given, for messages.
+        folder: Its path.
+        done: As for `Inbox`.
+        failed: As for `Inbox`.
+
+    Raises:
+        ConfigurationError: The folder does not exist or cannot be read.
+    """
 
     def __init__(self, place: str, folder: Path, done: str, failed: str) -> None:
         _require_folder(place, folder)
@@ -31,14 +41,14 @@ class FolderInbox(Inbox):
                 if _version(source.lstat()) != file.version:
                     return None
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Whatever has that name now is moved in one step to a name that only this run knows, then compared.
+                # The file is moved in one step to a name that only this run knows, and compared after that.
                 source.replace(held)
             except FileNotFoundError:
                 return None
         with disk_errors(f"cannot move {held} to {target}"):
             if _version(held.lstat()) == file.version:
                 return str(_give_name(held, target))
-            _give_name(held, source, plain=False)  # a new upload goes back, beside one that may be even newer
+            _give_name(held, source, plain=False)  # a new upload goes back, beside an even newer one
         return None
 
     def _list(self) -> Listing:
@@ -48,7 +58,8 @@ class FolderInbox(Inbox):
             if error.filename == self.url:
                 raise error
             if not isinstance(error, FileNotFoundError):
-                listing.skip(Path(error.filename).relative_to(self._folder).as_posix(), _unreadable(error))
+                why = f"it cannot be read: {reason(error)}; check its owner and mode"
+                listing.skip(Path(error.filename).relative_to(self._folder).as_posix(), why)
 
         with disk_errors(f"cannot read the inbox {self.url}"):
             for here, folders, names in os.walk(self._folder, onerror=skip):
@@ -61,10 +72,9 @@ class FolderInbox(Inbox):
                     try:
                         facts = path.lstat()
                     except OSError as error:
-                        if not isinstance(error, FileNotFoundError):
-                            listing.skip(below, _unreadable(error))
+                        skip(error)
                         continue
-                    if stat.S_ISDIR(facts.st_mode):  # not a link: links lead in circles and anywhere
+                    if stat.S_ISDIR(facts.st_mode):  # not a link, which may lead anywhere and in circles
                         folders.append(name)
                     elif not stat.S_ISREG(facts.st_mode) or not IMAGE_SUFFIX.fullmatch(writable(below)):
                         listing.skip(below)
@@ -83,11 +93,9 @@ def _require_folder(place: str, folder: Path) -> None:
     try:
         if folder.is_dir():
             return
-        mistake = (
-            "is a file; name the folder that it is in"
-            if folder.exists()
-            else f"{missing_file(folder, folders=True)}; create the folder or correct its path"
-        )
+        mistake = f"{missing_file(folder, folders=True)}; create the folder or correct its path"
+        if folder.exists():
+            mistake = "is a file; name the folder that it is in"
     except (OSError, ValueError) as error:
         mistake = f"cannot be read: {reason(error)}"
     raise ConfigurationError(f"{place} {mistake}")
@@ -98,19 +106,15 @@ def _version(facts: os.stat_result) -> str:
 
 
 def _give_name(held: Path, wanted: Path, *, plain: bool = True) -> Path:
-    """Give a file the wanted name or, if that is taken or not `plain`, the next one; only this run knows the file."""
+    """Give a file that only this run knows the wanted name, or the next free one; always the next if not `plain`."""
     names = islice(safe_names(wanted.name, held.read_bytes), 0 if plain else 1, None)
     while True:
         path = wanted.with_name(next(names))
         try:
-            path.open("xb").close()  # from here on the name is ours; only one of several runs gets it
+            path.open("xb").close()  # reserves the name: only one of several runs gets it
         except FileExistsError:
             if path.is_file() and path.read_bytes() == held.read_bytes():
                 held.unlink()
                 return path
         else:
             return held.replace(path)
-
-
-def _unreadable(error: OSError) -> str:
-    return f"it cannot be read: {reason(error)}; check its owner and mode"

@@ -1,7 +1,7 @@
-"""An inbox: a folder or a prefix in a bucket, into which people put images, and its folders `done/` and `failed/`.
+"""An inbox: a folder or a prefix in a bucket for new images, and its folders `done/` and `failed/`.
 
-An image in the inbox is to be done, one in `done/` is done. `Memory` keeps what one visit has seen for the next one, so
-that nothing is waited for or reported twice; losing it does no harm.
+`Memory` keeps the state of one visit for the next, so that no file is waited for or reported twice; its loss does no
+harm.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ IMAGE_SUFFIX = re.compile(r"(?is).+\.(jpe?g|jfif|png|webp|tiff?|bmp|gif|avif|jp2
 EMPTY_SECONDS = 3600.0
 """Seconds for which an empty image may still be filled."""
 _LEFT_OUT = re.compile(
-    r"(?is)[.~].*|.*~|.*\.(part|partial|filepart|tmp|crdownload|download)"  # hidden, or still on its way
-    r"|@eadir|@recycle|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__macosx"  # a system's
+    r"(?is)[.~].*|.*~|.*\.(part|partial|filepart|tmp|crdownload|download)"  # hidden or incomplete
+    r"|@eadir|@recycle|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__macosx"  # of a system
     r"|thumbs\.db|desktop\.ini"
 )
 
@@ -40,8 +40,8 @@ class InboxFile:
         location: An absolute path or `s3://bucket/key`.
         below: Its path below the inbox.
         version: Changes with the file: its size and, on disk, the time of its last change or, in a bucket, its ETag.
-        arrived: When it arrived as it is, in seconds since 1970. On disk a copy does not bring that date along from
-            its source. A bucket may round it in different ways, so two are equal without it.
+        arrived: When this version arrived, in seconds since 1970; on disk not the date that a copy takes from its
+            source. Ignored in comparisons, since a bucket may round it in different ways.
     """
 
     location: str
@@ -51,13 +51,13 @@ class InboxFile:
 
 
 class Look(NamedTuple):
-    """What one visit has found, each sorted by the paths below the inbox.
+    """The result of one visit, sorted by the paths below the inbox.
 
     Attributes:
-        settled: Images that are whole.
+        settled: Images that are complete.
         unsettled: Images that are still being written.
-        ignored: Visible files that are not images by their names, links, and what cannot be read.
-        unreadable: What cannot be read, with the reason.
+        ignored: Visible files without an image's extension, links, and unreadable paths.
+        unreadable: The unreadable paths, with the reason.
         empty: Images that have been empty for an hour.
     """
 
@@ -75,44 +75,40 @@ class Listing:
         now: That moment, in seconds since 1970, by the clock that dates the files.
 
     Attributes:
+        now: That moment.
         images: The images.
-        ignored: Everything else that is visible.
+        skipped: All other visible paths; with the reason if one may be an image.
     """
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.images: dict[str, Seen] = {}
-        self.ignored: set[str] = set()
-        self._unreadable: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
 
     def skip(self, below: str, why: str = "") -> None:
-        """Ignore a path, with the reason if it may be an image."""
-        self.ignored.add(writable(below))
-        if why:
-            self._unreadable[writable(below)] = why
+        """Skip a path.
 
-    def look(
-        self, settled: Iterable[InboxFile] = (), unsettled: Iterable[str] = (), empty: Iterable[InboxFile] = ()
-    ) -> Look:
-        """The result of the visit that ends with this listing."""
-        unreadable = tuple(f"{below}: {why}" for below, why in sorted(self._unreadable.items()))
-        return Look(tuple(settled), tuple(unsettled), tuple(sorted(self.ignored)), unreadable, tuple(empty))
+        Args:
+            below: The path below the inbox.
+            why: The reason, if it may be an image.
+        """
+        self.skipped[writable(below)] = why
 
 
 class _Visit(BaseModel):
-    """What is kept of a visit: versions of files by their paths below the inbox."""
+    """The state of a visit: versions of files by their paths below the inbox."""
 
     settled: dict[str, str] = {}
     reported: dict[str, str] = {}
 
 
 class Memory:
-    """What the last visit to an inbox has seen. It is kept in the archive, so that every machine has it.
+    """The state of the last visit to an inbox, kept in the archive for every machine.
 
     Args:
         store: The archive's.
         inbox: The address of the inbox.
-        name: What the pictures are made with: two templates for one inbox have a memory each.
+        name: The template of the pictures: two templates for one inbox have separate memories.
     """
 
     def __init__(self, store: Store, inbox: str, name: str) -> None:
@@ -124,11 +120,11 @@ class Memory:
         found = self._store.get(self._key)
         try:
             return _Visit.model_validate_json(found.data) if found else _Visit()
-        except ValidationError:  # of another version, or half written: this visit counts as the first one
+        except ValidationError:  # of another version, or half written: as before the first visit
             return _Visit()
 
     def settled(self) -> Mapping[str, str]:
-        """The versions of files that were whole, by their paths below the inbox.
+        """The versions of files that were complete, by their paths below the inbox.
 
         Raises:
             StoreError: The archive cannot be read.
@@ -138,16 +134,19 @@ class Memory:
     def has_reported(self, file: InboxFile) -> bool:
         """Whether this version of a file has been reported as bad.
 
+        Args:
+            file: The file.
+
         Raises:
             StoreError: The archive cannot be read.
         """
         return self._last.reported.get(file.below) == file.version
 
     def keep(self, settled: Iterable[InboxFile], reported: Iterable[InboxFile]) -> None:
-        """Replace what the last visit has seen, if this one differs.
+        """Replace the state of the last visit, if this one differs.
 
         Args:
-            settled: Files that are whole.
+            settled: Complete files.
             reported: Bad files that have been reported.
 
         Raises:
@@ -181,6 +180,11 @@ class Inbox(ABC):
 
     Hidden and temporary names and all of `done/` and `failed/` are left out.
 
+    Args:
+        url: The absolute path of the folder, or `s3://bucket/prefix`.
+        done: The name of its folder for images whose picture is archived.
+        failed: The name of its folder for images that cannot be used.
+
     Attributes:
         url: The absolute path of the folder, or `s3://bucket/prefix`.
     """
@@ -195,26 +199,24 @@ class Inbox(ABC):
         pause: Callable[[float], object] = time.sleep,
         known: Callable[[], Mapping[str, str]] = dict,
     ) -> Look:
-        """List the inbox twice, so that no image is taken that somebody is still writing.
+        """List the inbox twice, so that no image is taken while it is being written.
 
         An image is settled if it is not empty and the same in both listings. On disk it must also be older than the
         time between them by this machine's clock; a date in the future, by another machine's clock, does not count.
-        An image that was settled in an earlier visit and is the same needs no second listing. An empty one may still
-        be filled for an hour.
+        An image that was settled in an earlier visit and has not changed needs no second listing. An empty image may
+        still be filled for an hour.
 
         Args:
-            settle_seconds: How long nothing may change.
-            pause: Waits that long; not called if nothing is new.
-            known: The versions of files that were settled before, by their paths below the inbox; not called if there
-                is no image.
+            settle_seconds: How long a file must not change.
+            pause: Waits that long; not called without new images.
+            known: The versions of files that were settled before, by their paths below the inbox; not called without
+                images.
 
         Raises:
             StoreError: The inbox cannot be listed.
         """
         first = second = self._list()
-        if not first.images:
-            return first.look()
-        before = known()
+        before = known() if first.images else {}
         if any(seen.size and before.get(below) != seen.file.version for below, seen in first.images.items()):
             pause(settle_seconds)
             second = self._list()
@@ -230,16 +232,21 @@ class Inbox(ABC):
                 empty.append(seen.file)
             else:
                 unsettled.append(below)
-        return second.look(settled, unsettled, empty)
+        skipped = sorted(second.skipped.items())
+        unreadable = tuple(f"{below}: {why}" for below, why in skipped if why)
+        return Look(tuple(settled), tuple(unsettled), tuple(below for below, _ in skipped), unreadable, tuple(empty))
 
     def move_done(self, file: InboxFile) -> str | None:
-        """Move a file into `done/`, with its subfolders; nothing is ever replaced.
+        """Move a file into `done/`, with its subfolders, without replacing another file.
 
         If its name is taken, the start of its SHA-256 is appended: `cup-1a2b3c4d.jpg`. If the file of that name has the
-        same content, this one is just removed.
+        same content, this one is removed.
+
+        Args:
+            file: The file as listed.
 
         Returns:
-            Where it is now; None if it is gone or has changed since it was listed, and then what is there stays.
+            Its new address; None if it is gone or has changed since it was listed, and a changed file stays.
 
         Raises:
             StoreError: It cannot be moved.
@@ -248,6 +255,12 @@ class Inbox(ABC):
 
     def move_failed(self, file: InboxFile) -> str | None:
         """Move a file into `failed/`, as `move_done` does into `done/`.
+
+        Args:
+            file: The file as listed.
+
+        Returns:
+            As for `move_done`.
 
         Raises:
             StoreError: It cannot be moved.
@@ -271,7 +284,12 @@ class Inbox(ABC):
 
 
 def safe_names(name: str, content: Callable[[], bytes]) -> Iterator[str]:
-    """`cup.jpg`, `cup-1a2b3c4d.jpg`, `cup-1a2b3c4d-2.jpg` and so on, short enough for any disk."""
+    """Names for a file: `cup.jpg`, `cup-1a2b3c4d.jpg`, `cup-1a2b3c4d-2.jpg` and so on, short enough for any disk.
+
+    Args:
+        name: Its present name.
+        content: Reads its content.
+    """
     yield name
     stem, _, extension = name.rpartition(".")
     stem = f"{stem[:50]}-{hashlib.sha256(content()).hexdigest()[:8]}"

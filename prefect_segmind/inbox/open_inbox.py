@@ -1,4 +1,4 @@
-"""Which inbox an address names: a folder or a prefix in a bucket."""
+"""Opening the inbox at an address: a folder or a prefix in a bucket."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.inbox.bucket import BucketInbox
 from prefect_segmind.inbox.folder import FolderInbox
 from prefect_segmind.inbox.inbox import Inbox
 from prefect_segmind.storage.open_store import is_s3, open_store
@@ -23,9 +22,9 @@ def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", fa
 
     Args:
         place: An existing folder (`~` is the home), or `s3://bucket/prefix`, which may be empty.
-        s3: Makes the S3 client, when one is needed.
-        done: The name of its folder for images that are done.
-        failed: The name of its folder for images that cannot be done.
+        s3: Makes the S3 client, if one is needed.
+        done: The name of its folder for images whose picture is archived.
+        failed: The name of its folder for images that cannot be used.
 
     Raises:
         ConfigurationError: The address is of another kind, or the folder does not exist.
@@ -36,6 +35,8 @@ def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", fa
     place = given_text("inbox", place) or ""
     try:
         if is_s3(place):
+            from prefect_segmind.inbox.bucket import BucketInbox  # boto3 takes a second to import
+
             return BucketInbox(place, s3, done, failed)
         return FolderInbox(place, found_path(open_store(place).url), done, failed)
     except ConfigurationError as error:

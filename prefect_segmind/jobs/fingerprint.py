@@ -1,4 +1,4 @@
-"""Which picture a job is: two jobs with the same fingerprint ask for the same picture, so it is paid for once."""
+"""The identity of a job's picture: two jobs with the same fingerprint ask for the same picture, paid for once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from prefect_segmind.api.request import ENDPOINT
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys and no spaces: the same value gives the same bytes.
+    """JSON with sorted keys and no spaces: equal values give equal bytes.
+
+    Args:
+        value: A JSON value.
 
     Example:
         >>> canonical_json({"b": 1, "a": "é"}).decode()
@@ -36,7 +39,7 @@ def fingerprint(source: str, parameters: Mapping[str, object]) -> str:
 
 
 def derived_seed(source: str, parameters: Mapping[str, object]) -> int:
-    """The seed, 100 to 999999, of a job that names none: the same job always gets the same one.
+    """The seed, 100 to 999999, of a job without one: the same job always gets the same seed.
 
     Args:
         source: As for `fingerprint`.

@@ -1,4 +1,4 @@
-"""A job: what a person asks for. Every mistake in one is reported at once, with the nearest right value."""
+"""A job: what a person asks for. All mistakes in a job are reported together, each with the nearest valid value."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ ALLOWED = {
     "style_type": "one of " + ", ".join(StyleType),
     "allow_extreme_ratio": "true or false",
 }
-"""What each field takes, in the words of an error message."""
+"""The allowed values of each field, in the words of an error message."""
 LONGEST_NAME = 120
-"""Bytes of an image's stem that a name takes over."""
-_NAME_BYTES = 200  # a folder's name takes 255 at most
+"""The most bytes of an image's stem in a job's name."""
+_NAME_BYTES = 200  # file systems allow 255 in a segment
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
 _STEM_ENDS = re.compile(rf"\A(?:{BLANK}|[.-])+|(?:{BLANK}|[.-])+\Z")
 _SIGNATURE = re.compile(r"(?i).*(signature|token|sig)|key-pair-id")
@@ -85,7 +85,7 @@ def _image_location(image: object) -> object:
         host, path = parts.netloc, parts.path.strip("/")
         secret = "@" in host or any(_SIGNATURE.fullmatch(name) for name, _ in parse_qsl(parts.query))
     if scheme not in ("s3", "http", "https") or not host or not path:
-        raise ValueError("not a kind of address that is read")
+        raise ValueError("unsupported address")
     if secret:
         raise ValueError("holds a secret, which the run's parameters would keep; give the s3:// address instead")
     return f"{scheme}://{rest}"
@@ -96,7 +96,7 @@ def _job_resolution(value: str, info: ValidationInfo) -> str:
 
 
 class Job(BaseModel):
-    """What a person asks for. `parse_job` makes one and explains every mistake.
+    """What a person asks for. `parse_job` makes one and reports every mistake.
 
     Attributes:
         name: Where the picture goes in the archive, `hero/summer` for example; the image's stem if left out.
@@ -108,7 +108,7 @@ class Job(BaseModel):
         resolution: One of the 78 listed sizes, or `AUTO` for the one nearest to the image's ratio.
         seed: 100 to 999999, `random`, or None for one derived from the job.
         style_type: The style.
-        allow_extreme_ratio: Whether an image beyond 1:3 to 3:1 is taken.
+        allow_extreme_ratio: Whether an image beyond 1:3 to 3:1 is accepted.
 
     Example:
         >>> Job(image="photos/mug.jpg", prompt="a red mug").name
@@ -130,7 +130,7 @@ class Job(BaseModel):
 
     @cached_property
     def written(self) -> dict[str, str]:
-        """The texts as they were written where that is another spelling; without a part in what the job is."""
+        """The texts as written, if in another spelling; not part of the job's identity."""
         return {}
 
     @model_validator(mode="wrap")
@@ -152,11 +152,11 @@ class Job(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keeps both spellings, wherever the job goes."""
+        """Serialize the texts as written, from which both spellings can be restored."""
         return {field: self.written.get(field, value) for field, value in handler(self).items()}
 
     def parameters(self) -> dict[str, Any]:
-        """Every parameter of the API that the job names, as JSON values: all but the image and the job's own."""
+        """The parameters of the API, as JSON values, without the image and those that are None."""
         values = self.model_dump(mode="json", exclude={"name", "image", "allow_extreme_ratio"}, exclude_none=True)
         return {**values, **{field: getattr(self, field) for field in values if field in self.written}}
 
@@ -167,14 +167,17 @@ _TEXTS = ("prompt", "negative_prompt")
 def _clean(field: str, value: Any) -> Any:
     if not isinstance(value, str) or isinstance(value, Enum):
         return value
-    # Which form a file's name has is found out later, and a blank is shown as it is.
+    # The form of a file's name is looked up later, and a blank value is shown as it is.
     return (stripped(value) if field == "image" else spelled(value)) or value
 
 
 def name_from_image(image: str) -> str:
-    r"""The name of a job that has none: the image's stem made safe.
+    r"""The default name of a job: the image's stem made safe.
 
-    A key in S3 is no URL: each character of it is its own.
+    A key in S3 is not a URL, so nothing in it is decoded.
+
+    Args:
+        image: A local path, `s3://bucket/key`, or an `http(s)://` address.
 
     Example:
         >>> name_from_image("s3://bucket/inbox/Summer mug #1?.jpg")
@@ -195,7 +198,10 @@ def _safe_stem(stem: str) -> str:
 
 
 def suffix_from_image(image: str) -> str:
-    """The extension of an image, without its dot and in lower case; empty where there is none.
+    """The extension of an image, without its dot and in lower case; empty if it has none.
+
+    Args:
+        image: As for `name_from_image`.
 
     Example:
         >>> suffix_from_image("s3://bucket/inbox/mug #1.JPEG"), suffix_from_image("https://b.example/mug.png?size=1")
@@ -205,26 +211,26 @@ def suffix_from_image(image: str) -> str:
 
 
 def _path_of(image: str) -> str:
-    """The path or the key of an image: a key in S3 is no URL."""
+    """The path or the key of an image, decoded if it is part of a URL, which a key in S3 is not."""
     if image[:5].lower() == "s3://":
         return image[5:].partition("/")[2]
     if "://" not in image:
         return image.replace("\\", "/")
     try:
         return unquote(urlsplit(image).path)
-    except ValueError:  # no address at all, which the check of `image` says
+    except ValueError:  # not a URL, which the check of `image` reports
         return ""
 
 
 def parse_job(values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False) -> Job:
-    """Makes a job of plain values, or says everything that is wrong with them.
+    """Make a job of plain values.
 
     Args:
         values: The fields of `Job`.
-        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+        allow_unlisted_resolution: Whether sizes beyond the 78 are accepted.
 
     Raises:
-        InvalidJobError: A line for each wrong field, with its value, what is allowed and the nearest right value.
+        InvalidJobError: A line for each wrong field, with its value, the allowed values and the nearest valid one.
 
     Example:
         >>> parse_job({"image": "mug.jpg", "prompt": "a red mug", "style_type": "realistic"})
@@ -242,33 +248,30 @@ def parse_job(values: Mapping[str, Any], *, allow_unlisted_resolution: bool = Fa
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line for each wrong field: the field, the value, what is allowed, and the nearest right value if one is near.
+    """One line for each wrong field: its name and value, the allowed values, and the nearest valid one if there is one.
 
     Args:
-        error: What pydantic found.
+        error: pydantic's error.
         model: The model whose fields were checked.
     """
     lines: dict[str, str] = {}
     for each in error.errors():
         field = str(each["loc"][0]) if each["loc"] else "job"
-        if each["type"] == "extra_forbidden":
-            line = unknown(field, model.model_fields)
-        else:
-            line = describe_mistake(field, each)
-        lines.setdefault(field, line)
+        known = each["type"] != "extra_forbidden"
+        lines.setdefault(field, describe_mistake(field, each) if known else unknown(field, model.model_fields))
     return list(lines.values())
 
 
 def describe_mistake(field: str, mistake: ErrorDetails, allowed: str | None = None) -> str:
-    """One line for a field with a wrong value or none: the value, what is allowed, and the nearest right value.
+    """One line for a field that is wrong or missing.
 
     Args:
         field: The name of the field.
-        mistake: What pydantic found.
-        allowed: What the field takes, if `ALLOWED` does not say it.
+        mistake: pydantic's error.
+        allowed: The allowed values, if not those of `ALLOWED`.
 
     Returns:
-        The line, which begins with the name of the field.
+        The line: the name of the field, its value, the allowed values, and the nearest valid one if there is one.
     """
     allowed = allowed or ALLOWED.get(field, "an object of named fields")
     if mistake["type"] == "missing":
@@ -282,12 +285,12 @@ def describe_mistake(field: str, mistake: ErrorDetails, allowed: str | None = No
 
 
 def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
-    """The mistake of a field that does not exist, with the nearest that does, or with all.
+    """A message about a name that does not exist, with the nearest that does, or with all.
 
     Args:
-        name: What it is called.
-        known: Those that exist.
-        what: What they are.
+        name: The name as given.
+        known: The names that exist.
+        what: What the names are of, such as `field`.
 
     Example:
         >>> unknown("varients", ["vars", "variants"])
@@ -299,13 +302,21 @@ def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
 
 
 def shown(value: object) -> str:
-    """A value in an error message: one short line without secrets."""
+    """A value in an error message: one short line without secrets.
+
+    Args:
+        value: The value.
+    """
     text = text if (text := redact(str(value))).isprintable() else repr(text)
     return text if len(text) <= 80 else text[:79] + "…"
 
 
 def nearest_value(field: str, value: object) -> str | None:
-    """The allowed value nearest to a wrong one, None where none is near.
+    """The allowed value nearest to a wrong one; None if none is near.
+
+    Args:
+        field: The name of the field.
+        value: The wrong value.
 
     Example:
         >>> nearest_value("resolution", "RESOLUTION_800_1280"), nearest_value("image_weight", 150)
@@ -322,10 +333,10 @@ def nearest_value(field: str, value: object) -> str | None:
         return str(min(max(round(float(text)), low), high))
     if field == "resolution" and (similar := similar_resolution(text)):
         return similar.value
-    choices: dict[str, list[str]] = {
-        "magic_prompt_option": [each.value for each in MagicPromptOption],
-        "style_type": [each.value for each in StyleType],
+    choices: dict[str, Iterable[str]] = {
+        "magic_prompt_option": MagicPromptOption,
+        "style_type": StyleType,
         "resolution": [AUTO],
     }
-    text = re.sub(r"[\s-]+", "_", text)
-    return next(iter(difflib.get_close_matches(text, choices.get(field, []), n=1, cutoff=0.6)), None)
+    near = difflib.get_close_matches(re.sub(r"[\s-]+", "_", text), list(choices.get(field, ())), n=1)
+    return str(near[0]) if near else None

@@ -185,10 +185,10 @@ def _downloaded(place: str, client: S3Client) -> IO[bytes]:
     from botocore.exceptions import ClientError
 
     from prefect_segmind.storage.s3 import split_uri
-    from prefect_segmind.storage.s3_errors import error_code, explained
+    from prefect_segmind.storage.s3_errors import error_code, s3_errors
 
     bucket, key = split_uri(place)
-    with ExitStack() as stack, explained(f"read {place}", client):
+    with ExitStack() as stack, s3_errors(f"read {place}", client):
         try:
             body = client.get_object(Bucket=bucket, Key=key)["Body"]
         except ClientError as error:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive, RecordRead
-from prefect_segmind.archive.leases import held_beside, held_claim, held_elsewhere
+from prefect_segmind.archive.leases import held_claim, held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox, OutboxEntry
 from prefect_segmind.archive.record import Attempt, OnUnknown, Run, Verdict, past_requests, verdict
 from prefect_segmind.errors import ApiError
@@ -122,7 +122,7 @@ class LookUp:
         what = verdict(
             found.record if found else None,
             run=run,
-            in_outbox=kept is not None and not held_beside(self.archive, found, run.id),
+            in_outbox=kept is not None and not held_on_this_host(self.archive, found, run.id),
             held_elsewhere=elsewhere,
             on_unknown=self.on_unknown,
             unreadable=bool(unreadable),

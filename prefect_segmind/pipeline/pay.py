@@ -163,7 +163,7 @@ class Cashier:
         kept_at = f"{path} on {socket.gethostname()}"
 
         def answered(record: Record) -> Record:
-            return record.answered(*(200, None, None), possibly_billed=False, kept=kept_at, cost_usd=paid.cost_usd)
+            return record.with_outcome(status=200, possibly_billed=False, kept=kept_at, cost_usd=paid.cost_usd)
 
         self._write_outcome(held, answered, log)
         held.hold(ARCHIVE_SECONDS)
@@ -241,10 +241,10 @@ class Cashier:
         )
 
         def outcome(record: Record) -> Record:
-            return record.answered(
-                error.status,
-                f"{type(error).__name__}: {error}",
-                decision.wait_seconds,
+            return record.with_outcome(
+                status=error.status,
+                reason=f"{type(error).__name__}: {error}",
+                wait_seconds=decision.wait_seconds,
                 possibly_billed=error.possibly_billed,
                 held_all=holds_all(error),
                 kept=f"{kept} on {socket.gethostname()}" if kept else None,

@@ -1,4 +1,4 @@
-"""Every failure of a disk in plain words: which of our errors it is, what was wrong and what to do."""
+"""Failures of a disk as errors of this package, with the reason and what to do."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def reason(error: Exception) -> str:
-    """What the system says, such as `Permission denied`, without the number of the error and the path."""
+    """The system's message, such as `Permission denied`, without the error's number and path.
+
+    Args:
+        error: The failure.
+    """
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 @contextmanager
 def disk_errors(failure: str, kind: type[SegmindError] = StoreError, remedy: str = "") -> Iterator[None]:
-    """Turn the system's errors into ours.
+    """Turn the system's errors into errors of this package.
 
     Args:
-        failure: What could not be done and where, such as `cannot read /srv/pictures/hat.png`.
-        kind: The class of the error; a plain `StoreError` becomes a `StoreAccessError` where permission is denied.
-        remedy: What to do, in the place of the usual advice.
+        failure: What failed, such as `cannot read /srv/pictures/hat.png`.
+        kind: The class of the error; a plain `StoreError` becomes a `StoreAccessError` if permission is denied.
+        remedy: What to do, instead of the usual advice.
 
     Raises:
         SegmindError: Of this kind, for each OSError.

@@ -1,12 +1,12 @@
-"""Fetching a public address: http(s) source images, and links to pictures in an answer of the API.
+"""Downloads from public addresses: http(s) source images, and links to pictures in an answer of the API.
 
-The only module that follows addresses of other people's choice. What may be reached is decided on the resolved IP
-address, and the connection goes to exactly that one, so a name cannot point elsewhere a moment later; every redirect is
-decided anew. Nothing of ours goes along: no API key, no cookies, no credentials.
+The only module that requests addresses chosen by others. Permission depends on the resolved IP address, and the
+connection goes to exactly that address, so a name cannot be resolved differently a moment later; every redirect is
+checked again. No API key, cookies or credentials are sent.
 
-Where the environment names a proxy, https goes through it, as the API's requests do. The proxy resolves the name once
-more, so less can be promised: what resolves here must resolve to permitted addresses only, and the certificate must be
-the name's, which a stranger's name cannot have that leads inside. Plain http has no such guard: never through a proxy.
+If the environment names a proxy, https goes through it, as the API's requests do. The proxy resolves the name again, so
+the guarantee is weaker: the name must resolve to permitted addresses only, and the certificate must be valid for the
+name, which that of an internal host is not. Plain http has no such check and never goes through a proxy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import ipaddress
 import re
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from io import BytesIO
-from typing import Final, Protocol
+from typing import IO, Final
 
 import httpx
 
@@ -26,56 +26,48 @@ from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 
 MAX_REDIRECTS: Final = 5
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last 32 bits
-_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out
-_PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know the first eight of it only
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has allocated
+_PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know only the first eight
 
 _INSIDE: Final = re.compile(r"(?i)[^.]+\.?|.*\.(internal|intranet|lan|local|localhost|home\.arpa|corp|home)\.?")
-"""Names that no public host has; where they do not resolve here, a proxy is not asked for them."""
+"""Names that no public host has: if they do not resolve here, a proxy is not asked for them."""
 
 
+@dataclass(eq=False, repr=False)
 class DownloadError(Exception):
-    """An address that was refused, did not answer as it should, or holds too much; the message never has its query.
+    """A download failed. The message never contains the address's query, which may be a signature.
+
+    Args:
+        message: What went wrong.
 
     Attributes:
         status: The HTTP status, if that was the reason.
         refused: Whether the address is one that must not be reached.
-        too_large: Whether it holds more than the limit.
+        too_large: Whether it has more bytes than the limit.
         retryable: Whether the same download may work a moment later.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        refused: bool = False,
-        too_large: bool = False,
-        retryable: bool = False,
-    ) -> None:
+    message: InitVar[str]
+    _: KW_ONLY
+    status: int | None = None
+    refused: bool = False
+    too_large: bool = False
+    retryable: bool = False
+
+    def __post_init__(self, message: str) -> None:
+        """Make the exception of the message."""
         super().__init__(message)
-        self.status = status
-        self.refused = refused
-        self.too_large = too_large
-        self.retryable = retryable
-
-
-class Sink(Protocol):
-    """Where the bytes go: an open binary file, for example."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take the next bytes."""
-        ...
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Which addresses may be reached: public ones, unless one of these says more.
+    """Which addresses may be reached: public ones, and more by these fields.
 
     Attributes:
         allow_private: Every address, such as 10.0.0.8 or a cloud's metadata service at 169.254.169.254.
-        allow_loopback: This machine as well, as with the sandbox.
-        same_origin: For links in an answer, the API's base URL: its own scheme, host and port wherever they are, and
-            otherwise https only.
+        allow_loopback: This machine too, as for the sandbox.
+        same_origin: For links in an answer, the API's base URL: its scheme, host and port at any address, and other
+            hosts by https only.
 
     Example:
         >>> Destination().permits("https://cdn.example/a.png", "169.254.169.254")
@@ -87,7 +79,12 @@ class Destination:
     same_origin: str | None = None
 
     def permits(self, url: httpx.URL | str, address: str) -> bool:
-        """Whether a URL may be fetched from an IP address that its host has resolved to."""
+        """Whether a URL may be fetched from an IP address of its host.
+
+        Args:
+            url: The URL.
+            address: The IP address that its host has resolved to.
+        """
         url, ip = httpx.URL(url), _unwrapped(address)
         if self.allow_private or (self.same_origin and _origin(url) == _origin(httpx.URL(self.same_origin))):
             return True
@@ -100,32 +97,19 @@ PUBLIC: Final = Destination()
 """Public addresses only."""
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """What a download has written.
-
-    Attributes:
-        size_bytes: Its size.
-        content_type: The Content-Type that the server claims.
-    """
-
-    size_bytes: int
-    content_type: str | None
-
-
 def download(
-    url: str, sink: Sink, *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0
-) -> Downloaded:
+    url: str, sink: IO[bytes], *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0
+) -> None:
     """Download from an address, and through its redirects, into a file.
 
     After an error the sink may hold a part of it.
 
     Args:
         url: http or https.
-        sink: Takes the bytes.
-        limit: The most bytes to take, whatever Content-Length says.
+        sink: An open file for the bytes.
+        limit: The most bytes to take, whatever Content-Length claims.
         destination: Which addresses may be reached, redirects included.
-        timeout: Seconds for all of it; a silence of 30 s ends it sooner.
+        timeout: Seconds for the whole download; a silence of 30 s ends it sooner.
 
     Raises:
         DownloadError: Refused, failed or too large.
@@ -139,29 +123,29 @@ def download(
     deadline = time.monotonic() + timeout
     here = _parsed(url)
     for _ in range(MAX_REDIRECTS + 1):
-        found = _fetch(here, sink, limit, destination, deadline)
-        if isinstance(found, Downloaded):
-            return found
-        here = found
+        redirect = _fetch(here, sink, limit, destination, deadline)
+        if redirect is None:
+            return
+        here = redirect
     raise DownloadError(f"{_name(here)}: more than {MAX_REDIRECTS} redirects")
 
 
 def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, timeout: float = 120.0) -> bytes:
-    """Download from an address into memory; arguments and errors as in `download`."""
+    """Download from an address into memory; arguments and errors as for `download`."""
     sink = BytesIO()
     download(url, sink, limit=limit, destination=destination, timeout=timeout)
     return sink.getvalue()
 
 
-def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, deadline: float) -> Downloaded | httpx.URL:
-    """One hop: what was written, or where it redirects to. Tries the permitted addresses of the host in turn."""
+def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination, deadline: float) -> httpx.URL | None:
+    """One hop: where it redirects to, or None once it is written. Tries the permitted addresses of the host in turn."""
     # The certificates follow the environment (SSL_CERT_FILE). A client for each hop keeps no cookies.
-    failure, retryable = "", True
+    name, failure, retryable = _name(url), "", True
     try:
-        certificates, ways = ssl_context(), _ways(url, destination)
+        certificates, routes = ssl_context(), _routes(url, destination)
     except ConfigurationError as error:
-        raise DownloadError(f"{_name(url)}: {error}") from None
-    for address, proxy in ways:
+        raise DownloadError(f"{name}: {error}") from None
+    for address, proxy in routes:
         with httpx.Client(trust_env=False, verify=certificates, proxy=proxy) as client:
             try:
                 return _get(client, url, address, sink, limit, deadline)
@@ -172,77 +156,61 @@ def _fetch(url: httpx.URL, sink: Sink, limit: int, destination: Destination, dea
                 failure = f"the proxy answers {error}"
                 retryable = str(error).startswith("5")
             except httpx.TimeoutException:
-                raise DownloadError(f"{_name(url)} took too long", retryable=True) from None
+                raise DownloadError(f"{name} took too long", retryable=True) from None
             except httpx.TransportError as error:
-                raise DownloadError(
-                    f"{_name(url)}: the answer was cut or is not HTTP: {error}", retryable=True
-                ) from None
+                raise DownloadError(f"{name}: the answer was cut or is not HTTP: {error}", retryable=True) from None
             except httpx.DecodingError as error:
-                raise DownloadError(f"{_name(url)} cannot be decompressed: {error}") from None
-    raise DownloadError(f"{_name(url)} cannot be reached: {failure}", retryable=retryable)
+                raise DownloadError(f"{name} cannot be decompressed: {error}") from None
+    raise DownloadError(f"{name} cannot be reached: {failure}", retryable=retryable)
 
 
 def _get(
-    client: httpx.Client, url: httpx.URL, address: str | None, sink: Sink, limit: int, deadline: float
-) -> Downloaded | httpx.URL:
+    client: httpx.Client, url: httpx.URL, address: str | None, sink: IO[bytes], limit: int, deadline: float
+) -> httpx.URL | None:
     remaining = max(0.001, deadline - time.monotonic())
-    request = client.build_request(
+    with client.stream(
         "GET",
         url.copy_with(host=address or url.host, fragment=None),
         headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
         timeout=httpx.Timeout(min(30.0, remaining), connect=min(10.0, remaining)),
         # TLS asks for, and checks the certificate against, the name and not the address.
         extensions={"sni_hostname": url.raw_host.decode("ascii")},
-    )
-    answer = client.send(request, stream=True)
-    try:
+    ) as answer:
         if answer.has_redirect_location:
             return _parsed(answer.headers["Location"], url)
-        if answer.status_code != 200:
-            status = answer.status_code
-            raise DownloadError(
-                f"{_name(url)} answered {status}", status=status, retryable=status in (408, 425, 429) or status >= 500
-            )
+        status, size = answer.status_code, 0
+        if status != 200:
+            retryable = status in (408, 425, 429) or status >= 500
+            raise DownloadError(f"{_name(url)} answered {status}", status=status, retryable=retryable)
+        too_large = DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB", too_large=True)
         if int(answer.headers.get("Content-Length", "0")) > limit:
-            raise _too_large(url, limit)
-        size = 0
+            raise too_large
         for chunk in answer.iter_bytes():
             size += len(chunk)
             if size > limit:
-                raise _too_large(url, limit)
+                raise too_large
             if time.monotonic() > deadline:
-                raise DownloadError(f"{_name(url)} took too long", retryable=True)
+                raise httpx.ReadTimeout("")
             sink.write(chunk)
-        return Downloaded(size, answer.headers.get("Content-Type"))
-    finally:
-        answer.close()
+    return None
 
 
-def _ways(url: httpx.URL, destination: Destination) -> list[tuple[str | None, httpx.Proxy | None]]:
-    """Each way to a URL's host that may be taken, one at least: an IP address, or a proxy that looks the name up."""
+def _routes(url: httpx.URL, destination: Destination) -> list[tuple[str | None, httpx.Proxy | None]]:
+    """The permitted routes to a URL's host, at least one: its IP addresses, or a proxy that resolves the name."""
     proxy = proxy_for(url) if url.scheme == "https" else None
-    if proxy is None:
-        return [(address, None) for address in _permitted(url, destination)]
     try:
         addresses = _resolved(url)
     except DownloadError:
-        if _INSIDE.fullmatch(url.host):
+        if proxy is None or _INSIDE.fullmatch(url.host):
             raise
-        return [(None, proxy)]  # in a closed network nobody but the proxy knows the names outside
-    if any(_unwrapped(each).is_loopback for each in addresses):  # a proxy's loopback is not ours
-        return [(address, None) for address in _permitted(url, destination)]
-    if not all(destination.permits(url, each) for each in addresses):
-        raise _refused(url, addresses, destination)
-    return [(None, proxy)]
-
-
-def _permitted(url: httpx.URL, destination: Destination) -> list[str]:
-    """The IP addresses of a URL's host that may be reached, in the order of the resolver; one at least."""
-    addresses = _resolved(url)
+        return [(None, proxy)]  # in a closed network only the proxy can resolve public names
+    if any(_unwrapped(each).is_loopback for each in addresses):
+        proxy = None  # its loopback is not that of this machine
     permitted = [each for each in addresses if destination.permits(url, each)]
-    if not permitted:
-        raise _refused(url, addresses, destination)
-    return permitted
+    if not permitted or (proxy and permitted != addresses):
+        rule = "https and public addresses" if destination.same_origin else "public ones"
+        raise DownloadError(f"{_name(url)} leads to {', '.join(addresses)}; only {rule} are allowed", refused=True)
+    return [(None, proxy)] if proxy else [(each, None) for each in permitted]
 
 
 def _resolved(url: httpx.URL) -> list[str]:
@@ -255,13 +223,8 @@ def _resolved(url: httpx.URL) -> list[str]:
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
-def _refused(url: httpx.URL, addresses: list[str], destination: Destination) -> DownloadError:
-    rule = "only https and public addresses are allowed" if destination.same_origin else "only public ones are allowed"
-    return DownloadError(f"{_name(url)} leads to {', '.join(addresses)}; {rule}", refused=True)
-
-
 def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
-    """A URL that may be tried, or the one that a redirect from `base` leads to."""
+    """The URL of an address, or of a redirect from `base`; one of another kind is refused."""
     try:
         url = base.join(location) if base else httpx.URL(location)
     except httpx.InvalidURL:
@@ -278,16 +241,12 @@ def _name(url: httpx.URL) -> str:
     return f"{url.scheme}://{(url.netloc + url.raw_path.partition(b'?')[0]).decode('ascii')}"
 
 
-def _too_large(url: httpx.URL, limit: int) -> DownloadError:
-    return DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB", too_large=True)
-
-
 def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
     return url.scheme, url.raw_host, url.port
 
 
 def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IP address, as the IPv4 address that it carries where it is a mapped or a translated one."""
+    """An IP address; the embedded IPv4 address of a mapped or translated one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -300,6 +259,6 @@ def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether an unwrapped address is one of the public Internet."""
     if isinstance(ip, ipaddress.IPv6Address):
-        # 6to4 carries an IPv4 address of anybody's choice to wherever a relay stands.
+        # 6to4 embeds any IPv4 address, and leads to it through a relay.
         return ip in _GLOBAL_UNICAST and ip.is_global and ip.sixtofour is None
     return ip.is_global and not ip.is_multicast and ip not in _PROTOCOL_ASSIGNMENTS

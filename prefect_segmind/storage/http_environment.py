@@ -1,7 +1,7 @@
-"""What the environment says about certificates and proxies, as httpx reads it, with errors that name the variable.
+"""Certificates and proxies of the environment, as httpx reads them, with errors that name the variable.
 
-httpx fails on a wrong one when a client is made, ours and Prefect's alike, and names neither the variable nor a remedy.
-No message shows a proxy's address, which may hold a password.
+With a wrong value httpx fails when a client is created, ours or Prefect's, and names neither the variable nor a remedy.
+No message contains a proxy's address, which may hold a password.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefect_segmind.errors import ConfigurationError
 
 
 def check_environment() -> None:
-    """Check that httpx can make a client in this environment.
+    """Check that httpx can create a client in this environment.
 
     Raises:
         ConfigurationError: The message names the variable.
@@ -30,24 +30,26 @@ def check_environment() -> None:
 
 
 def ssl_context(*, from_environment: bool = True) -> ssl.SSLContext:
-    """The certificates that are trusted; made once for each environment, as it takes 20 ms of CPU.
+    """The trusted certificates; loaded once for each environment, since that takes 20 ms of CPU.
 
     Args:
-        from_environment: Whether those of `SSL_CERT_FILE` or `SSL_CERT_DIR` are, where one is set.
+        from_environment: Whether `SSL_CERT_FILE` and `SSL_CERT_DIR` count.
 
     Raises:
         ConfigurationError: The variable names no certificates.
     """
-    if not from_environment:
-        return _ssl_context(None, None)
-    return _ssl_context(os.environ.get("SSL_CERT_FILE") or None, os.environ.get("SSL_CERT_DIR") or None)
+    environment = os.environ if from_environment else {}
+    return _ssl_context(environment.get("SSL_CERT_FILE"), environment.get("SSL_CERT_DIR"))
 
 
 def proxy_for(url: httpx.URL | str) -> httpx.Proxy | None:
-    """The proxy that the environment names for a URL; None where it is reached directly.
+    """The environment's proxy for a URL; None if the URL is reached directly.
+
+    Args:
+        url: The URL.
 
     Raises:
-        ConfigurationError: A proxy or an entry of NO_PROXY is malformed, whether it is for this URL or not.
+        ConfigurationError: A proxy or an entry of NO_PROXY is malformed, even if it is not for this URL.
 
     Example:
         >>> os.environ["NO_PROXY"] = "*"
@@ -77,7 +79,7 @@ def _ssl_context(file: str | None, folder: str | None) -> ssl.SSLContext:
 
 
 def _proxies() -> tuple[dict[str, httpx.Proxy], list[str]]:
-    """The proxies by the schemes of the URLs that they are for, and the entries of NO_PROXY."""
+    """The proxies by scheme of the URL, and the entries of NO_PROXY."""
     found = getproxies()
     proxies = {
         scheme: _proxy(found[scheme], _variable(f"{scheme}_proxy"))
@@ -103,24 +105,23 @@ def _proxy(address: str, variable: str) -> httpx.Proxy:
             raise ValueError("no host, or no port")
     except (httpx.InvalidURL, ValueError):
         raise ConfigurationError(
-            f"{variable}: it is not a proxy's address; write http://host:port, a name and a password in it with their "
-            "special characters percent-encoded, or unset the variable"
+            f"{variable}: it is not a proxy's address; write http://host:port, with the special characters of a name "
+            "and a password percent-encoded, or unset the variable"
         ) from None
     if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:
         raise ConfigurationError(
-            f'{variable}: it names a SOCKS proxy, for which a package is missing; pip install "httpx[socks]", or name '
-            "an http:// proxy"
+            f'{variable}: a SOCKS proxy needs a missing package; pip install "httpx[socks]", or name an http:// proxy'
         )
     return proxy
 
 
 def _variable(name: str) -> str:
-    """The variable that is set, in small letters or in capitals; in small ones it wins."""
+    """The name of the variable that is set; one in small letters wins."""
     return next((each for each in (name, name.upper()) if os.environ.get(each)), f"{name.upper()} of the system")
 
 
 def _pattern(entry: str) -> str:
-    """What httpx makes of an entry of NO_PROXY."""
+    """An entry of NO_PROXY as a URL pattern of httpx."""
     if "://" in entry:
         return entry
     try:
@@ -131,7 +132,7 @@ def _pattern(entry: str) -> str:
 
 
 def _covers(entry: str, url: httpx.URL) -> bool:
-    """Whether an entry of NO_PROXY is for a URL: a name with all below it, those below it alone, or addresses."""
+    """Whether an entry of NO_PROXY is for a URL: a name and its subdomains, its subdomains alone, or addresses."""
     if entry == "*":
         return True
     pattern = httpx.URL(_pattern(entry))

@@ -21,11 +21,17 @@ _DRAFT = ".part-"
 
 
 class LocalStore:
-    """A store in a folder, which is made when first written to; a relative path counts from the current folder.
+    """A store in a folder; see `Store`.
 
-    What `put` has written survives a power cut. It holds an exclusive lock on `.segmind/.lock` for the moment of the
-    rename, so conditions hold between threads and processes; on a network folder as far as its server supports `flock`.
-    Symbolic links inside the folder are the owner's business and are followed.
+    An object that `put` has written survives a power cut. `put` holds an exclusive lock on `.segmind/.lock` during the
+    rename, so conditions hold between threads and processes; on a network folder only if its server supports `flock`.
+    Symbolic links inside the folder are followed.
+
+    Args:
+        folder: Created by the first write; a relative path starts at the working directory.
+
+    Attributes:
+        folder: Its absolute path.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,25 +44,34 @@ class LocalStore:
 
     @property
     def conditional(self) -> bool:
-        """Always True, by the lock."""
+        """Always True, because of the lock."""
         return True
 
     @property
     def checksums(self) -> bool:
-        """Always True, by the disk."""
+        """Always True, because the disk verifies its blocks."""
         return True
 
     def uri(self, key: str) -> str:
-        """The path of the file; a StoreError for a key that leaves the folder or is not in its plain form."""
+        """The path of the file.
+
+        Args:
+            key: Its key.
+
+        Raises:
+            StoreError: The key leads out of the folder, or is not in its plain form.
+        """
         return str(self._path(key))
 
     def get(self, key: str) -> StoredObject | None:
-        """The file's content, with its SHA-256 as etag; None if there is no such file."""
+        """The file's content, with its SHA-256 as etag; None if the file does not exist. See `Store.get`."""
         path = self._path(key)
         with disk_errors(f"cannot read {path}"):
             try:
                 with path.open("rb") as file:
-                    written = os.fstat(file.fileno()).st_mtime  # of this very content, whatever is renamed meanwhile
+                    written = os.fstat(
+                        file.fileno()
+                    ).st_mtime  # of this content, even if another file gets the name now
                     data = file.read()
             except FileNotFoundError:
                 return None
@@ -76,10 +91,8 @@ class LocalStore:
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
         with disk_errors(f"cannot write {path}"):
-            above_new: list[Path] = []
-            if not path.parent.is_dir():
-                above_new = [folder.parent for folder in path.parents if not folder.exists()]
-                path.parent.mkdir(parents=True, exist_ok=True)
+            above_new = [folder.parent for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with draft.open("xb") as file:
                     file.write(data)
@@ -96,12 +109,12 @@ class LocalStore:
         return hashlib.sha256(data).hexdigest()
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether the file is there with this content."""
+        """Whether the file has this content; see `Store.holds`."""
         found = self.get(key)
         return found is not None and found.etag == hashlib.sha256(data).hexdigest()
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The files whose keys start with these characters; without the lock and unfinished files."""
+        """The keys that start with these characters, without the lock and unfinished files; see `Store.keys`."""
         root = self._path(start) if (start := prefix.rpartition("/")[0]) else self.folder
         for folder, _, names in os.walk(root, onerror=_unless_gone):
             for name in names:
@@ -120,14 +133,13 @@ class LocalStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         path = self.folder / LOCK_KEY
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             _lock(file.fileno())
             try:
                 yield
             finally:
-                _unlock(file.fileno())  # closing alone would not do in a process that has forked meanwhile
+                _unlock(file.fileno())  # a process forked meanwhile would keep the lock of a file that is only closed
 
 
 def _is_ours(key: str) -> bool:
@@ -135,14 +147,21 @@ def _is_ours(key: str) -> bool:
 
 
 def _unless_gone(error: OSError) -> None:
-    """Raise for a folder that os.walk cannot list: by default it silently leaves that out."""
+    """Raise for a folder that os.walk cannot list and would silently skip."""
     if not isinstance(error, FileNotFoundError):
         with disk_errors(f"cannot list {error.filename}"):
             raise error
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk; a rename alone may not survive a crash."""
+    """Wait until a file's content, or the names in a folder, are on disk; a rename alone may not survive a crash.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        OSError: The disk failed.
+    """
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)

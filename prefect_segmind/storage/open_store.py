@@ -1,4 +1,4 @@
-"""Which store an address names: a bucket or a folder."""
+"""Opening the store at an address: a bucket or a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def path_of_file_url(url: str) -> str:
-    """The path of a local `file:` URL, in which `#` and `?` are part of the path; anything else unchanged.
+    """The path of a local `file:` URL, in which `#` and `?` are part of the path; any other address unchanged.
+
+    Args:
+        url: The address.
 
     Example:
         >>> path_of_file_url("file:///srv/live#1"), path_of_file_url("s3://bucket/live")
@@ -28,7 +31,10 @@ def path_of_file_url(url: str) -> str:
 
 
 def is_s3(url: str) -> bool:
-    """Whether an address is one in S3, however its scheme is written.
+    """Whether an address is in S3, in any case of its scheme.
+
+    Args:
+        url: The address.
 
     Example:
         >>> is_s3("S3://bucket/mug.jpg"), is_s3("s3/mug.jpg")
@@ -45,7 +51,7 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         client: A boto3 S3 client for an `s3://` address; without one, `prefect_segmind.storage.s3.s3_client()`.
 
     Raises:
-        ConfigurationError: The address is of another kind, or the S3 client cannot be made.
+        ConfigurationError: The address is of another kind, or the S3 client cannot be created.
 
     Example:
         >>> open_store("~/pictures").conditional
@@ -57,7 +63,7 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
         bucket, prefix = split_uri(url)
         return S3Store(bucket, prefix, client or s3_client())
     if QUOTED.fullmatch(url):
-        raise ConfigurationError(f"unsupported location {url}: take the quotes away")
+        raise ConfigurationError(f"unsupported location {url}: remove the quotes")
     allowed = "use s3://bucket/prefix, a folder, or file:///folder"
     url = path_of_file_url(url)
     if re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:|s3:", url) or not url.strip():
@@ -70,6 +76,9 @@ def open_store(url: str, client: S3Client | None = None) -> Store:
 
 def is_relative(url: str) -> bool:
     """Whether an address is a folder that depends on the working directory; `~` and a `file:` URL do not.
+
+    Args:
+        url: The address.
 
     Example:
         >>> is_relative("pictures"), is_relative("~/pictures"), is_relative("s3://bucket/pictures")

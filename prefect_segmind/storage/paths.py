@@ -1,4 +1,4 @@
-"""Local paths as people write them: another form of Unicode, backslashes, typing mistakes."""
+"""Local paths as people write them: other forms of Unicode, backslashes, typing mistakes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from prefect_segmind.text import spellings
 
 
 def found_path(given: str | Path) -> Path:
-    r"""The path of a file or folder, each part of it as it is given or, where that is not there, in another spelling.
+    r"""The path of a file or folder, each part as given or, if that does not exist, in another spelling.
 
-    Other spellings are the other forms of Unicode, which look alike: macOS and some archives decompose names. And a
-    path of Windows, `photos\mug.jpg`, is one with slashes. A path that is not found is returned as it is given.
+    Other spellings are the other forms of Unicode, which look alike: macOS and some archives decompose names. A Windows
+    path, `photos\mug.jpg`, is also tried with slashes.
+
+    Args:
+        given: The path.
+
+    Returns:
+        The path that exists; the given one if none does.
     """
     path = Path(given)
-    try:
+    with suppress(RuntimeError):  # the home of an unknown user
         wanted = path.expanduser()
         if is_there(wanted) or (str(wanted).isascii() and "\\" not in str(wanted)):
             return path
@@ -28,35 +34,38 @@ def found_path(given: str | Path) -> Path:
                 found = next((there for form in spellings(part) if is_there(there := found / form)), found / part)
             if is_there(found):
                 return found
-        return path
-    except RuntimeError:  # the home of an unknown user
-        return path
+    return path
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path leads to something."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that this system does not allow
-        return False
+    """Whether a path exists.
+
+    Args:
+        path: The path; one that this system does not allow does not exist.
+    """
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for names that the system does not allow
 
 
 def missing_file(path: Path, *, folders: bool = False) -> str:
-    """Why there is no such file, with the nearest name in its folder: `does not exist (did you mean mug.jpg?)`.
+    """A message about a missing file, with the nearest name in its folder: `does not exist (did you mean mug.jpg?)`.
 
     Args:
-        path: The path that leads to nothing.
-        folders: Whether a folder is meant.
+        path: The path that does not exist.
+        folders: Whether to look for folders only.
     """
     names: list[str] = []
-    with suppress(OSError, ValueError):  # a folder that cannot be listed is named all the same
+    with suppress(OSError, ValueError):  # the message then has the folder alone
         names = [each.name for each in path.parent.iterdir() if each.is_dir() or not folders]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"does not exist ({f'did you mean {near[0]}?' if near else f'looked in {path.parent.absolute()}'})"
 
 
 def missing(image: str) -> str:
-    """The mistake of a local image that does not exist."""
+    """A message about a missing local image, with a hint.
+
+    Args:
+        image: The path as given.
+    """
     if os.name != "nt" and on_windows(image):
         hint = "a path on a Windows disk, which this machine does not have; write one relative to the manifest"
         return f"image: {image} does not exist ({hint})"
@@ -64,5 +73,9 @@ def missing(image: str) -> str:
 
 
 def on_windows(image: str) -> bool:
-    r"""Whether this is a whole path of Windows, `C:\photos\mug.jpg` or `\\server\photos\mug.jpg`."""
+    r"""Whether a path is an absolute one of Windows, `C:\photos\mug.jpg` or `\\server\photos\mug.jpg`.
+
+    Args:
+        image: The path as given.
+    """
     return re.match(r"[A-Za-z]:[\\/]|\\\\\w", image) is not None

@@ -22,7 +22,7 @@ from botocore.config import Config
 
 from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
-from prefect_segmind.storage.s3_errors import LOST, error_code, explained, may_be_the_checksum, status_of
+from prefect_segmind.storage.s3_errors import LOST, error_code, may_be_the_checksum, s3_errors, status_of
 from prefect_segmind.storage.store import StoredObject, require
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ _log = logging.getLogger("prefect.segmind")
 
 
 def s3_client() -> S3Client:
-    """A client as the AWS configuration has it: profile, role, region, `AWS_ENDPOINT_URL_S3`. Threads may share it.
+    """A client by the AWS configuration: profile, role, region, `AWS_ENDPOINT_URL_S3`. Threads may share it.
 
-    It signs with SigV4, gives up a connection after 10 s and an answer after 60 s, and repeats a request up to three
-    times. Custom endpoints get path-style addresses, as botocore chooses by itself. At AWS the bucket goes into the
-    regional host name, unless the AWS configuration says otherwise: by default a presigned address names the global
+    It signs with SigV4, times out after 10 s for a connection and 60 s for an answer, and sends a request up to three
+    times. Custom endpoints get path-style addresses, as botocore chooses by itself. At AWS the bucket becomes part of
+    the regional host name, unless the AWS configuration says otherwise: by default a presigned address names the global
     host, which redirects for young buckets in other regions, and a redirected signature is refused
     (https://github.com/boto/boto3/issues/3015).
 
     Raises:
-        StoreCredentialsError: The profile is unknown, or its credentials cannot be had.
+        StoreCredentialsError: The profile is unknown, or its credentials cannot be loaded.
         ConfigurationError: The endpoint or the AWS configuration is malformed.
     """
     settings = Config(
@@ -55,11 +55,11 @@ def s3_client() -> S3Client:
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 3},
         max_pool_connections=64,
-        # botocore puts its own together anew for each request, which takes an eighth of the request's CPU.
+        # botocore's own is put together for each request, which takes an eighth of the request's CPU.
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
-        response_checksum_validation="when_required",  # as `ask_for_no_checksums` explains
+        response_checksum_validation="when_required",  # see `ask_for_no_checksums`
     )
-    with _creating, explained("make an S3 client"):
+    with _creating, s3_errors("make an S3 client"):
         session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
         client = session.client("s3", config=settings)
         at_aws = re.search(r"\.amazonaws\.com(\.cn)?$", client.meta.endpoint_url)
@@ -69,21 +69,24 @@ def s3_client() -> S3Client:
 
 
 def ask_for_no_checksums(client: S3Client) -> None:
-    """Make a client read without asking for checksums: what it reads is checked by its own hash.
+    """Make a client read without asking for checksums: our own hashes verify what it reads.
 
-    botocore's check breaks on a 5xx that carries a checksum header (AttributeError: 'StreamingChecksumBody' object has
-    no attribute 'strip'), as S3-compatible servers send it, and some servers refuse to be asked.
+    botocore's check breaks on a 5xx with a checksum header (AttributeError: 'StreamingChecksumBody' object has no
+    attribute 'strip'), which S3-compatible servers send, and some servers refuse requests that ask for checksums.
+
+    Args:
+        client: The client to change.
     """
     config: Any = client.meta.config
     config.response_checksum_validation = "when_required"
 
 
 def encrypt_writes(client: S3Client, encryption: str | None) -> None:
-    """Make a client ask for server-side encryption of all that it writes, copies included; of nothing if None.
+    """Make a client ask for server-side encryption with each write, copies included.
 
     Args:
-        client: The client, whoever made it.
-        encryption: `AES256`, `aws:kms` for the account's own key, or `aws:kms:` and the id or ARN of a key.
+        client: The client to change.
+        encryption: `AES256`, `aws:kms` for the account's own key, `aws:kms:` and the id or ARN of a key, or None.
     """
     headers = {"ServerSideEncryption": encryption} if encryption else {}
     if encryption and encryption.startswith("aws:kms:"):
@@ -99,10 +102,13 @@ def encrypt_writes(client: S3Client, encryption: str | None) -> None:
 
 
 def sign_where_buckets_are(client: S3Client) -> None:
-    """Make a client sign addresses for the region to which a bucket's requests were redirected.
+    """Make a client presign addresses for the region to which a bucket's requests were redirected.
 
-    botocore learns from a redirect for its next requests, and for the host of an address that it signs, but signs that
+    botocore remembers a redirect for its next requests and for the host of a presigned address, but signs that address
     for the client's own region, which is refused.
+
+    Args:
+        client: The client to change.
     """
     regions: dict[str, str] = {}
 
@@ -119,10 +125,16 @@ def sign_where_buckets_are(client: S3Client) -> None:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """The bucket and the key of an address; the key is empty where only the bucket is named.
+    """The bucket and the key of an address.
+
+    Args:
+        uri: `s3://bucket/key`, the key not encoded, or `s3://bucket`.
+
+    Returns:
+        The bucket, and the key or an empty text.
 
     Raises:
-        ConfigurationError: It is not of the form `s3://bucket/key`.
+        ConfigurationError: The address has another form.
 
     Example:
         >>> split_uri("s3://pictures/summer/hat 1.png")
@@ -136,14 +148,14 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What S3 says about an object without sending it.
+    """An object's metadata.
 
     Attributes:
         key: Its key in the bucket.
         size: Its length in bytes.
         etag: Its ETag without the quotes, which some servers leave out in a listing.
         modified: When it was last written, in seconds since 1970; a listing and a HEAD may round it differently.
-        now: When S3 said so, by its own clock; the same object seen twice is equal.
+        now: The time of the answer by the server's clock; ignored in comparisons.
     """
 
     key: str
@@ -159,33 +171,30 @@ def read(uri: str, client: S3Client, limit: int | None = None) -> bytes:
     Args:
         uri: `s3://bucket/key`.
         client: As of `s3_client()`.
-        limit: The most bytes that it may have.
+        limit: The most bytes that it may have; any number if None.
 
     Raises:
         ConfigurationError: The address is malformed or names no object.
-        StoreError: There is no such object, it is larger, or it cannot be read.
+        StoreError: The object does not exist, is larger, or cannot be read.
     """
     bucket, key = _object(uri)
     sign_where_buckets_are(client)
-    with explained(f"read {uri}", client):
+    with s3_errors(f"read {uri}", client):
         answer = _get(client, bucket, key)
         if answer is None:
             raise StoreError(f"{uri} does not exist: check the key", status=404)
         size = answer["ContentLength"]
         with answer["Body"] as body:
-            if limit is None:
+            if limit is None or size <= limit:
                 return body.read()
-            data = body.read(limit + 1) if size <= limit else b""
-    if max(size, len(data)) > limit:
-        raise StoreError(f"{uri} has {size} bytes, more than the {limit} that are read")
-    return data
+    raise StoreError(f"{uri} has {size} bytes, more than the {limit} that are read")
 
 
 def list_objects(uri: str, client: S3Client) -> Iterator[ObjectInfo]:
-    """The objects whose keys start with that of an address, a thousand at a time; "folder" markers are left out.
+    """The objects whose keys start with that of an address, without "folder" markers, read page by page.
 
     Args:
-        uri: `s3://bucket`, or `s3://bucket/` and the characters that the keys start with.
+        uri: `s3://bucket`, or `s3://bucket/` and the first characters of the keys.
         client: As of `s3_client()`.
 
     Raises:
@@ -193,7 +202,7 @@ def list_objects(uri: str, client: S3Client) -> Iterator[ObjectInfo]:
         StoreError: The bucket cannot be listed.
     """
     bucket, prefix = split_uri(uri)
-    with explained(f"list {uri}", client):
+    with s3_errors(f"list {uri}", client):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", ()):
                 if not entry.get("Key", "/").endswith("/"):
@@ -201,14 +210,18 @@ def list_objects(uri: str, client: S3Client) -> Iterator[ObjectInfo]:
 
 
 def stat(uri: str, client: S3Client) -> ObjectInfo | None:
-    """An object's size and version, by HEAD; None if there is no such object.
+    """An object's metadata, by HEAD; None if the object does not exist.
+
+    Args:
+        uri: `s3://bucket/key`.
+        client: As of `s3_client()`.
 
     Raises:
         ConfigurationError: The address is malformed or names no object.
         StoreError: S3 refuses or does not answer.
     """
     bucket, key = _object(uri)
-    with explained(f"read {uri}", client):
+    with s3_errors(f"read {uri}", client):
         try:
             head = client.head_object(Bucket=bucket, Key=key)
         except aws.ClientError as error:
@@ -219,7 +232,11 @@ def stat(uri: str, client: S3Client) -> ObjectInfo | None:
 
 
 def exists(uri: str, client: S3Client) -> bool:
-    """Whether there is an object, by HEAD; True too where that is refused, so that reading it says why.
+    """Whether an object exists, by HEAD; also True if the HEAD is refused, so that reading the object raises.
+
+    Args:
+        uri: `s3://bucket/key`.
+        client: As of `s3_client()`.
 
     Raises:
         ConfigurationError: The address is malformed or names no object.
@@ -234,9 +251,9 @@ def exists(uri: str, client: S3Client) -> bool:
 
 
 def copy(source: str, target: str, client: S3Client, *, etag: str) -> None:
-    """Copy an object within S3, if it still has this ETag, to where there is none yet.
+    """Copy an object within S3, if it still has this ETag, to a key that does not exist yet.
 
-    A condition that boto3 or the server does not know is left out, and some servers ignore one: so check both before.
+    A condition that boto3 or the server does not know is left out, and some servers ignore it: so check both before.
 
     Args:
         source: `s3://bucket/key` of the object.
@@ -256,7 +273,7 @@ def copy(source: str, target: str, client: S3Client, *, etag: str) -> None:
         "CopySource": {"Bucket": bucket, "Key": key},
         "CopySourceIfMatch": f'"{etag}"',
     }
-    with explained(f"copy {source} to {target}", client):
+    with s3_errors(f"copy {source} to {target}", client):
         _call_if(client.copy_object, request, {"IfNoneMatch": "*"})
 
 
@@ -274,28 +291,28 @@ def delete(uri: str, client: S3Client, *, etag: str) -> None:
         StoreError: S3 refuses or does not answer.
     """
     bucket, key = _object(uri)
-    with explained(f"delete {uri}", client):
+    with s3_errors(f"delete {uri}", client):
         _call_if(client.delete_object, {"Bucket": bucket, "Key": key}, {"IfMatch": f'"{etag}"'})
 
 
 def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
-    """An https address by which anybody can GET the object until it expires, or the credentials that signed it.
+    """An https address by which anybody can GET the object until it, or the credentials that signed it, expire.
 
-    It is a bearer secret: never logged, stored or shown. No request is sent. The address is for the region that this
-    client's requests to the bucket have led to.
+    It is a bearer secret: never log, store or show it. No request is sent. It is signed for the region to which this
+    client's earlier requests to the bucket were redirected.
 
     Args:
         uri: `s3://bucket/key`.
-        client: One that signs with SigV4, as that of `s3_client()` does.
-        seconds: How long it is valid, up to 604800 (seven days, the most that SigV4 allows,
-            https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html).
+        client: One that signs with SigV4, as `s3_client()` does.
+        seconds: How long it is valid, up to 604800: seven days, the most that SigV4 allows
+            (https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html).
 
     Raises:
         ConfigurationError: The address is malformed, or the client signs with the old SigV2.
         StoreCredentialsError: There are no credentials to sign with.
     """
     bucket, key = _object(uri)
-    with explained(f"sign an address for {uri}", client):
+    with s3_errors(f"sign an address for {uri}", client):
         url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
     if "X-Amz-Signature=" not in url:
         raise ConfigurationError("the S3 client signs with SigV2: make it with Config(signature_version='s3v4')")
@@ -303,16 +320,19 @@ def presign_uri(uri: str, client: S3Client, seconds: int) -> str:
 
 
 def credentials_expire_in(client: S3Client) -> float | None:
-    """Seconds until the current credentials expire, refreshed first if due; None if they do not, or it is unknown.
+    """Seconds until the current credentials expire, refreshed first if due; None if they do not, or that is unknown.
+
+    Args:
+        client: As of `s3_client()`.
 
     Raises:
-        StoreCredentialsError: They are due to be refreshed and cannot be.
+        StoreCredentialsError: They have to be refreshed and cannot be.
     """
     # botocore has no public access to a client's credentials and their expiry; a test pins these private names.
     credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
     if credentials is None:
         return None
-    with explained("refresh the S3 credentials", client):
+    with s3_errors("refresh the S3 credentials", client):
         credentials.get_frozen_credentials()
     expiry = getattr(credentials, "_expiry_time", None)
     return (expiry - datetime.now(UTC)).total_seconds() if isinstance(expiry, datetime) else None
@@ -323,7 +343,7 @@ class S3Store:
 
     Args:
         bucket: It must exist.
-        prefix: What all keys begin with; slashes around it are ignored.
+        prefix: The start of all keys; slashes around it are ignored.
         client: As of `s3_client()`; threads may share it.
     """
 
@@ -345,6 +365,9 @@ class S3Store:
         """Whether the server honours `If-None-Match: *`; probed once, by writing `.segmind/conditional-writes`.
 
         Some servers accept the header and ignore it, hence two writes: the second one must be refused.
+
+        Raises:
+            StoreError: The server does not answer, or refuses the write for another reason.
         """
         with self._probing:
             if self._conditional is None:
@@ -353,20 +376,28 @@ class S3Store:
 
     @property
     def checksums(self) -> bool:
-        """Whether writes send checksums: unless the server has refused one, or the AWS configuration says not to."""
-        return _sends_checksums(self._client)
+        """Whether writes send checksums: yes, unless the server or the AWS configuration refuses them."""
+        config: Any = self._client.meta.config
+        return bool(config.request_checksum_calculation != "when_required")
 
     def uri(self, key: str) -> str:
-        """`s3://bucket/prefix/key`."""
+        """`s3://bucket/prefix/key`.
+
+        Args:
+            key: The object's key.
+        """
         return f"{self.url}/{key}"
 
     def get(self, key: str) -> StoredObject | None:
-        """The object; None only where S3 says `NoSuchKey`. Without s3:ListBucket it says 403 instead: an error.
+        """The object; None only for a `NoSuchKey`. Without the right s3:ListBucket, S3 answers 403: an error.
+
+        Args:
+            key: Its key.
 
         Raises:
-            StoreError: Its subclass says what to do.
+            StoreError: It cannot be read; the subclass says why.
         """
-        with explained(f"read {self.uri(key)}", self._client):
+        with s3_errors(f"read {self.uri(key)}", self._client):
             answer = _get(self._client, self._bucket, self._root + key)
             if answer is None:
                 return None
@@ -385,23 +416,21 @@ class S3Store:
     ) -> str:
         """Write an object, with its SHA-256 for the server to check; see `Store.put`.
 
-        Where the server ignores conditions they are checked beforehand, which another writer can slip past. The
-        checksum is left out where the server has refused it, and under
-        `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
+        If the server ignores conditions, they are checked beforehand, and another writer may get in between. The
+        checksum is left out once the server has refused it, and under `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
 
         Raises:
-            PreconditionFailedError: The condition does not hold, or another write was under way.
-            StoreError: Its subclass says what to do.
+            PreconditionFailedError: The condition does not hold, or another write was in progress.
+            StoreError: It cannot be written; the subclass says why.
         """
         headers = {} if cache_control is None else {"CacheControl": cache_control}
-        if not if_absent and if_match is None:
-            return self._put(key, data, content_type, **headers)
-        if not self.conditional:
-            require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
-            return self._put(key, data, content_type, **headers)
-        condition = {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": if_match}
+        if if_absent or if_match is not None:
+            if self.conditional:
+                headers |= {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": if_match}
+            else:
+                require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
         try:
-            return self._put(key, data, content_type, **headers, **condition)
+            return self._put(key, data, content_type, **headers)
         except PreconditionFailedError:
             # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
             found = self.get(key)
@@ -410,22 +439,26 @@ class S3Store:
             raise
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether the object has this content, by HEAD: the size, and the SHA-256 and ETag where known, must agree.
+        """Whether the object has this content, by HEAD: the size must agree, and the SHA-256 and ETag if known.
 
         The ETag is the MD5 of the content only if it looks like one and no KMS key is in use (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
 
+        Args:
+            key: Its key.
+            data: The content to compare with.
+
         Raises:
-            StoreError: Its subclass says what to do.
+            StoreError: It cannot be read; the subclass says why.
         """
-        with explained(f"read {self.uri(key)}", self._client):
+        where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
+        if self.checksums:
+            where["ChecksumMode"] = "ENABLED"
+        with s3_errors(f"read {self.uri(key)}", self._client):
             try:
-                where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
-                if self.checksums:
-                    where["ChecksumMode"] = "ENABLED"
                 head = self._client.head_object(**where)
             except aws.ClientError:
                 head = None
-        if head is None:  # a refused HEAD has no body: 404 may be the key or the bucket, 403 the key pair or the rights
+        if head is None:  # the answer to a HEAD has no body: 404 may mean the key or the bucket, so a GET has to tell
             found = self.get(key)
             return found is not None and found.data == data
         checksum, etag = head.get("ChecksumSHA256"), _MD5.fullmatch(head["ETag"])
@@ -437,11 +470,7 @@ class S3Store:
         )
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys that start with these characters, a thousand at a time; "folder" markers are left out.
-
-        Raises:
-            StoreError: Its subclass says what to do.
-        """
+        """The keys that start with these characters, without "folder" markers; see `Store.keys`."""
         for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
             yield each.key.removeprefix(self._root)
 
@@ -453,8 +482,17 @@ class S3Store:
             "ContentType": content_type,
             **more,  # type: ignore[typeddict-item]
         }
-        with explained(f"write {self.uri(key)}", self._client):
-            return _put(self._client, request, _sha256(data))
+        # Both: a server may keep the checksum only if the algorithm is named as well, as moto does.
+        checked: PutObjectRequestTypeDef = {**request, "ChecksumAlgorithm": "SHA256", "ChecksumSHA256": _sha256(data)}
+        with s3_errors(f"write {self.uri(key)}", self._client):
+            if not self.checksums:
+                return self._client.put_object(**request)["ETag"]
+            try:
+                return self._client.put_object(**checked)["ETag"]
+            except aws.ClientError as error:
+                if not may_be_the_checksum(error):
+                    raise
+            return _put_without_checksum(self._client, request)
 
     def _probe(self) -> bool:
         for _ in range(2):
@@ -481,13 +519,13 @@ def _info(key: str, facts: Any, size: int, answer: Any) -> ObjectInfo:
 
 
 def _date(answer: Any) -> float:
-    """When an answer was given by the server's clock, in seconds since 1970; by this machine's if it does not say."""
+    """The time of an answer in seconds since 1970, by the server's clock or, without a date, by this machine's."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     return (parsedate_to_datetime(date) if date else datetime.now(UTC)).timestamp()
 
 
 def _call_if(call: Callable[..., object], request: dict[str, Any], condition: dict[str, str]) -> None:
-    """Call with a condition; without it where this boto3 does not have it, or the server does not know it."""
+    """Call with a condition, or without it if this boto3 or the server does not know it."""
     try:
         call(**request, **condition)
     except (aws.ParamValidationError, aws.ClientError) as error:
@@ -500,18 +538,9 @@ def _sha256(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
-def _put(client: S3Client, request: PutObjectRequestTypeDef, sha256: str) -> str:
-    """Write an object with its checksum; without, from here on, if the server refuses one. Returns the ETag."""
-    if not _sends_checksums(client):
-        return client.put_object(**request)["ETag"]
-    try:
-        # Both: a server may keep the checksum only if the algorithm is named as well, as moto does.
-        checked: PutObjectRequestTypeDef = {**request, "ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256}
-        return client.put_object(**checked)["ETag"]
-    except aws.ClientError as error:
-        if not may_be_the_checksum(error):
-            raise
-    config: Any = client.meta.config  # botocore reads it for each request; else it adds a checksum of its own
+def _put_without_checksum(client: S3Client, request: PutObjectRequestTypeDef) -> str:
+    """Write an object without a checksum, and all later ones unless this fails too; returns the ETag."""
+    config: Any = client.meta.config  # botocore reads it for each request; otherwise it adds a checksum of its own
     with _trying_without:
         before = config.request_checksum_calculation
         config.request_checksum_calculation = "when_required"
@@ -525,10 +554,6 @@ def _put(client: S3Client, request: PutObjectRequestTypeDef, sha256: str) -> str
             if config.request_checksum_calculation != before:
                 ask_for_no_checksums(client)
                 _log.info("%s refuses checksum headers: objects are written without", client.meta.endpoint_url)
-
-
-def _sends_checksums(client: S3Client) -> bool:
-    return getattr(client.meta.config, "request_checksum_calculation", None) != "when_required"
 
 
 def _get(client: S3Client, bucket: str, key: str) -> GetObjectOutputTypeDef | None:

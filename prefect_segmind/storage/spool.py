@@ -1,4 +1,4 @@
-"""A list on disk."""
+"""A list of records on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel
@@ -19,10 +18,10 @@ _CHUNK = 1 << 16  # bytes read at a time; whole lines, so at least one record
 
 
 class Spool(Generic[M]):
-    """Records in a temporary file, in the order of appending: as many as there are, in little memory.
+    """Records in a temporary file, in the order of appending: any number of them in little memory.
 
-    Threads may share it. It may be iterated any number of times, each time from the start, also several times at once
-    and while records are appended.
+    Threads may share it. Each iteration starts at the first record; several may run at once, and while records are
+    appended.
 
     Args:
         models: The classes of the records.
@@ -46,6 +45,9 @@ class Spool(Generic[M]):
 
     def append(self, record: M) -> None:
         """Append a record.
+
+        Args:
+            record: Of one of the classes.
 
         Raises:
             StoreError: The disk is full, or the temporary folder cannot be written.
@@ -78,15 +80,13 @@ class Spool(Generic[M]):
 
     def close(self) -> None:
         """Remove the file with all records."""
-        with suppress(OSError):  # what could not be flushed is not needed any more
+        with suppress(OSError):  # a record that cannot be flushed is no longer needed
             self._file.close()
 
     def __enter__(self) -> Spool[M]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -98,7 +98,7 @@ def temporary_file() -> Iterator[None]:
         StoreError: The disk is full, or the folder is missing or cannot be written.
     """
     folder = "the folder for temporary files"
-    with suppress(OSError):  # where none of those that it tries can be written
+    with suppress(OSError):  # if no folder for temporary files can be written
         folder = tempfile.gettempdir()
     remedy = f"free some space in {folder}, or set TMPDIR to a folder that can be written and has some"
     with disk_errors("cannot use a temporary file", remedy=remedy):

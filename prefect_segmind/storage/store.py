@@ -1,7 +1,7 @@
-"""A store: a place for objects by key, in an S3 bucket or in a local folder, with conditional writes.
+"""A store: objects by key, in an S3 bucket or a local folder, with conditional writes.
 
-The archive's promises stand on two of its properties: an object is there whole or not at all, and of several writers
-who all say `if_absent` one wins. "Cannot read" is always an error and never looks like "not there".
+The archive relies on two properties: an object is there whole or not at all, and of several writers with `if_absent`
+one wins. "Cannot read" is always an error and never looks like "not there".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefect_segmind.errors import PreconditionFailedError, StoreError
 M = TypeVar("M", bound=BaseModel)
 
 _WAITS_FOR_A_WRITER = (0.05, 0.2, 0.5)
-"""Seconds before JSON that cannot be read is read again: some servers write in place, and show half of it."""
+"""Seconds before unreadable JSON is read again: some servers write in place, and show half of an object."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StoredObject:
 
     Attributes:
         data: The content.
-        etag: What `put(if_match=…)` takes to replace exactly this content.
+        etag: Its version, with which `put(if_match=…)` replaces exactly this content.
         age: Seconds since it was last written, by the store's own clock; never negative. S3 counts whole seconds.
     """
 
@@ -47,20 +47,28 @@ class Store(Protocol):
 
     @property
     def conditional(self) -> bool:
-        """Whether the conditions of `put` are atomic; where they are not, they are checked beforehand."""
+        """Whether the conditions of `put` are atomic; otherwise they are checked beforehand."""
         ...
 
     @property
     def checksums(self) -> bool:
-        """Whether the store verifies what is written by a checksum, as far as is known by now."""
+        """Whether the store verifies writes by a checksum, as far as known by now."""
         ...
 
     def uri(self, key: str) -> str:
-        """`s3://bucket/prefix/key`, or the path of the file."""
+        """The address of an object: `s3://bucket/prefix/key`, or the path of the file.
+
+        Args:
+            key: Its key.
+        """
         ...
 
     def get(self, key: str) -> StoredObject | None:
-        """The object, or None if there is none; a store that cannot tell raises."""
+        """The object, or None if it does not exist; a store that cannot tell raises.
+
+        Args:
+            key: Its key.
+        """
         ...
 
     def put(
@@ -73,15 +81,18 @@ class Store(Protocol):
         if_match: str | None = None,
         cache_control: str | None = None,
     ) -> str:
-        """Write an object, whole or not at all, and return its new etag.
+        """Write an object, whole or not at all.
 
         Args:
             key: Its key.
             data: The content. Where it matters who won, no two writers may write the same bytes.
             content_type: Such as `image/png`; a folder does not keep it.
-            if_absent: Only if there is no such object.
+            if_absent: Only if the object does not exist.
             if_match: Only if the object still has this etag; not together with `if_absent`.
-            cache_control: The `Cache-Control` for caches, such as `no-cache`; a folder does not keep it.
+            cache_control: The `Cache-Control` header, such as `no-cache`; a folder does not keep it.
+
+        Returns:
+            The new etag.
 
         Raises:
             PreconditionFailedError: The condition does not hold; nothing was written.
@@ -89,22 +100,31 @@ class Store(Protocol):
         ...
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether the object has this content, as far as the store can tell without sending it."""
+        """Whether the object has this content, as far as the store can tell without sending it.
+
+        Args:
+            key: Its key.
+            data: The content to compare with.
+        """
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys that start with these characters, in no promised order, read page by page while iterated."""
+        """The keys that start with these characters, in any order, read page by page while iterated.
+
+        Args:
+            prefix: The characters; a folder's name ends with `/`.
+        """
         ...
 
 
 def read_model(store: Store, key: str, model: type[M], remedy: str) -> tuple[M, StoredObject] | None:
-    """A JSON object as a model, and as it was read; None only where the store says for certain that there is none.
+    """A JSON object as a model, and as it was read; None only if the store is certain that it does not exist.
 
     Args:
         store: The store.
         key: The object's key.
         model: The class of the model.
-        remedy: What follows from an object that cannot be read, and what to do.
+        remedy: The consequence of an object that cannot be read, and what to do.
 
     Raises:
         StoreError: It cannot be read, or is of another version; neither is ever taken for "not there".
@@ -120,7 +140,17 @@ def read_model(store: Store, key: str, model: type[M], remedy: str) -> tuple[M, 
 
 
 def require(found: StoredObject | None, uri: str, *, if_absent: bool, if_match: str | None) -> None:
-    """Raise PreconditionFailedError unless the conditions hold for what was found at an address."""
+    """Check the conditions of a write.
+
+    Args:
+        found: The present object, if there is one.
+        uri: Its address.
+        if_absent: As for `Store.put`.
+        if_match: As for `Store.put`.
+
+    Raises:
+        PreconditionFailedError: A condition does not hold.
+    """
     if if_absent and found is not None:
         raise PreconditionFailedError(f"{uri} already exists; somebody else has written it")
     if if_match is not None and (found is None or found.etag != if_match):

@@ -70,7 +70,7 @@ class TestSettings:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv(f"{PREFIX}OUTBOX", '"/data/outbox"')
-        with pytest.raises(errors.ConfigurationError, match=f"{PREFIX}OUTBOX: .*take them away"):
+        with pytest.raises(errors.ConfigurationError, match=f"{PREFIX}OUTBOX: .*remove them"):
             load_settings()
 
     @pytest.mark.parametrize("blank", [" ", "\r", "\r\n", "\t", "\u00a0"])
@@ -93,7 +93,9 @@ class TestSettings:
                 call()
             return str(caught.value)
 
-        assert "archive: 's3://b/a\\x1bb' holds a control" in refused(lambda: Services(archive="s3://b/a\x1bb").archive)
+        assert "archive: 's3://b/a\\x1bb' contains a control" in refused(
+            lambda: Services(archive="s3://b/a\x1bb").archive
+        )
         assert refused(lambda: Services(upload_to="s3://b/\n/a").uploads).startswith("upload_to: ")
         assert refused(lambda: Services(publish_to="/srv/\x00live").publishing).startswith("publish_to: ")
         assert refused(lambda: open_inbox("/srv/\rin", lambda: pytest.fail("S3"))).startswith("inbox: ")
@@ -102,7 +104,7 @@ class TestSettings:
             wrong.setenv("SEGMIND_BASE_URL", "https://api\x7f.example")
             assert refused(load_base_url).startswith("SEGMIND_BASE_URL: ")
             wrong.setenv("SEGMIND_API_KEY", f"{KEY}\x1b{KEY}")
-            assert refused(lambda: load_credentials(None)).startswith("SEGMIND_API_KEY: it holds")
+            assert refused(lambda: load_credentials(None)).startswith("SEGMIND_API_KEY: it contains")
             assert KEY not in refused(lambda: load_credentials(None))
         monkeypatch.setenv(f"{PREFIX}ARCHIVE", "s3://b/a\x1bb")
         assert f"{PREFIX}ARCHIVE: 's3://b/a\\x1bb'" in refused(load_settings)
@@ -113,7 +115,7 @@ class TestSettings:
         with pytest.raises(errors.ConfigurationError) as caught:
             load_settings()
         lines = str(caught.value).splitlines()
-        assert lines[0] == "Settings are wrong; nothing was uploaded or paid."
+        assert lines[0] == "Some settings are invalid; nothing was uploaded or paid."
         assert lines[1].strip().startswith(f"{PREFIX}PRESIGNED_SECONDS: '59': Input should be greater than or equal")
         assert lines[2].strip().startswith(f"{PREFIX}PRICE_USD: 'cheap': Input should be a valid decimal")
         assert len(lines) == 3

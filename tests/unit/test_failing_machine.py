@@ -30,7 +30,7 @@ from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.s3 import S3Store, s3_client
-from prefect_segmind.storage.s3_errors import explained
+from prefect_segmind.storage.s3_errors import s3_errors
 from prefect_segmind.storage.spool import Spool
 
 
@@ -103,7 +103,7 @@ class TestATemporaryFolder:
     ],
 )
 def test_a_failure_under_boto_is_told_as_what_it_is(error: Exception, kind: type[SegmindError], words: str) -> None:
-    with pytest.raises(SegmindError, match=words) as caught, explained("read s3://b/k"):
+    with pytest.raises(SegmindError, match=words) as caught, s3_errors("read s3://b/k"):
         raise error
     assert type(caught.value) is kind
     assert kind is StoreCredentialsError or "credentials" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import gzip
+import io
 import pickle
 import socket
 import ssl
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_segmind.storage.http import Destination, Downloaded, DownloadError, download, download_bytes
+from prefect_segmind.storage.http import Destination, DownloadError, download, download_bytes
 
 LOOPBACK = Destination(allow_loopback=True)
 LIMIT = 1_000_000
@@ -116,10 +117,9 @@ def failure(url: str, destination: Destination = LOOPBACK, limit: int = LIMIT, t
 
 
 class TestDownloading:
-    def test_the_bytes_arrive_and_their_size_and_type_are_told(self, tmp_path: Path) -> None:
+    def test_the_bytes_arrive(self, tmp_path: Path) -> None:
         with Server(answer(Content_Type="image/png")) as server, (tmp_path / "a").open("wb") as file:
-            found = download(f"{server.url}/a.png?X-Amz-Signature=secret", file, limit=LIMIT, destination=LOOPBACK)
-        assert found == Downloaded(len(PICTURE), "image/png")
+            download(f"{server.url}/a.png?X-Amz-Signature=secret", file, limit=LIMIT, destination=LOOPBACK)
         assert (tmp_path / "a").read_bytes() == PICTURE
 
     def test_the_query_is_sent_and_the_fragment_is_not(self) -> None:
@@ -149,8 +149,8 @@ class TestDownloading:
             assert download_bytes(server.url, limit=LIMIT, destination=LOOPBACK) == PICTURE
 
     def test_a_sink_that_fails_is_the_callers_os_error(self) -> None:
-        class Full:
-            def write(self, data: bytes) -> int:
+        class Full(io.BytesIO):
+            def write(self, _: object, /) -> int:
                 raise OSError(errno.ENOSPC, "no space left")
 
         with Server(answer()) as server, pytest.raises(OSError, match="no space"):

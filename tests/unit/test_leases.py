@@ -67,7 +67,7 @@ def test_a_claim_that_is_released_is_not_renewed(archive: Archive, monkeypatch: 
     claim.hold(1000)
     monkeypatch.setattr(archive, "write", lambda *_: pytest.fail("written"))
     claim.renew()
-    with pytest.raises(PreconditionFailedError, match="let go"):
+    with pytest.raises(PreconditionFailedError, match="has been released"):
         claim.write(Record.renewed)
     assert leases.held_claim(archive, "ab" * 32) is None
 

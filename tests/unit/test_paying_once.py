@@ -597,7 +597,7 @@ def test_a_claim_that_was_taken_over_is_let_go_and_pays_nothing(sandbox: Sandbox
     found = archive.read(job.fingerprint)
     assert found is not None
     theirs = found.record.claimed_by(Holder(run="fast", host="another", pid=1, started=""), datetime.now(UTC))
-    gave_up = theirs.answered(status=500, reason="it failed", wait_seconds=None, possibly_billed=False)
+    gave_up = theirs.with_outcome(status=500, reason="it failed", wait_seconds=None, possibly_billed=False)
     archive.write(gave_up, found.etag)
     assert generate(job, uploaded, run="slow", archive=archive.url).status == "generated"
     assert [each.run for each in recorded(job.fingerprint, archive.url).record.attempts] == ["slow", "fast", "slow"]

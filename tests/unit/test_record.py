@@ -174,7 +174,7 @@ def test_what_another_run_has_reported_is_not_reported_again():
 )
 def test_a_run_that_gives_up_lets_go_of_its_claim(reason, wait_seconds, keeps_the_claim):
     record = claimed().claimed_by(ME, NOW)
-    answered = record.answered(status=429, reason=reason, wait_seconds=wait_seconds, possibly_billed=False)
+    answered = record.with_outcome(status=429, reason=reason, wait_seconds=wait_seconds, possibly_billed=False)
     assert (answered.holder == ME) is keeps_the_claim
     assert (answered.holder is None) is not keeps_the_claim
 
@@ -182,7 +182,7 @@ def test_a_run_that_gives_up_lets_go_of_its_claim(reason, wait_seconds, keeps_th
 @pytest.mark.parametrize("possibly_billed", [False, True])
 def test_an_answer_is_noted_on_the_last_request_only(possibly_billed):
     before = claimed(sent("other", True, reported_by="other")).claimed_by(ME, NOW)
-    record = before.answered(status=502, reason="bad", wait_seconds=1.5, possibly_billed=possibly_billed)
+    record = before.with_outcome(status=502, reason="bad", wait_seconds=1.5, possibly_billed=possibly_billed)
     assert record.attempts[0] == before.attempts[0]
     assert record.attempts[1] == sent(
         "me",
@@ -241,7 +241,7 @@ ENDINGS = st.sampled_from(["refused", "waits", "billed", "dies", "stopped"])
 
 
 def test_what_a_stopped_run_has_reported_is_not_taken_over_by_the_next():
-    waits = claimed().claimed_by(ME, NOW).answered(status=502, reason="bad", wait_seconds=1.0, possibly_billed=True)
+    waits = claimed().claimed_by(ME, NOW).with_outcome(status=502, reason="bad", wait_seconds=1.0, possibly_billed=True)
     other = Holder(run="other", host="h", pid=1, started="")
     assert possibly_billed_count("me", waits.given_up().claimed_by(other, NOW).attempts) == 1
     assert possibly_billed_count("other", waits.given_up().claimed_by(other, NOW).attempts) == 0
@@ -255,7 +255,7 @@ def test_every_possibly_billed_request_is_reported_by_exactly_one_run(story):
     for run, ending in story:
         record = record.claimed_by(Holder(run=run, host="h", pid=1, started=""), NOW)
         if ending != "dies":
-            record = record.answered(
+            record = record.with_outcome(
                 status=502,
                 reason=ending,
                 wait_seconds=1.0 if ending in ("waits", "stopped") else None,

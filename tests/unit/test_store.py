@@ -305,7 +305,7 @@ def test_other_addresses_are_refused_with_what_is_allowed(address: str) -> None:
 
 def test_an_address_whose_quotes_have_become_part_of_it_is_no_folder() -> None:
     for address in ('"s3://bucket/pictures"', "'pictures'"):
-        with pytest.raises(ConfigurationError, match="take the quotes away"):
+        with pytest.raises(ConfigurationError, match="remove the quotes"):
             open_store(address)
 
 
