@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, SegmindError, StoreError, writable
 from prefect_segmind.jobs.job import LONGEST_NAME, name_from_image
 from prefect_segmind.manifest.model import Found
+from prefect_segmind.storage.open_store import is_s3
 from prefect_segmind.storage.paths import found_path, is_there, missing, on_windows
 from prefect_segmind.text import composed, spellings
 
@@ -43,7 +45,7 @@ class Images:
         self._to_ask: dict[str, str] = {}
         self._bucket, self._prefix = "", ""
         self._folder = Path()
-        if images_in_s3(manifest):
+        if is_s3(manifest):
             self._bucket, _, key = manifest[5:].partition("/")
             self._prefix = key.rpartition("/")[0]
         else:
@@ -60,13 +62,13 @@ class Images:
             InvalidJobError: It cannot be a location.
             StoreError: A folder or bucket cannot be listed.
         """
-        if "\0" in image or ("://" in image and not images_in_s3(image)):
+        if "\0" in image or ("://" in image and not is_s3(image)):
             return [Found(image)]  # http(s), or what the check of the job refuses
         if os.name != "nt" and on_windows(image) and not is_there(self._folder / image):
             return [Found(image)]  # to be told when it is read
-        slashed = image if images_in_s3(image) else image.replace("\\", "/")
+        slashed = image if is_s3(image) else image.replace("\\", "/")
         location = self._absolute(image)
-        if slashed != image and images_in_s3(location) and not self._has(location):
+        if slashed != image and is_s3(location) and not self._has(location):
             location, image = self._absolute(slashed), slashed
         if not wildcards or not re.search(r"[*?]", image):
             return [Found(location)]
@@ -85,7 +87,7 @@ class Images:
             location: As `find` gives it.
             where: Who asks for it, such as `line 12`.
         """
-        if images_in_s3(location):
+        if is_s3(location):
             if len(self._to_ask) < ASKED:
                 self._to_ask.setdefault(location, where)
         elif "://" not in location and "\0" not in location and not is_there(found_path(location).expanduser()):
@@ -112,7 +114,7 @@ class Images:
     def _matches(self, image: str, location: str) -> Sequence[Found]:
         start = image.rfind("/", 0, len(re.split(r"[*?]", image)[0])) + 1
         fixed, pattern = self._absolute(image[:start]), image[start:]
-        if images_in_s3(fixed):
+        if is_s3(fixed):
             matches = next(filter(None, (self._in_bucket(each, pattern) for each in spellings(fixed))), [])
             return [Found(location)] if any(each == location for each, _ in matches) else named(matches)
         if is_there(found_path(location)):
@@ -126,7 +128,7 @@ class Images:
         return named(matches)
 
     def _absolute(self, image: str) -> str:
-        if images_in_s3(image):
+        if is_s3(image):
             return f"s3://{image[5:]}"
         if image.startswith("~"):
             try:
@@ -146,17 +148,16 @@ class Images:
         return f"s3://{self._bucket}/{'/'.join(segments)}"
 
     def _in_bucket(self, fixed: str, pattern: str) -> list[tuple[str, str]]:
-        from prefect_segmind.storage.s3 import S3Store, split_uri  # boto3 takes a second to import
+        from prefect_segmind.storage.s3 import list_objects, split_uri  # boto3 takes a second to import
 
         try:
-            bucket, folder = split_uri(fixed)
+            _, folder = split_uri(fixed)
         except ConfigurationError as error:
             raise InvalidJobError(str(error)) from None
-        folder += "/" if folder and not folder.endswith("/") else ""
-        store, wanted = S3Store(bucket, "", self._s3()), _wanted(pattern)
-        keys = {key for start in spellings(re.split(r"[*?]", pattern)[0]) for key in store.keys(folder + start)}
-        below = sorted(each for key in keys if wanted.fullmatch(composed(each := key[len(folder) :])))
-        return [(f"s3://{bucket}/{folder}{each}", each) for each in below]
+        wanted, client = _wanted(pattern), self._s3()
+        found = (list_objects(fixed + start, client) for start in spellings(re.split(r"[*?]", pattern)[0]))
+        below = {each.key.removeprefix(folder) for each in chain.from_iterable(found)}
+        return [(fixed + each, each) for each in sorted(below) if wanted.fullmatch(composed(each))]
 
 
 def _in_folder(fixed: Path, pattern: str, skipped: list[str]) -> list[tuple[str, str]]:
@@ -224,8 +225,3 @@ def _wanted(pattern: str) -> re.Pattern[str]:
             text = re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
             parts.append(rf"(?!\.){text}" + ("" if last else "/"))
     return re.compile("".join(parts), re.DOTALL)
-
-
-def images_in_s3(place: str) -> bool:
-    """Whether a place is an address in S3."""
-    return place.lower().startswith("s3://")

@@ -1,25 +1,27 @@
 """Where a manifest lies, and where its images lie as seen from there: folders, buckets and patterns.
 
-A manifest is read once, from a file or through a temporary copy of an object, and its jobs go to a spool on disk.
+A manifest is read once, a file line by line and an object in S3 as a whole, and its jobs go to a spool on disk.
 """
 
 from __future__ import annotations
 
-import difflib
-import tempfile
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from prefect_segmind.errors import BucketNotFoundError, StoreError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.formats import KINDS, MAX_TEXT, read_text
-from prefect_segmind.manifest.image_paths import Images, images_in_s3
+from prefect_segmind.manifest.image_paths import Images
 from prefect_segmind.manifest.model import Notes, Row, UnreadableManifest
-from prefect_segmind.storage.paths import found_path
-from prefect_segmind.storage.spool import Spool, temporary_file
+from prefect_segmind.storage.disk_errors import reason
+from prefect_segmind.storage.open_store import is_s3
+from prefect_segmind.storage.paths import found_path, missing_file
+from prefect_segmind.storage.spool import Spool
 from prefect_segmind.text import stripped
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def load_manifest(
         ConfigurationError: Its address is malformed, or the S3 client cannot be made.
 
     Example:
+        >>> import tempfile
         >>> from prefect_segmind.storage.s3 import s3_client
         >>> with tempfile.NamedTemporaryFile("w+", suffix=".jsonl") as file:
         ...     print('{"image": "s3://photos/mug.jpg", "prompt": "{{ season }} light"}', file=file, flush=True)
@@ -154,7 +157,7 @@ def _with_defaults(head: Mapping[str, Any], defaults: Mapping[str, Any] | None) 
 
 
 def _kind(place: str) -> str:
-    if "://" in place and not images_in_s3(place):
+    if "://" in place and not is_s3(place):
         raise UnreadableManifest("a manifest is a local path or s3://bucket/key")
     extension = PurePosixPath(place).suffix.lower()
     if extension not in KINDS:
@@ -163,48 +166,32 @@ def _kind(place: str) -> str:
 
 
 def _opened(place: str, s3: Callable[[], S3Client]) -> IO[bytes]:
-    if images_in_s3(place):
+    if is_s3(place):
         return _downloaded(place, s3())
     try:
         path = found_path(place).expanduser()
         if path.is_dir():
             raise UnreadableManifest("it is a folder; name one file in it")
-        if not path.exists():
-            names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = difflib.get_close_matches(path.name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.absolute()}"
-            raise UnreadableManifest(f"it does not exist ({hint})")
-        return path.open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UnreadableManifest(f"it cannot be read: {why}") from None
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise UnreadableManifest(f"it {missing_file(path)}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        raise UnreadableManifest(f"it cannot be read: {reason(error)}") from None
 
 
 def _downloaded(place: str, client: S3Client) -> IO[bytes]:
-    """A copy of an object in a temporary file: a connection that is cut gives no half manifest."""
-    from botocore.exceptions import ClientError
+    """A whole object, in memory: a connection that is cut gives no half manifest."""
+    from prefect_segmind.storage.s3 import read  # boto3 takes a second to import
 
-    from prefect_segmind.storage.s3 import split_uri
-    from prefect_segmind.storage.s3_errors import error_code, explained
-
-    bucket, key = split_uri(place)
-    with ExitStack() as stack, explained(f"read {place}", client):
-        try:
-            body = client.get_object(Bucket=bucket, Key=key)["Body"]
-        except ClientError as error:
-            if error_code(error) == "NoSuchKey":
-                raise UnreadableManifest("it does not exist; check the key") from None
+    try:
+        return io.BytesIO(read(place, client))
+    except BucketNotFoundError:
+        raise
+    except StoreError as error:
+        if error.status != 404:
             raise
-        with temporary_file():
-            copy = stack.enter_context(tempfile.TemporaryFile())
-        with body:
-            for chunk in body.iter_chunks(1 << 20):
-                with temporary_file():
-                    copy.write(chunk)
-        with temporary_file():
-            copy.seek(0)
-        stack.pop_all()
-    return copy
+        raise UnreadableManifest("it does not exist; check the key") from None
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
@@ -214,7 +201,7 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
         try:
             line = file.readline(MAX_TEXT + 1)
         except OSError as error:
-            raise UnreadableManifest(f"it cannot be read: {error.strerror or error}") from None
+            raise UnreadableManifest(f"it cannot be read: {reason(error)}") from None
         if not line:
             return
         number += 1
