@@ -1,4 +1,4 @@
-"""Where a manifest lies, and where its images lie as seen from there: folders, buckets and patterns.
+"""Opens a manifest on disk or in S3, and makes its jobs.
 
 A manifest is read once, a file line by line and an object in S3 as a whole, and its jobs go to a spool on disk.
 """
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest without mistakes. It is a context manager: at its end the jobs are gone.
+    """A manifest without mistakes. As a context manager it deletes the jobs at its end.
 
     Attributes:
-        place: Where it lies, as it was given.
-        warnings: What is odd but no mistake, a line each.
-        jobs: Its jobs, in its order.
+        place: Its path or address, as given.
+        warnings: A line for each warning.
+        jobs: Its jobs, in order.
     """
 
     place: str
@@ -60,16 +60,17 @@ def load_manifest(
     """Reads and checks a whole manifest; no image is opened.
 
     Args:
-        place: A local path or `s3://bucket/key`, whose extension says how it is written: .yaml, .yml, .json, .jsonl,
-            .ndjson or .csv.
-        variables: For its templates; they win over the manifest's vars.
-        s3: Makes the S3 client, when one is needed.
-        defaults: Fields for assets that do not give them; they win over the manifest's own defaults.
-        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+        place: A local path or `s3://bucket/key` whose extension gives the format: .yaml, .yml, .json, .jsonl, .ndjson
+            or .csv.
+        variables: For its templates; they override the manifest's vars.
+        s3: Makes the S3 client, when it is needed.
+        defaults: Fields for assets that do not give them; they override the manifest's own defaults.
+        allow_unlisted_resolution: Whether to accept sizes other than the 78 listed ones.
 
     Raises:
-        ManifestError: It has mistakes; the message has a line for each, `mistakes` holds them.
-        StoreError: It, or a folder in which a pattern looks, cannot be read; or there is no room for the jobs.
+        ManifestError: It has mistakes: a line for each, also in `mistakes`.
+        StoreError: The manifest, or a folder that a pattern searches, cannot be read; or the disk has no room for the
+            jobs.
         ConfigurationError: Its address is malformed, or the S3 client cannot be made.
 
     Example:
@@ -103,23 +104,23 @@ def load_manifest(
 
 
 def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images | None = None) -> Manifest:
-    """Makes the jobs of assets that are read or made already.
+    """Makes the jobs of assets.
 
-    An image that is not there, or a pattern without a match, is not a mistake by itself: it fails its asset alone, or
-    makes none. Where there are mistakes it is listed with them, so that a person mends all at once.
+    A missing image, or a pattern without a match, is not a mistake by itself: its asset fails alone, or makes no job.
+    Where there are mistakes it is listed with them, so that all can be fixed at once.
 
     Args:
-        place: What the manifest is called.
+        place: The manifest's path or address, for messages.
         expansion: Makes the jobs of each asset.
         rows: The assets.
-        images: What finds their images, and knows which are not there.
+        images: Finds their images, and which are missing.
 
     Returns:
         The manifest with its jobs.
 
     Raises:
-        ManifestError: There are mistakes, or there are patterns and nothing matches any; a line for each.
-        StoreError: A folder in which a pattern looks cannot be read; or there is no room for the jobs.
+        ManifestError: There are mistakes, or patterns of which none has a match: a line for each.
+        StoreError: A folder that a pattern searches cannot be read, or the disk has no room for the jobs.
     """
     mistakes, warnings = expansion.mistakes, expansion.warnings
     with ExitStack() as stack:
@@ -148,7 +149,7 @@ def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images
 
 
 def _with_defaults(head: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The head of a manifest with the run's own defaults over its own; what is no mapping stays, to be told."""
+    """The head of a manifest with the run's defaults over its own, unless those are not a mapping, which is a mistake."""
     own = head.get("defaults") or {}
     return {**head, "defaults": {**own, **defaults}} if defaults and isinstance(own, Mapping) else head
 
@@ -210,6 +211,6 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            what = f"line {number}, byte {error.start + 1}: {line[error.start]:#x} is no UTF-8"
+            what = f"line {number}, byte {error.start + 1}: {line[error.start]:#x} is not UTF-8"
             raise UnreadableManifest(f"{what}; save the file as UTF-8") from None
         yield text.removeprefix("\ufeff") if number == 1 else text
