@@ -149,7 +149,7 @@ def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images
 
 
 def _with_defaults(head: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The head of a manifest with the run's defaults over its own, unless those are not a mapping, which is a mistake."""
+    """The head of a manifest with the run's defaults over its own, unless those are not a mapping (a mistake)."""
     own = head.get("defaults") or {}
     return {**head, "defaults": {**own, **defaults}} if defaults and isinstance(own, Mapping) else head
 
