@@ -25,9 +25,8 @@ def shield_temporary_server() -> None:
             # uvicorn sets its own handlers, so ignoring the signals is not enough; a blocked signal stays blocked.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
             try:
-                self.server_process = (
-                    super()._run_uvicorn_command()
-                )  # for `stop`, before an interrupt is raised
+                # Before an interrupt is raised, so that `stop` finds it.
+                self.server_process = super()._run_uvicorn_command()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return self.server_process

@@ -123,9 +123,8 @@ class Expansion:
                 # A pattern's match has a name, and exists.
                 if each.location and not each.name and (why := self._absent(each.location, row.where)):
                     self.missing.add(f"{row.where}: {why}")
-        names_each = self._templates and "stem" in template_names(
-            str(fields.get("name"))
-        )  # else `name` is their folder
+        # Whether `name` is each match's whole name, rather than their folder.
+        names_each = self._templates and "stem" in template_names(str(fields.get("name")))
         first: dict[str, FoundImage] = {}  # the first match with each name
         alike: dict[str, None] = {}
         for each in found:
