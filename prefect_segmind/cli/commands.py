@@ -25,7 +25,6 @@ from prefect_segmind.cli.ephemeral_server import shield_temporary_server
 from prefect_segmind.cli.output import (
     BAD_INPUT,
     DONE,
-    FAILED,
     INTERRUPTS,
     batch,
     batch_facts,
@@ -41,7 +40,7 @@ from prefect_segmind.cli.output import (
 from prefect_segmind.cli.progress import BatchRun, Run, live
 from prefect_segmind.cli.streams import unreadable
 from prefect_segmind.cli.terminal import people, print_facts
-from prefect_segmind.errors import InputError, SegmindError, redact
+from prefect_segmind.errors import InputError
 from prefect_segmind.flows import image_to_image, refresh_assets
 from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.pipeline.archive import ArchivedImage
@@ -229,7 +228,7 @@ def refresh(
     _prepare_for_interrupts()
     try:
         check_environment()
-        with heard_by(run), run.shown():
+        with heard_by(run), run.bar:
             result = refresh_assets(
                 manifest=manifest,
                 archive=archive,
@@ -332,10 +331,8 @@ def check(*, block: str | None = None, archive: str | None = None, upload_to: st
     for title, look in all_checks(block, archive, upload_to):
         try:
             found, code = look(), DONE
-        except SegmindError as error:
-            found, code = CheckResult(str(error), "bad"), exit_code(error)
         except Exception as error:
-            found, code = CheckResult(redact(f"{type(error).__name__}: {error}"), "bad"), FAILED
+            found, code = CheckResult(message(error), "bad"), exit_code(error)
         colour = {"ok": "green", "mind": "yellow", "bad": "red"}[found.mark]
         console.print(f"[{colour}]{found.mark:<4}[/] [bold]{title}[/]: ", end="")
         console.print(found.text, markup=False, highlight=False, soft_wrap=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,9 +37,8 @@ class _Left(TimeRemainingColumn):
         return Text() if task.total is None else super().render(task).append(" left")
 
 
-@contextmanager
-def live(console: Console, line: str, *columns: ProgressColumn) -> Iterator[Progress]:
-    """Shows one live line at the bottom of the terminal while a command runs.
+def live(console: Console, line: str, *columns: ProgressColumn) -> Progress:
+    """A live line at the bottom of the terminal, shown inside a `with`.
 
     Args:
         console: Where to draw it; nothing is drawn without a terminal.
@@ -57,8 +54,7 @@ def live(console: Console, line: str, *columns: ProgressColumn) -> Iterator[Prog
         disable=not console.is_terminal,
     )
     bar.add_task("", total=None, line=line)
-    with bar:
-        yield bar
+    return bar
 
 
 class Run(Listener):
@@ -93,32 +89,27 @@ class BatchRun(Run):
     Args:
         console: Where to draw and to ask; nothing is drawn without a terminal.
         yes: Whether to approve any cost without asking.
+
+    Attributes:
+        bar: A progress bar: done, reused, failed, USD and the time left; to be entered while the batch runs.
     """
 
     def __init__(self, console: Console, *, yes: bool) -> None:
         super().__init__()
         self._console = console
         self._yes = yes
-        self._bar: Progress | None = None
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Shows the bar while the batch runs: done, reused, failed, USD and the time left."""
-        with live(self._console, "planning", BarColumn(), TimeElapsedColumn(), _Left()) as bar:
-            self._bar = bar
-            yield
+        self.bar = live(console, "planning", BarColumn(), TimeElapsedColumn(), _Left())
 
     def progressed(self, progress: tally.Progress) -> None:
         """Updates the bar."""
         reused = progress.counts["reused"] + progress.counts["recovered"]
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0],
-                total=progress.total,
-                completed=progress.done,
-                line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
-                f"{usd(progress.cost_usd)} USD",
-            )
+        self.bar.update(
+            self.bar.task_ids[0],
+            total=progress.total,
+            completed=progress.done,
+            line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
+            f"{usd(progress.cost_usd)} USD",
+        )
 
     def ask(self, question: Question) -> Answer:
         """Asks in the terminal.
@@ -133,8 +124,7 @@ class BatchRun(Run):
                 f"approve_above_usd: the plan costs {usd(question.plan.planned_usd)} USD, more than "
                 f"{usd(question.above_usd)} USD, and this is not a terminal; run it in a terminal, or with --yes"
             )
-        if self._bar is not None:
-            self._bar.stop()
+        self.bar.stop()
         print_facts(
             self._console,
             question.plan.facts()
@@ -145,6 +135,5 @@ class BatchRun(Run):
         answer = None
         while answer is None:
             answer = parse_answer(self._console.input(escape(line)))
-        if self._bar is not None:
-            self._bar.start()
+        self.bar.start()
         return answer

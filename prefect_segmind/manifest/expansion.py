@@ -71,8 +71,7 @@ class Expansion:
         self._seen: dict[int, str] = {}  # the hash of each name, and the asset that has it
         self._used: set[str] = set()
         right, wrong = check(MANIFEST, {**head, "assets": []}, allow_unlisted_resolution=self._unlisted)
-        for line in wrong:
-            self.mistakes.add(line)
+        self.mistakes.add(*wrong)
         self._templates = right.get("templates", True)
         self._vars: dict[str, Any] = {**_variables(right.get("vars")), **self._run}
         self._defaults: dict[str, Any] = right.get("defaults") or {}
@@ -89,8 +88,7 @@ class Expansion:
         yield from self._jobs(row, wrong)
         if wrong:
             name = f" ({shown(row.values['name'])})" if row.values.get("name") else ""
-            for line in wrong:
-                self.mistakes.add(f"{row.where}{name}: {line}")
+            self.mistakes.add(*(f"{row.where}{name}: {line}" for line in wrong))
 
     def warn_of_unused(self) -> None:
         """Adds a warning for each of the run's variables that no template so far has used."""

@@ -134,12 +134,10 @@ def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images
         except UnreadableManifest as error:
             mistakes.add(str(error))
         if mistakes:
-            for line in (*expansion.missing.lines, *(images.missing_in_s3() if images else ())):
-                mistakes.add(line)
+            mistakes.add(*expansion.missing.lines, *(images.missing_in_s3() if images else ()))
         if mistakes or not jobs:
-            why = images.skipped if images and expansion.unmatched else ()
-            for line in (*expansion.unmatched.lines, *why):
-                mistakes.add(line)
+            skipped = images.skipped if images and expansion.unmatched else ()
+            mistakes.add(*expansion.unmatched.lines, *skipped)
         if mistakes:
             raise mistakes.error(place)
         if not jobs and not warnings:

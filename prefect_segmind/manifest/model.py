@@ -68,11 +68,10 @@ class Notes:
         self.lines: list[str] = []
         self._count = 0
 
-    def add(self, line: str) -> None:
-        """Adds a line; keys and signed addresses are redacted."""
-        self._count += 1
-        if self._count <= _KEPT:
-            self.lines.append(redact(line))
+    def add(self, *lines: str) -> None:
+        """Adds lines; keys and signed addresses are redacted."""
+        self._count += len(lines)
+        self.lines += map(redact, lines[: max(0, _KEPT - len(self.lines))])
 
     def __len__(self) -> int:
         return self._count

@@ -155,15 +155,14 @@ def render(text: str, variables: Mapping[str, Any]) -> str:
                 raise _failure(error) from None
             missing.append(name[1])
             given[name[1]] = ""  # render again, to find the other missing names
+            continue
         except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
-            if missing:
-                break
-            raise _failure(error) from None
-        else:
-            if missing:
-                break
-            return rendered
-    raise TemplateMistake(_not_given(name, variables) for name in missing)
+            if not missing:
+                raise _failure(error) from None
+            rendered = ""
+        if missing:
+            raise TemplateMistake(_not_given(name, variables) for name in missing)
+        return rendered
 
 
 @lru_cache(maxsize=256)

@@ -1,16 +1,16 @@
-"""What the plugin tells Prefect's event system, for automations and other people's tools.
+"""The plugin's events in Prefect, for automations and other tools.
 
 | event | about | when |
 | --- | --- | --- |
 | `prefect-segmind.asset.archived` | a job | its picture is in the archive, paid for now or before |
-| `prefect-segmind.asset.failed` | a job | it has failed and is not tried again in this run; of a bad inbox file, once |
-| `prefect-segmind.attempt.failed` | a job | a request has failed, whatever follows |
+| `prefect-segmind.asset.failed` | a job | it has failed and is not retried in this run; for a bad inbox file, once |
+| `prefect-segmind.attempt.failed` | a job | a request has failed, retried or not |
 | `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |
-| `prefect-segmind.credits.exhausted` | the account | the provider refuses for want of credits |
+| `prefect-segmind.credits.exhausted` | the account | the provider refuses for lack of credits |
 
-The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name of a job that is too wrong to have one;
-`prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect adds the
-flow run, its flow, deployment and tags as related resources.
+The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name instead for a job too invalid to have a
+fingerprint; `prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect
+adds the flow run, its flow, deployment and tags as related resources.
 """
 
 from __future__ import annotations
@@ -34,14 +34,24 @@ CREDITS_EXHAUSTED = "prefect-segmind.credits.exhausted"
 
 
 def asset_archived(archived: ArchivedImage) -> None:
-    """Tells that a picture is in the archive. The resource's label `prefect-segmind.status` says how it came there."""
+    """Emits that a picture is in the archive; its status is the resource's label `prefect-segmind.status`.
+
+    Args:
+        archived: The picture.
+    """
     payload = archived.model_dump(mode="json")
     payload |= {name: usd(getattr(archived, name)) for name in ("cost_usd", "possibly_billed_usd")}
     _emit(ASSET_ARCHIVED, _job(archived.name, archived.fingerprint, status=archived.status), payload)
 
 
 def asset_failed(name: str, error: SegmindError, stage: str) -> None:
-    """Tells that a job has failed, at one of the stages `validate`, `upload`, `generate`, `archive` and `publish`."""
+    """Emits that a job has failed.
+
+    Args:
+        name: The job's name.
+        error: The error that it ended with.
+        stage: `validate`, `upload`, `generate`, `archive` or `publish`.
+    """
     payload = {
         "name": name,
         "fingerprint": error.fingerprint,
@@ -56,7 +66,12 @@ def asset_failed(name: str, error: SegmindError, stage: str) -> None:
 
 
 def attempt_failed(name: str, error: SegmindError) -> None:
-    """Tells that a request has failed, and what follows."""
+    """Emits that a request has failed, with the decision on a retry.
+
+    Args:
+        name: The job's name.
+        error: The error of the request, with a decision.
+    """
     assert error.decision is not None
     payload = {
         "name": name,
@@ -73,7 +88,12 @@ def attempt_failed(name: str, error: SegmindError) -> None:
 
 
 def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
-    """Tells that a batch has stopped for want of money, if it has."""
+    """Emits that a batch has stopped at its budget or without credits; nothing for other errors.
+
+    Args:
+        stopped: The error that stopped it.
+        result: The result of the batch.
+    """
     payload = {
         "error": str(stopped),
         "cost_usd": usd(result.cost_usd),
@@ -87,7 +107,11 @@ def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
 
 
 def credits_exhausted(error: InsufficientCreditsError) -> None:
-    """Tells that a single job was refused for want of credits."""
+    """Emits that a single job was refused for lack of credits.
+
+    Args:
+        error: The error that it ended with.
+    """
     sums = {"cost_usd": usd(error.cost_usd), "possibly_billed_usd": usd(error.possibly_billed_usd)}
     _emit(CREDITS_EXHAUSTED, _ACCOUNT, {"error": str(error), **sums, "not_started": 0})
 
@@ -103,5 +127,5 @@ def _job(name: str, fingerprint: str | None, **labels: str) -> dict[str, str]:
 def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
     try:
         emit_event(event=event, resource=resource, payload=payload)
-    except Exception as error:  # noqa: BLE001 - what is paid for does not depend on it
+    except Exception as error:  # noqa: BLE001 - an event must not fail a paid job
         get_run_logger().warning("no event %s: %s", event, redact(str(error)))
