@@ -268,7 +268,7 @@ def demo(*, folder: Path = Path("segmind-demo"), verbose: bool = False) -> int:
     """Watch a picture being made against a local sandbox, a rate limit and a gateway error included. Costs nothing.
 
     Args:
-        folder: Where the pictures go; each demo makes a folder of its own in it.
+        folder: Where each demo creates a folder for its pictures.
         verbose: Show tracebacks and every line of Prefect's log.
     """
     from prefect_segmind.cli.demo import demonstrate
@@ -319,7 +319,7 @@ def sandbox(
 
 @app.command
 def check(*, block: str | None = None, archive: str | None = None, upload_to: str | None = None) -> int:
-    """Check key and credits, upload place, archive, outbox and Prefect; each line is ok or says what to do. Free.
+    """Check key and credits, upload place, archive, outbox and Prefect; each line is ok or has the remedy. Free.
 
     Args:
         block: Name of a SegmindCredentials block.

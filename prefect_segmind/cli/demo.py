@@ -47,7 +47,7 @@ def demonstrate(folder: Path, console: Console) -> None:
         console.rule("The same job again")
         second = image_to_image(image=str(photo), prompt=PROMPT, style_type="ANIME", image_weight=60, resolution="AUTO")
         billed, spent = sandbox.ledger.billed, sandbox.ledger.billed_usd
-    console.rule("What came of it")
+    console.rule("The result")
     after = home / "s3" / first.image.removeprefix("s3://")
     facts = {
         "before": str(photo),

@@ -127,7 +127,7 @@ def _yaml(lines: Iterable[str], mistakes: Notes) -> Parsed:
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
         problem = error.problem or "cannot be read"
-        # PyYAML reads ahead, and from 6.0.4 on stops at a depth of its own.
+        # PyYAML reads ahead, and since 6.0.4 has its own limit of depth.
         raise _broken(text, mark.line, mark.column, "nested too deeply" if "nesting" in problem else problem) from None
     return _document(_plain(value), mistakes, reader.asset_lines)
 

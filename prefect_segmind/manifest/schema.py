@@ -54,12 +54,12 @@ _FIELDS: Any = _types()
 _SECTIONS = {
     "defaults": _model(
         "Defaults",
-        "What holds for each asset that does not say otherwise.",
+        "Values for assets that do not give a field.",
         **{field: type_ for field, type_ in _FIELDS.items() if field != "name"},
     ),
     "variants": _model(
         "Variants",
-        "Fields with the values they take in turn; each combination is a job of its own.",
+        "Lists of values for fields; each combination makes a job.",
         **{field: Annotated[list[_FIELDS[field]], Field(min_length=1)] for field in AXES},
     ),
 }
@@ -72,7 +72,7 @@ ASSET = _model("Asset", "One asset, a picture or several.", **_FIELDS, **_SHARED
 MANIFEST = _model(
     "Manifest",
     "The assets of a batch and what they share.",
-    **{"$schema": Annotated[str, Field(description="Where this schema lies, for an editor.")]},
+    **{"$schema": Annotated[str, Field(description="The location of this schema, for editors.")]},
     defaults=_SECTIONS["defaults"] | None,
     **_SHARED,
     templates=Annotated[StrictBool, Field(description=_TEMPLATES, json_schema_extra={"default": True})],

@@ -39,8 +39,7 @@ def asset_archived(archived: ArchivedImage) -> None:
     Args:
         archived: The picture.
     """
-    payload = archived.model_dump(mode="json")
-    payload |= {name: usd(getattr(archived, name)) for name in ("cost_usd", "possibly_billed_usd")}
+    payload = archived.model_dump(mode="json") | _costs(archived)
     _emit(ASSET_ARCHIVED, _job(archived.name, archived.fingerprint, status=archived.status), payload)
 
 
@@ -58,8 +57,7 @@ def asset_failed(name: str, error: SegmindError, stage: str) -> None:
         "stage": stage,
         "error": str(error),
         "status": error.status,
-        "cost_usd": usd(error.cost_usd),
-        "possibly_billed_usd": usd(error.possibly_billed_usd),
+        **_costs(error),
         "attempts": error.requests_sent,
     }
     _emit(ASSET_FAILED, _job(name, error.fingerprint, stage=stage), payload)
@@ -94,12 +92,7 @@ def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
         stopped: The error that stopped it.
         result: The result of the batch.
     """
-    payload = {
-        "error": str(stopped),
-        "cost_usd": usd(result.cost_usd),
-        "possibly_billed_usd": usd(result.possibly_billed_usd),
-        "not_started": result.not_started,
-    }
+    payload = {"error": str(stopped), **_costs(result), "not_started": result.not_started}
     if isinstance(stopped, BudgetReachedError):
         _emit(BUDGET_EXHAUSTED, {"prefect.resource.id": f"prefect-segmind.run.{flow_run.id}"}, payload)
     elif isinstance(stopped, InsufficientCreditsError):
@@ -112,8 +105,7 @@ def credits_exhausted(error: InsufficientCreditsError) -> None:
     Args:
         error: The error that it ended with.
     """
-    sums = {"cost_usd": usd(error.cost_usd), "possibly_billed_usd": usd(error.possibly_billed_usd)}
-    _emit(CREDITS_EXHAUSTED, _ACCOUNT, {"error": str(error), **sums, "not_started": 0})
+    _emit(CREDITS_EXHAUSTED, _ACCOUNT, {"error": str(error), **_costs(error), "not_started": 0})
 
 
 _ACCOUNT = {"prefect.resource.id": "prefect-segmind.account"}
@@ -122,6 +114,10 @@ _ACCOUNT = {"prefect.resource.id": "prefect-segmind.account"}
 def _job(name: str, fingerprint: str | None, **labels: str) -> dict[str, str]:
     resource = {"prefect.resource.id": f"prefect-segmind.job.{fingerprint or name}", "prefect.resource.name": name}
     return resource | {f"prefect-segmind.{label}": value for label, value in labels.items()}
+
+
+def _costs(of: ArchivedImage | BatchResult | SegmindError) -> dict[str, str]:
+    return {"cost_usd": usd(of.cost_usd), "possibly_billed_usd": usd(of.possibly_billed_usd)}
 
 
 def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
