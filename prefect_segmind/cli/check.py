@@ -40,6 +40,7 @@ class CheckResult(NamedTuple):
 
 
 Check = tuple[str, Callable[[], CheckResult]]
+"""The title of a check, and the function that runs it."""
 
 
 def all_checks(block: str | None, archive: str | None, upload_to: str | None) -> Iterator[Check]:

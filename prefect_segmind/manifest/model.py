@@ -16,6 +16,7 @@ AXES = ("prompt", "negative_prompt", "image_weight", "magic_prompt_option", "res
 HEAD = ("defaults", "vars", "variants", "templates")
 """Keys of a manifest beside `assets`."""
 MAX_ASSETS = MAX_VARIANTS = 10_000
+"""Assets of a YAML or JSON manifest, and jobs of one asset."""
 _SHOWN, _KEPT = 100, 10_000  # mistakes in a message, and in memory
 
 
