@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -166,7 +166,7 @@ def generate(
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
         with heard_by(run), live(people, name, TimeElapsedColumn()):
-            archived: ArchivedImage = image_to_image(
+            made = image_to_image(
                 **job,
                 archive=archive,
                 upload_to=upload_to,
@@ -174,6 +174,7 @@ def generate(
                 credentials_block=block,
                 on_unknown=on_unknown,
             )
+            archived = cast(ArchivedImage, made)
     except (Exception, *INTERRUPTS) as error:
         if output.json:
             print_json(failure(name, error, run.ledger))
