@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/refresh.py speed      # 640 assets, 64 at once, 2 s each: wall time over the ideal 20 s
     .venv/bin/python benchmarks/refresh.py memory     # peak memory of 200 and of 2,000 assets
 
-The flow, Prefect's server and the sandbox are processes of their own and share the machine. Nothing is paid. The
-sandbox answers sketches, so that drawing pictures is not what is measured.
+The flow, Prefect's server and the sandbox run in separate processes on this machine. Nothing is paid. The sandbox
+answers with sketches, so that drawing pictures is not measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SERVER = {
     "DO_NOT_TRACK": "1",
 }
 
-# As the command has it.
+# As in the command.
 TERMINAL = {"PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS": "prefect_segmind.cli.terminal.QuietConsole"}
 
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def run(environment: dict[str, str], assets: int, at_once: int) -> dict[str, float]:
-    """Runs the flow in a process of its own, which tells what it took."""
+    """Runs the flow in a separate process, and returns what that has measured."""
     command = [sys.executable, __file__, "child", "--assets", str(assets), "--at-once", str(at_once)]
     done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -72,7 +72,7 @@ def run(environment: dict[str, str], assets: int, at_once: int) -> dict[str, flo
 
 
 def child(assets: int, at_once: int) -> None:
-    """The process that is measured."""
+    """Runs and measures the flow, and prints the measurements as JSON."""
     from prefect_segmind import refresh_assets
     from prefect_segmind.sandbox import sample_photo
 
@@ -91,7 +91,7 @@ def child(assets: int, at_once: int) -> None:
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[str]:
-    """Prefect's server with the settings that a batch needs."""
+    """Runs Prefect's server with the settings that a batch needs, and yields its address."""
     port = free_port()
     environment = {**os.environ, **SERVER, "PREFECT_HOME": str(home / "prefect"), "PREFECT_SERVER_API_PORT": str(port)}
     prefect = Path(sys.executable).with_name("prefect")
@@ -108,7 +108,7 @@ def prefect_server(home: Path) -> Iterator[str]:
 
 @contextmanager
 def sandbox(home: Path, latency: float) -> Iterator[dict[str, str]]:
-    """The sandbox, and the environment that points at it."""
+    """Runs the sandbox, and yields the environment variables that point at it."""
     port, s3_port = free_port(), free_port()
     command = [sys.executable, "-m", "prefect_segmind", "sandbox", "--folder", str(home / "sandbox"), "--sketch"]
     command += ["--port", str(port), "--s3-port", str(s3_port), "--latency", str(latency), "--credits", "100000"]
@@ -129,7 +129,7 @@ def sandbox(home: Path, latency: float) -> Iterator[dict[str, str]]:
 
 
 def processor_seconds() -> tuple[float, float]:
-    """What all processors together have worked, and have been idle."""
+    """Busy and idle seconds of all processors together."""
     user, nice, system, idle, wait, *_ = map(float, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
     return user + nice + system, idle + wait
 

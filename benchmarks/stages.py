@@ -1,9 +1,9 @@
-"""What the four stages cost without Prefect: CPU of each stage, of the sandbox's API and of its S3 server.
+"""CPU time of the four stages without Prefect, of the sandbox's API and of its S3 server.
 
     .venv/bin/python benchmarks/stages.py --jobs 640 --at-once 64 --latency 2 --archive local s3
 
-The sandbox runs in a process of its own and answers sketches, unless `--drawn`; sources and uploads go through its S3.
-CPU figures are solid, wall figures are as quiet as the machine. Linux only: it reads /proc.
+The sandbox runs in a separate process and answers with sketches, unless `--drawn`; uploads go through its S3. CPU times
+are reproducible, wall times depend on the load of the machine. Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -40,13 +40,27 @@ LOG = logging.getLogger("benchmarks")
 
 @dataclass
 class Stages:
-    """The parts of a walk, made once, and the CPU that each stage has taken, in seconds."""
+    """The stages of a job.
+
+    Attributes:
+        pipeline: The pipeline, shared by all jobs.
+        spent: Seconds of CPU by stage.
+    """
 
     pipeline: Pipeline
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def walk(self, image: str, seed: int, inspected: InspectedSource | None) -> ArchivedImage:
-        """One job from its check to the archive; `inspected` where the source is inspected once for all jobs."""
+        """Takes one job from its validation to the archive.
+
+        Args:
+            image: The source image.
+            seed: The seed, which also names the job.
+            inspected: The inspected source; None to inspect it for this job.
+
+        Returns:
+            The archived picture.
+        """
         with self._timed("validate"):
             job = parse_job({"image": image, "prompt": "a red mug", "seed": seed, "name": f"set/{seed}"})
             validated = settle(job, inspected or inspect_source(image, self.pipeline.reader))
@@ -67,10 +81,22 @@ class Stages:
 def measure(
     archive: str | None, jobs: int, at_once: int, window: int, photo: Path, inspect_each: bool
 ) -> tuple[Stages, float]:
-    """Walks the jobs: the CPU of each stage and the seconds that all took. The archive of the settings if None."""
+    """Measures a number of jobs.
+
+    Args:
+        archive: The archive; that of the settings if None.
+        jobs: How many jobs.
+        at_once: Requests at once, at most.
+        window: Threads.
+        photo: The source image.
+        inspect_each: Whether to inspect the source for each job.
+
+    Returns:
+        The CPU time of the stages, and the wall time in seconds.
+    """
     pipeline = Services(archive=archive).pipeline(Gate(max_concurrency=at_once))
     stages = Stages(pipeline)
-    stages.walk(str(photo), 99_999, None)  # uploads the source, probes the store, imports what is imported late
+    stages.walk(str(photo), 99_999, None)  # uploads the source, probes the store, does late imports
     stages.spent.clear()
     inspected = None if inspect_each else inspect_source(str(photo), pipeline.reader)
     started = time.monotonic()
@@ -81,7 +107,7 @@ def measure(
 
 
 def serve(folder: Path, latency: float, sketch: bool, talk: Connection) -> None:
-    """The sandbox's process: sends its environment and S3 process once, then its own CPU whenever it is asked."""
+    """Runs the sandbox: sends its environment and S3 process once, then its CPU time on each request."""
     with Sandbox(folder, latency=latency, credits="1000000", sketch=sketch) as sandbox:
         assert sandbox.s3 is not None
         talk.send((sandbox.environment(), sandbox.s3.pid))
@@ -90,19 +116,19 @@ def serve(folder: Path, latency: float, sketch: bool, talk: Connection) -> None:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of CPU that a process has taken."""
+    """The CPU time of a process in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def source_photo(path: Path, size: tuple[int, int]) -> None:
-    """A JPEG of about a megabyte."""
+    """Writes a JPEG of about a megabyte."""
     with Image.open(io.BytesIO(sample_photo())) as image:
         image.resize(size).save(path, quality=98)
 
 
 def main() -> None:
-    """Measures one batch for each kind of archive and prints a line for it."""
+    """Measures a batch for each kind of archive, and prints the results."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--jobs", type=int, default=200)
     options.add_argument("--at-once", type=int, default=64, help="requests at once")

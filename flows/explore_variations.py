@@ -24,7 +24,7 @@ from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
 from prefect_segmind.jobs.job import Job, name_from_image, parse_job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
-from prefect_segmind.manifest.model import Found, Row
+from prefect_segmind.manifest.model import FoundImage, Row
 from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key
@@ -139,7 +139,7 @@ def explore_variations(
     if max(len(axes["style_type"]) * len(axes["seed"]), len(axes["image_weight"])) > MAX_LABELS:
         raise ConfigurationError(f"the contact sheet has room for {MAX_LABELS} rows and columns; give fewer variations")
     head = {"templates": False, "variants": axes}
-    expansion = Expansion(head, {}, lambda *_: [Found(image)], allow_unlisted_resolution=unlisted)
+    expansion = Expansion(head, {}, lambda *_: [FoundImage(image)], allow_unlisted_resolution=unlisted)
     with expand(title, expansion, [Row("the grid", base)]) as asked:
         ended = run_batch(asked.jobs, title, terms)
         cells = {_cell_of(job): job.name for job in asked.jobs}

@@ -22,7 +22,7 @@ from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.jobs.job import Job, parse_job, suffix_from_image
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.image_paths import named
-from prefect_segmind.manifest.model import Found, Row
+from prefect_segmind.manifest.model import FoundImage, Row
 from prefect_segmind.reporting.events import asset_failed
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
@@ -247,7 +247,11 @@ def process_inbox(
 
 
 def _job(
-    found: Found, template: Mapping[str, Any], variables: Mapping[str, Any], unlisted: bool, warnings: dict[str, None]
+    found: FoundImage,
+    template: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    unlisted: bool,
+    warnings: dict[str, None],
 ) -> tuple[Job | None, str]:
     """The job of one file by the template, or what is wrong with it; no file stands in the way of another."""
     expansion = Expansion({}, variables, lambda *_: [found], allow_unlisted_resolution=unlisted)

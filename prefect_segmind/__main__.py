@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-from prefect_segmind.cli.streams import begin_in_utf8, unfailing_output
+from prefect_segmind.cli.streams import restart_in_utf8, unfailing_output
 
 
 def main() -> None:
     """Runs `prefect-segmind` and exits with its code."""
-    begin_in_utf8()
-    # Prefect reads these when it is imported. Its temporary server gives up after 20 s, too soon for a busy machine.
+    restart_in_utf8()
+    # Prefect reads these on import. It waits 20 s for its temporary server, too short for a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    # And it records task runs one by one, too slow for a batch, and drops those that it has no time for.
+    # It records task runs one by one, too slow for a batch, and drops those that it cannot keep up with.
     os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE", "100")
     os.environ.setdefault("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE", "100")
     console = "CommandConsole" if "--verbose" in sys.argv else "QuietConsole"

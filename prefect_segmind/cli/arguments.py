@@ -1,4 +1,4 @@
-"""What the command line takes as text and means as something else."""
+"""Options of the command line that are converted from text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from prefect_segmind.text import spelled
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
-    """What an option such as `--set name=value` has set."""
+    """The values of an option such as `--set name=value`, by name.
+
+    Args:
+        option: The name of the option, for the message.
+        given: Its values as typed.
+
+    Raises:
+        ConfigurationError: A value has another form.
+    """
     wrong = [each for each in given if not re.fullmatch(r"[A-Za-z_]\w*=.*", each, re.S)]
     if wrong:
         raise ConfigurationError(f"{option}: {wrong[0]!r} is not allowed; allowed is name=value")
@@ -21,17 +29,29 @@ def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def typed(given: dict[str, str]) -> dict[str, Any]:
-    """Fields of a job that were given as text."""
+    """Fields of a job, the numbers among them converted from text.
+
+    Args:
+        given: The fields as text.
+    """
     return {field: number(text) if field in ("seed", "image_weight") else text for field, text in given.items()}
 
 
 def number(text: str) -> int | str:
-    """A whole number; a text that is none, for the check of the job to refuse."""
+    """An integer from its text; any other text unchanged, so that the job's validation refuses it."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
 
 
 def money(field: str, given: str | None) -> Decimal | None:
-    """An amount in USD that was given as text."""
+    """An amount in USD from its text.
+
+    Args:
+        field: The name of the field, for the message.
+        given: The text; None if the option is left out.
+
+    Raises:
+        ConfigurationError: It is not an amount, or is negative.
+    """
     if given is None:
         return None
     with suppress(InvalidOperation):

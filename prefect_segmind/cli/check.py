@@ -1,4 +1,4 @@
-"""What `prefect-segmind check` looks at: everything a run needs, tried for real, without paying anything."""
+"""The checks of `prefect-segmind check`: everything that a run needs is tried, at no cost."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from prefect_segmind.storage.open_store import is_relative, open_store
 from prefect_segmind.storage.store import Store
 
 
-class Found(NamedTuple):
-    """What a check found.
+class CheckResult(NamedTuple):
+    """The result of a check.
 
     Attributes:
-        text: What it found, or what to do.
-        mark: `ok`, `mind` for what works but may surprise, `bad` for what does not work.
+        text: The finding, or the remedy.
+        mark: `ok`, `mind` for what works with a caveat, or `bad` for what does not work.
     """
 
     text: str
     mark: Literal["ok", "mind", "bad"] = "ok"
 
 
-Check = tuple[str, Callable[[], Found]]
+Check = tuple[str, Callable[[], CheckResult]]
+"""The title of a check, and the function that runs it."""
 
 
 def all_checks(block: str | None, archive: str | None, upload_to: str | None) -> Iterator[Check]:
-    """Titles and checks; a check says what it found, or raises an error that says what to do.
+    """Yields titles and checks; a check returns a result, or raises an error whose message has the remedy.
 
     Args:
-        block: Name of a `SegmindCredentials` block; the settings if None.
-        archive: `s3://bucket/prefix` or a folder; the settings if None.
-        upload_to: `s3://bucket/prefix`; the settings if None.
+        block: Name of a `SegmindCredentials` block; that of the settings if None.
+        archive: `s3://bucket/prefix` or a folder; that of the settings if None.
+        upload_to: `s3://bucket/prefix`; that of the settings if None.
     """
     yield "proxy and certificates", lambda: _http(block)
     yield "key and credits", lambda: _credits(block)
@@ -59,56 +60,53 @@ def all_checks(block: str | None, archive: str | None, upload_to: str | None) ->
     yield "Prefect server", _server
 
 
-def _http(block: str | None) -> Found:
+def _http(block: str | None) -> CheckResult:
     check_environment()
     url = load_base_url(block)
     way = "directly" if on_loopback(url) or proxy_for(url) is None else "through the proxy of the environment"
     own = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
-    return Found(f"the API is reached {way}, " + (f"with the certificates of {own}" if own else "with certifi's"))
+    return CheckResult(f"the API is reached {way}, " + (f"with the certificates of {own}" if own else "with certifi's"))
 
 
-def _credits(block: str | None) -> Found:
+def _credits(block: str | None) -> CheckResult:
     price = load_settings().price_usd
     with load_credentials(block).get_client() as client:
         left = client.credits()
     pictures = f"about {int(left / price)} pictures" if price else "pictures cost nothing"
-    return Found(f"the key is good; {usd(left)} USD of credits, {pictures}")
+    return CheckResult(f"the key is good; {usd(left)} USD of credits, {pictures}")
 
 
-def _upload_place(place: str | None) -> Found:
+def _upload_place(place: str | None) -> CheckResult:
     services = Services(upload_to=place)
     uploads = services.uploads
     if uploads.place is None:
         raise ConfigurationError("none is set; local images need one: set PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO")
     store = open_store(uploads.checked_place(), services.s3)
-    said = secrets.token_bytes(16)
-    store.put(".segmind-check", said, "application/octet-stream")
-    answer = _signed(uploads.address(store.uri(".segmind-check")))
-    if answer.content != said:
+    content = secrets.token_bytes(16)
+    store.put(".segmind-check", content, "application/octet-stream")
+    answer = _get_signed(uploads.address(store.uri(".segmind-check")))
+    if answer.content != content:
         raise StoreError(
             f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
             "endpoint and the bucket's policy for GET"
         )
-    return Found(f"{uploads.place} can be written{_checked(store)}, and a signed address can be read")
+    return CheckResult(f"{uploads.place} can be written{_checked(store)}, and a signed address can be read")
 
 
-def _archive(place: str | None) -> Found:
+def _archive(place: str | None) -> CheckResult:
     store = Services(archive=place).archive.store
     store.put(".segmind/check", secrets.token_bytes(16), "application/octet-stream")
-    named = place or load_settings().archive or ""
-    if is_relative(named):
-        return _relative(f"{store.url} can be written", "--archive" if place else f"{PREFIX}ARCHIVE", named)
+    folder = place or load_settings().archive or ""
+    if is_relative(folder):
+        return _relative(f"{store.url} can be written", "--archive" if place else f"{PREFIX}ARCHIVE", folder)
     conditional, works = store.conditional, f"{store.url} can be written{_checked(store)}"
     if conditional:
-        return Found(f"{works}, and honours conditional writes")
-    return Found(
-        f"{works}, but ignores conditional writes: do not run the same job in two processes at once",
-        "mind",
-    )
+        return CheckResult(f"{works}, and honours conditional writes")
+    return CheckResult(f"{works}, but ignores conditional writes: do not run one job in two processes at once", "mind")
 
 
-def _signed(url: str) -> httpx.Response:
-    """What lies at a signed address, which no message shows."""
+def _get_signed(url: str) -> httpx.Response:
+    """Gets a signed address, which no message may show."""
     proxy = None if on_loopback(url) else proxy_for(url)
     try:
         with httpx.Client(trust_env=False, proxy=proxy, verify=ssl_context(), timeout=10) as client:
@@ -123,26 +121,24 @@ def _checked(store: Store) -> str:
     return "" if store.checksums else " (without checksum headers)"
 
 
-def _outbox() -> Found:
-    named = load_settings()
-    outbox = Outbox(outbox_folder(named), named.outbox_min_free_bytes)
+def _outbox() -> CheckResult:
+    settings = load_settings()
+    outbox = Outbox(outbox_folder(settings), settings.outbox_min_free_bytes)
     outbox.check()
-    if is_relative(str(named.outbox_folder)):
-        variable = f"{PREFIX}OUTBOX" if named.outbox else "PREFECT_HOME"
-        return _relative(f"{outbox.folder} can take pictures", variable, str(named.outbox_folder))
+    works = f"{outbox.folder} can take pictures"
+    if is_relative(str(settings.outbox_folder)):
+        variable = f"{PREFIX}OUTBOX" if settings.outbox else "PREFECT_HOME"
+        return _relative(works, variable, str(settings.outbox_folder))
     if _in_container() and not _on_volume(outbox.folder):
-        return Found(
-            f"{outbox.folder} can take pictures, but lies in this container and is lost with it: mount a volume there, "
-            "so that a paid picture survives",
-            "mind",
-        )
-    return Found(f"{outbox.folder} can take pictures")
+        lost = "is in this container and is lost with it: mount a volume there, so that a paid picture survives"
+        return CheckResult(f"{works}, but {lost}", "mind")
+    return CheckResult(works)
 
 
-def _relative(works: str, named: str, place: str) -> Found:
-    return Found(
-        f"{works}, but {place!r} is taken from the working directory, and runs of deployments refuse it: name an "
-        f"absolute folder in {named}, or the same one in prefect.toml, which counts from that file's folder",
+def _relative(works: str, variable: str, folder: str) -> CheckResult:
+    return CheckResult(
+        f"{works}, but {folder!r} is relative to the working directory, and runs of deployments refuse it: set "
+        f"{variable} to an absolute folder, or set it in prefect.toml, where it is relative to that file's folder",
         "mind",
     )
 
@@ -158,8 +154,8 @@ def _on_volume(folder: Path) -> bool:
     return any(os.path.ismount(each) for each in (folder, *folder.parents) if each != each.parent)
 
 
-def _versions() -> Found:
-    said = []
+def _versions() -> CheckResult:
+    versions = []
     for text in requires("prefect-segmind") or []:
         need = Requirement(text)
         if need.name not in ("prefect", "fastapi", "sqlalchemy") or need.marker is not None:
@@ -170,32 +166,32 @@ def _versions() -> Found:
                 f"{need.name} {have} is installed, and Prefect's server does not work with it: "
                 f'pip install "{need.name}{need.specifier}"'
             )
-        said.append(f"{need.name} {have}")
-    return Found(", ".join(said))
+        versions.append(f"{need.name} {have}")
+    return CheckResult(", ".join(versions))
 
 
-def _server() -> Found:
-    check_environment()  # Prefect's client reads it too
-    where = PREFECT_API_URL.value()
+def _server() -> CheckResult:
+    check_environment()  # Prefect's client reads the environment too
+    url = PREFECT_API_URL.value()
     try:
-        made = get_client(sync_client=True)
+        prefect = get_client(sync_client=True)
     except OSError as error:
         raise ConfigurationError(
             f"PREFECT_API_SSL_CERT_FILE: {PREFECT_API_SSL_CERT_FILE.value()} cannot be used ({error.strerror or error})"
         ) from None
-    with made as client:
+    with prefect as client:
         if failed := client.api_healthcheck():
-            raise ConfigurationError(f"{where} does not answer ({failed}); start it, or check PREFECT_API_URL")
+            raise ConfigurationError(f"{url} does not answer ({failed}); start it, or check PREFECT_API_URL")
         server = str(client.api_version())
     if server.split(".")[:2] != prefect_version.split(".")[:2]:
         raise ConfigurationError(
             f"the server is Prefect {server}, this is {prefect_version}; use the same minor version"
         )
-    if where is None:
-        return Found(
+    if url is None:
+        return CheckResult(
             f"a temporary one, Prefect {server}, is started for each command, which takes seconds and shows nothing "
             "live: run `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`, then `prefect server start` in "
-            "a terminal of its own",
+            "another terminal",
             "mind",
         )
-    return Found(f"{where} answers, Prefect {server}")
+    return CheckResult(f"{url} answers, Prefect {server}")

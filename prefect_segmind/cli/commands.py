@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 it failed, or some assets did; 2 bad input, nothing paid; 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,11 @@ from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.cli.arguments import money, number, pairs, typed
-from prefect_segmind.cli.check import Found, all_checks
+from prefect_segmind.cli.check import CheckResult, all_checks
 from prefect_segmind.cli.ephemeral_server import shield_temporary_server
 from prefect_segmind.cli.output import (
     BAD_INPUT,
     DONE,
-    FAILED,
     INTERRUPTS,
     batch,
     batch_facts,
@@ -35,14 +33,14 @@ from prefect_segmind.cli.output import (
     exit_code,
     failure,
     message,
-    outcome,
+    picture_facts,
+    print_json,
     show_failure,
-    success,
 )
 from prefect_segmind.cli.progress import BatchRun, Run, live
 from prefect_segmind.cli.streams import unreadable
 from prefect_segmind.cli.terminal import people, print_facts
-from prefect_segmind.errors import InputError, SegmindError, redact
+from prefect_segmind.errors import InputError
 from prefect_segmind.flows import image_to_image, refresh_assets
 from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.pipeline.archive import ArchivedImage
@@ -62,10 +60,10 @@ app = App(
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Output:
-    """How a command speaks.
+    """The output options of a command.
 
     Attributes:
-        json: Print one JSON object on standard output and nothing else there.
+        json: Print one JSON object, and nothing else, on standard output.
         verbose: Show tracebacks and every line of Prefect's log.
     """
 
@@ -77,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs a command line.
 
     Args:
-        arguments: Without the program's name.
+        arguments: The command line without the program's name.
 
     Returns:
         The exit code.
@@ -92,9 +90,9 @@ def run(arguments: Sequence[str]) -> int:
         text = str(error)
         if "--json" in arguments:
             wrong = InputError(text)
-            print(json.dumps(batch_failure(wrong) if arguments[0] == "refresh" else failure("", wrong)))
+            print_json(batch_failure(wrong) if arguments[0] == "refresh" else failure("", wrong))
         people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-        people.print("prefect-segmind --help tells what there is.")
+        people.print("See prefect-segmind --help.")
         return BAD_INPUT
     except Exception as error:
         return show_failure(error, verbose="--verbose" in arguments)
@@ -102,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _prepare_for_interrupts() -> None:
-    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, and leaves Prefect's temporary server out of it."""
+    """Makes SIGTERM and SIGHUP end a command as Ctrl-C does, without ending Prefect's temporary server."""
     end_command_on_signals()
     shield_temporary_server()
 
@@ -146,7 +144,7 @@ def generate(
         publish_to: Copy the picture to an address that stays: s3://bucket/live gives live/{name}.png.
         block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
-        output: How to speak.
+        output: Output options.
     """
     output = output or Output()
     _prepare_for_interrupts()
@@ -163,27 +161,28 @@ def generate(
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
     }
-    settings: dict[str, Any] = {
-        "archive": archive,
-        "upload_to": upload_to,
-        "publish_to": publish_to,
-        "credentials_block": block,
-        "on_unknown": on_unknown,
-    }
     try:
         check_environment()
         # Before Prefect sees the parameters and keeps them: a secret in them would stay in its database.
         parse_job(job, allow_unlisted_resolution=load_settings().allow_unlisted_resolution)
         with heard_by(run), live(people, name, TimeElapsedColumn()):
-            archived = cast(ArchivedImage, image_to_image(**job, **settings))
+            made = image_to_image(
+                **job,
+                archive=archive,
+                upload_to=upload_to,
+                publish_to=publish_to,
+                credentials_block=block,
+                on_unknown=on_unknown,
+            )
+            archived = cast(ArchivedImage, made)
     except (Exception, *INTERRUPTS) as error:
         if output.json:
-            print(json.dumps(failure(name, error, run.ledger)))
+            print_json(failure(name, error, run.ledger))
         return show_failure(error, output.verbose, run.ledger.totals, run.facts())
     if output.json:
-        print(json.dumps(success(archived)))
+        print_json(archived.model_dump())
     else:
-        print_facts(Console(), outcome(archived) | run.facts())
+        print_facts(Console(), picture_facts(archived) | run.facts())
     return DONE
 
 
@@ -224,13 +223,13 @@ def refresh(
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
         variables: key=value, for the manifest's templates; may be given several times.
         defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
-        output: How to speak.
+        output: Output options.
     """
     output, run = output or Output(), BatchRun(people, yes=yes)
     _prepare_for_interrupts()
     try:
         check_environment()
-        with heard_by(run), run.shown():
+        with heard_by(run), run.bar:
             result = refresh_assets(
                 manifest=manifest,
                 archive=archive,
@@ -249,8 +248,8 @@ def refresh(
     except (Exception, *INTERRUPTS) as error:
         ended = error.result if isinstance(error, BatchError) else run.result
         if output.json:
-            what = message(error, run.ledger.totals)
-            print(json.dumps(batch(ended) | {"error": what} if ended else batch_failure(error)))
+            totals = run.ledger.totals
+            print_json(batch(ended) | {"error": message(error, totals)} if ended else batch_failure(error))
         if not ended:
             return show_failure(error, output.verbose, run.ledger.totals, run.facts())
         if output.verbose:
@@ -259,7 +258,7 @@ def refresh(
             print_facts(Console(), batch_facts(ended) | run.facts())
         return exit_code(error)
     if output.json:
-        print(json.dumps(batch(result)))
+        print_json(batch(result))
     else:
         print_facts(Console(), (dry_run_facts(result) if dry_run else batch_facts(result)) | run.facts())
     return DONE
@@ -270,7 +269,7 @@ def demo(*, folder: Path = Path("segmind-demo"), verbose: bool = False) -> int:
     """Watch a picture being made against a local sandbox, a rate limit and a gateway error included. Costs nothing.
 
     Args:
-        folder: Where the pictures go; each demo makes a folder of its own in it.
+        folder: Where each demo creates a folder for its pictures.
         verbose: Show tracebacks and every line of Prefect's log.
     """
     from prefect_segmind.cli.demo import demonstrate
@@ -303,15 +302,25 @@ def sandbox(
         requests_per_minute: A rate limit, if there is to be one.
         sketch: Answer sketches, which take next to no time to draw: for measuring many at once.
     """
-    from prefect_segmind.cli.demo import serve_sandbox
+    from prefect_segmind.cli.demo import serve
+    from prefect_segmind.sandbox import Sandbox
 
-    serve_sandbox(folder, port, s3_port, latency, credits, requests_per_minute, Console(), sketch)
+    stand_in = Sandbox(
+        folder.resolve(),
+        port=port,
+        s3_port=s3_port,
+        latency=latency,
+        credits=credits,
+        requests_per_minute=requests_per_minute,
+        sketch=sketch,
+    )
+    serve(stand_in, Console())
     return DONE
 
 
 @app.command
 def check(*, block: str | None = None, archive: str | None = None, upload_to: str | None = None) -> int:
-    """Check key and credits, upload place, archive, outbox and Prefect; each line is ok or says what to do. Free.
+    """Check key and credits, upload place, archive, outbox and Prefect; each line is ok or has the remedy. Free.
 
     Args:
         block: Name of a SegmindCredentials block.
@@ -323,10 +332,8 @@ def check(*, block: str | None = None, archive: str | None = None, upload_to: st
     for title, look in all_checks(block, archive, upload_to):
         try:
             found, code = look(), DONE
-        except SegmindError as error:
-            found, code = Found(str(error), "bad"), exit_code(error)
         except Exception as error:
-            found, code = Found(redact(f"{type(error).__name__}: {error}"), "bad"), FAILED
+            found, code = CheckResult(message(error), "bad"), exit_code(error)
         colour = {"ok": "green", "mind": "yellow", "bad": "red"}[found.mark]
         console.print(f"[{colour}]{found.mark:<4}[/] [bold]{title}[/]: ", end="")
         console.print(found.text, markup=False, highlight=False, soft_wrap=True)

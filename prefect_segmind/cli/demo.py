@@ -22,11 +22,11 @@ PROMPT = "a ceramic mug on a picnic blanket, late summer light, soft shadows"
 
 
 def demonstrate(folder: Path, console: Console) -> None:
-    """Makes a picture of a drawn photo against a sandbox that first answers 429 and 502, then asks for it once more.
+    """Makes a picture of a drawn photo against a sandbox that first answers 429 and 502, then makes it again.
 
     Args:
-        folder: Each demo makes a folder of its own in it.
-        console: Where people read.
+        folder: Where to create the demo's own folder.
+        console: Where to print.
     """
     home = (folder / datetime.now().strftime("%Y%m%d-%H%M%S")).resolve()
     home.mkdir(parents=True)
@@ -47,7 +47,7 @@ def demonstrate(folder: Path, console: Console) -> None:
         console.rule("The same job again")
         second = image_to_image(image=str(photo), prompt=PROMPT, style_type="ANIME", image_weight=60, resolution="AUTO")
         billed, spent = sandbox.ledger.billed, sandbox.ledger.billed_usd
-    console.rule("What came of it")
+    console.rule("The result")
     after = home / "s3" / first.image.removeprefix("s3://")
     facts = {
         "before": str(photo),
@@ -62,50 +62,26 @@ def demonstrate(folder: Path, console: Console) -> None:
     print_facts(console, facts)
 
 
-def serve_sandbox(
-    folder: Path,
-    port: int,
-    s3_port: int,
-    latency: float,
-    credits: str,
-    requests_per_minute: int | None,
-    console: Console,
-    sketch: bool = False,
-) -> None:
-    """Serves the sandbox until Ctrl-C, SIGTERM or SIGHUP, and prints the exports that point the plugin at it.
+def serve(sandbox: Sandbox, console: Console) -> None:
+    """Serves a sandbox until Ctrl-C, SIGTERM or SIGHUP, and prints the exports that point the plugin at it.
 
     Args:
-        folder: What the S3 server serves.
-        port: Of the API.
-        s3_port: Of the S3 server.
-        latency: Seconds that a picture takes.
-        credits: USD on the account.
-        requests_per_minute: A rate limit, if there is to be one.
-        console: Where people read.
-        sketch: Whether pictures are only sketched, for load tests.
+        sandbox: The sandbox, not started yet.
+        console: Where to print.
     """
     end_command_on_signals()
-    with Sandbox(
-        folder.resolve(),
-        port=port,
-        s3_port=s3_port,
-        latency=latency,
-        credits=credits,
-        requests_per_minute=requests_per_minute,
-        sketch=sketch,
-    ) as sandbox:
+    with sandbox:
         lines = (
             "# The sandbox runs until Ctrl-C. In another terminal: paste these lines, then prefect-segmind generate …",
-            f"# Pictures are plain files in {folder.resolve() / 's3/segmind/archive'}; the key is new at each start.",
+            f"# Pictures are plain files in {sandbox.folder / 's3/segmind/archive'}; the key is new at each start.",
             "unset AWS_PROFILE",
+            *(f"export {name}={shlex.quote(value)}" for name, value in sandbox.environment().items()),
         )
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        for name, value in sandbox.environment().items():
-            console.print(f"export {name}={shlex.quote(value)}", markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
             ledger = sandbox.ledger
-            console.print(f"\n{ledger.billed} pictures billed, {usd(ledger.billed_usd)} USD that nobody pays.")
+            console.print(f"\n{ledger.billed} pictures billed, {usd(ledger.billed_usd)} USD of no real money.")

@@ -1,7 +1,8 @@
-"""How a command ends: its exit code, its JSON, and what people read."""
+"""The end of a command: its exit code, its JSON, and its output for people."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
-from prefect_segmind.batch.tally import BatchError, BatchResult
+from prefect_segmind.batch.plan import Plan
+from prefect_segmind.batch.tally import BatchError, BatchResult, planned
 from prefect_segmind.cli.terminal import people
 from prefect_segmind.errors import (
     AccountError,
@@ -23,7 +25,7 @@ from prefect_segmind.errors import (
     SegmindError,
     redact,
 )
-from prefect_segmind.limits.ledger import Ledger, Totals
+from prefect_segmind.limits.ledger import NOTHING, Ledger, Totals
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.tasks.interrupts import ended_by
@@ -31,18 +33,22 @@ from prefect_segmind.tasks.interrupts import ended_by
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 INTERRUPTED = 130
 INTERRUPTS = (KeyboardInterrupt, TerminationSignal)
-"""What ends a command from without; Prefect may raise another error on top of it."""
+"""Interrupts of a command; Prefect may raise another error on top."""
 
 NOTHING_SENT = Totals()
 
 SHOWN_JOBS = 20
-"""Jobs of a plan that people see."""
+"""Jobs of a plan that the terminal shows."""
 SHOWN_FAILURES = 10
-"""Failures that people see; the JSON and the manifest of failures have them all."""
+"""Failures that the terminal shows; the JSON and the manifest of failures have all of them."""
 
 
 def address_in_ui(flow_run_id: str) -> str:
-    """Where a flow run is in Prefect's UI; where no server is configured, with how to start one that has it."""
+    """The address of a flow run in Prefect's UI; without a configured server, also how to start one.
+
+    Args:
+        flow_run_id: The id of the flow run.
+    """
     api = PREFECT_API_URL.value()
     if api:
         ui = PREFECT_UI_URL.value() or api.removesuffix("/api")
@@ -54,52 +60,60 @@ def address_in_ui(flow_run_id: str) -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code for an error."""
+    """The exit code for an error.
+
+    Args:
+        error: The error that ended the command.
+    """
     table: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], int], ...] = (
         (InputError, BAD_INPUT),
         (AccountError, ACCOUNT_REFUSED),
         ((InsufficientCreditsError, BudgetReachedError, NotApprovedError), NO_MONEY),
         ((CancelledRun, RunCancelledError), INTERRUPTED),
     )
-    if interrupted(error):
+    if _interrupt(error):
         return INTERRUPTED
     cause = error.stopped or error if isinstance(error, BatchError) else error
     return next((code for kind, code in table if isinstance(cause, kind)), FAILED)
 
 
-def success(archived: ArchivedImage) -> dict[str, Any]:
-    """What `generate --json` prints of a picture: money as text, all else as it is."""
-    return {
-        **archived.model_dump(mode="json"),
-        "cost_usd": usd(archived.cost_usd),
-        "possibly_billed_usd": usd(archived.possibly_billed_usd),
-    }
+def print_json(result: Mapping[str, Any]) -> None:
+    """Prints what a command did as one JSON object; amounts become text.
+
+    Args:
+        result: The fields of the object.
+    """
+    print(json.dumps(result, default=usd))
 
 
 def failure(name: str, error: BaseException, ledger: Ledger | None = None) -> dict[str, Any]:
-    """What `generate --json` prints of a failure.
+    """The fields of `generate --json` for a failure.
 
     Args:
-        name: The job's.
-        error: What it ended with.
-        ledger: What its requests came to.
+        name: The job's name.
+        error: The error that ended the command.
+        ledger: The ledger of its requests, if it sent any.
     """
     ledger = ledger or Ledger()
-    totals, asked_for = ledger.totals, next(iter(ledger.pictures), None)
+    totals = ledger.totals
     return {
+        **dict.fromkeys(ArchivedImage.model_fields),
         "status": "failed",
         "name": name,
-        **dict.fromkeys(("image", "sidecar", "fingerprint", "sha256", "width", "height", "seed", "published")),
-        "fingerprint": getattr(error, "fingerprint", None) or asked_for,
-        "cost_usd": usd(totals.cost_usd),
-        "possibly_billed_usd": usd(totals.possibly_billed_usd),
+        "fingerprint": getattr(error, "fingerprint", None) or next(iter(ledger.pictures), None),
+        "cost_usd": totals.cost_usd,
+        "possibly_billed_usd": totals.possibly_billed_usd,
         "attempts": totals.requests_sent,
         "error": message(error, totals),
     }
 
 
-def outcome(archived: ArchivedImage) -> dict[str, str]:
-    """What people see of a picture in the terminal."""
+def picture_facts(archived: ArchivedImage) -> dict[str, str]:
+    """The lines that the terminal shows for a picture, by title.
+
+    Args:
+        archived: The picture.
+    """
     facts = {
         archived.status: archived.name,
         "picture": archived.image,
@@ -117,13 +131,13 @@ def outcome(archived: ArchivedImage) -> dict[str, str]:
 def show_failure(
     error: BaseException, verbose: bool, totals: Totals = NOTHING_SENT, facts: Mapping[str, str] = MappingProxyType({})
 ) -> int:
-    """Says what went wrong in a few lines, with a traceback only for those who ask.
+    """Prints an error in a few lines.
 
     Args:
-        error: What a command ended with.
-        verbose: Whether to show the traceback.
-        totals: What the requests of its run came to.
-        facts: Where the run is, a title and a text for each line.
+        error: The error that ended the command.
+        verbose: Whether to print its traceback too.
+        totals: The totals of the run's requests.
+        facts: Further lines, by title.
 
     Returns:
         The exit code.
@@ -144,30 +158,36 @@ def show_failure(
 
 
 def batch(result: BatchResult) -> dict[str, Any]:
-    """What `refresh --json` prints of a run, or of a plan."""
-    money = ("cost_usd", "possibly_billed_usd", "planned_usd")
-    planned = result.jobs if result.dry_run else ()
+    """The fields of `refresh --json` for a run or a plan.
+
+    Args:
+        result: The result of the run.
+    """
+    planned_jobs = result.jobs if result.dry_run else ()
     return {
-        **result.model_dump(mode="json", exclude={"images", "plan"}),
-        **{each: usd(getattr(result, each)) for each in money},
+        **result.model_dump(exclude={"plan"}),
         "waiting": result.plan.wait,
-        "images": [success(each) for each in result.images],
-        "jobs": [{**each.model_dump(), "usd": usd(each.usd)} for each in planned],
-        "jobs_left_out": result.total - len(planned) if result.dry_run else 0,
+        "jobs": [each.model_dump() for each in planned_jobs],
+        "jobs_left_out": result.total - len(planned_jobs) if result.dry_run else 0,
     }
 
 
 def batch_failure(error: BaseException) -> dict[str, Any]:
-    """What `refresh --json` prints of a run that failed before anything was done."""
-    counts = dict.fromkeys(("total", "generated", "reused", "recovered", "failed", "not_started"), 0)
-    money = dict.fromkeys(("cost_usd", "possibly_billed_usd", "planned_usd"), "0.00")
-    rest: dict[str, Any] = {"images": [], "failures": [], "failed_manifest": None, "stopped": None}
-    rest |= {"not_started_names": [], "waiting": 0, "dry_run": False, "jobs": [], "jobs_left_out": 0}
-    return {**counts, **money, **rest, "error": message(error)}
+    """The fields of `refresh --json` for a run that failed before it had a plan.
+
+    Args:
+        error: The error that ended the command.
+    """
+    no_plan = Plan(total=0, generate=0, reuse=0, recover=0, wait=0, fail=0, price_usd=NOTHING)
+    return batch(planned(no_plan).model_copy(update={"dry_run": False})) | {"error": message(error)}
 
 
 def dry_run_facts(result: BatchResult) -> dict[str, str]:
-    """What people see of a dry run in the terminal: the plan, its first jobs, and the first of the others that fail."""
+    """The lines that the terminal shows for a dry run, by title: the plan, its first jobs, and others that will fail.
+
+    Args:
+        result: The result of the dry run.
+    """
     facts = {"dry run": result.sentence(), **result.plan.facts()}
     shown = result.jobs[:SHOWN_JOBS]
     facts |= {f"job {number}": each.sentence() for number, each in enumerate(shown, start=1)}
@@ -183,7 +203,11 @@ def dry_run_facts(result: BatchResult) -> dict[str, str]:
 
 
 def batch_facts(result: BatchResult) -> dict[str, str]:
-    """What people see of a run in the terminal."""
+    """The lines that the terminal shows for a run, by title.
+
+    Args:
+        result: The result of the run.
+    """
     facts = {"result": result.sentence()}
     if result.images:
         first = result.images[0]
@@ -199,20 +223,14 @@ def batch_facts(result: BatchResult) -> dict[str, str]:
     return facts
 
 
-def interrupted(error: BaseException) -> bool:
-    """Whether an error comes of an interrupt."""
-    return any(isinstance(each, INTERRUPTS) for each in _chain(error))
-
-
 def message(error: BaseException, totals: Totals = NOTHING_SENT) -> str:
-    """An error in words for people.
+    """The message of an error, for people.
 
     Args:
-        error: It.
-        totals: What the requests of its run came to.
+        error: The error that ended the command.
+        totals: The totals of the run's requests.
     """
-    if interrupted(error):
-        by = next(filter(None, map(ended_by, _chain(error))))
+    if by := _interrupt(error):
         ended = "" if by == "Ctrl-C" else f" (it was ended by {by})"
         if any(totals):
             return (
@@ -228,8 +246,13 @@ def message(error: BaseException, totals: Totals = NOTHING_SENT) -> str:
     return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
 
 
+def _interrupt(error: BaseException) -> str | None:
+    """The interrupt behind an error, `Ctrl-C` or the name of a signal; None if there was none."""
+    return next(filter(None, map(ended_by, _chain(error))), None)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and all those that it came of."""
+    """An error with all its causes and contexts."""
     left: list[BaseException | None] = [error]
     seen: set[int] = set()
     while left:

@@ -1,10 +1,8 @@
-"""The terminal while a command works: one live line, and the question whether a batch may cost what it will."""
+"""The terminal while a command runs: one live line, and the approval of a batch's cost."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,21 +30,20 @@ from prefect_segmind.reporting.listener import Listener, Question
 
 
 class _Left(TimeRemainingColumn):
-    """The time that is left, once it is known how much there is to do."""
+    """The time left, once the total is known."""
 
     def render(self, task: Task) -> Text:
-        """The time, and what it means."""
+        """The time with the word `left`; nothing before the total is known."""
         return Text() if task.total is None else super().render(task).append(" left")
 
 
-@contextmanager
-def live(console: Console, line: str, *columns: ProgressColumn) -> Iterator[Progress]:
-    """Shows one live line while a command works, the last of the terminal; it goes when the command has ended.
+def live(console: Console, line: str, *columns: ProgressColumn) -> Progress:
+    """A live line at the bottom of the terminal, shown inside a `with`.
 
     Args:
-        console: Where people read; without a terminal nothing is drawn.
-        line: What it says at first.
-        columns: What stands right of that.
+        console: Where to draw it; nothing is drawn without a terminal.
+        line: Its text at first.
+        columns: The columns right of the text.
     """
     bar = Progress(
         SpinnerColumn("line"),
@@ -57,16 +54,15 @@ def live(console: Console, line: str, *columns: ProgressColumn) -> Iterator[Prog
         disable=not console.is_terminal,
     )
     bar.add_task("", total=None, line=line)
-    with bar:
-        yield bar
+    return bar
 
 
 class Run(Listener):
-    """The run that a command has started: where it is in Prefect's UI, how far it is, what it came to.
+    """The flow run of a command.
 
     Attributes:
-        ledger: What its requests came to, once it has ended.
-        result: What came of its assets, once it has ended, if it is a batch.
+        ledger: The ledger of its requests, once it has ended; empty until then.
+        result: The result of a batch, once it has ended.
     """
 
     def __init__(self) -> None:
@@ -75,66 +71,60 @@ class Run(Listener):
         self._flow_run_id: str | None = None
 
     def began(self, flow_run_id: str) -> None:
-        """Keeps which flow run it is."""
+        """Keeps the id of the flow run."""
         self._flow_run_id = flow_run_id
 
     def ended(self, ledger: Ledger, result: BatchResult | None = None) -> None:
-        """Keeps what it came to."""
+        """Keeps the ledger and the result."""
         self.ledger, self.result = ledger, result
 
     def facts(self) -> dict[str, str]:
-        """Where people see it."""
+        """The line that the terminal shows for its address in Prefect's UI, by title."""
         return {"in the UI": address_in_ui(self._flow_run_id)} if self._flow_run_id else {}
 
 
 class BatchRun(Run):
-    """A batch that a command has started: it shows a bar, and asks in the terminal whether it may cost what it will.
+    """The flow run of a batch: shows a progress bar, and asks in the terminal for approval.
 
     Args:
-        console: Where people read; without a terminal nothing is drawn.
-        yes: Whether to go on without asking.
+        console: Where to draw and to ask; nothing is drawn without a terminal.
+        yes: Whether to approve any cost without asking.
+
+    Attributes:
+        bar: A progress bar: done, reused, failed, USD and the time left; to be entered while the batch runs.
     """
 
     def __init__(self, console: Console, *, yes: bool) -> None:
         super().__init__()
         self._console = console
         self._yes = yes
-        self._bar: Progress | None = None
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Shows a bar while the batch runs: done, reused, failed, USD and the time left."""
-        with live(self._console, "planning", BarColumn(), TimeElapsedColumn(), _Left()) as bar:
-            self._bar = bar
-            yield
+        self.bar = live(console, "planning", BarColumn(), TimeElapsedColumn(), _Left())
 
     def progressed(self, progress: tally.Progress) -> None:
-        """Moves the bar."""
+        """Updates the bar."""
         reused = progress.counts["reused"] + progress.counts["recovered"]
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0],
-                total=progress.total,
-                completed=progress.done,
-                line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
-                f"{usd(progress.cost_usd)} USD",
-            )
+        self.bar.update(
+            self.bar.task_ids[0],
+            total=progress.total,
+            completed=progress.done,
+            line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
+            f"{usd(progress.cost_usd)} USD",
+        )
 
     def ask(self, question: Question) -> Answer:
         """Asks in the terminal.
 
         Raises:
-            ConfigurationError: There is no terminal.
+            ConfigurationError: Standard input is not a terminal.
         """
         if self._yes:
             return Answer(GO_ON)
         if not sys.stdin.isatty():
             raise ConfigurationError(
                 f"approve_above_usd: the plan costs {usd(question.plan.planned_usd)} USD, more than "
-                f"{usd(question.above_usd)} USD, and nobody can be asked here; run it in a terminal, or with --yes"
+                f"{usd(question.above_usd)} USD, and this is not a terminal; run it in a terminal, or with --yes"
             )
-        if self._bar is not None:
-            self._bar.stop()
+        self.bar.stop()
         print_facts(
             self._console,
             question.plan.facts()
@@ -145,6 +135,5 @@ class BatchRun(Run):
         answer = None
         while answer is None:
             answer = parse_answer(self._console.input(escape(line)))
-        if self._bar is not None:
-            self._bar.start()
+        self.bar.start()
         return answer

@@ -1,4 +1,4 @@
-"""What a command prints and reads: whatever the terminal or the pipe can take, it never fails what was done."""
+"""Standard streams of a command: an output that cannot be encoded or written never fails the work."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from typing import Any, TextIO
 
 _GONE = (errno.EPIPE, errno.EIO)
-"""Nobody reads any more: a pipe into `head`, a terminal that was closed."""
+"""The reader is gone: a pipe into `head`, a closed terminal."""
 
 
 class UnfailingStream:
-    """A text stream to which writing never fails: what cannot be encoded is replaced, what cannot be written is lost.
+    """A text stream that never fails: what cannot be encoded is replaced, what cannot be written is dropped.
 
-    A picture is paid for by the time it is told, and the exit code is that of the work.
+    A picture is paid for by the time it is printed, and the exit code is that of the work.
 
     Args:
         stream: The stream.
-        name: What people call it.
+        name: Its name in messages, such as `standard output`.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -30,29 +30,29 @@ class UnfailingStream:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        """Writes a text, or loses it."""
+        """Writes a text, or drops it."""
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._lose(error)
+            self._drop(error)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, or loses what is left."""
+        """Flushes, or drops what is left."""
         try:
             self._stream.flush()
         except OSError as error:
-            self._lose(error)
+            self._drop(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _lose(self, error: OSError) -> None:
-        """Sends this and all that follows nowhere, and says so unless it is known that nobody reads."""
+    def _drop(self, error: OSError) -> None:
+        """Redirects the stream to the null device, and reports that unless the reader is gone."""
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
             self._stream.flush()  # its buffer too, or it would fail again when the process ends
         if error.errno not in _GONE:
             print(f"{self._name} cannot be written: {error.strerror}", file=sys.stderr)
@@ -60,12 +60,12 @@ class UnfailingStream:
 
 @contextmanager
 def unfailing_output() -> Iterator[None]:
-    """Makes standard output and standard error unfailing; what is typed is never undecodable either."""
+    """Makes standard output and standard error unfailing, and standard input replace what it cannot decode."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     _open_what_was_closed()
     with ExitStack() as stack:
-        # A stream that was closed before the command began is None, and takes nothing.
+        # A stream that was closed before the command began is None.
         for stream, name, redirect in (
             (sys.stdout, "standard output", redirect_stdout),
             (sys.stderr, "standard error", redirect_stderr),
@@ -78,22 +78,22 @@ def unfailing_output() -> Iterator[None]:
 
 
 def _open_what_was_closed() -> None:
-    """Gives standard streams that were closed (`>&-`) the null device.
+    """Opens the null device for standard streams that were closed (`>&-`).
 
-    Else the next file that is opened gets their number, and what a child process prints; Prefect's temporary server
-    does not even start.
+    Otherwise the next opened file gets their number, and the output of child processes; Prefect's temporary server does
+    not even start.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
 
 
-def begin_in_utf8() -> None:
-    """Begins the command anew in Python's UTF-8 mode where its locale knows ASCII only.
+def restart_in_utf8() -> None:
+    """Restarts the command in Python's UTF-8 mode where its locale is ASCII only.
 
-    Prompts and names of files would be unreadable there. The terminal goes on getting what it can show.
+    Prompts and file names would be unreadable there. Output still uses the terminal's encoding.
     """
     if sys.getfilesystemencoding() != "ascii":
         return
@@ -104,7 +104,7 @@ def begin_in_utf8() -> None:
 
 
 def unreadable(arguments: Sequence[str]) -> str | None:
-    """The first argument that is no text: bytes of another encoding than the locale's, which nothing could store."""
+    """The first argument that is not text: bytes in another encoding than the locale's."""
     for each in arguments:
         try:
             each.encode("utf-8")

@@ -1,8 +1,8 @@
-"""The text of a manifest: YAML, JSON, JSON Lines or CSV to plain values with their places, and jobs back to YAML.
+"""The formats of manifests: YAML, JSON, JSON Lines or CSV to plain values with their places, and jobs back to YAML.
 
-Scalars of YAML are read as YAML 1.2 has them: only true and false are booleans, so `OFF` stays a text, and there are
-no dates, octal or sexagesimal numbers. Those of `vars` remember how they were written, for they end up in prompts. So
-only PyYAML's events are used; some versions of its composer also crash the process on a text that is nested deeply.
+YAML scalars follow YAML 1.2: only true and false are booleans, so `OFF` stays text, and there are no dates, octal or
+sexagesimal numbers. Scalars in `vars` keep their spelling, as they end up in prompts. So only PyYAML's events are used;
+some versions of its composer also crash the process on deeply nested text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from prefect_segmind.text import Spelled, spelled, stripped
 KINDS = {".yaml": "YAML", ".yml": "YAML", ".json": "JSON", ".csv": "CSV"} | dict.fromkeys(
     (".jsonl", ".ndjson"), "JSON Lines"
 )
-"""The kind of a manifest by the extension of its name."""
+"""The format of a manifest by its file extension."""
 MAX_TEXT = 50_000_000
 """Characters of a YAML or JSON manifest, and of one line of the others."""
 _STREAMS = "use JSON Lines (.jsonl) or CSV, which are read row by row"
@@ -53,22 +53,27 @@ _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 class Parsed(NamedTuple):
-    """What a manifest says beside its assets, and the assets, which are read while iterated."""
+    """A manifest that has been read.
+
+    Attributes:
+        head: All of it but the assets.
+        rows: The assets, read while iterated.
+    """
 
     head: Mapping[str, Any]
     rows: Iterator[Row]
 
 
 def read_text(kind: str, lines: Iterable[str], mistakes: Notes) -> Parsed:
-    r"""The head and the assets of a manifest; those of JSON Lines and CSV are read one by one.
+    r"""Parses a manifest; the assets of JSON Lines and CSV are read one by one.
 
     Args:
         kind: One of the values of `KINDS`.
         lines: The text, each line with its line break.
-        mistakes: Where mistakes of the form go; the values themselves are not checked.
+        mistakes: Collects mistakes of form; the values themselves are not checked.
 
     Raises:
-        UnreadableManifest: Nothing can be read from some place on, also while the rows are iterated.
+        UnreadableManifest: The rest of the text cannot be read; also raised while the rows are iterated.
 
     Example:
         >>> head, rows = read_text("CSV", ["image,prompt\n", "mug.jpg,a red mug\n"], Notes())
@@ -79,12 +84,12 @@ def read_text(kind: str, lines: Iterable[str], mistakes: Notes) -> Parsed:
 
 
 def write_manifest(jobs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A manifest in YAML that makes exactly these jobs, piece by piece.
+    """Yields, in pieces, a YAML manifest that makes exactly these jobs.
 
-    It says `templates: false`, so that no text is taken for a template or a pattern.
+    It has `templates: false`, so that no text is taken for a template or a pattern.
 
     Args:
-        jobs: The fields of each; what is None or the default of `Job` is left out.
+        jobs: The fields of each job; None and the defaults of `Job` are left out.
 
     Example:
         >>> print("".join(write_manifest([{"image": "/in/mug.jpg", "prompt": "a {red} mug", "seed": None}])), end="")
@@ -97,14 +102,14 @@ def write_manifest(jobs: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     end = " []\n"
     for job in jobs:
         plain = {field: value.value if isinstance(value := job.get(field), Enum) else value for field in FIELDS}
-        said = {field: value for field, value in plain.items() if value not in (None, Job.model_fields[field].default)}
-        yield "\n  - " + "\n    ".join(f"{field}: {_written(value)}" for field, value in said.items())
+        given = {field: value for field, value in plain.items() if value not in (None, Job.model_fields[field].default)}
+        yield "\n  - " + "\n    ".join(f"{field}: {_written(value)}" for field, value in given.items())
         end = "\n"
     yield end
 
 
 def _written(value: object) -> str:
-    """A scalar as JSON writes it, with what YAML does not take as it is, or folds, as an escape."""
+    """A scalar as JSON, with characters escaped that YAML forbids or folds."""
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
@@ -122,16 +127,16 @@ def _yaml(lines: Iterable[str], mistakes: Notes) -> Parsed:
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
         problem = error.problem or "cannot be read"
-        # PyYAML reads ahead, and from 6.0.4 on stops at a depth of its own.
+        # PyYAML reads ahead, and since 6.0.4 has its own limit of depth.
         raise _broken(text, mark.line, mark.column, "nested too deeply" if "nesting" in problem else problem) from None
     return _document(_plain(value), mistakes, reader.asset_lines)
 
 
 class _YamlReader:
-    """Makes values of the events of a text: `Written` scalars in lists and mappings, which aliases share.
+    """Builds values from the events of a text: `Written` scalars in lists and mappings; an alias shares its anchor's.
 
     Attributes:
-        asset_lines: The line of each asset, if they stand under `assets`.
+        asset_lines: The line of each asset below `assets`.
     """
 
     def __init__(self, text: str, mistakes: Notes) -> None:
@@ -145,7 +150,7 @@ class _YamlReader:
         """The value of the only document; None where there is none."""
         value = next((self._value(event, ()) for event in self._events), None)
         if next(self._events, None):
-            raise UnreadableManifest("it holds several documents; a manifest is one")
+            raise UnreadableManifest("it holds several documents; a manifest has one")
         return value
 
     def _value(self, event: Any, path: tuple[Any, ...]) -> Any:
@@ -153,10 +158,10 @@ class _YamlReader:
         items = takewhile(lambda each: not isinstance(each, yaml.CollectionEndEvent), self._events)
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise _misplaced(event, f"the alias *{event.anchor} stands for nothing that ends before it")
+                raise _misplaced(event, f"the alias *{event.anchor} has no complete anchor before it")
             return self._anchors[event.anchor]
         if event.tag not in (None, "!", *_TAGS):
-            raise _misplaced(event, f"the tag {event.tag} means nothing here")
+            raise _misplaced(event, f"the tag {event.tag} is not supported")
         if len(path) >= _DEPTH and not isinstance(event, yaml.ScalarEvent):
             raise _misplaced(event, "nested too deeply")
         if isinstance(event, yaml.ScalarEvent):
@@ -187,7 +192,7 @@ def _misplaced(event: Any, problem: str) -> yaml.MarkedYAMLError:
 def _scalar(event: yaml.ScalarEvent) -> Any:
     value: str = event.value
     if event.tag in ("!", "tag:yaml.org,2002:str") or (event.tag is None and not event.implicit[0]):
-        return value  # said to be a text, or in quotes, or a block
+        return value  # tagged as text, in quotes, or a block
     if value in _WORDS:
         return written(value, _WORDS[value])
     if _INTEGER.fullmatch(value):
@@ -197,7 +202,7 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
 
 def _broken(text: str, line: int, column: int, what: str) -> UnreadableManifest:
     near = " ".join(text.split("\n")[max(0, line - 1) : line + 1])
-    hint = "; a text that begins with {{ must stand in quotes" if re.search(r"[:-] +\{\{", near) else ""
+    hint = "; put a text that begins with {{ in quotes" if re.search(r"[:-] +\{\{", near) else ""
     return UnreadableManifest(f"line {line + 1}, column {column + 1}: {what}{hint}")
 
 
@@ -206,7 +211,7 @@ def _json(lines: Iterable[str], mistakes: Notes) -> Parsed:
 
 
 def _json_value(text: str, where: str, mistakes: Notes) -> Any:
-    """A JSON text's value; doubled keys and numbers that are none are noted."""
+    """A JSON text's value; duplicate keys, NaN and Infinity are mistakes."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -216,14 +221,14 @@ def _json_value(text: str, where: str, mistakes: Notes) -> Any:
             made[name] = value
         return made
 
-    def no_number(word: str) -> None:
-        mistakes.add(f"{where}{word} is no JSON")
+    def invalid(word: str) -> None:
+        mistakes.add(f"{where}{word} is not valid JSON")
 
     try:
         value = json.loads(
             text,
             object_pairs_hook=unique,
-            parse_constant=no_number,
+            parse_constant=invalid,
             parse_int=_integer,
             parse_float=lambda digits: written(digits, float(digits)),
         )
@@ -270,11 +275,11 @@ def _rows(items: Iterable[tuple[str, Any]], mistakes: Notes) -> Iterator[Row]:
         if isinstance(asset, dict):
             yield Row(where, asset)
         else:
-            mistakes.add(f"{where}: {shown(asset)} is no asset; an asset is a mapping of fields to values")
+            mistakes.add(f"{where}: {shown(asset)} is not an asset; an asset is a mapping of fields to values")
 
 
 def _plain(document: Any, where: str = "") -> Any:
-    """A copy of a document that shares nothing; only in `vars` its scalars know how they were written.
+    """A copy of a document without shared parts; only scalars in `vars` keep their spelling.
 
     Raises:
         UnreadableManifest: It is nested too deeply, or too large with its aliases written out.
@@ -293,7 +298,7 @@ def _plain(document: Any, where: str = "") -> Any:
         if isinstance(value, list):
             return [plain(each, depth + 1, in_vars) for each in value]
         if in_vars and (value is None or isinstance(value, bool)):
-            return written(json.dumps(value), value)  # JSON's reader does not keep these, but has one way to write each
+            return written(json.dumps(value), value)  # JSON has one spelling of each, which its reader drops
         return value if in_vars else meant(value)
 
     return plain(document, 0, False)
@@ -314,17 +319,17 @@ def _json_lines(lines: Iterable[str], mistakes: Notes) -> Parsed:
     rest = items()
     first = list(islice(rest, 1))
     if not first and not mistakes:
-        raise UnreadableManifest("it has no assets; each line is one")
+        raise UnreadableManifest("it has no assets; each line is an asset")
     value = first[0][1] if first else None
     if isinstance(value, dict) and value.keys() & {*HEAD} and not value.keys() & {"image", "prompt", "name"}:
         if "assets" in value:
-            mistakes.add(f"{first[0][0]}: assets: each asset stands on a line of its own")
+            mistakes.add(f"{first[0][0]}: assets: put each asset on its own line")
         return Parsed(value, _rows(rest, mistakes))
     return Parsed({}, _rows(chain(first, rest), mistakes))
 
 
 def _lines(lines: Iterable[str]) -> Iterator[str]:
-    """Lines that end in CR alone, as some spreadsheets write them, are lines too."""
+    """Lines, also those that end in CR alone, as some spreadsheets write them."""
     for line in lines:
         yield from filter(None, re.split(r"(?<=\r)(?!\n)", line)) if "\r" in line else (line,)
 
@@ -346,7 +351,7 @@ def _csv(lines: Iterable[str], mistakes: Notes) -> Parsed:
         if column not in FIELDS and not re.match(r"vars\..", column):
             mistakes.add(f"{where}: column {unknown(column, [*FIELDS, 'vars.NAME'], 'column')}")
     if absent := [column for column in ("image", "prompt") if column not in columns]:
-        mistakes.add(f"{where}: there is no column {' and none '.join(absent)}")
+        mistakes.add(f"{where}: missing column{'s' * (len(absent) > 1)} {' and '.join(absent)}")
         return Parsed({}, iter(()))
     return Parsed({}, _csv_rows(records, columns, mistakes))
 
@@ -355,7 +360,7 @@ def _csv_rows(records: Iterable[tuple[str, list[str]]], columns: list[str], mist
     for where, cells in records:
         given = [(column, cell) for column, cell in zip(columns, cells, strict=False) if stripped(cell)]
         if any(not column for column, _ in given) or "".join(cells[len(columns) :]).strip():
-            mistakes.add(f"{where}: more cells than columns; a text with the separator in it must stand in quotes")
+            mistakes.add(f"{where}: more cells than columns; put a text that contains the separator in quotes")
             continue
         values: dict[str, Any] = {
             column: cell if column in TEXTS else stripped(cell) for column, cell in given if column in FIELDS
@@ -366,7 +371,7 @@ def _csv_rows(records: Iterable[tuple[str, list[str]]], columns: list[str], mist
 
 
 def _records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows that hold anything, each with where it ends."""
+    """The rows that are not blank, each with the line on which it ends."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         for cells in reader:
@@ -381,7 +386,7 @@ def _records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[s
 
 
 def _unquoted(cell: str) -> str:
-    """A cell without quotes that stand behind a blank, which the reader takes for a part of the text."""
+    """A cell without quotes that follow a blank, which the reader takes as part of the text."""
     text = stripped(cell)
     if cell.startswith('"') or len(text) < 2 or not (text[0] == text[-1] == '"'):
         return cell
@@ -389,6 +394,6 @@ def _unquoted(cell: str) -> str:
 
 
 def _delimiter(header: str) -> str:
-    """Of comma, semicolon, tab and bar the one that makes most known columns of the first line."""
+    """The delimiter, of comma, semicolon, tab and bar, with which the header has the most known columns."""
     cells = {delimiter: [cell.strip().strip('"') for cell in header.split(delimiter)] for delimiter in ",;\t|"}
     return max(cells, key=lambda delimiter: sum(c in FIELDS or c.startswith("vars.") for c in cells[delimiter]))

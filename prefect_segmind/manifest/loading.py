@@ -1,11 +1,10 @@
-"""Where a manifest lies, and where its images lie as seen from there: folders, buckets and patterns.
+"""Opens a manifest on disk or in S3, and makes its jobs.
 
-A manifest is read once, from a file or through a temporary copy of an object, and its jobs go to a spool on disk.
+A manifest is read once, from a file or a temporary copy of an object, and its jobs go to a spool on disk.
 """
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,9 +15,11 @@ from typing import IO, TYPE_CHECKING, Any
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.formats import KINDS, MAX_TEXT, read_text
-from prefect_segmind.manifest.image_paths import Images, images_in_s3
+from prefect_segmind.manifest.image_paths import Images
 from prefect_segmind.manifest.model import Notes, Row, UnreadableManifest
-from prefect_segmind.storage.paths import found_path
+from prefect_segmind.storage.disk_errors import reason
+from prefect_segmind.storage.open_store import is_s3
+from prefect_segmind.storage.paths import found_path, missing_file
 from prefect_segmind.storage.spool import Spool, temporary_file
 from prefect_segmind.text import stripped
 
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest without mistakes. It is a context manager: at its end the jobs are gone.
+    """A manifest without mistakes. As a context manager it deletes the jobs at its end.
 
     Attributes:
-        place: Where it lies, as it was given.
-        warnings: What is odd but no mistake, a line each.
-        jobs: Its jobs, in its order.
+        place: Its path or address, as given.
+        warnings: A line for each warning.
+        jobs: Its jobs, in order.
     """
 
     place: str
@@ -58,19 +59,21 @@ def load_manifest(
     """Reads and checks a whole manifest; no image is opened.
 
     Args:
-        place: A local path or `s3://bucket/key`, whose extension says how it is written: .yaml, .yml, .json, .jsonl,
-            .ndjson or .csv.
-        variables: For its templates; they win over the manifest's vars.
-        s3: Makes the S3 client, when one is needed.
-        defaults: Fields for assets that do not give them; they win over the manifest's own defaults.
-        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+        place: A local path or `s3://bucket/key` whose extension gives the format: .yaml, .yml, .json, .jsonl, .ndjson
+            or .csv.
+        variables: For its templates; they override the manifest's vars.
+        s3: Makes the S3 client, when it is needed.
+        defaults: Fields for assets that do not give them; they override the manifest's own defaults.
+        allow_unlisted_resolution: Whether to accept sizes other than the 78 listed ones.
 
     Raises:
-        ManifestError: It has mistakes; the message has a line for each, `mistakes` holds them.
-        StoreError: It, or a folder in which a pattern looks, cannot be read; or there is no room for the jobs.
+        ManifestError: It has mistakes: a line for each, also in `mistakes`.
+        StoreError: The manifest, or a folder that a pattern searches, cannot be read; or the disk has no room for the
+            jobs.
         ConfigurationError: Its address is malformed, or the S3 client cannot be made.
 
     Example:
+        >>> import tempfile
         >>> from prefect_segmind.storage.s3 import s3_client
         >>> with tempfile.NamedTemporaryFile("w+", suffix=".jsonl") as file:
         ...     print('{"image": "s3://photos/mug.jpg", "prompt": "{{ season }} light"}', file=file, flush=True)
@@ -100,23 +103,23 @@ def load_manifest(
 
 
 def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images | None = None) -> Manifest:
-    """Makes the jobs of assets that are read or made already.
+    """Makes the jobs of assets.
 
-    An image that is not there, or a pattern without a match, is not a mistake by itself: it fails its asset alone, or
-    makes none. Where there are mistakes it is listed with them, so that a person mends all at once.
+    A missing image, or a pattern without a match, is not a mistake by itself: its asset fails alone, or makes no job.
+    Where there are mistakes it is listed with them, so that all can be fixed at once.
 
     Args:
-        place: What the manifest is called.
+        place: The manifest's path or address, for messages.
         expansion: Makes the jobs of each asset.
         rows: The assets.
-        images: What finds their images, and knows which are not there.
+        images: Finds their images, and which are missing.
 
     Returns:
         The manifest with its jobs.
 
     Raises:
-        ManifestError: There are mistakes, or there are patterns and nothing matches any; a line for each.
-        StoreError: A folder in which a pattern looks cannot be read; or there is no room for the jobs.
+        ManifestError: There are mistakes, or patterns of which none has a match: a line for each.
+        StoreError: A folder that a pattern searches cannot be read, or the disk has no room for the jobs.
     """
     mistakes, warnings = expansion.mistakes, expansion.warnings
     with ExitStack() as stack:
@@ -130,12 +133,10 @@ def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images
         except UnreadableManifest as error:
             mistakes.add(str(error))
         if mistakes:
-            for line in (*expansion.missing.lines, *(images.missing_in_s3() if images else ())):
-                mistakes.add(line)
+            mistakes.add(*expansion.missing.lines, *(images.missing_in_s3() if images else ()))
         if mistakes or not jobs:
-            why = images.skipped if images and expansion.unmatched else ()
-            for line in (*expansion.unmatched.lines, *why):
-                mistakes.add(line)
+            skipped = images.skipped if images and expansion.unmatched else ()
+            mistakes.add(*expansion.unmatched.lines, *skipped)
         if mistakes:
             raise mistakes.error(place)
         if not jobs and not warnings:
@@ -145,7 +146,7 @@ def expand(place: str, expansion: Expansion, rows: Iterable[Row], images: Images
 
 
 def _with_defaults(head: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The head of a manifest with the run's own defaults over its own; what is no mapping stays, to be told."""
+    """The head of a manifest with the run's defaults over its own, unless those are not a mapping (a mistake)."""
     own = head.get("defaults") or {}
     return {**head, "defaults": {**own, **defaults}} if defaults and isinstance(own, Mapping) else head
 
@@ -154,7 +155,7 @@ def _with_defaults(head: Mapping[str, Any], defaults: Mapping[str, Any] | None) 
 
 
 def _kind(place: str) -> str:
-    if "://" in place and not images_in_s3(place):
+    if "://" in place and not is_s3(place):
         raise UnreadableManifest("a manifest is a local path or s3://bucket/key")
     extension = PurePosixPath(place).suffix.lower()
     if extension not in KINDS:
@@ -163,21 +164,18 @@ def _kind(place: str) -> str:
 
 
 def _opened(place: str, s3: Callable[[], S3Client]) -> IO[bytes]:
-    if images_in_s3(place):
+    if is_s3(place):
         return _downloaded(place, s3())
     try:
         path = found_path(place).expanduser()
         if path.is_dir():
             raise UnreadableManifest("it is a folder; name one file in it")
-        if not path.exists():
-            names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = difflib.get_close_matches(path.name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"looked in {path.parent.absolute()}"
-            raise UnreadableManifest(f"it does not exist ({hint})")
-        return path.open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UnreadableManifest(f"it cannot be read: {why}") from None
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise UnreadableManifest(f"it {missing_file(path)}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        raise UnreadableManifest(f"it cannot be read: {reason(error)}") from None
 
 
 def _downloaded(place: str, client: S3Client) -> IO[bytes]:
@@ -214,7 +212,7 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
         try:
             line = file.readline(MAX_TEXT + 1)
         except OSError as error:
-            raise UnreadableManifest(f"it cannot be read: {error.strerror or error}") from None
+            raise UnreadableManifest(f"it cannot be read: {reason(error)}") from None
         if not line:
             return
         number += 1
@@ -223,6 +221,6 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            what = f"line {number}, byte {error.start + 1}: {line[error.start]:#x} is no UTF-8"
+            what = f"line {number}, byte {error.start + 1}: {line[error.start]:#x} is not UTF-8"
             raise UnreadableManifest(f"{what}; save the file as UTF-8") from None
         yield text.removeprefix("\ufeff") if number == 1 else text

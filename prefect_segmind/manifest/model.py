@@ -1,4 +1,4 @@
-"""What a manifest is made of: its fields, its rows, its mistakes."""
+"""The parts of a manifest: fields, rows, mistakes."""
 
 from __future__ import annotations
 
@@ -10,75 +10,97 @@ from prefect_segmind.jobs.job import Job, shown, suffix_from_image
 
 FIELDS = tuple(Job.model_fields)
 TEXTS = ("name", "image", "prompt", "negative_prompt")
-"""The fields that may be templates."""
+"""Fields that may be templates."""
 AXES = ("prompt", "negative_prompt", "image_weight", "magic_prompt_option", "resolution", "seed", "style_type")
-"""The fields that may vary."""
+"""Fields that `variants` may vary."""
 HEAD = ("defaults", "vars", "variants", "templates")
-"""What a manifest may say beside its assets."""
+"""Keys of a manifest beside `assets`."""
 MAX_ASSETS = MAX_VARIANTS = 10_000
+"""Assets of a YAML or JSON manifest, and jobs of one asset."""
 _SHOWN, _KEPT = 100, 10_000  # mistakes in a message, and in memory
 
 
 class Row(NamedTuple):
-    """An asset as it stands in the text: where, such as `line 12`, and its values, not checked yet."""
+    """An asset as the manifest has it.
+
+    Attributes:
+        where: Its place, such as `line 12`.
+        values: Its values, not checked yet.
+    """
 
     where: str
     values: Mapping[str, Any]
 
 
-class Found(NamedTuple):
-    """An image: its absolute location and, where a pattern has found it, the name that it gets from its path."""
+class FoundImage(NamedTuple):
+    """An image that an asset names.
+
+    Attributes:
+        location: Its absolute path or address.
+        name: Where a pattern matched it, the job name made from its path; else empty.
+    """
 
     location: str
     name: str = ""
 
 
 class UnreadableManifest(Exception):
-    """From some place on nothing can be read."""
+    """The rest of a manifest cannot be read."""
 
 
 class MistakenManifest(ManifestError):
-    """A manifest has mistakes; `mistakes` holds a line for each of the first 10,000, with where it is."""
+    """A manifest has mistakes.
+
+    Attributes:
+        mistakes: A line for each of the first 10,000, with its place.
+    """
 
     mistakes: tuple[str, ...] = ()
 
 
 class Notes:
-    """Lines for a person: the first 10,000 of them, and how many there were."""
+    """Lines for a person: keeps the first 10,000 and counts all.
+
+    Attributes:
+        lines: The first 10,000 lines.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._count = 0
 
-    def add(self, line: str) -> None:
-        """Notes a line, without keys and signed addresses."""
-        self._count += 1
-        if self._count <= _KEPT:
-            self.lines.append(redact(line))
+    def add(self, *lines: str) -> None:
+        """Adds lines; keys and signed addresses are redacted."""
+        self._count += len(lines)
+        self.lines += map(redact, lines[: max(0, _KEPT - len(self.lines))])
 
     def __len__(self) -> int:
         return self._count
 
     def first(self) -> list[str]:
-        """The first 100, and how many more there are."""
+        """The first 100 lines, and a last one with the number of the others."""
         return self.lines[:_SHOWN] + [f"… and {len(self) - _SHOWN} more"] * (len(self) > _SHOWN)
 
     def error(self, place: str) -> MistakenManifest:
-        """The error of a manifest with these mistakes."""
+        """The error for a manifest with these mistakes.
+
+        Args:
+            place: The manifest's path or address.
+        """
         first = f"{place}: {len(self)} mistake{'s' * (len(self) > 1)}; nothing was uploaded or paid."
         error = MistakenManifest("\n  ".join([first, *self.first()]))
         error.mistakes = tuple(self.lines)
         return error
 
 
-def look_alike(name: str, one: Found, other: Found, names_each: bool) -> str:
-    """The mistake of two matches of a pattern that get one name.
+def look_alike(name: str, one: FoundImage, other: FoundImage, names_each: bool) -> str:
+    """The mistake of two matches of a pattern with the same name.
 
     Args:
-        name: What both would be called.
-        one: The first.
-        other: The second.
-        names_each: Whether the asset's `name` is all of their names, and not the folder that they go to.
+        name: The name.
+        one: The first match.
+        other: The second match.
+        names_each: Whether the asset's `name` is each match's whole name rather than their folder.
     """
     if suffix_from_image(one.location) != suffix_from_image(other.location):
         remedy = "put {{ stem }}-{{ suffix }} into name" + ("" if names_each else ", or {{ suffix }} for a folder each")

@@ -1,4 +1,4 @@
-"""What a manifest may hold: pydantic models that check it, and the JSON Schema that they make."""
+"""Pydantic models that check a manifest, and the JSON Schema made from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing_extensions import TypeAliasType
 
 from prefect_segmind.api.resolutions import AUTO, Resolution
 from prefect_segmind.jobs.job import ALLOWED, Job, describe_mistake, unknown
-from prefect_segmind.manifest.model import (
-    AXES,
-    MAX_ASSETS,
-)
+from prefect_segmind.manifest.model import AXES, MAX_ASSETS
 from prefect_segmind.text import spelled
 
 _MORE = {
@@ -57,12 +54,12 @@ _FIELDS: Any = _types()
 _SECTIONS = {
     "defaults": _model(
         "Defaults",
-        "What holds for each asset that does not say otherwise.",
+        "Values for assets that do not give a field.",
         **{field: type_ for field, type_ in _FIELDS.items() if field != "name"},
     ),
     "variants": _model(
         "Variants",
-        "Fields with the values they take in turn; each combination is a job of its own.",
+        "Lists of values for fields; each combination makes a job.",
         **{field: Annotated[list[_FIELDS[field]], Field(min_length=1)] for field in AXES},
     ),
 }
@@ -75,7 +72,7 @@ ASSET = _model("Asset", "One asset, a picture or several.", **_FIELDS, **_SHARED
 MANIFEST = _model(
     "Manifest",
     "The assets of a batch and what they share.",
-    **{"$schema": Annotated[str, Field(description="Where this schema lies, for an editor.")]},
+    **{"$schema": Annotated[str, Field(description="The location of this schema, for editors.")]},
     defaults=_SECTIONS["defaults"] | None,
     **_SHARED,
     templates=Annotated[StrictBool, Field(description=_TEMPLATES, json_schema_extra={"default": True})],
@@ -87,22 +84,22 @@ MANIFEST = _model(
 def check(
     model: type[BaseModel], values: Mapping[str, Any], *, allow_unlisted_resolution: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """Checks what a manifest says beside its assets, or an asset beside the fields that end up in its jobs.
+    """Checks a manifest without its assets, or an asset without the fields of its jobs.
 
     Args:
         model: `MANIFEST` or `ASSET`.
-        values: The values, as they were read.
-        allow_unlisted_resolution: Whether other sizes than the 78 are let through.
+        values: The values, as read.
+        allow_unlisted_resolution: Whether to accept sizes other than the 78 listed ones.
 
     Returns:
-        The values that are right, as they were read, and a line for each mistake.
+        The valid values, as read, and a line for each mistake.
 
     Example:
         >>> check(ASSET, {"variants": {"seed": [100], "style_type": ["anime"]}, "vars": {"season": "summer"}})[0]
         {'variants': {'seed': [100]}, 'vars': {'season': 'summer'}}
     """
     right: dict[str, Any] = {key: {**value} if isinstance(value, Mapping) else value for key, value in values.items()}
-    lines: dict[str, None] = {}  # each member of a union has an error of its own, which says the same
+    lines: dict[str, None] = {}  # each member of a union reports the same error
     try:
         model.model_validate(right, context={"allow_unlisted_resolution": allow_unlisted_resolution})
     except ValidationError as error:
@@ -120,7 +117,7 @@ def check(
 def json_schema() -> dict[str, Any]:
     """The JSON Schema, draft 2020-12, of a manifest in YAML or JSON, for editors and other tools.
 
-    What it cannot say, such as that names are unique, is checked when a manifest is read.
+    What it cannot express, such as unique names, is checked when a manifest is read.
     """
     schema = MANIFEST.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "required": ["assets"]}

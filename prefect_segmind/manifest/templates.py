@@ -1,4 +1,4 @@
-"""Templates in a manifest's texts: Jinja2 in its sandbox, where a name that nobody has given is a mistake."""
+"""Templates in a manifest's texts: Jinja2's sandbox, with undefined names as mistakes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _MARK = re.compile(r"\{[{%#]")
 
 
 class Written:
-    """A scalar of a manifest that prints as it was written there, `1.10` or `~`, and is what it means otherwise."""
+    """A scalar that prints as the manifest spells it, `1.10` or `~`, and has its usual value otherwise.
+
+    Attributes:
+        text: Its spelling.
+        value: Its value.
+    """
 
     text: str
     value: int | float | bool | None
@@ -36,7 +41,7 @@ class _Float(Written, float):
 
 
 class _Null(Written):
-    """Nothing, however it was written."""
+    """Null, in any spelling."""
 
     def __bool__(self) -> bool:
         return False
@@ -49,7 +54,11 @@ class _Null(Written):
 
 
 def written(text: str, value: int | float | bool | None) -> Written:
-    """A scalar that remembers how it was written.
+    """A scalar that keeps its spelling.
+
+    Args:
+        text: The spelling.
+        value: The value.
 
     Example:
         >>> price = written("1.10", 1.10)
@@ -62,12 +71,12 @@ def written(text: str, value: int | float | bool | None) -> Written:
 
 
 def meant(value: object) -> Any:
-    """What a scalar means, without how it was written; anything else as it is."""
+    """The plain value of a scalar; anything else unchanged."""
     return value.value if isinstance(value, Written) else value
 
 
 def _sandbox() -> SandboxedEnvironment:
-    """Jinja's sandbox, where `is none`, `is boolean` and their like look at what a scalar means, as `tojson` does."""
+    """Jinja's sandbox; `is none`, `is boolean` and the like, and `tojson`, take a scalar's plain value."""
     made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
     def of_meaning(test: Callable[..., bool]) -> Callable[[Any], bool]:
@@ -95,7 +104,7 @@ class TemplateMistake(ValueError):
     """A template cannot be rendered.
 
     Attributes:
-        lines: What is wrong, a line each.
+        lines: A line for each mistake.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
@@ -104,7 +113,7 @@ class TemplateMistake(ValueError):
 
 
 def template_names(text: str) -> frozenset[str]:
-    """The variables that a text names; none where it is no template, or a wrong one.
+    """The variables that a template uses; none for plain text and invalid templates.
 
     Example:
         >>> sorted(template_names("{{ product }} in {% if season %}{{ season }}{% endif %}"))
@@ -119,14 +128,14 @@ def template_names(text: str) -> frozenset[str]:
 
 
 def render(text: str, variables: Mapping[str, Any]) -> str:
-    """A text with its variables filled in; one without `{{`, `{%` or `{#` as it is.
+    """Renders a template; a text without `{{`, `{%` or `{#` is returned unchanged.
 
     Args:
         text: The template.
-        variables: What it may name.
+        variables: The variables that it may use.
 
     Raises:
-        TemplateMistake: Its syntax is wrong, it names what is not given, or it fails while it runs.
+        TemplateMistake: Its syntax is wrong, it uses a variable that is not given, or rendering fails.
 
     Example:
         >>> render("{{ product }} in a meadow", {"product": "a red mug"})
@@ -145,16 +154,15 @@ def render(text: str, variables: Mapping[str, Any]) -> str:
             if name is None or name[1] in given:
                 raise _failure(error) from None
             missing.append(name[1])
-            given[name[1]] = ""  # once more, for the names that come after it
+            given[name[1]] = ""  # render again, to find the other missing names
+            continue
         except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
-            if missing:
-                break
-            raise _failure(error) from None
-        else:
-            if missing:
-                break
-            return rendered
-    raise TemplateMistake(_not_given(name, variables) for name in missing)
+            if not missing:
+                raise _failure(error) from None
+            rendered = ""
+        if missing:
+            raise TemplateMistake(_not_given(name, variables) for name in missing)
+        return rendered
 
 
 @lru_cache(maxsize=256)
@@ -164,20 +172,20 @@ def _compiled(text: str) -> tuple[Template, frozenset[str]]:
         names = frozenset(meta.find_undeclared_variables(tree))
         return Template.from_code(_SANDBOX, _SANDBOX.compile(tree), _SANDBOX.make_globals(None)), names
     except TemplateSyntaxError as error:
-        said = " ".join((error.message or "").split())
+        problem = " ".join((error.message or "").split())
         where = f" in its line {error.lineno}" if "\n" in text else ""
-        raise TemplateMistake([f"the template is wrong{where}: {said}"]) from None
+        raise TemplateMistake([f"the template is wrong{where}: {problem}"]) from None
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         raise _failure(error) from None  # nested too deeply for Python, or a constant that cannot be computed
 
 
 def _failure(error: Exception) -> TemplateMistake:
-    said = " ".join(str(error).split())[:200]
-    return TemplateMistake([f"the template fails: {type(error).__name__}" + (f": {said}" if said else "")])
+    problem = " ".join(str(error).split())[:200]
+    return TemplateMistake([f"the template fails: {type(error).__name__}" + (f": {problem}" if problem else "")])
 
 
 def _not_given(name: str, variables: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, list(variables), n=1)
     hint = f"Did you mean {near[0]}? Or give" if near else "Give"
     where = f"the asset's vars, in the manifest's vars, or with --set {name}=value (the flow's `variables`)"
-    return f"the template names {name!r}, which is not given. {hint} it in {where}"
+    return f"the template uses {name!r}, which is not given. {hint} it in {where}"

@@ -1,6 +1,6 @@
-"""What people see of a finished run in Prefect's UI: before and after, side by side.
+"""The artifacts of a run in Prefect's UI: before and after, plan and result.
 
-The pictures are small JPEGs inside the artifact itself, so that it never expires and holds no signed address.
+Pictures are small JPEGs inside the artifact itself, so that it never expires and holds no signed address.
 """
 
 from __future__ import annotations
@@ -26,29 +26,44 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.markdown import before_and_after, cell, listing, table
 
 THUMBNAIL_WIDTH = 320
-"""Pixels; two of them fit beside each other in Prefect's UI on a screen of 1300."""
+"""Pixels; two thumbnails fit side by side in Prefect's UI on a screen of 1300."""
 SHOWN_PICTURES = 12
-"""Pictures of a batch that its report shows; each takes about 40 kB in Prefect's database."""
+"""Pictures in the report of a batch; each takes about 40 kB in Prefect's database."""
 SHOWN_NAMES = 500
-"""Assets that were not started which a report names."""
+"""Assets in the report's list of those that were not started."""
 SHOWN_JOBS = 100
-"""Jobs that a plan lists."""
+"""Jobs in the list of a plan."""
 SHOWN_FAILURES = 100
-"""Failures that it lists; the manifest of the failed ones has them all."""
+"""Failures in the list of a plan or report; the manifest of failures has all of them."""
 
 
-def before_after(
-    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, before: bytes | None, after: bytes
-) -> str:
-    """A markdown page with both pictures side by side and the facts below.
+def publish_before_after(
+    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, archive: Archive, reader: SourceReader
+) -> None:
+    """Creates an artifact of the flow run with both pictures, under a key made from the job's name.
 
     Args:
-        job: What was asked for.
-        archived: Where the picture lies.
-        generated: How it came about.
-        before: The source image; None where it could not be read.
-        after: The picture.
+        job: The job.
+        archived: Its picture in the archive.
+        generated: Its picture as it was generated.
+        archive: Holds the picture.
+        reader: Reads the source image.
     """
+
+    def page() -> list[str]:
+        before = reader.read(job.job.image) if job.source else None
+        after = archive.content(archived.image)
+        if after is None:
+            raise FileNotFoundError(archived.image)
+        return _before_after(job, archived, generated, before, after)
+
+    _publish(page, artifact_key(archived.name), f"{archived.name}, before and after")
+
+
+def _before_after(
+    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, before: bytes | None, after: bytes
+) -> list[str]:
+    """The lines of a page with both pictures side by side and the facts below."""
     facts = {
         "result": archived.status,
         "paid by this run": f"{usd(archived.cost_usd)} USD"
@@ -62,7 +77,7 @@ def before_after(
         "sidecar": archived.sidecar,
         **({"published": archived.published} if archived.published else {}),
     }
-    lines = [
+    return [
         f"### {cell(archived.name)}",
         "",
         *before_and_after(before, after, THUMBNAIL_WIDTH),
@@ -70,32 +85,15 @@ def before_after(
         *listing(facts),
         *(f"- {cell(warning)}" for warning in (*job.warnings, *generated.picture.notices)),
     ]
-    return "\n".join(lines)
-
-
-def publish_before_after(
-    job: ValidatedJob, archived: ArchivedImage, generated: GeneratedImage, archive: Archive, reader: SourceReader
-) -> None:
-    """Puts before and after into an artifact of the flow run, under a key made of the job's name.
-
-    The picture is paid and archived by now, so nothing that fails here fails the run: it is a warning.
-    """
-    try:
-        before = reader.read(job.job.image) if job.source else None
-        after = archive.content(archived.image)
-        if after is None:
-            raise FileNotFoundError(archived.image)
-        create_markdown_artifact(
-            markdown=before_after(job, archived, generated, before, after),
-            key=artifact_key(archived.name),
-            description=f"{archived.name}, before and after",
-        )
-    except Exception as error:  # noqa: BLE001
-        get_run_logger().warning("no before and after in the UI: %s", redact(str(error)))
 
 
 def publish_plan(plan: Plan, title: str) -> None:
-    """Puts the plan of a batch into an artifact of its flow run, for whoever wants to know the cost beforehand."""
+    """Creates an artifact of the flow run with the plan of a batch.
+
+    Args:
+        plan: The plan.
+        title: The manifest or inbox.
+    """
     shown = plan.jobs[:SHOWN_JOBS]
     named = {each.name for each in shown}
     failing = [(name, problem) for name, problem in plan.problems if name not in named]
@@ -112,23 +110,20 @@ def publish_plan(plan: Plan, title: str) -> None:
         *([f"- and {plan.total - len(shown)} more"] if plan.total > len(shown) else ()),
         *(f"- {cell(name)} will fail, unpaid: {cell(problem)}" for name, problem in failing[:SHOWN_FAILURES]),
     )
-    _publish(lambda: lines, artifact_key(title, "plan"), "what the run is going to do and to cost")
+    _publish(lambda: lines, artifact_key(title, "plan"), "what the run will do and cost")
 
 
 def publish_batch(result: BatchResult, title: str, archive: Archive, reader: SourceReader) -> None:
-    """Puts a batch's counts, its failures, and before and after of its first pictures into an artifact.
+    """Creates an artifact of the flow run with a batch's counts, failures and first pictures, before and after.
 
     Args:
-        result: What came of the batch.
-        title: What it is of: its manifest, its inbox.
-        archive: Has the pictures.
+        result: The result of the batch.
+        title: The manifest or inbox.
+        archive: Holds the pictures.
         reader: Reads the source images.
     """
-    _publish(
-        lambda: _batch(result, title, archive, reader),
-        artifact_key(title, "batch"),
-        "what came of the run, before and after",
-    )
+    key, description = artifact_key(title, "batch"), "the result of the run, before and after"
+    _publish(lambda: _batch(result, title, archive, reader), key, description)
 
 
 def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceReader) -> list[str]:
@@ -153,11 +148,11 @@ def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceRead
 
 
 def _picture(archived: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
-    """A picture of a batch: its name, source and itself, as far as they can be read now, and the facts below."""
+    """The lines for a picture of a batch: before and after, as far as they can be read now, and the facts below."""
     job: dict[str, str] = {}
     before: bytes | None = None
     after: bytes | None = None
-    with suppress(Exception):  # what cannot be read now is said to be so
+    with suppress(Exception):  # the page shows that it cannot be read now
         job = json.loads(archive.content(archived.sidecar) or b"{}")["job"]
         before = reader.read(job["image"])
     with suppress(Exception):
@@ -173,7 +168,7 @@ def _picture(archived: ArchivedImage, archive: Archive, reader: SourceReader) ->
 
 
 def _publish(lines: Callable[[], Sequence[str]], key: str, description: str) -> None:
-    """Makes an artifact; what is paid is archived by now, so nothing that fails here fails the run."""
+    """Creates an artifact; a failure is only a warning, as the pictures are paid and archived by now."""
     try:
         create_markdown_artifact(markdown="\n".join(lines()), key=key, description=description)
     except Exception as error:  # noqa: BLE001
@@ -181,7 +176,11 @@ def _publish(lines: Callable[[], Sequence[str]], key: str, description: str) -> 
 
 
 def artifact_key(name: str, kind: str = "before-after") -> str:
-    """An artifact's key: lower case, digits and dashes, and different for different names.
+    """The key of an artifact: lower case, digits and dashes, and unique for each name.
+
+    Args:
+        name: The name of the job, manifest or inbox.
+        kind: The kind of artifact, which the key begins with.
 
     Example:
         >>> artifact_key("Hero/Summer")

@@ -1,16 +1,16 @@
-"""What the plugin tells Prefect's event system, for automations and other people's tools.
+"""The plugin's events in Prefect, for automations and other tools.
 
 | event | about | when |
 | --- | --- | --- |
 | `prefect-segmind.asset.archived` | a job | its picture is in the archive, paid for now or before |
-| `prefect-segmind.asset.failed` | a job | it has failed and is not tried again in this run; of a bad inbox file, once |
-| `prefect-segmind.attempt.failed` | a job | a request has failed, whatever follows |
+| `prefect-segmind.asset.failed` | a job | it has failed and is not retried in this run; for a bad inbox file, once |
+| `prefect-segmind.attempt.failed` | a job | a request has failed, retried or not |
 | `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |
-| `prefect-segmind.credits.exhausted` | the account | the provider refuses for want of credits |
+| `prefect-segmind.credits.exhausted` | the account | the provider refuses for lack of credits |
 
-The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name of a job that is too wrong to have one;
-`prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect adds the
-flow run, its flow, deployment and tags as related resources.
+The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name instead for a job too invalid to have a
+fingerprint; `prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect
+adds the flow run, its flow, deployment and tags as related resources.
 """
 
 from __future__ import annotations
@@ -34,29 +34,42 @@ CREDITS_EXHAUSTED = "prefect-segmind.credits.exhausted"
 
 
 def asset_archived(archived: ArchivedImage) -> None:
-    """Tells that a picture is in the archive. The resource's label `prefect-segmind.status` says how it came there."""
-    payload = archived.model_dump(mode="json")
-    payload |= {name: usd(getattr(archived, name)) for name in ("cost_usd", "possibly_billed_usd")}
+    """Emits that a picture is in the archive; its status is the resource's label `prefect-segmind.status`.
+
+    Args:
+        archived: The picture.
+    """
+    payload = archived.model_dump(mode="json") | _costs(archived)
     _emit(ASSET_ARCHIVED, _job(archived.name, archived.fingerprint, status=archived.status), payload)
 
 
 def asset_failed(name: str, error: SegmindError, stage: str) -> None:
-    """Tells that a job has failed, at one of the stages `validate`, `upload`, `generate`, `archive` and `publish`."""
+    """Emits that a job has failed.
+
+    Args:
+        name: The job's name.
+        error: The error that it ended with.
+        stage: `validate`, `upload`, `generate`, `archive` or `publish`.
+    """
     payload = {
         "name": name,
         "fingerprint": error.fingerprint,
         "stage": stage,
         "error": str(error),
         "status": error.status,
-        "cost_usd": usd(error.cost_usd),
-        "possibly_billed_usd": usd(error.possibly_billed_usd),
+        **_costs(error),
         "attempts": error.requests_sent,
     }
     _emit(ASSET_FAILED, _job(name, error.fingerprint, stage=stage), payload)
 
 
 def attempt_failed(name: str, error: SegmindError) -> None:
-    """Tells that a request has failed, and what follows."""
+    """Emits that a request has failed, with the decision on a retry.
+
+    Args:
+        name: The job's name.
+        error: The error of the request, with a decision.
+    """
     assert error.decision is not None
     payload = {
         "name": name,
@@ -73,13 +86,13 @@ def attempt_failed(name: str, error: SegmindError) -> None:
 
 
 def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
-    """Tells that a batch has stopped for want of money, if it has."""
-    payload = {
-        "error": str(stopped),
-        "cost_usd": usd(result.cost_usd),
-        "possibly_billed_usd": usd(result.possibly_billed_usd),
-        "not_started": result.not_started,
-    }
+    """Emits that a batch has stopped at its budget or without credits; nothing for other errors.
+
+    Args:
+        stopped: The error that stopped it.
+        result: The result of the batch.
+    """
+    payload = {"error": str(stopped), **_costs(result), "not_started": result.not_started}
     if isinstance(stopped, BudgetReachedError):
         _emit(BUDGET_EXHAUSTED, {"prefect.resource.id": f"prefect-segmind.run.{flow_run.id}"}, payload)
     elif isinstance(stopped, InsufficientCreditsError):
@@ -87,9 +100,12 @@ def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
 
 
 def credits_exhausted(error: InsufficientCreditsError) -> None:
-    """Tells that a single job was refused for want of credits."""
-    sums = {"cost_usd": usd(error.cost_usd), "possibly_billed_usd": usd(error.possibly_billed_usd)}
-    _emit(CREDITS_EXHAUSTED, _ACCOUNT, {"error": str(error), **sums, "not_started": 0})
+    """Emits that a single job was refused for lack of credits.
+
+    Args:
+        error: The error that it ended with.
+    """
+    _emit(CREDITS_EXHAUSTED, _ACCOUNT, {"error": str(error), **_costs(error), "not_started": 0})
 
 
 _ACCOUNT = {"prefect.resource.id": "prefect-segmind.account"}
@@ -100,8 +116,12 @@ def _job(name: str, fingerprint: str | None, **labels: str) -> dict[str, str]:
     return resource | {f"prefect-segmind.{label}": value for label, value in labels.items()}
 
 
+def _costs(of: ArchivedImage | BatchResult | SegmindError) -> dict[str, str]:
+    return {"cost_usd": usd(of.cost_usd), "possibly_billed_usd": usd(of.possibly_billed_usd)}
+
+
 def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
     try:
         emit_event(event=event, resource=resource, payload=payload)
-    except Exception as error:  # noqa: BLE001 - what is paid for does not depend on it
+    except Exception as error:  # noqa: BLE001 - an event must not fail a paid job
         get_run_logger().warning("no event %s: %s", event, redact(str(error)))

@@ -1,4 +1,4 @@
-"""What a command in a terminal hears of the run that it starts, and is asked by it."""
+"""How a command in a terminal follows the run that it starts, and answers its question."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from prefect_segmind.pipeline.publish import split_publish_to
 
 
 class Question(NamedTuple):
-    """What a person is asked.
+    """The question whether a batch may run.
 
     Attributes:
-        title: What the run is of: its manifest, its inbox.
-        plan: What it is going to do and to cost.
-        above_usd: What needs no approval.
+        title: The manifest or inbox.
+        plan: The plan of the batch.
+        above_usd: The cost above which approval is needed.
         prompts: Name and prompt of the first assets.
-        sources: The first source images, no one twice.
-        publish_to: Where the pictures go live, if they do.
+        sources: The first source images, without duplicates.
+        publish_to: Where the pictures are published, if they are.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Question(NamedTuple):
     publish_to: str | None = None
 
     def goes_live(self) -> str:
-        """The addresses at which pictures of the plan go live, the first of them one by one."""
+        """The addresses at which pictures go live, the first ones in full."""
         if self.publish_to is None:
             return "nothing, the pictures stay in the archive"
         place, pattern = split_publish_to(self.publish_to)
@@ -45,39 +45,39 @@ class Question(NamedTuple):
 
 
 class Listener:
-    """Hears nothing and answers nothing; a command overrides what it shows."""
+    """Ignores everything; a command overrides what it needs."""
 
     def began(self, flow_run_id: str) -> None:
         """A flow run has begun.
 
         Args:
-            flow_run_id: Its id.
+            flow_run_id: The id of the flow run.
         """
 
     def progressed(self, progress: Progress) -> None:
         """An asset of a batch has begun or ended.
 
         Args:
-            progress: How far the batch is.
+            progress: The progress of the batch.
         """
 
     def ask(self, question: Question) -> Answer | None:
-        """A batch may cost more than what needs no approval.
+        """A batch needs approval.
 
         Args:
-            question: What it is going to do.
+            question: The question.
 
         Returns:
-            The answer; None to have it asked in Prefect.
+            The answer; None to ask in Prefect's UI instead.
         """
         return None
 
     def ended(self, ledger: Ledger, result: BatchResult | None = None) -> None:
-        """A run has ended, whatever ended it.
+        """A run has ended, well or not.
 
         Args:
-            ledger: What its requests came to.
-            result: What came of its assets, if it is a batch.
+            ledger: The ledger of the run.
+            result: The result of a batch, if it is one.
         """
 
 
@@ -85,16 +85,16 @@ _listener: ContextVar[Listener | None] = ContextVar("segmind_listener", default=
 
 
 def listener() -> Listener:
-    """Who listens to the run; one that hears nothing if nobody does."""
+    """The current listener; one that ignores everything where none is set."""
     return _listener.get() or Listener()
 
 
 @contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
-    """Has a listener hear of the runs that begin inside.
+    """Sets the listener for runs that begin inside the `with`.
 
     Args:
-        listener: It.
+        listener: The listener.
     """
     token = _listener.set(listener)
     try:

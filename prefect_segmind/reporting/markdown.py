@@ -1,6 +1,6 @@
-"""Markdown for Prefect's pages: text that stays text, tables, and small pictures inside the page itself.
+"""Markdown for Prefect's UI: escaped text, tables, and small pictures inside the page itself.
 
-The pictures are `data:` JPEGs, so that they never expire and hold no signed address.
+Pictures are `data:` JPEGs, so that they never expire and hold no signed address.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import suppress
 from prefect_segmind.images.conversion import equal_thumbnails, thumbnail
 
 _UNBROKEN = re.compile(r"[^-]{70,}")
-"""Letters without a place where a browser breaks a line: Prefect's UI cuts them off at its edge."""
+"""Text without a place for a line break, which Prefect's UI cuts off at its edge."""
 
 
 def cell(text: str) -> str:
-    """Text that stays text in a table; where it is too long for a line it may be broken, and is copied whole."""
+    """Text escaped for a table cell; a long word can be broken across lines, and is still copied whole."""
     words = (word if word.startswith("http") else _UNBROKEN.sub(_breakable, word) for word in text.split())
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(words)).replace("\0", "<wbr>")
 
@@ -32,39 +32,43 @@ def table(facts: Mapping[str, str]) -> list[str]:
 
 
 def listing(facts: Mapping[str, str]) -> list[str]:
-    """The lines of a list, for texts of any length: in a table Prefect's UI cuts them off."""
+    """The lines of a list, for texts of any length, which Prefect's UI would cut off in a table."""
     return [f"- **{name}**: {cell(value)}" for name, value in facts.items()]
 
 
 def before_and_after(before: bytes | None, after: bytes | None, width: int) -> list[str]:
-    """The lines of a table of two pictures and nothing else, so that both are shown in one size.
+    """The lines of a table of two pictures and nothing else, so that both have the same size.
 
     Args:
-        before: The source image, encoded; None or what does not decode is said to be unreadable.
-        after: The picture, likewise.
-        width: Of each copy, in pixels.
+        before: The source image; where it is None or cannot be decoded, the table says so.
+        after: The picture; likewise.
+        width: The width of each thumbnail in pixels.
     """
     shown: dict[str, str] = {}
     pictures = {"before": before, "after": after}
     try:
         copies = equal_thumbnails([each or b"" for each in pictures.values()], width)
         shown = {title: _inline(title, copy) for title, copy in zip(pictures, copies, strict=True)}
-    except (ValueError, OSError):  # one of them; the other is shown
+    except (ValueError, OSError):  # one of them cannot be decoded; the other is shown
         for title, image in pictures.items():
             with suppress(ValueError, OSError):
                 shown[title] = picture(title, image or b"", width)
     cells = (shown.get(title, "cannot be read now") for title in pictures)
-    # The longest word of both titles is the same, or a narrow page would make one column wider.
+    # Both titles have the same longest word; otherwise one column would be wider on a narrow page.
     return ["| picture before | picture after |", "| --- | --- |", f"| {' | '.join(cells)} |"]
 
 
 def picture(title: str, image: bytes, width: int) -> str:
-    """A small copy of a picture.
+    """A thumbnail of a picture.
 
     Args:
-        title: What it is called, for those who do not see it.
-        image: The encoded picture.
-        width: Of the copy, in pixels, at most.
+        title: Its alternative text.
+        image: The picture, encoded.
+        width: The greatest width of the thumbnail in pixels.
+
+    Raises:
+        ValueError: The picture cannot be decoded.
+        OSError: The picture cannot be decoded.
     """
     return _inline(title, thumbnail(image, width))
 

@@ -10,31 +10,16 @@ import threading
 import time
 from decimal import Decimal
 from pathlib import Path
-from types import TracebackType
 
 import uvicorn
 
 from prefect_segmind.errors import ConfigurationError
-from prefect_segmind.sandbox.drawing.picture import make_picture, make_sketch, sample_photo
-from prefect_segmind.sandbox.ledger import Entry, Ledger
+from prefect_segmind.sandbox.drawing.picture import make_picture, sample_photo
 from prefect_segmind.sandbox.s3 import REGION, S3Server
 from prefect_segmind.sandbox.script import Answer, Script
-from prefect_segmind.sandbox.server import PRICE, SandboxApi, create_app
+from prefect_segmind.sandbox.server import SandboxApi
 
-__all__ = [
-    "PRICE",
-    "Answer",
-    "Entry",
-    "Ledger",
-    "S3Server",
-    "Sandbox",
-    "SandboxApi",
-    "Script",
-    "create_app",
-    "make_picture",
-    "make_sketch",
-    "sample_photo",
-]
+__all__ = ["Answer", "Sandbox", "Script", "make_picture", "sample_photo"]
 
 BUCKET = "segmind"
 
@@ -43,23 +28,25 @@ _STOP_SECONDS = 10.0
 
 
 class Sandbox:
-    """The API and an S3 server on loopback, from `with` to its end.
+    """The API and an S3 server on loopback, as a context manager.
 
     Args:
         folder: The S3 server's objects are plain files in `folder/s3`.
-        port: Of the API, on 127.0.0.1; 0 for a free one.
-        s3_port: Of the S3 server, likewise.
-        latency: Seconds that a picture takes at least.
+        port: The API's port on 127.0.0.1; 0 for a free one.
+        s3_port: The S3 server's port; 0 for a free one.
+        latency: The least seconds for a picture.
         credits: The account's balance at the start, in USD.
-        requests_per_minute: More in a window are answered with 429; None for no limit.
-        rate_window: Seconds that the window of this limit lasts, for tests that cannot wait a minute.
-        sketch: Whether pictures are only sketched, at next to no CPU, for load tests.
+        requests_per_minute: Further requests in a window are answered with 429; None for no limit.
+        rate_window: Seconds in that window, for tests that cannot wait a minute.
+        sketch: Whether to sketch pictures, at next to no CPU, for load tests.
         s3: Whether to run the S3 server, which needs the extra `sandbox`.
 
     Attributes:
-        api_key: `SG_` and 16 hex digits, drawn for each sandbox.
-        base_url: For example `http://127.0.0.1:40123/v1`; known from the start on.
+        api_key: `SG_` and 16 random hex digits.
+        base_url: For example `http://127.0.0.1:40123/v1`; empty until it is started.
         folder: As given.
+        ledger: The requests and what they cost.
+        script: The queue of scripted answers.
         s3: The S3 server, or None.
 
     Example:
@@ -94,32 +81,26 @@ class Sandbox:
             rate_window=rate_window,
             sketch=sketch,
         )
+        self.ledger, self.script = self._api.ledger, self._api.script
         self._stack = contextlib.ExitStack()
 
-    @property
-    def ledger(self) -> Ledger:
-        """What was asked and billed."""
-        return self._api.ledger
-
-    @property
-    def script(self) -> Script:
-        """The answers to be given."""
-        return self._api.script
-
     def play(self, *answers: Answer, prompt: str | None = None) -> None:
-        """Queues answers for the next requests, or for the next whose prompt contains a text."""
+        """Queues scripted answers; see `Script.play`."""
         self.script.play(*answers, prompt=prompt)
 
     def environment(self) -> dict[str, str]:
-        """The environment variables with which this plugin and boto3 use the sandbox, and nothing but the sandbox.
+        """The environment variables that make this plugin and boto3 use the sandbox, and nothing else.
 
-        The empty ones overrule settings in files, so that no other account is used, and paid, by mistake.
+        The empty ones override settings in files, so that no other account is used, and charged, by mistake.
         """
-        found = {"SEGMIND_BASE_URL": self.base_url, "SEGMIND_API_KEY": self.api_key}
-        found["PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK"] = ""
-        found["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(self.folder.resolve() / "outbox")
+        variables = {
+            "SEGMIND_BASE_URL": self.base_url,
+            "SEGMIND_API_KEY": self.api_key,
+            "PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK": "",
+            "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX": str(self.folder.resolve() / "outbox"),
+        }
         if self.s3 is not None:
-            found |= {
+            variables |= {
                 "AWS_ENDPOINT_URL_S3": self.s3.endpoint_url,
                 "AWS_ACCESS_KEY_ID": self.s3.access_key,
                 "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
@@ -130,7 +111,7 @@ class Sandbox:
                 "PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO": f"s3://{BUCKET}/uploads",
                 "PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE": f"s3://{BUCKET}/archive",
             }
-        return found
+        return variables
 
     def __enter__(self) -> Sandbox:
         """Starts both servers.
@@ -146,22 +127,20 @@ class Sandbox:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def _serve(self, stack: contextlib.ExitStack) -> None:
         """Runs the API in a thread, on a socket that is bound here, so that the port is known before it starts."""
         listener = socket.socket()
-        if sys.platform != "win32":  # there it would let two servers share a port
+        if sys.platform != "win32":  # where it lets two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", self._port))
         except OSError as error:
             listener.close()
             raise ConfigurationError(f"the sandbox cannot listen on port {self._port}: {error.strerror}") from None
-        # Scripted cuts are errors to uvicorn; `critical` and no log configuration keep them off the terminal.
+        # uvicorn logs scripted cuts as errors; `critical` and no log configuration keep them off the terminal.
         config = uvicorn.Config(
             self._api.app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
             access_log=False, timeout_graceful_shutdown=1,

@@ -1,4 +1,4 @@
-"""Bodies and headers of the sandbox's answers, the broken ones too."""
+"""The sandbox's responses, also the broken ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HTML = "<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{tit
 
 
 class CutResponse(Response):
-    """Declares its whole length, sends half of it, and lets the server close the connection."""
+    """Declares its whole length, sends half of the body, and has the server close the connection."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Returns before the response is complete; uvicorn then closes the connection."""
@@ -41,28 +41,38 @@ class CutResponse(Response):
 
 
 def error(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
-    """An error as the API words it: `{"error": text}`."""
+    """An error in the API's form, `{"error": text}`.
+
+    Args:
+        status: The HTTP status.
+        text: The message.
+        headers: Further headers.
+    """
     return Response(json.dumps({"error": text}), status, headers, "application/json")
 
 
 def reset_header(moment: datetime) -> dict[str, str]:
-    """The header that tells when a rate limit ends.
+    """The header with the end of a rate limit.
 
     Args:
-        moment: Aware.
+        moment: The end, with a time zone.
     """
     return {"x-rate-limit-reset-at-utc": moment.astimezone(UTC).isoformat(timespec="microseconds")}
 
 
 def without_picture(answer: Answer) -> Response:
-    """The response for a scripted answer that holds no picture."""
+    """The response for a scripted answer without a picture.
+
+    Args:
+        answer: An answer of a kind in `WITHOUT_PICTURE`.
+    """
     known = {each.value: each.phrase for each in HTTPStatus}
     phrase = known.get(answer.status, "Unknown status")
     usual, content_type = {
         "error": (json.dumps({"error": ERROR_TEXTS.get(answer.status, phrase)}), "application/json"),
         "html": (HTML.format(title=phrase), "text/html; charset=utf-8"),
         "empty": ("", "image/jpeg"),
-        "not_an_image": ("These bytes are no picture.", "image/jpeg"),
+        "not_an_image": ("These bytes are not an image.", "image/jpeg"),
         "unsafe": (json.dumps({"data": [{"url": None, "is_image_safe": False}]}), "application/json"),
     }[answer.kind]
     body = usual if answer.body is None else answer.body
@@ -70,12 +80,12 @@ def without_picture(answer: Answer) -> Response:
 
 
 def with_picture(answer: Answer, picture: bytes, link: str) -> Response:
-    """The response that holds a picture in the form that the answer names.
+    """The response for an answer with a picture.
 
     Args:
-        answer: Of a kind that is made from a picture.
-        picture: A JPEG.
-        link: Where the same picture is served, for the kinds that answer with a link.
+        answer: The answer, whose kind is the form of the picture.
+        picture: The picture, a JPEG.
+        link: The address of the same picture, for the kinds that answer with a link.
     """
     text = base64.b64encode(picture).decode()
     documents: dict[str, object] = {

@@ -1,10 +1,11 @@
-"""How the sandbox gets `image_file`: by one HTTP GET, as the provider would, and from this machine only."""
+"""Fetches `image_file` for the sandbox: one HTTP GET, as the provider's, and from this machine only."""
 
 from __future__ import annotations
 
 import http.client
-import ipaddress
 from urllib.parse import urlsplit
+
+from prefect_segmind.api.client import on_loopback
 
 LARGEST = 10_000_000
 """Bytes: the provider takes images of up to 10 MB."""
@@ -14,45 +15,33 @@ TIMEOUT = 10.0
 
 
 class FetchError(Exception):
-    """The image could not be had; the message says why, without the address's query, which may be a signature."""
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether a host, as it stands in a URL, is this machine without asking any name server.
-
-    Example:
-        >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("localhost.example")
-        (True, True, False)
-    """
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+    """The image could not be fetched; the message leaves out the address's query, which may be a signature."""
 
 
 def fetch(url: str) -> bytes:
-    """The bytes behind a URL on this machine. Redirects are not followed, so that nothing leaves it.
+    """Fetches a URL of this machine, without following redirects, so that no request leaves it.
 
     Args:
         url: An `http` URL with a loopback host.
+
+    Returns:
+        The content.
 
     Raises:
         FetchError: Another scheme or host, no answer, any status but 200, an empty body or more than `LARGEST` bytes.
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host, port = parts.hostname or "", parts.port or 80
     except ValueError as error:
-        raise FetchError(f"is no valid URL: {error}") from None
-    if parts.scheme != "http" or not is_loopback(host):
+        raise FetchError(f"is not a valid URL: {error}") from None
+    if parts.scheme != "http" or not on_loopback(url):
         raise FetchError(
             "is refused: the sandbox fetches http:// addresses of this machine only (127.0.0.1, localhost)"
         )
-    connection = http.client.HTTPConnection(host or "", port or 80, timeout=TIMEOUT)
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     try:
-        # A GET and no HEAD: a URL that is presigned for GET refuses HEAD.
+        # Not a HEAD first: a URL that is presigned for GET refuses HEAD.
         connection.request("GET", f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}")
         answer = connection.getresponse()
         content = answer.read(LARGEST + 1)

@@ -1,4 +1,4 @@
-"""What the sandbox was asked and what it billed: the truth against which a client's own accounts are checked."""
+"""The sandbox's requests and bills, to check a client's own accounts against."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Entry:
     """One request for a picture.
 
     Attributes:
-        time: When it was received, aware, UTC.
+        time: When it was received, in UTC.
         request_id: The `x-request-id` of the answer.
-        prompt: As sent; None where the body held none.
-        image_sha256: Of the fetched source image, hexadecimal; None if it was not fetched.
-        seed: As sent or drawn; None if the request was refused before.
+        prompt: The prompt; None if the body had none.
+        image_sha256: The SHA-256 of the fetched source image, in hexadecimal; None if it was not fetched.
+        seed: The seed, sent or drawn; None if the request was refused before.
         status: The HTTP status of the answer.
-        billed: Whether it was paid for.
-        cost: In USD; 0 if not billed.
+        billed: Whether it was billed.
+        cost: Its cost in USD; 0 if not billed.
     """
 
     time: datetime
@@ -37,7 +37,7 @@ class Entry:
 
 
 class Ledger:
-    """All requests in the order of their answers. Safe to read from any thread while the server writes."""
+    """All requests, in the order of their answers. Thread-safe."""
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
@@ -51,25 +51,25 @@ class Ledger:
             self._billed_usd += entry.cost
 
     def clear(self) -> None:
-        """Forgets all requests."""
+        """Removes all requests."""
         with self._lock:
             self._entries.clear()
             self._billed_usd = _NOTHING
 
     @property
     def requests(self) -> tuple[Entry, ...]:
-        """Every request so far."""
+        """All requests so far."""
         with self._lock:
             return tuple(self._entries)
 
     @property
     def billed(self) -> int:
-        """How many requests were billed."""
+        """The number of billed requests."""
         return sum(each.billed for each in self.requests)
 
     @property
     def billed_usd(self) -> Decimal:
-        """What they cost together, in USD; kept as a sum, for every answer tells the balance."""
+        """Their cost in USD; kept as a sum, as every answer has the balance."""
         with self._lock:
             return self._billed_usd
 

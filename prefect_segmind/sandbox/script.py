@@ -1,4 +1,4 @@
-"""Answers that the sandbox is told to give: failures, odd bodies and delays, one request at a time."""
+"""Scripted answers of the sandbox: failures, odd bodies and delays, one for each request."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Kind = Literal[
 ]
 
 WITHOUT_PICTURE: frozenset[Kind] = frozenset({"html", "empty", "not_an_image", "unsafe", "error"})
-"""Kinds that are answered at once: nothing is checked, fetched or drawn for them."""
+"""Kinds for which nothing is checked, fetched or drawn."""
 
 
 class Answer(BaseModel):
     """One scripted answer.
 
-    A kind with a picture in it goes the whole way (the request is checked, its image fetched, the credits taken); the
-    others are answered after `delay` alone.
+    For a kind with a picture the request is checked, its image fetched, and the credits charged; for the others only
+    `delay` passes.
 
     Attributes:
         status: The HTTP status.
-        kind: What the body is; `image` for a 200 and `error` for any other status unless given. `half_body` declares
-            the whole length, sends half of it and closes the connection; `truncated_image` is a complete answer that
-            holds the first half of a picture.
+        kind: The kind of body; by default `image` for a 200 and `error` for any other status. `half_body` declares the
+            whole length, sends half of it and closes the connection; `truncated_image` is a complete answer with the
+            first half of a picture.
         body: The text of a body without a picture, instead of the usual one.
-        body_base64: The bytes of such a body, where it is no text.
-        headers: Sent with the answer; they win over the usual ones.
-        reset_in: Adds `x-rate-limit-reset-at-utc`, so many seconds after the answer.
-        retry_after: Adds `Retry-After` as it stands: seconds or an HTTP date.
+        body_base64: The bytes of such a body, where it is not text.
+        headers: Headers of the answer; they override the usual ones.
+        reset_in: Adds `x-rate-limit-reset-at-utc`, this many seconds after the answer.
+        retry_after: Adds `Retry-After` with this value: seconds or an HTTP date.
         delay: Seconds between the bill and the answer, so that a client can lose an answer that it has paid for.
-        billed: Whether the request is paid for; unless given, only a 200 is.
+        billed: Whether the request is billed; by default only a 200 is.
         content_type: Sent instead of the true one.
     """
 
@@ -77,17 +77,17 @@ class Answer(BaseModel):
 
     @property
     def without_picture(self) -> bool:
-        """Whether no picture is drawn for it."""
+        """Whether the answer has no picture."""
         return self.kind in WITHOUT_PICTURE
 
     @property
     def is_billed(self) -> bool:
-        """Whether the request is paid for."""
+        """Whether the request is billed."""
         return self.status == 200 if self.billed is None else self.billed
 
 
 class Script:
-    """The queue of scripted answers. Safe to fill from any thread while the server plays it."""
+    """The queue of scripted answers. Thread-safe."""
 
     def __init__(self) -> None:
         self._queue: list[tuple[str | None, Answer]] = []
@@ -97,14 +97,21 @@ class Script:
         """Queues answers, one for each of the next requests.
 
         Args:
-            answers: In the order of the requests.
-            prompt: If given, only requests whose prompt contains this text take them.
+            answers: The answers, in the order of the requests.
+            prompt: If given, only requests whose prompt contains this text get them.
         """
         with self._lock:
             self._queue.extend((prompt, each) for each in answers)
 
     def next_for(self, prompt: str) -> Answer | None:
-        """Takes the first queued answer that a request with this prompt may have."""
+        """Removes and returns the first answer in the queue for a prompt.
+
+        Args:
+            prompt: The prompt of the request.
+
+        Returns:
+            The answer; None if there is none for it.
+        """
         with self._lock:
             for index, (text, answer) in enumerate(self._queue):
                 if text is None or text in prompt:
@@ -113,6 +120,6 @@ class Script:
         return None
 
     def clear(self) -> None:
-        """Drops what has not been played."""
+        """Removes all answers from the queue."""
         with self._lock:
             self._queue.clear()

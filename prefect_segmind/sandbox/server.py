@@ -1,4 +1,4 @@
-"""The API as the provider documents it, on loopback: it checks every field, bills, counts, and fails when told to."""
+"""The API as the provider documents it, on loopback: checks every field, bills, counts, and fails as scripted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import FastAPI, Request
 from PIL import Image
@@ -28,15 +28,26 @@ from prefect_segmind.sandbox.ledger import Entry, Ledger
 from prefect_segmind.sandbox.script import Answer, Script
 
 PRICE = Decimal("0.05")
-"""USD for a picture: the provider's list price."""
+"""USD for a picture."""
 
 MODEL = "ideogram-2a-img-2-img"
 
-_KEPT_RESULTS = 256  # pictures behind links; the provider's links expire too
+_KEPT_RESULTS = 256  # pictures kept behind links; the provider's links expire too
 
 
 class RequestBody(BaseModel):
-    """The fields of a request, their types and ranges as documented; no others are allowed."""
+    """The body of a request for a picture, with the documented types and ranges; other fields are refused.
+
+    Attributes:
+        image_file: The address of the source image.
+        prompt: The prompt.
+        image_weight: How much of the source stays.
+        magic_prompt_option: Whether the model may rewrite the prompt.
+        negative_prompt: What the picture should not show.
+        resolution: The size.
+        seed: The seed; random unless given.
+        style_type: The style.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -51,7 +62,12 @@ class RequestBody(BaseModel):
 
 
 class ScriptOrder(BaseModel):
-    """The body of `POST /sandbox/script`."""
+    """The body of `POST /sandbox/script`.
+
+    Attributes:
+        answers: The answers, in the order of the requests.
+        prompt: If given, only requests whose prompt contains this text get them.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,7 +76,11 @@ class ScriptOrder(BaseModel):
 
 
 class Refusal(Exception):
-    """The request is answered with an error and is not billed."""
+    """A request is answered with an error, and not billed.
+
+    Attributes:
+        response: The answer.
+    """
 
     def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(text)
@@ -71,16 +91,16 @@ class SandboxApi:
     """The state behind the endpoints.
 
     Args:
-        api_key: The only key that is let in.
-        latency: Seconds that a picture takes at least.
+        api_key: The only accepted key.
+        latency: The least seconds for a picture.
         credits: The balance at the start and after a reset, in USD.
-        requests_per_minute: More in a window are answered with 429; None for no limit.
-        rate_window: Seconds that the window of this limit lasts, for tests that cannot wait a minute.
-        sketch: Whether pictures are only sketched, for load tests.
+        requests_per_minute: Further requests in a window are answered with 429; None for no limit.
+        rate_window: Seconds in that window, for tests that cannot wait a minute.
+        sketch: Whether to sketch pictures, for load tests.
 
     Attributes:
-        ledger: What was asked and billed.
-        script: The answers to be given.
+        ledger: The requests and what they cost.
+        script: The queue of scripted answers.
         app: The ASGI application.
     """
 
@@ -102,7 +122,7 @@ class SandboxApi:
         self._per_window = requests_per_minute
         self._window = rate_window
         self._render = _sketch if sketch else _draw
-        # What follows is touched by the event loop alone and needs no lock.
+        # Only the event loop uses these, so they need no lock.
         self._reserved = Decimal("0.00")
         self._accepted: deque[float] = deque()
         self._results: OrderedDict[str, bytes] = OrderedDict()
@@ -115,18 +135,19 @@ class SandboxApi:
         return self._credits - self.ledger.billed_usd
 
     def close(self) -> None:
-        """Drops the pictures that nobody waits for any more."""
+        """Cancels the pictures that are still to be drawn."""
         self._workers.shutdown(wait=True, cancel_futures=True)
 
-    def reset(self) -> None:
-        """As after the start: nothing asked, nothing billed, nothing scripted."""
+    async def reset(self) -> dict[str, str]:
+        """Returns to the state after the start: no requests, no bills, no script."""
         self.ledger.clear()
         self.script.clear()
         self._accepted.clear()
         self._results.clear()
+        return {"status": "reset"}
 
     async def generate(self, request: Request) -> Response:
-        """Answers one request for a picture, and records it."""
+        """Answers and records a request for a picture."""
         received, started = datetime.now(UTC), time.monotonic()
         request_id = secrets.token_hex(16)
         content = await request.body()
@@ -155,7 +176,7 @@ class SandboxApi:
             self._reserve()
             try:
                 made = asyncio.get_running_loop().run_in_executor(self._workers, _make, body, self._render)
-                # The model's time passes while the picture is drawn, so that drawing does not add to it.
+                # The latency passes while the picture is drawn, so that drawing does not add to it.
                 (image_sha256, picture), _ = await asyncio.gather(made, asyncio.sleep(self._latency))
                 record(answer.status, answer.is_billed)
             finally:
@@ -171,16 +192,16 @@ class SandboxApi:
         response.headers["x-seed-value"] = str(seed)
         return self._finish(response, answer, request_id, started)
 
-    def user_credits(self, request: Request) -> Response:
-        """The balance. Free, so it is also the check of a key."""
+    async def user_credits(self, request: Request) -> Response:
+        """Answers with the balance."""
         try:
             self._check_key(request)
         except Refusal as refusal:
             return refusal.response
         return JSONResponse({"credits": float(self.balance), "free-credits": 0.0})
 
-    def result(self, request: Request, request_id: str) -> Response:
-        """A picture behind a link; refuses a key, which has no business there."""
+    async def result(self, request: Request, request_id: str) -> Response:
+        """Answers with the picture behind a link; a request with a key is refused, as it must not be sent there."""
         if "x-api-key" in request.headers:
             return answers.error(400, "an API key was sent to the host of a result link")
         picture = self._results.get(request_id)
@@ -203,7 +224,7 @@ class SandboxApi:
         self._accepted.append(now)
 
     def _reserve(self) -> None:
-        """Holds the price of a picture while it is made, so that concurrent requests cannot overdraw the account."""
+        """Reserves the price of a picture while it is made, so that concurrent requests cannot overdraw the account."""
         free = self.balance - self._reserved
         if free < PRICE:
             raise Refusal(406, f"Insufficient credits: balance {free}, need {PRICE}")
@@ -220,8 +241,12 @@ class SandboxApi:
 
 
 def create_app(api: SandboxApi) -> FastAPI:
-    """The ASGI application over a sandbox's state: the two endpoints of the API, result links, and the controls."""
-    # No documentation pages: their scripts would be fetched from another host.
+    """The ASGI application: the two endpoints of the API, result links, and the sandbox's controls.
+
+    Args:
+        api: The state behind it.
+    """
+    # No documentation pages: they load scripts from another host.
     app = FastAPI(openapi_url=None)
 
     @app.exception_handler(HTTPException)
@@ -230,37 +255,21 @@ def create_app(api: SandboxApi) -> FastAPI:
             return HTMLResponse(answers.HTML.format(title="405 Not Allowed"), 405)
         return answers.error(error.status_code, f"Model or endpoint not found: {request.url.path}")
 
-    @app.post(f"/v1/{MODEL}")
-    async def generate(request: Request) -> Response:
-        return await api.generate(request)
-
-    @app.get("/v1/get-user-credits")
-    async def user_credits(request: Request) -> Response:
-        return api.user_credits(request)
-
-    @app.get("/v1/results/{request_id}.jpg")
-    async def result(request: Request, request_id: str) -> Response:
-        return api.result(request, request_id)
-
     @app.post("/sandbox/script")
     async def script(order: ScriptOrder) -> dict[str, int]:
         api.script.play(*order.answers, prompt=order.prompt)
         return {"queued": len(order.answers)}
 
-    @app.get("/sandbox/ledger")
-    async def ledger() -> dict[str, Any]:
-        return api.ledger.as_dict()
-
-    @app.post("/sandbox/reset")
-    async def reset() -> dict[str, str]:
-        api.reset()
-        return {"status": "reset"}
-
+    app.post(f"/v1/{MODEL}")(api.generate)
+    app.get("/v1/get-user-credits")(api.user_credits)
+    app.get("/v1/results/{request_id}.jpg")(api.result)
+    app.get("/sandbox/ledger")(api.ledger.as_dict)
+    app.post("/sandbox/reset")(api.reset)
     return app
 
 
 def _prompt_of(content: bytes) -> str | None:
-    """The prompt of a body that may be anything."""
+    """The prompt of a body that may be invalid; None without one."""
     try:
         return _Prompt.model_validate_json(content).prompt
     except ValidationError:
@@ -289,24 +298,20 @@ def _make(body: RequestBody, render: Callable[[RequestBody, bytes], bytes]) -> t
         picture = render(body, source)
     except FetchError as error:
         raise Refusal(400, f"image_file {error}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises here
-        raise Refusal(400, f"image_file is no image that can be read: {type(error).__name__}") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # all of Pillow
+        raise Refusal(400, f"image_file is not a readable image: {type(error).__name__}") from None
     return hashlib.sha256(source).hexdigest(), picture
 
 
 def _draw(body: RequestBody, source: bytes) -> bytes:
-    return make_picture(
-        source,
-        prompt=body.prompt,
-        image_weight=body.image_weight,
-        style_type=body.style_type,
-        seed=body.seed,
-        resolution=body.resolution.value,
-        negative_prompt=body.negative_prompt or None,
-        magic_prompt_option=body.magic_prompt_option,
-    )
+    return make_picture(source, **body.model_dump(mode="json", exclude={"image_file"}))
 
 
 def _sketch(body: RequestBody, source: bytes) -> bytes:
-    asked = body.model_dump_json(exclude={"image_file"})  # the address may be signed anew for each request
-    return make_sketch(source, request=asked, resolution=body.resolution.value)
+    request = body.model_dump_json(exclude={"image_file"})  # whose signature may differ for each request
+    return make_sketch(source, request=request, resolution=body.resolution.value)

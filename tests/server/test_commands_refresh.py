@@ -267,7 +267,7 @@ def test_a_bar_shows_done_reused_failed_money_and_time_left() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     run = BatchRun(console, yes=False)
-    with run.shown():
+    with run.bar:
         run.progressed(Progress(10, Counter(generated=2, reused=1, failed=1), Decimal("0.10"), 5.0))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "4/10" in text

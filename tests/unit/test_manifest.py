@@ -26,7 +26,7 @@ from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.formats import read_text, write_manifest
 from prefect_segmind.manifest.model import (
     MAX_ASSETS,
-    Found,
+    FoundImage,
     MistakenManifest,
     Notes,
     UnreadableManifest,
@@ -36,11 +36,11 @@ from prefect_segmind.manifest.templates import TemplateMistake, meant, render, t
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSET = {"image": "mug.jpg", "prompt": "a red mug"}
-Find = Callable[[str, bool], Sequence[Found]]
+Find = Callable[[str, bool], Sequence[FoundImage]]
 
 
-def as_it_is(image: str, wildcards: bool) -> Sequence[Found]:
-    return [Found(image)]
+def as_it_is(image: str, wildcards: bool) -> Sequence[FoundImage]:
+    return [FoundImage(image)]
 
 
 def load(
@@ -210,7 +210,7 @@ def test_names_of_variables_and_texts_have_one_form():
     )
     assert (job.name, job.prompt) == ("gr\u00f6\u00dfe", "caf\u00e9")
     assets = [{**ASSET, "name": name} for name in ("cafe\u0301", "caf\u00e9 ")]
-    assert "is taken already" in mistake(json.dumps({"assets": assets}))
+    assert "is already used" in mistake(json.dumps({"assets": assets}))
 
 
 def test_a_stem_is_composed_and_what_it_was_is_remembered():
@@ -271,7 +271,7 @@ def test_off_stays_a_text():
 
 def test_an_alias_stands_for_what_was_said_before():
     text = "assets:\n- &a {image: a.jpg, prompt: &p b}\n- {image: c.jpg, prompt: *p}\n- *a"
-    assert mistake(text) == "line 4: name: 'a' is taken already, by line 2".replace("'", "")
+    assert mistake(text) == "line 4: name: 'a' is already used by line 2".replace("'", "")
     assert names("defaults: {prompt: b}\nvars: {x: &x [{image: a}]}\nassets: *x") == ["a"]
 
 
@@ -280,21 +280,21 @@ def test_an_alias_stands_for_what_was_said_before():
     [
         ("assets:\n\t- a", r"line 2, column 1: .*"),
         ("assets: [", r"line 1, column \d+: .*|line 2, column 1: .*"),
-        ("assets: []\n--- \nassets: []", "it holds several documents; a manifest is one"),
+        ("assets: []\n--- \nassets: []", "it holds several documents; a manifest has one"),
         ("a: \x00", r"line 1, column 4: the character '\\x00' is not allowed in YAML"),
         ("a:\n- b\x1b", r"line 2, column 4: the character '\\x1b' is not allowed in YAML"),
-        ("a: *b", r"line 1, column 4: the alias \*b stands for nothing that ends before it"),
-        ("a: &a [*a]", r"line 1, column 8: the alias \*a stands for nothing that ends before it"),
-        ("a: !!python/object:os.system x", r"line 1, column 4: the tag tag:yaml.org,2002:python/.* means nothing here"),
-        ("a: !x [b]", "line 1, column 4: the tag !x means nothing here"),
+        ("a: *b", r"line 1, column 4: the alias \*b has no complete anchor before it"),
+        ("a: &a [*a]", r"line 1, column 8: the alias \*a has no complete anchor before it"),
+        ("a: !!python/object:os.system x", r"line 1, column 4: the tag tag:yaml.org,2002:python/.* is not supported"),
+        ("a: !x [b]", "line 1, column 4: the tag !x is not supported"),
         ("? [a]\n: b", "line 1, column .*: a key must be a plain text"),
         (
             "assets:\n- prompt: {{ product }}",
-            r"line 2, column \d+: a key must be a plain text; a text that begins with \{\{ must stand in quotes",
+            r"line 2, column \d+: a key must be a plain text; put a text that begins with \{\{ in quotes",
         ),
         (
             "assets:\n- prompt: {{ a }} in b",
-            r"line 2, column \d+: .*; a text that begins with \{\{ must stand in quotes",
+            r"line 2, column \d+: .*; put a text that begins with \{\{ in quotes",
         ),
         ("[" * 5000, "line 1, column (101|1001): nested too deeply"),  # by us, or by a PyYAML that reads so far ahead
         ("a: " + "[" * 120 + "]" * 120, "line 1, column 103: nested too deeply"),
@@ -331,8 +331,8 @@ def test_a_text_that_is_no_yaml_is_told_once_with_its_place(text, told):
         ("JSON", '{"assets":\n[1,]}', r"line 2, column \d: .*"),
         ("JSON", "[" * 100_000, "nested too deeply"),
         ("JSON", '{"assets": [{"image": ' + "[" * 200 + "]" * 200 + "}]}", "nested too deeply"),
-        ("JSON Lines", "", "it has no assets; each line is one"),
-        ("JSON Lines", "\n \n", "it has no assets; each line is one"),
+        ("JSON Lines", "", "it has no assets; each line is an asset"),
+        ("JSON Lines", "\n \n", "it has no assets; each line is an asset"),
         ("JSON Lines", '{"image": ' + "[" * 200 + "]" * 200 + "}", "line 1: nested too deeply"),
         ("CSV", "", "it is empty; its first line names the columns, image and prompt among them"),
         ("CSV", "\n\n", "it is empty; its first line names the columns, image and prompt among them"),
@@ -432,17 +432,15 @@ def test_variants_win_over_defaults():
 
 def test_variants_have_a_limit():
     axes = {"seed": list(range(100, 201)), "image_weight": list(range(1, 101))}
-    assert mistake(asset(variants=axes)) == (
-        "line 1: variants: they make 10,100 jobs of one asset; at most 10,000 are made"
-    )
+    assert mistake(asset(variants=axes)) == ("line 1: variants: 10,100 jobs from one asset; at most 10,000 are allowed")
     axes["seed"].pop()
     assert len(jobs(asset(variants=axes))) == 10_000
 
 
 def test_a_match_of_a_pattern_gets_its_name_below_that_of_the_asset():
-    def find(image: str, wildcards: bool) -> Sequence[Found]:
+    def find(image: str, wildcards: bool) -> Sequence[FoundImage]:
         assert wildcards
-        return [Found("/in/a/mug.jpg", "a/mug"), Found("/in/cup.jpg", "cup")]
+        return [FoundImage("/in/a/mug.jpg", "a/mug"), FoundImage("/in/cup.jpg", "cup")]
 
     inbox = '{name: inbox, image: "*.jpg", prompt: "{{ stem }}"}'
     text = f'assets: [{inbox}, {{image: "*", prompt: b, variants: {{seed: [100]}}}}]'
@@ -466,8 +464,8 @@ def test_a_match_of_a_pattern_gets_its_name_below_that_of_the_asset():
     ],
 )
 def test_matches_that_get_one_name_are_a_mistake_for_each_two_whatever_varies(name, matches, remedy):
-    def find(image: str, wildcards: bool) -> list[Found]:
-        return [Found(f"/{each}", re.sub("[:?]", "-", each.rpartition(".")[0])) for each in matches]
+    def find(image: str, wildcards: bool) -> list[FoundImage]:
+        return [FoundImage(f"/{each}", re.sub("[:?]", "-", each.rpartition(".")[0])) for each in matches]
 
     text = asset(name=name, image="*", variants={"image_weight": [40, 70], "seed": [100, 200]})
     told = mistake(text, find=find)
@@ -475,8 +473,8 @@ def test_matches_that_get_one_name_are_a_mistake_for_each_two_whatever_varies(na
 
 
 def test_each_image_beside_the_first_of_its_name_is_told():
-    def find(image: str, wildcards: bool) -> list[Found]:
-        return [Found(f"s3://bucket/{name}", name[:-4]) for name in ("a.jpg", "a.png", "a.gif", "b.jpg", "b.png")]
+    def find(image: str, wildcards: bool) -> list[FoundImage]:
+        return [FoundImage(f"s3://bucket/{name}", name[:-4]) for name in ("a.jpg", "a.png", "a.gif", "b.jpg", "b.png")]
 
     told = mistakes(asset(name="in", image="*"), find=find)
     assert [re.findall(r"bucket/([\w.]+)", line) for line in told] == [
@@ -487,8 +485,8 @@ def test_each_image_beside_the_first_of_its_name_is_told():
 
 
 def test_suffix_is_the_image_s_extension_in_templates():
-    def find(image: str, wildcards: bool) -> list[Found]:
-        return [Found("/in/cup.JPEG", "cup"), Found("/in/cup", "cup")]
+    def find(image: str, wildcards: bool) -> list[FoundImage]:
+        return [FoundImage("/in/cup.JPEG", "cup"), FoundImage("/in/cup", "cup")]
 
     text = asset(name="{{ stem }}-{{ suffix or 'none' }}", image="*", prompt="{{ suffix }}!")
     assert [(job.name, job.prompt) for job in jobs(text, find=find)] == [("cup-jpeg", "jpeg!"), ("cup-none", "!")]
@@ -498,16 +496,16 @@ def test_suffix_is_the_image_s_extension_in_templates():
 def test_a_pattern_without_matches_is_a_warning():
     assert load(asset(), find=lambda image, wildcards: []) == (
         [],
-        ["line 1: nothing matches mug.jpg; there is no job for it"],
+        ["line 1: nothing matches mug.jpg; no job is made"],
     )
 
 
 def test_what_the_finder_refuses_is_a_mistake_of_the_asset():
-    def find(image: str, wildcards: bool) -> Sequence[Found]:
-        raise InvalidJobError("leads out of the bucket")
+    def find(image: str, wildcards: bool) -> Sequence[FoundImage]:
+        raise InvalidJobError("points outside the bucket")
 
     assert mistakes(asset(seed=1), find=find) == [
-        "line 1: image: leads out of the bucket",
+        "line 1: image: points outside the bucket",
         "line 1: seed: 1 is not allowed; allowed is an integer from 100 to 999999, `random`, or nothing for one "
         "derived from the job. Did you mean 100?",
     ]
@@ -623,7 +621,7 @@ assets: [{image: m, prompt: "{{ w }} {{ flag }} {{ nothing }}"}]
         ("m/seed1000-0", 1000, "0.7e2 true ~"),
         ("m/seed200", 200, "0.7e2 true ~"),
     ]
-    assert mistake(asset(prompt=3.5)) == "line 1: prompt: 3.5 is no text; a number must stand in quotes"
+    assert mistake(asset(prompt=3.5)) == "line 1: prompt: 3.5 is not text; put a number in quotes"
 
 
 def test_a_price_and_a_country_are_those_of_the_manifest():
@@ -644,9 +642,9 @@ def test_the_line_break_at_the_end_of_a_block_is_no_part_of_the_text():
 
 
 def test_without_templates_every_text_is_taken_literally():
-    def find(image: str, wildcards: bool) -> Sequence[Found]:
+    def find(image: str, wildcards: bool) -> Sequence[FoundImage]:
         assert not wildcards
-        return [Found(image)]
+        return [FoundImage(image)]
 
     (job,) = jobs(
         f"templates: false\nassets: [{json.dumps({'image': '*{{ a }}', 'prompt': '{{ a' + chr(10)})}]", find=find
@@ -659,12 +657,12 @@ def test_without_templates_every_text_is_taken_literally():
     [
         (
             "{{ seasn }}",
-            "names 'seasn', which is not given. Did you mean season? Or give it in the asset's "
+            "uses 'seasn', which is not given. Did you mean season? Or give it in the asset's "
             "vars, in the manifest's vars, or with --set seasn=value (the flow's `variables`)",
         ),
         (
             "{{ zzz }}",
-            "names 'zzz', which is not given. Give it in the asset's vars, in the manifest's vars, "
+            "uses 'zzz', which is not given. Give it in the asset's vars, in the manifest's vars, "
             "or with --set zzz=value (the flow's `variables`)",
         ),
         ("{{ a.b }}", "fails: UndefinedError: 'dict object' has no attribute 'b'"),
@@ -706,10 +704,10 @@ def test_a_variable_of_the_run_that_nothing_names_is_a_warning():
     text = 'defaults: {negative_prompt: "{{ bad }}"}\nassets: [{image: m, prompt: "{{ season }}", negative_prompt: x}]'
     _, warnings = load(text, season="summer", bad="blur", seasn="winter", zzz=1)
     assert warnings == [
-        "variable seasn: no template of the manifest names it; did you mean season?",
-        "variable zzz: no template of the manifest names it",
+        "variable seasn: no template in the manifest uses it; did you mean season?",
+        "variable zzz: no template in the manifest uses it",
     ]
-    assert load("templates: false\nassets: []", a=1)[1] == ["variable a: its templates are switched off"]
+    assert load("templates: false\nassets: []", a=1)[1] == ["variable a: templates are switched off"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -756,12 +754,12 @@ assets:
         "varients: there is no such field. Did you mean variants?",
         "line 8 (a): promt: there is no such field. Did you mean prompt?",
         "line 8 (a): image_weight: 150 is not allowed; allowed is an integer from 1 to 100. Did you mean 100?",
-        "line 13: b is no asset; an asset is a mapping of fields to values",
+        "line 13: b is not an asset; an asset is a mapping of fields to values",
         "line 14 (a): vars: 5 is not allowed; allowed is a mapping of names to values.",
         "line 14 (a): variants.seed: the asset gives seed as well; keep one of the two",
         "line 14 (a): prompt: missing; needed is a text that is not blank",
-        "line 15 (2024): image: ['x'] is no text; a number must stand in quotes",
-        "line 15 (2024): name: 2024 is no text; a number must stand in quotes",
+        "line 15 (2024): image: ['x'] is not text; put a number in quotes",
+        "line 15 (2024): name: 2024 is not text; put a number in quotes",
     ]
 
 
@@ -771,23 +769,23 @@ assets:
         (
             "YAML",
             "assets:\n- {image: m, prompt: a}\n- image: m\n  prompt: b",
-            "line 3: name: m is taken already, by line 2",
+            "line 3: name: m is already used by line 2",
         ),
         (
             "JSON",
             '{"assets": [{"image": "m", "prompt": "a"}, {"name": "m", "image": "m", "prompt": "b"}]}',
-            "asset 2 (m): name: m is taken already, by asset 1",
+            "asset 2 (m): name: m is already used by asset 1",
         ),
         (
             "JSON Lines",
             '{"image": "m", "prompt": "a"}\n\n{"image": "m", "prompt": "b"}',
-            "line 3: name: m is taken already, by line 1",
+            "line 3: name: m is already used by line 1",
         ),
-        ("CSV", 'image,prompt\nm,"a\nb"\n\nm,b', "line 5: name: m is taken already, by line 3"),
+        ("CSV", 'image,prompt\nm,"a\nb"\n\nm,b', "line 5: name: m is already used by line 3"),
         (
             "YAML",
             "assets: [{image: m, prompt: a, variants: {seed: [100, 100]}}]",
-            "line 1: name: m/seed100 is taken already, by line 1",
+            "line 1: name: m/seed100 is already used by line 1",
         ),
     ],
 )
@@ -829,18 +827,22 @@ COLUMNS = ", ".join([*Job.model_fields, "vars.NAME"])
         (
             "JSON Lines",
             '{"templates": false, "assets": [{}]}\n{"image": "m", "prompt": "a"}',
-            ["line 1: assets: each asset stands on a line of its own"],
+            ["line 1: assets: put each asset on its own line"],
         ),
         ("YAML", "assets: []\nassets: []", ["line 2: assets is given twice in one mapping"]),
         ("JSON", '{"vars": {"a": 1, "a": 2, "a": 3}, "assets": []}', ["a is given twice in one mapping"] * 2),
-        ("JSON", '{"vars": {"a": NaN, "b": -Infinity}, "assets": []}', ["NaN is no JSON", "-Infinity is no JSON"]),
+        (
+            "JSON",
+            '{"vars": {"a": NaN, "b": -Infinity}, "assets": []}',
+            ["NaN is not valid JSON", "-Infinity is not valid JSON"],
+        ),
         (
             "JSON Lines",
             '{"image": "m", "prompt": "a", "prompt": "b"}\n{"image"}\n[1]\n',
             [
                 "line 1: prompt is given twice in one mapping",
                 "line 2, column 9: Expecting ':' delimiter",
-                "line 3: [1] is no asset; an asset is a mapping of fields to values",
+                "line 3: [1] is not an asset; an asset is a mapping of fields to values",
             ],
         ),
         (
@@ -849,7 +851,7 @@ COLUMNS = ", ".join([*Job.model_fields, "vars.NAME"])
             [
                 "line 1: there are several columns image",
                 "line 1: column promt: there is no such column. Did you mean prompt?",
-                "line 1: there is no column prompt",
+                "line 1: missing column prompt",
             ],
         ),
         (
@@ -858,7 +860,7 @@ COLUMNS = ", ".join([*Job.model_fields, "vars.NAME"])
             [
                 f"line 1: column a: there is no such column; allowed is one of {COLUMNS}",
                 f"line 1: column b: there is no such column; allowed is one of {COLUMNS}",
-                "line 1: there is no column image and none prompt",
+                "line 1: missing columns image and prompt",
             ],
         ),
         (
@@ -866,8 +868,8 @@ COLUMNS = ", ".join([*Job.model_fields, "vars.NAME"])
             "image,prompt,,vars.\nm,b,c\nm,b,,,d\nm,b,,,\nn",
             [
                 "line 1: column vars.: there is no such column. Did you mean vars.NAME?",
-                "line 2: more cells than columns; a text with the separator in it must stand in quotes",
-                "line 3: more cells than columns; a text with the separator in it must stand in quotes",
+                "line 2: more cells than columns; put a text that contains the separator in quotes",
+                "line 3: more cells than columns; put a text that contains the separator in quotes",
                 "line 5: prompt: missing; needed is a text that is not blank",
             ],
         ),
@@ -917,12 +919,12 @@ def test_a_name_is_taken_by_a_row_with_another_mistake_too():
     with pytest.raises(ManifestError) as caught:
         load("name,image,prompt,seed\nm,a.jpg,x,1\nm,b.jpg,x,\n", "CSV")
     assert [line.partition(":")[0] for line in caught.value.mistakes] == ["line 2 (m)", "line 3 (m)"]  # type: ignore[attr-defined]
-    assert "m is taken already, by line 2" in caught.value.mistakes[1]  # type: ignore[attr-defined]
+    assert "m is already used by line 2" in caught.value.mistakes[1]  # type: ignore[attr-defined]
 
 
 def test_a_name_made_of_the_images_own_is_the_whole_name_of_a_match():
-    def find(image: str, wildcards: bool) -> list[Found]:
-        return [Found("/in/mug.jpg", "mug"), Found("/in/cup.jpg", "cup")]
+    def find(image: str, wildcards: bool) -> list[FoundImage]:
+        return [FoundImage("/in/mug.jpg", "mug"), FoundImage("/in/cup.jpg", "cup")]
 
     text = 'assets: [{name: "deep/{{ stem }}", image: "in/*.jpg", prompt: x}, {name: inbox, image: "in/*", prompt: x}]'
     assert [job.name for job in jobs(text, find=find)] == ["deep/mug", "deep/cup", "inbox/mug", "inbox/cup"]

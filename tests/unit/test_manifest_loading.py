@@ -31,7 +31,7 @@ from prefect_segmind.jobs.job import Job
 from prefect_segmind.manifest.formats import write_manifest
 from prefect_segmind.manifest.image_paths import Images
 from prefect_segmind.manifest.loading import load_manifest
-from prefect_segmind.manifest.model import Found
+from prefect_segmind.manifest.model import FoundImage
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.storage.paths import found_path
@@ -132,7 +132,7 @@ def test_other_places_and_missing_files_are_told(tmp_path):
 
 def test_a_text_that_is_no_utf8_is_told_with_its_line(tmp_path):
     assert mistake(write(tmp_path, "m.csv", b"image,prompt\na,caf\xe9\n")) == (
-        "line 2, byte 6: 0xe9 is no UTF-8; save the file as UTF-8"
+        "line 2, byte 6: 0xe9 is not UTF-8; save the file as UTF-8"
     )
     assert mistake(write(tmp_path, "u.csv", "image,prompt\n".encode("utf-16"))).startswith("line 1, byte 1: 0xff is no")
 
@@ -153,8 +153,8 @@ def test_warnings_come_with_the_jobs(tmp_path):
     with load_manifest(place, {"season": "summer", "seasn": 1}, s3=no_s3) as manifest:
         assert len(manifest.jobs) == 1
     assert manifest.warnings == (
-        "line 2: nothing matches *.jpg; there is no job for it",
-        "variable seasn: no template of the manifest names it; did you mean season?",
+        "line 2: nothing matches *.jpg; no job is made",
+        "variable seasn: no template in the manifest uses it; did you mean season?",
     )
     with load_manifest(write(tmp_path, "e.csv", "image,prompt\n"), None, s3=no_s3) as manifest:
         assert manifest.warnings == ("the manifest has no assets",)
@@ -198,9 +198,9 @@ def test_images_are_found_from_the_manifest_s_folder(tmp_path, monkeypatch):
         str(tmp_path / "x.jpg"),
     ]
     for image in ("https://b.example/a*.jpg?size=1", "http://b.example/a", "ftp://b.example/*", "a\0*"):
-        assert images.find(image, True) == [Found(image)]
-    assert images.find("S3://Bucket/../a.jpg", False) == [Found("s3://Bucket/../a.jpg")]
-    with pytest.raises(InvalidJobError, match="'~nobody-here/a' is no path"):
+        assert images.find(image, True) == [FoundImage(image)]
+    assert images.find("S3://Bucket/../a.jpg", False) == [FoundImage("s3://Bucket/../a.jpg")]
+    with pytest.raises(InvalidJobError, match="'~nobody-here/a' is not a path"):
         images.find("~nobody-here/a", True)
 
 
@@ -293,7 +293,7 @@ def test_two_matches_of_one_name_are_a_mistake_that_names_both_and_the_way_out(t
 def test_a_file_of_that_very_name_is_no_pattern(tmp_path):
     for name in ("what?.jpg", "whats.jpg"):
         write(tmp_path, name, b"")
-    assert Images(str(tmp_path / "m.yaml"), no_s3).find("what?.jpg", True) == [Found(str(tmp_path / "what?.jpg"))]
+    assert Images(str(tmp_path / "m.yaml"), no_s3).find("what?.jpg", True) == [FoundImage(str(tmp_path / "what?.jpg"))]
 
 
 @posix
@@ -339,7 +339,7 @@ def test_a_folder_below_that_cannot_be_listed_is_a_warning_and_stands_in_no_othe
             (folder / "in" / "closed").chmod(0o755)
     assert made == ["a/cup", "a/open/bowl", "b/cup", "b/open/bowl"]
     assert manifest.warnings == (
-        f"cannot list {folder}/in/closed: Permission denied; check its owner and mode; what lies in it is skipped",
+        f"cannot list {folder}/in/closed: Permission denied; check its owner and mode; its contents are skipped",
     )
 
 
@@ -351,7 +351,7 @@ def test_a_name_that_is_no_utf8_is_a_warning_and_stands_in_no_others_way(tmp_pat
     with load_manifest(place, {}, s3=no_s3) as manifest:
         assert [job.name for job in manifest.jobs] == ["shop/cup"]
     assert manifest.warnings == tuple(
-        f"{tmp_path}/in/caf\\udce9{each}.jpg is skipped: its name is no UTF-8; rename it" for each in ("", "/mug")
+        f"{tmp_path}/in/caf\\udce9{each}.jpg is skipped: its name is not UTF-8; rename it" for each in ("", "/mug")
     )
 
 
@@ -388,7 +388,7 @@ def test_what_is_not_there_is_no_mistake_by_itself(photos):
     place = write(photos, "m.csv", "image,prompt\nphotos/mgu.jpg,a\nphotos/*.gif,b\n")
     with load_manifest(place, None, s3=no_s3) as manifest:
         assert [job.image for job in manifest.jobs] == [f"{photos}/photos/mgu.jpg"]
-        assert manifest.warnings == ("line 3: nothing matches photos/*.gif; there is no job for it",)
+        assert manifest.warnings == ("line 3: nothing matches photos/*.gif; no job is made",)
 
 
 def test_a_manifest_without_any_match_is_a_mistake(photos):
@@ -401,7 +401,7 @@ def test_a_manifest_without_any_match_is_a_mistake(photos):
 def test_a_manifest_without_any_match_tells_what_was_skipped(tmp_path):
     (tmp_path / os.fsdecode(b"m\xffg.jpg")).write_bytes(b"x")
     with pytest.raises(
-        ManifestError, match=r"(?s)2 mistakes.*nothing matches \*\.jpg.*its name is no UTF-8; rename it"
+        ManifestError, match=r"(?s)2 mistakes.*nothing matches \*\.jpg.*its name is not UTF-8; rename it"
     ):
         load(write(tmp_path, "m.csv", "image,prompt\n*.jpg,a\n"))
 
@@ -478,7 +478,7 @@ def test_images_are_found_from_the_manifest_s_place_in_its_bucket(moto):
     assert locations("S3://pictures/a/in/*/m*") == [("s3://pictures/a/in/x/mug.jpg", "x/mug")]
     assert locations("s3://pictures/m*") == [("s3://pictures/mug?.jpg", "mug")]
     assert locations("../../*.gif") == []
-    with pytest.raises(InvalidJobError, match=r"'\.\./\.\./\.\./x' leads out of the bucket pictures"):
+    with pytest.raises(InvalidJobError, match=r"'\.\./\.\./\.\./x' points outside the bucket pictures"):
         images.find("../../../x", True)
     with pytest.raises(InvalidJobError, match="is not an S3 address"):
         images.find("s3://pic*/x", True)

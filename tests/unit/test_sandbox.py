@@ -28,12 +28,13 @@ from botocore.exceptions import ClientError
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 from pydantic import ValidationError
 
+from prefect_segmind.api.client import on_loopback
 from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox, Script, make_picture, sample_photo
 from prefect_segmind.sandbox import s3 as s3_module
 from prefect_segmind.sandbox.drawing.picture import STYLES, _prepared
-from prefect_segmind.sandbox.fetch import FetchError, fetch, is_loopback
+from prefect_segmind.sandbox.fetch import FetchError, fetch
 from prefect_segmind.sandbox.s3 import S3Server, rclone_binary
 from tests.support.ports import listens
 from tests.support.waiting import until
@@ -338,8 +339,9 @@ def test_the_image_is_fetched_by_one_get(sandbox: Sandbox, source: str) -> None:
 
 
 def test_only_this_machine_counts_as_loopback() -> None:
-    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]))
-    assert not any(map(is_loopback, [None, "", "0.0.0.0", "8.8.8.8", "localhost.", "example.com"]))
+    assert all(on_loopback(f"http://{host}/a") for host in ("127.0.0.1", "127.9.9.9", "[::1]", "localhost"))
+    others = ("", "0.0.0.0", "8.8.8.8", "localhost.", "example.com")
+    assert not any(on_loopback(f"http://{host}/a") for host in others)
     with pytest.raises(FetchError, match="could not be fetched"):
         fetch("http://127.0.0.1:1/nobody-listens")
 
