@@ -742,7 +742,7 @@ def test_an_overload_that_names_a_time_is_counted_with_the_rate_limits_and_anoth
         assert error.value.decision.retry is retry
         opened = with_gate(opened)
     assert error.value.decision
-    assert error.value.decision.reason == "all 1 retries are spent"
+    assert error.value.decision.reason == "gave up after 1 retry"
 
 
 @pytest.mark.parametrize(("first", "retry"), [(429, True), (502, False)])
