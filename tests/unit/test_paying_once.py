@@ -1059,7 +1059,7 @@ def test_what_a_link_has_led_to_is_kept_too_for_the_link_may_not_live_as_long(
     with monkeypatch.context() as old:
         old.setattr("prefect_segmind.api.client.read_picture", too_new)
         sandbox.play(Answer(kind="json_url"))
-        with pytest.raises(ResultLinkError, match="leads to no picture"):
+        with pytest.raises(ResultLinkError, match="does not lead to a picture"):
             generate(*asked)
         assert len(kept_answers()) == 2
         with pytest.raises(OutcomeUnknownError):
