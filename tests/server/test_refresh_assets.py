@@ -35,7 +35,7 @@ from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 from prefect_segmind import BatchError, BatchResult, Job, produce_asset, refresh_assets
 from prefect_segmind.batch import plan
 from prefect_segmind.batch import tally as batch_module
-from prefect_segmind.batch.approval import Answer as ApprovalAnswer
+from prefect_segmind.batch.approval import Reply
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.batch.tally import Tally
 from prefect_segmind.cli import output
@@ -448,7 +448,7 @@ def test_what_nobody_has_approved_is_named_as_not_started(
     sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_module, "NAMED", 2)
-    with answering(ApprovalAnswer("stop")):
+    with answering(Reply("stop")):
         state: State[BatchResult] = refresh_assets(campaign(3), approve_above_usd=Decimal(0), return_state=True)
     with pytest.raises(BatchError) as error:
         state.result()
