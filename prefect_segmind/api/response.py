@@ -17,6 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote
 
+from pydantic import TypeAdapter
+
 from prefect_segmind.errors import (
     ApiError,
     NotAnImageError,
@@ -84,20 +86,15 @@ def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
 
 
 def _time(text: str) -> datetime | None:
-    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; UTC where it names no zone."""
+    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; in UTC if it names no zone."""
     try:
-        if re.fullmatch(r"\d{10,13}(\.\d+)?", text):
-            seconds = float(text)
-            return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, UTC)
-        if re.match(r"\d{4}-", text):
-            iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.upper().replace("Z", "+00:00"))
-            iso = re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", iso.replace(" UTC", "+00:00"))
-            time = datetime.fromisoformat(iso)
+        if re.match(r"\d{4}-|\d{10}", text):
+            time = TypeAdapter(datetime).validate_python(text.replace(" UTC", "Z"))
         else:
             time = parsedate_to_datetime(text)
-        return time if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, TypeError, OverflowError):
         return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def error_text(body: bytes, secret: str = "") -> str:
@@ -186,12 +183,11 @@ def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
     if start[:1] not in (b"{", b"[", b'"'):
         return None
     try:
-        parsed = json.loads(body)
-        values = list(_values(parsed))
-        unsafe = _is_unsafe(parsed)
+        parts = list(_parts(json.loads(body)))
     except (ValueError, RecursionError):
         return None
-    if not values and unsafe:
+    values = [each.strip() for each in parts if isinstance(each, str) and each.strip()]
+    if not values and any(isinstance(each, dict) and each.get("is_image_safe") is False for each in parts):
         raise UnsafeImageError(
             "the API answered 200 without a picture: the picture is not safe (change the prompt or the image)",
             status=200,
@@ -215,24 +211,13 @@ _PICTURE_KEYS = (
 """Keys under which JSON may have a picture, at any depth; under others it may repeat the source image."""
 
 
-def _values(parsed: object) -> Iterator[str]:
-    """The texts that may be a picture, in any of the known shapes."""
-    if isinstance(parsed, str) and parsed.strip():
-        yield parsed.strip()
-    elif isinstance(parsed, list):
-        for each in parsed:
-            yield from _values(each)
-    elif isinstance(parsed, dict):
-        for name in _PICTURE_KEYS:
-            yield from _values(parsed.get(name))
-
-
-def _is_unsafe(parsed: object) -> bool:
-    """Whether JSON has `is_image_safe: false` where a picture may be."""
+def _parts(parsed: object) -> Iterator[object]:
+    """All values in JSON that may be a picture, or contain one."""
+    yield parsed
     if isinstance(parsed, dict):
-        inner = (parsed.get(name) for name in _PICTURE_KEYS)
-        return parsed.get("is_image_safe") is False or any(map(_is_unsafe, inner))
-    return isinstance(parsed, list) and any(map(_is_unsafe, parsed))
+        parsed = [parsed.get(name) for name in _PICTURE_KEYS]
+    for each in parsed if isinstance(parsed, list) else ():
+        yield from _parts(each)
 
 
 def _decoded(text: str) -> bytes | Link | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
+from functools import lru_cache
 from itertools import islice
 from typing import Literal
 
@@ -342,7 +343,6 @@ def _listed(
 
 def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | SegmindError]]:
     """Each job with what its image is, or why it cannot be used, in their order; the images are read in parallel."""
-    known: OrderedDict[tuple[str, bool], Future[InspectedSource | SegmindError]] = OrderedDict()
     waiting: deque[tuple[Job, Future[InspectedSource | SegmindError]]] = deque()
 
     def look(image: str, allow_extreme_ratio: bool) -> InspectedSource | SegmindError:
@@ -352,14 +352,13 @@ def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, In
             return (SourceImageError if isinstance(error, SourceImageError) else SegmindError)(str(error))
 
     with ThreadPoolExecutor(INSPECTORS, thread_name_prefix="segmind-plan") as pool:
+
+        @lru_cache(maxsize=KEPT)
+        def submit(image: str, allow_extreme_ratio: bool) -> Future[InspectedSource | SegmindError]:
+            return pool.submit(look, image, allow_extreme_ratio)
+
         for job in jobs:
-            key = job.image, job.allow_extreme_ratio
-            if key not in known:
-                known[key] = pool.submit(look, *key)
-            known.move_to_end(key)
-            waiting.append((job, known[key]))
-            if len(known) > KEPT:
-                known.popitem(last=False)
+            waiting.append((job, submit(job.image, job.allow_extreme_ratio)))
             if len(waiting) > LOOK_AHEAD:
                 first, source = waiting.popleft()
                 yield first, source.result()

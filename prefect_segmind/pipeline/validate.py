@@ -81,17 +81,14 @@ class ValidatedJob(BaseModel):
         """The job, and `earlier` if there is one."""
         return tuple(filter(None, (self, self.earlier)))
 
-    def request(self, image_file: str, *, allow_unlisted_resolution: bool = True) -> ImageToImageRequest:
+    def request(self, image_file: str) -> ImageToImageRequest:
         """The request to send.
 
         Args:
             image_file: The address of the source image, which the provider can GET.
-            allow_unlisted_resolution: Whether the resolution may be another than the 78 listed ones.
         """
-        return ImageToImageRequest.model_validate(
-            {"image_file": image_file, **self.parameters},
-            context={"allow_unlisted_resolution": allow_unlisted_resolution},
-        )
+        fields = {"image_file": image_file, **self.parameters}  # the resolution was checked with the job
+        return ImageToImageRequest.model_validate(fields, context={"allow_unlisted_resolution": True})
 
 
 @dataclass(frozen=True)

@@ -669,7 +669,7 @@ def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
     tally.start(job)
     tally.end(job, StoreError("gone"))
     assert tally.wait(0.0)
-    assert "manifest of failures" in tally.result().failures[0].error
+    assert "missing from the manifest of failed jobs" in tally.result().failures[0].error
 
 
 def test_the_runs_defaults_win_over_the_manifests_and_give_way_to_an_assets(
