@@ -31,7 +31,7 @@ from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import Pipeline
-from prefect_segmind.pipeline.validate import InspectedSource, inspect_source, settle
+from prefect_segmind.pipeline.validate import InspectedSource, inspect_source, resolve
 from prefect_segmind.sandbox import Sandbox, sample_photo
 from prefect_segmind.services import Services
 
@@ -63,7 +63,7 @@ class Stages:
         """
         with self._timed("validate"):
             job = parse_job({"image": image, "prompt": "a red mug", "seed": seed, "name": f"set/{seed}"})
-            validated = settle(job, inspected or inspect_source(image, self.pipeline.reader))
+            validated = resolve(job, inspected or inspect_source(image, self.pipeline.reader))
         with self._timed("upload"):
             uploaded = self.pipeline.upload(validated)
         with self._timed("generate"):

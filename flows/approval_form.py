@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Paused, Running, Suspended
 from pydantic import Field
 
-from prefect_segmind.batch.approval import Answer, Approved, apply_answer, must_ask
+from prefect_segmind.batch.approval import Approved, Reply, apply_reply, must_ask
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, RunCancelledError, SegmindError
 from prefect_segmind.jobs.job import Job
@@ -94,7 +94,7 @@ def approve(
     sources = list(dict.fromkeys(job.image for job in jobs))[:SHOWN_SOURCES]
     prompts = [(job.name, job.prompt) for job in jobs[:SHOWN_PROMPTS]]
     question = Question(title, plan, limit, prompts, sources, services.publish_to)
-    approved = apply_answer(
+    approved = apply_reply(
         listener().ask(question) or _ask_in_prefect(question, services),
         planned_usd=plan.planned_usd,
         above_usd=limit,
@@ -105,7 +105,7 @@ def approve(
     return approved
 
 
-def _ask_in_prefect(question: Question, services: Services) -> Answer:
+def _ask_in_prefect(question: Question, services: Services) -> Reply:
     """Has the flow run wait until somebody answers in Prefect."""
     if not PREFECT_API_URL.value():
         raise ConfigurationError(
@@ -134,7 +134,7 @@ def _ask_in_prefect(question: Question, services: Services) -> Answer:
         given = (
             suspend_flow_run(wait_for_input=form, timeout=seconds, key=key) if deployed else _pause(form, seconds, key)
         )
-    return Answer(given.answer, Decimal(str(given.up_to_usd)) or None)
+    return Reply(given.answer, Decimal(str(given.up_to_usd)) or None)
 
 
 def _answered(state: State[Approval]) -> Approval | None:

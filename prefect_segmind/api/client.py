@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ENDPOINT, ImageToImageRequest
@@ -34,23 +35,32 @@ from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
-"""Bytes of a picture that are accepted; a JSON answer may be a third longer for its base64."""
+"""The most bytes of a picture; a JSON answer may be a third longer for its base64."""
 _LINK_WAITS = (0.5, 2.0, 5.0, 10.0, 20.0, 30.0)
-"""Seconds between the attempts to download a linked picture: it is paid for, and the link is all there is of it."""
+"""Seconds between the attempts to download a linked picture, which is paid for and nowhere else."""
+
+
+class _Balance(BaseModel):
+    credits: Decimal
+    free: Decimal | None = Field(None, alias="free-credits")
 
 
 class SegmindClient:
-    """Talks to the API. Use one per thread, and close it or use it as a context manager.
+    """An HTTP client of the API. Use one per thread, and close it or use it as a context manager.
 
     Args:
-        api_key: The key; it goes to the API's own address only, and into no message.
-        base_url: Address of the API, https unless it is on loopback.
+        api_key: The key; it is sent to the API's own address only, and no message contains it.
+        base_url: The address of the API, https unless it is on loopback.
         connect_timeout: Seconds to connect.
         read_timeout: Seconds to wait for the next bytes of an answer; a generation takes about 10 s.
-        list_price_usd: What a picture is taken to cost where the answer does not say.
+        list_price_usd: The cost of a picture if the answer names none.
+
+    Attributes:
+        base_url: As above, without a slash at the end.
+        on_loopback: Whether the API is on this machine.
 
     Raises:
-        ConfigurationError: The key or the address is unusable, or a proxy or certificate that the environment names.
+        ConfigurationError: The key, the address, or a proxy or certificate named in the environment is unusable.
 
     Example:
         >>> SegmindClient("SG_0123456789abcdef", "http://127.0.0.1:8787/v1").on_loopback
@@ -68,27 +78,27 @@ class SegmindClient:
     ) -> None:
         key = api_key.strip()
         if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise ConfigurationError("api_key: empty, or it holds characters that no key has; copy it once more")
+            raise ConfigurationError("api_key: it is empty or has characters that keys do not have; copy it again")
         self._key = key
         self.base_url = base_url.strip().rstrip("/")
         try:
             parts = httpx.URL(self.base_url)
         except httpx.InvalidURL as error:
-            raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is no address: {error}") from None
+            raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is not an address: {error}") from None
         if not parts.host or parts.scheme not in ("http", "https"):
-            raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is no http(s) address")
+            raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is not an http(s) address")
         self.on_loopback = on_loopback(self.base_url)
         if parts.scheme == "http" and not self.on_loopback:
             raise ConfigurationError("SEGMIND_BASE_URL: only https, so that the key is not sent in the clear")
         self._list_price = list_price_usd
-        # A proxy of the environment would get what is meant for this machine.
+        # A proxy would get requests that are meant for this machine.
         proxy = None if self.on_loopback else proxy_for(self.base_url)
-        # No connection is kept: one that the server has dropped meanwhile would look like a request of unknown outcome.
+        # No connection is kept: a request on one that the server has dropped would be of unknown outcome.
         self._http = httpx.Client(
             headers={"x-api-key": key},
             timeout=httpx.Timeout(read_timeout, connect=connect_timeout),
             limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=False,  # but for what stands here, which has been checked
+            trust_env=False,  # except for the two below, which have been checked
             proxy=proxy,
             verify=ssl_context(from_environment=not self.on_loopback),
             follow_redirects=False,
@@ -109,16 +119,16 @@ class SegmindClient:
 
         Args:
             request: The request; its `image_file` must be an address that the provider can GET.
-            part: The file to write; what it holds is replaced. After an error that has `answered` it holds the body of
-                the answer as it came, and beside it, with the suffix `.found`, may lie what a link in it has led to.
+            part: The file to write; its content is replaced. After an error with `answered` it holds the body of the
+                answer as received, and beside it a file with the suffix `.found` may hold what a link in it led to.
 
         Returns:
-            The picture's facts, read from its bytes and the answer's headers.
+            The picture's facts, from its bytes and the answer's headers.
 
         Raises:
-            ApiError: In one of its classes; `possibly_billed` says whether it may have been paid, and `answered` what
-                it has cost where a 200 was read to its end.
-            OutboxError: The file could not be written.
+            ApiError: The request failed; `possibly_billed` is True if it may have been billed, and if a 200 was read to
+                its end, `answered` has its cost.
+            OutboxError: The file cannot be written.
         """
         with (
             self._translated(),
@@ -127,7 +137,7 @@ class SegmindClient:
             self._raise_unless_200(answer)
             try:
                 with part.open("r+b" if part.exists() else "wb") as file:
-                    # As it came over the wire: what is paid for and cannot be read is kept like that.
+                    # As received: an answer that is paid for and cannot be read is kept like that.
                     self._write(answer, answer.iter_raw(), file)
                     file.truncate()
             except OSError as error:
@@ -135,14 +145,17 @@ class SegmindClient:
         return self._picture(answer, self._answered(answer), request.seed, part)
 
     def read(self, body: Path, found: Path) -> Picture:
-        """Finds the picture in the body of a 200, wherever it is in it, and follows a link to it.
+        """Finds the picture in the body of a 200, or downloads it from the link there.
 
         Args:
-            body: The body; it stays as it is.
-            found: The file to write, where the body is not the picture itself.
+            body: The file with the body; it is not changed.
+            found: The file to write if the body is not the picture itself.
+
+        Returns:
+            The facts of the picture.
 
         Raises:
-            NotAnImageError: In one of its classes. Where a link has led to something else, `found` has that.
+            NotAnImageError: There is no picture. If a link led to something else, `found` has that.
             AnswerCutError: The picture provably lacks its end.
             OSError: A file cannot be read or written.
         """
@@ -160,23 +173,20 @@ class SegmindClient:
             raise _no_picture(broken, data if held is None else held, self._key) from None
 
     def credits(self) -> Decimal:
-        """The account's credits in USD, free ones included. The call is free, so it is also the check of a key.
+        """The account's credits in USD, free ones included. The call is free, so it also serves to check a key.
 
         Raises:
-            ApiError: In one of its classes; nothing is ever billed.
+            ApiError: The request failed; it is never billed.
         """
         with self._translated(billable=False), self._http.stream("GET", f"{self.base_url}/get-user-credits") as answer:
             self._raise_unless_200(answer)
             answer.read()
-            try:
-                found: Any = answer.json()
-                credits = Decimal(str(found["credits"])) + Decimal(str(found.get("free-credits") or 0))
-                if not credits.is_finite():
-                    raise ValueError("no number")
-                return credits
-            except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
-                text = error_text(answer.content, self._key)
-                raise ApiUnreachableError(f"the API did not tell the credits, it said: {text}", status=200) from None
+        try:
+            balance = _Balance.model_validate_json(answer.content)
+        except ValidationError:
+            text = error_text(answer.content, self._key)
+            raise ApiUnreachableError(f"the API answered without a credit balance: {text}", status=200) from None
+        return balance.credits + (balance.free or 0)
 
     def _raise_unless_200(self, answer: httpx.Response) -> None:
         if answer.status_code == 200:
@@ -195,14 +205,14 @@ class SegmindClient:
         """Writes a body to a file.
 
         Raises:
-            NotAnImageError: It is too large, and not read to its end.
+            NotAnImageError: It is too large, and was not read to its end.
         """
         size = 0
         for chunk in chunks:
             size += len(chunk)
             if size > ANSWER_LIMIT * 4 // 3 + 10_000:
                 raise NotAnImageError(
-                    f"the API answered 200 with more than {ANSWER_LIMIT:,} bytes (look at the provider's usage page "
+                    f"the API answered 200 with more than {ANSWER_LIMIT:,} bytes (check the provider's usage page "
                     "before running again)",
                     status=200,
                     possibly_billed=True,
@@ -222,7 +232,7 @@ class SegmindClient:
         )
 
     def _picture(self, answer: httpx.Response, answered: Answered, seed: int | None, part: Path) -> PaidPicture:
-        """The picture of an answer that was read to its end: it takes the place of the body once it is whole."""
+        """The picture of an answer that was read to its end; once it is whole, it replaces the body."""
         found, packed = part.with_suffix(".found"), None
         try:
             found.unlink(missing_ok=True)
@@ -241,7 +251,7 @@ class SegmindClient:
         return answered.brought(picture, seed)
 
     def _decompress(self, answer: httpx.Response, part: Path, plain: Path) -> httpx.DecodingError | None:
-        """Unpacks a body that says it is compressed; what only says so stays as it came, and the error is returned."""
+        """Unpacks a body with a Content-Encoding; if it cannot be unpacked, it stays, and the error is returned."""
         if answer.headers.get("content-encoding", "identity").lower() == "identity":
             return None
         with part.open("rb") as packed:
@@ -260,7 +270,7 @@ class SegmindClient:
         """Downloads a linked picture without the key; it is paid for, so a download that failed or was cut is repeated.
 
         Raises:
-            ResultLinkError: It could not be downloaded, or is no picture.
+            ResultLinkError: It could not be downloaded, or is not a picture.
             OSError: The file cannot be written.
         """
         for wait in (*_LINK_WAITS, None):
@@ -269,19 +279,19 @@ class SegmindClient:
                     download(link.url, file, limit=ANSWER_LIMIT, destination=Destination(same_origin=self.base_url))
                 return read_picture(found)
             except DownloadError as error:
-                found.unlink()  # what is there of it has no end
+                found.unlink()  # a part of the picture
                 why, again = f"could not be followed: {error}", error.retryable
             except BrokenPicture as broken:
                 text = _shown(broken, found.read_bytes(), self._key)
-                why, again = f"leads to no picture: {text}", broken.truncated
+                why, again = f"does not lead to a picture: {text}", broken.truncated
             if wait is None or not again:
-                raise ResultLinkError(f"the API answered 200 with a link to the picture, which {why}", status=200)
+                raise ResultLinkError(f"the API answered 200 with a link to the picture that {why}", status=200)
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
-        """Turns every failure of httpx into one of our errors; none of them shows an address with its query."""
+        """Turns the failures of httpx into errors of this package, which never show an address with its query."""
         host = urlsplit(self.base_url).hostname
         try:
             yield
@@ -300,13 +310,16 @@ class SegmindClient:
             what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
             raise AnswerCutError(
                 f"the answer of {host} {what}: {error or type(error).__name__}"
-                + (" (the provider's usage page tells whether it was billed)" if billable else ""),
+                + (" (the provider's usage page shows whether it was billed)" if billable else ""),
                 possibly_billed=billable,
             ) from None
 
 
 def on_loopback(url: str) -> bool:
-    """Whether a URL names this machine itself.
+    """Whether a URL has a loopback address, or the name localhost.
+
+    Args:
+        url: The URL.
 
     Example:
         >>> on_loopback("http://127.0.0.1:8787/v1"), on_loopback("https://api.segmind.com/v1")
@@ -320,35 +333,35 @@ def on_loopback(url: str) -> bool:
 
 
 def _no_picture(broken: BrokenPicture, data: bytes, key: str) -> ApiError:
-    """The error for the body of a 200 that was read to its end and is no picture that can be used."""
+    """The error for the body of a 200 that was read to its end and does not decode to a picture."""
     if broken.truncated:
         return AnswerCutError(
-            "the API answered 200 with a picture that ends early (the provider's usage page tells whether it was "
+            "the API answered 200 with a picture that ends early (the provider's usage page shows whether it was "
             "billed)",
             status=200,
             possibly_billed=True,
         )
     return NotAnImageError(
-        f"the API answered 200 without a picture: {_shown(broken, data, key)} (look at the provider's usage page "
+        f"the API answered 200 without a picture: {_shown(broken, data, key)} (check the provider's usage page "
         "before running again)",
         status=200,
     )
 
 
 def _shown(broken: BrokenPicture, data: bytes, key: str) -> str:
-    """What a message shows of bytes that are no picture: their text, or what is wrong with them."""
+    """Bytes that are not a picture, as a message shows them: their text, or what is wrong with them."""
     text = error_text(data[:2000], key)
     if not data:
-        return "nothing in it"
+        return "the body is empty"
     if text.isprintable() and "\ufffd" not in text:
         return repr(text)
-    return f"bytes that are no picture: the file {broken}"
+    return f"the file {broken}"
 
 
 def _unwritable(part: Path, error: OSError) -> OutboxError:
     why = error.strerror or error
     return OutboxError(
-        f"outbox: {part.parent} could not take a picture that was answered: {why} (free space there)",
+        f"outbox: the answered picture could not be written to {part.parent}: {why} (free space there)",
         status=200,
         possibly_billed=True,
     )

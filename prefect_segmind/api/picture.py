@@ -1,4 +1,4 @@
-"""What is known of a picture that was paid for."""
+"""The facts of a paid picture, and of the answer that it came in."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from prefect_segmind.images.inspection import Picture
 
-
 KEPT_MODEL = ConfigDict(frozen=True, extra="allow")
-"""What a newer version has noted is kept when this one writes a record again."""
+"""Fields that a newer version has added are kept when this one writes a record again."""
 
 
 class PaidPicture(BaseModel):
-    """The facts of a picture that was paid for.
+    """The facts of a paid picture: the fields of `Picture`, and those of the answer.
 
     Attributes:
-        cost_source: `x-cost` where the answer named its cost, `list price` where it did not.
+        sha256: The SHA-256 of the file, in hexadecimal.
+        format: Pillow's name of its format, such as JPEG.
+        content_type: Such as image/jpeg.
+        extension: Of a file of this format, such as jpg.
+        width: In pixels, as stored.
+        height: In pixels, as stored.
+        size_bytes: The size of the file.
         seed: The seed it was made with.
+        cost_usd: Its cost.
+        cost_source: `x-cost` if the answer named its cost, else `list price`.
+        request_id: The provider's id of the request; None if the answer has none.
         paid_at: When its answer had been read, UTC.
+        notices: Where the answer is not as requested, in words for the log.
     """
 
     model_config = KEPT_MODEL
@@ -43,14 +52,14 @@ class PaidPicture(BaseModel):
 
 
 class Answered(BaseModel):
-    """What the headers of a 200 tell, and when it had been read to its end.
+    """The headers of a 200, and when it had been read to its end.
 
     Attributes:
-        cost_usd: By `x-cost`, or the list price.
-        cost_source: Which of them.
-        seed: By `x-seed-value`, where the answer names one.
-        content_type: As the answer claims, without parameters.
-        request_id: The provider's.
+        cost_usd: The cost according to `x-cost`, else the list price.
+        cost_source: Which of the two.
+        seed: The seed according to `x-seed-value`; None if the answer names none.
+        content_type: The content type that the answer claims, without parameters.
+        request_id: The provider's id of the request; None if the answer has none.
         at: When it had been read, UTC.
     """
 
@@ -64,17 +73,17 @@ class Answered(BaseModel):
     at: datetime
 
     def brought(self, picture: Picture, seed: int | None) -> PaidPicture:
-        """The facts of the picture that the answer has turned out to hold.
+        """The facts of the paid picture in the answer.
 
         Args:
-            picture: It.
-            seed: The one that was asked for.
+            picture: The facts in its bytes.
+            seed: The seed that was asked for.
         """
         notices = []
         if None not in (self.seed, seed) and self.seed != seed:
             notices.append(f"the provider reports seed {self.seed} where {seed} was asked for")
         if self.content_type.startswith("image/") and self.content_type != picture.content_type:
-            notices.append(f"the provider called the picture {self.content_type}; it is {picture.content_type}")
+            notices.append(f"the answer claims {self.content_type}; the picture is {picture.content_type}")
         return PaidPicture(
             **picture.model_dump(),
             seed=seed or 0 if self.seed is None else self.seed,

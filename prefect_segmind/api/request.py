@@ -1,18 +1,11 @@
-"""What goes over the wire: names, types, ranges and defaults are the provider's, from its page for Ideogram 2a."""
+"""The body of a request: names, types, ranges and defaults are the provider's, from its page for Ideogram 2a."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION, Resolution, resolution_size
 
@@ -60,7 +53,18 @@ def _blank_is_none(value: object) -> object:
 
 
 def listed_resolution(value: str, info: ValidationInfo) -> str:
-    """A resolution, if it is one of the 78; any size where the context has `allow_unlisted_resolution`."""
+    """Validates a resolution for pydantic.
+
+    Args:
+        value: The resolution.
+        info: Its context may set `allow_unlisted_resolution`, which lets any size through.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ValueError: It is not one of the 78, or not of their form.
+    """
     unlisted = bool(info.context and info.context.get("allow_unlisted_resolution"))
     if value in Resolution.__members__ or (unlisted and resolution_size(value)):
         return value
@@ -78,10 +82,10 @@ class ImageToImageRequest(BaseModel):
 
     Attributes:
         image_file: A URI that the provider can GET.
-        prompt: What the picture should show.
+        prompt: What the picture is to show.
         image_weight: 1 to 100; higher keeps more of the source image.
         magic_prompt_option: Whether the model may rewrite the prompt.
-        negative_prompt: What the picture should not show.
+        negative_prompt: What the picture is not to show.
         resolution: One of the 78 listed sizes.
         seed: 100 to 999999.
         style_type: The style.
@@ -103,5 +107,5 @@ class ImageToImageRequest(BaseModel):
     style_type: StyleType = StyleType.GENERAL
 
     def body(self) -> dict[str, Any]:
-        """The JSON object to send; what is None is left out."""
+        """The JSON object to send, without the fields that are None."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -1,7 +1,7 @@
-"""The 78 resolutions of Ideogram 2a, and which of them keeps most of a picture.
+"""The 78 resolutions of Ideogram 2a, and which of them crops a picture least.
 
-The provider documents the first ten; the rest is Ideogram's own list. The model crops its input to the ratio of the
-resolution before it works, so the ratio decides how much of the source is lost.
+The provider documents the first ten; the rest are from Ideogram's own list. The model first crops its input to the
+ratio of the resolution, so the ratio decides how much of the source is lost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from enum import StrEnum
 
 AUTO = "AUTO"
-"""A job's way of saying: the resolution whose ratio is nearest to the source image's."""
+"""The value in a job for the resolution whose ratio is nearest to the source image's."""
 
 DEFAULT_RESOLUTION = "RESOLUTION_1024_1024"
 """The API's own default."""
@@ -108,7 +108,7 @@ def resolution_size(resolution: str) -> tuple[int, int]:
     """Width and height in pixels of a resolution, listed or not.
 
     Args:
-        resolution: For example `RESOLUTION_1280_800`.
+        resolution: Such as `RESOLUTION_1280_800`.
 
     Raises:
         ValueError: It is not of the form `RESOLUTION_<width>_<height>`.
@@ -127,9 +127,12 @@ def crop_loss(width: int, height: int, resolution: str) -> float:
     """The share of an image's area, 0 to 1, that is cropped away to reach the ratio of a resolution.
 
     Args:
-        width: Of the image after its EXIF rotation, in pixels.
-        height: Likewise.
+        width: The width of the image in pixels, after its EXIF rotation.
+        height: Its height.
         resolution: The resolution to crop to.
+
+    Raises:
+        ValueError: The resolution is not of the form `RESOLUTION_<width>_<height>`.
 
     Example:
         >>> round(crop_loss(1920, 1080, "RESOLUTION_1024_1024"), 2)
@@ -144,8 +147,8 @@ def nearest_resolution(width: int, height: int) -> Resolution:
     """The resolution that crops an image least; on equal ratios the larger one.
 
     Args:
-        width: Of the image after its EXIF rotation, in pixels.
-        height: Likewise.
+        width: The width of the image in pixels, after its EXIF rotation.
+        height: Its height.
 
     Example:
         >>> nearest_resolution(4000, 3000).value
@@ -155,9 +158,13 @@ def nearest_resolution(width: int, height: int) -> Resolution:
 
 
 def similar_resolution(text: str) -> Resolution | None:
-    """The listed resolution nearest to the two numbers in a mistaken one, if it holds two numbers.
+    """The listed resolution to suggest for a mistaken one.
 
-    Nearest are the sides, and where none is near, the ratio.
+    Args:
+        text: The mistaken resolution.
+
+    Returns:
+        The one with the nearest sides, or if none is near, the nearest ratio; None if the text has no two numbers.
 
     Example:
         >>> similar_resolution("RESOLUTION_800_1280").value, similar_resolution("1920x1080").value

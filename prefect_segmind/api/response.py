@@ -1,7 +1,7 @@
 """Reading the API's answers: headers, error texts, and the forms in which a 200 may hold a picture.
 
-The provider's page leaves the form of a 200 open (raw bytes, or JSON with a URL or base64), so all that its
-documentation and its own SDK show are read. Pure: the bytes come from `client`.
+The provider's page leaves the form of a 200 open (raw bytes, or JSON with a URL or base64), so every form that its
+documentation and its SDK show is read. Pure: the bytes come from `client`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote
 
+from pydantic import TypeAdapter
+
 from prefect_segmind.errors import (
     ApiError,
     NotAnImageError,
@@ -27,16 +29,23 @@ from prefect_segmind.errors import (
 )
 
 SPACE = b"\xef\xbb\xbf \t\r\n"
-"""What may stand before JSON: a byte order mark and white space."""
+"""Bytes that may precede JSON: a byte order mark and white space."""
 TEXT_LIMIT = 300
-"""Characters of a provider's error text that a message shows."""
+"""The most characters of a provider's error text that a message shows."""
 BEFORE_THE_MODEL = frozenset({501, 505, 511, 521, 523, 525, 526, 530})
-"""Statuses that no table of errors names and that rule a picture out: the request was not understood, or the edge found
-no way to the provider (521: refused; 523, 530: no address; 525, 526: no TLS)."""
+"""Statuses without a class of errors that rule a picture out: the request was not understood, or the edge could not
+connect to the provider (521: refused; 523, 530: no address; 525, 526: no TLS)."""
 
 
 def header(headers: Mapping[str, str], name: str) -> str | None:
-    """A header's value, taken out of the JSON list that the provider sometimes wraps it in.
+    """A header's value, unwrapped from the JSON list that the provider sometimes sends.
+
+    Args:
+        headers: The headers of the answer, with names in any case.
+        name: The name in lower case.
+
+    Returns:
+        The value; None if it is missing or empty.
 
     Example:
         >>> header({"x-cost": '["0.05"]'}, "x-cost")
@@ -58,8 +67,11 @@ def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
     Times are compared with the server's own `Date` where it sends one, so that a wrong clock here does no harm.
 
     Args:
-        headers: Of the answer, with names in any case.
-        now: The time here, aware; used where the answer has no `Date`.
+        headers: The headers of the answer, with names in any case.
+        now: The time here, aware; used if the answer has no `Date`.
+
+    Returns:
+        The seconds, at least 0.0; None if the answer names none.
     """
     clock = _time(header(headers, "date") or "") or now
     waits: list[float] = []
@@ -74,28 +86,23 @@ def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
 
 
 def _time(text: str) -> datetime | None:
-    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; UTC where it names no zone."""
+    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; in UTC if it names no zone."""
     try:
-        if re.fullmatch(r"\d{10,13}(\.\d+)?", text):
-            seconds = float(text)
-            return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, UTC)
-        if re.match(r"\d{4}-", text):
-            iso = re.sub(r"(\.\d{1,6})\d*", lambda part: part[1].ljust(7, "0"), text.upper().replace("Z", "+00:00"))
-            iso = re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", iso.replace(" UTC", "+00:00"))
-            time = datetime.fromisoformat(iso)
+        if re.match(r"\d{4}-|\d{10}", text):
+            time = TypeAdapter(datetime).validate_python(text.replace(" UTC", "Z"))
         else:
             time = parsedate_to_datetime(text)
-        return time if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, TypeError, OverflowError):
         return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def error_text(body: bytes, secret: str = "") -> str:
-    """What an error answer says, from JSON (`error`, `detail`, `message`), HTML or plain text, cut to a sane length.
+    """The text of an error answer, from JSON (`error`, `detail`, `message`), HTML or plain text, redacted and cut.
 
     Args:
-        body: Of the answer, or its beginning.
-        secret: The API key; taken out before the text is cut, which could leave half of it.
+        body: The body of the answer, or its beginning.
+        secret: The API key; removed before the text is cut, which could leave half of it.
 
     Example:
         >>> error_text(b'{"error": "Invalid API key"}'), error_text(b"<html><h1>502 Bad Gateway</h1></html>")
@@ -104,7 +111,7 @@ def error_text(body: bytes, secret: str = "") -> str:
     text = body.decode("utf-8", "replace")
     try:
         parsed: Any = json.loads(text)
-        while isinstance(parsed, dict) and (found := next(filter(_tells, map(parsed.get, _ERROR_KEYS)), None)):
+        while isinstance(parsed, dict) and (found := next(filter(_has_text, map(parsed.get, _ERROR_KEYS)), None)):
             parsed = found
         text = parsed if isinstance(parsed, str) else json.dumps(parsed, ensure_ascii=False)
     except (ValueError, RecursionError):
@@ -116,20 +123,20 @@ def error_text(body: bytes, secret: str = "") -> str:
 _ERROR_KEYS = ("error", "detail", "message")
 
 
-def _tells(found: object) -> bool:
-    """Whether a value is an error's words, or holds them: in `{"error": true, "message": "…"}` the second one does."""
+def _has_text(found: object) -> bool:
+    """Whether a value is or contains the text of an error: in `{"error": true, "message": "…"}` the second one is."""
     return bool(found) and isinstance(found, str | dict | list)
 
 
 def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: datetime, secret: str) -> ApiError:
-    """The error for an answer that is no 200.
+    """The error for an answer with another status than 200.
 
     Args:
         status: The HTTP status.
-        headers: Of the answer.
-        body: Of the answer, or its beginning.
+        headers: The headers of the answer.
+        body: The body of the answer, or its beginning.
         now: The time here, aware.
-        secret: The API key, which the text must not hold.
+        secret: The API key, which is removed from the text.
     """
     text = error_text(body, secret)
     kind = status_error(status, text)
@@ -146,24 +153,28 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
 
 @dataclass(frozen=True)
 class Link:
-    """A 200 that holds the address of the picture, not the picture."""
+    """The address of the picture, which a 200 may hold instead of the picture.
+
+    Attributes:
+        url: The address.
+    """
 
     url: str
 
 
 def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
-    """Looks into a 200 that may be JSON, or the text of a link or of a data URI.
+    """Finds the picture or the link in a 200 that is JSON, a URL or a data URI.
 
     Args:
         body: The whole body.
-        secret: The API key, which no message must hold.
+        secret: The API key, which is removed from messages.
 
     Returns:
-        The picture's bytes where it holds base64, a link where it holds a URL, None where it is none of these at all.
+        The picture's bytes for base64, a link for a URL, None for a body of any other form.
 
     Raises:
-        UnsafeImageError: It says `is_image_safe: false` and holds no picture.
-        NotAnImageError: It is JSON without a picture in it.
+        UnsafeImageError: It has `is_image_safe: false` and no picture.
+        NotAnImageError: It is JSON without a picture.
     """
     start = body[:64].lstrip(SPACE)
     if re.match(rb"(?i)https?://|data:image/", start):
@@ -172,61 +183,45 @@ def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
     if start[:1] not in (b"{", b"[", b'"'):
         return None
     try:
-        parsed = json.loads(body)
-        values = list(_values(parsed))
-        unsafe = _is_unsafe(parsed)
+        parts = list(_parts(json.loads(body)))
     except (ValueError, RecursionError):
         return None
-    if not values and unsafe:
+    values = [each.strip() for each in parts if isinstance(each, str) and each.strip()]
+    if not values and any(isinstance(each, dict) and each.get("is_image_safe") is False for each in parts):
         raise UnsafeImageError(
-            "the API answered 200 and says the picture is not safe, without a picture (change the prompt or the image)",
+            "the API answered 200 without a picture: the picture is not safe (change the prompt or the image)",
             status=200,
         )
     if not values:
         raise NotAnImageError(
             f"the API answered 200 with JSON that holds no picture: {error_text(body, secret)}", status=200
         )
-    # Words may stand where a picture could ("result": "success"), and some of them are base64 too.
-    found = [each for each in map(_decoded, values) if each is not None]
-    for each in found:
-        if isinstance(each, Link) or len(each) >= _SMALLEST:
-            return each
-    if found:
-        return found[0]
+    if found := [each for each in map(_decoded, values) if each is not None]:
+        # A word in the place of a picture ("result": "success") may be base64 too.
+        return next((each for each in found if isinstance(each, Link) or len(each) >= _SMALLEST), found[0])
     raise NotAnImageError("the API answered 200 with JSON whose picture is neither a URL nor base64", status=200)
 
 
 _SMALLEST = 32
-"""Bytes without which nothing is a picture."""
+"""The fewest bytes that may be a picture."""
 _PICTURE_KEYS = (
     *("image", "output", "url", "image_url", "images", "data"),
     *("b64_json", "base64", "image_base64", "result", "outputs", "results", "image_urls", "urls"),
 )
-"""Where a picture may be in JSON, at any depth; under other keys the source image may be repeated."""
+"""Keys under which JSON may have a picture, at any depth; under others it may repeat the source image."""
 
 
-def _values(parsed: object) -> Iterator[str]:
-    """The texts that may be a picture, in any of the known shapes."""
-    if isinstance(parsed, str) and parsed.strip():
-        yield parsed.strip()
-    elif isinstance(parsed, list):
-        for each in parsed:
-            yield from _values(each)
-    elif isinstance(parsed, dict):
-        for name in _PICTURE_KEYS:
-            yield from _values(parsed.get(name))
-
-
-def _is_unsafe(parsed: object) -> bool:
-    """Whether an answer calls its picture unsafe."""
+def _parts(parsed: object) -> Iterator[object]:
+    """All values in JSON that may be a picture, or contain one."""
+    yield parsed
     if isinstance(parsed, dict):
-        inner = (parsed.get(name) for name in _PICTURE_KEYS)
-        return parsed.get("is_image_safe") is False or any(map(_is_unsafe, inner))
-    return isinstance(parsed, list) and any(map(_is_unsafe, parsed))
+        parsed = [parsed.get(name) for name in _PICTURE_KEYS]
+    for each in parsed if isinstance(parsed, list) else ():
+        yield from _parts(each)
 
 
 def _decoded(text: str) -> bytes | Link | None:
-    """What a text is that may be a URL, a data URI or base64; None for any other."""
+    """The link or the bytes of a text that is a URL, a data URI or base64; None for any other."""
     if re.match(r"(?i)https?://", text):
         return Link(text)
     if head := re.match(r"(?i)data:[^,]*,", text):
@@ -239,7 +234,13 @@ def _decoded(text: str) -> bytes | Link | None:
 
 
 def read_cost(text: str | None) -> Decimal | None:
-    """The cost in USD that an answer's `x-cost` header names; None where it names no sensible one.
+    """The cost in USD in an answer's `x-cost` header.
+
+    Args:
+        text: The header's value.
+
+    Returns:
+        The cost; None if it is missing, not a number, or out of range.
 
     Example:
         >>> read_cost("0.0500")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
+from functools import lru_cache
 from itertools import islice
 from typing import Literal
 
@@ -19,21 +20,21 @@ from prefect_segmind.errors import SegmindError, SourceImageError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.source import SourceReader
-from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, inspect_source, settle, with_drawn_seed
+from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, inspect_source, resolve, with_drawn_seed
 from prefect_segmind.storage.spool import Spool
 
 INSPECTORS = 8
-"""Threads that read and decode source images; it is S3 and the disk that they wait for."""
+"""Threads that read and decode source images; they mostly wait for S3 and the disk."""
 READERS = 32
 """Threads that read records."""
 LOOK_AHEAD = 64
-"""Jobs whose images are being read while the plan waits for the first of them."""
+"""Jobs whose images are read ahead while the plan waits for the first of them."""
 KEPT = 10_000
-"""Images whose facts are remembered; jobs of one image mostly follow each other."""
+"""Images whose facts are remembered; jobs with the same image mostly follow each other."""
 LISTED = 1_000
-"""Jobs that a plan names, and problems; beyond them it counts, so that no plan is a burden to Prefect."""
+"""The most jobs, and problems, that a plan names; the others it only counts, as Prefect stores the plan."""
 REFUSED = (
-    "an earlier request may have been billed though no picture came of it, and another is not allowed: by "
+    "an earlier request may have been billed without bringing a picture, and another is not allowed: by "
     'on_unknown="fail" (on_unknown="repay" pays once more), or in this flow run (a new one pays once more)'
 )
 """The problem of a job that may not be paid for again."""
@@ -52,9 +53,9 @@ class PlannedJob(BaseModel):
     """What one job of a plan needs.
 
     Attributes:
-        name: The job's.
-        needs: `generate`: it is to be paid for. `reuse`: its picture is in the archive, or comes there by another job
-            of this run. `recover`: it lies in the outbox, paid for. `wait`: another run is paying for it. `fail`: it
+        name: The name of the job.
+        needs: `generate`: its picture is to be paid for. `reuse`: it is in the archive, or another job of this run
+            makes it. `recover`: it is in the outbox, paid for. `wait`: another run is paying for it. `fail`: the job
             will fail, unpaid.
         usd: What this run would pay for it.
         problem: Why it will fail; None if it will not.
@@ -74,29 +75,29 @@ class PlannedJob(BaseModel):
             >>> PlannedJob(name="mug", needs="generate", usd=Decimal("0.05")).sentence()
             'mug: generate, 0.05 USD'
         """
-        more = f", {usd(self.usd)} USD" if self.usd else f", {self.problem}" if self.problem else ""
-        return f"{self.name}: {self.needs}{more}"
+        details = f", {usd(self.usd)} USD" if self.usd else f", {self.problem}" if self.problem else ""
+        return f"{self.name}: {self.needs}{details}"
 
 
-_KEPT_ANSWER = "paid for before; the answer is kept in the outbox, and read again before anything is paid"
+_KEPT_ANSWER = "was paid for before; its answer is kept in the outbox and read again before anything is paid"
 
 
 class Plan(BaseModel):
-    """What a run of a batch is going to do and to cost.
+    """What a run of a batch will do and cost.
 
     Attributes:
         total: Jobs of the manifest.
         generate: Pictures to pay for.
-        reuse: Jobs whose picture is in the archive, or comes there by another job of this run.
-        recover: Pictures that lie in the outbox, paid for.
+        reuse: Jobs whose picture is in the archive, or is made by another job of this run.
+        recover: Pictures that are in the outbox, paid for.
         wait: Pictures that another run is paying for at this moment.
-        fail: Jobs that will fail unpaid: no image that can be used, or `on_unknown` forbids to pay again.
-        price_usd: Of one picture.
-        budget_usd: What the run may spend, if it is limited.
-        credits_usd: What the account has, where the API tells.
-        warnings: What was found in the jobs, with how many of them it is true of.
-        problems: Name and reason of jobs that will fail, the first `LISTED`.
-        jobs: What each job needs, the first `LISTED` of them, in their order.
+        fail: Jobs that will fail, unpaid: their image cannot be used, or `on_unknown` forbids another payment.
+        price_usd: The price of one picture.
+        budget_usd: What the run may spend; None for no limit.
+        credits_usd: The account's credits; None if they are not known.
+        warnings: The warnings about jobs, each with the number of jobs that it concerns.
+        problems: Names and reasons of the first `LISTED` jobs that will fail.
+        jobs: What each of the first `LISTED` jobs needs, in their order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,11 +117,15 @@ class Plan(BaseModel):
 
     @property
     def planned_usd(self) -> Decimal:
-        """What the pictures will cost."""
+        """The cost of the pictures to pay for."""
         return self.price_usd * self.generate
 
     def with_failures(self, problems: Iterable[tuple[str, str]]) -> Plan:
-        """The plan with jobs that were found to fail before it was made, by name and reason; they come first."""
+        """The plan with jobs that had failed before it was made; they come first.
+
+        Args:
+            problems: Their names and reasons.
+        """
         more = tuple(problems)
         failing = (PlannedJob(name=name, needs="fail", problem=problem) for name, problem in more)
         changes = {
@@ -135,8 +140,8 @@ class Plan(BaseModel):
         """The plan without jobs that are left out.
 
         Args:
-            in_place: How many have their picture in the archive.
-            skipped: Names of those that are known to fail.
+            in_place: The number of those whose picture is in the archive.
+            skipped: The names of those that are known to fail.
         """
         changes = {
             "total": self.total - in_place - len(skipped),
@@ -148,30 +153,31 @@ class Plan(BaseModel):
         return self.model_copy(update=changes)
 
     def facts(self) -> dict[str, str]:
-        """The plan as people read it, a title and a text for each line."""
+        """The plan for people: a title and a text for each line."""
         facts = {
             "plan": f"{self.total} asset{'s' * (self.total != 1)}",
             "generate": f"{self.generate}, {usd(self.planned_usd)} USD at {usd(self.price_usd)} USD each",
-            "reuse": f"{self.reuse}, in the archive or made by another asset of this run",
-            "recover": f"{self.recover}, paid for and waiting in the outbox",
-            "wait": f"{self.wait}, another run is paying for them",
-            "fail": f"{self.fail}, nothing is paid for them",
         }
-        shown = {title: text for title, text in facts.items() if title == "generate" or not text.startswith("0,")}
-        if self.budget_usd is not None:
-            shown["budget"] = f"{usd(self.budget_usd)} USD"
-        if self.credits_usd is not None:
-            shown["credits"] = f"{usd(self.credits_usd)} USD"
-        return shown
+        details = (
+            ("reuse", self.reuse, "in the archive or made by another asset of this run"),
+            ("recover", self.recover, "paid for and waiting in the outbox"),
+            ("wait", self.wait, "another run is paying for them"),
+            ("fail", self.fail, "nothing is paid for them"),
+        )
+        facts |= {title: f"{count}, {text}" for title, count, text in details if count}
+        amounts = {"budget": self.budget_usd, "credits": self.credits_usd}
+        return facts | {title: f"{usd(amount)} USD" for title, amount in amounts.items() if amount is not None}
 
     def shortfalls(self) -> list[str]:
         """A warning for the budget and one for the credits, if the plan costs more."""
-        limits = {"the budget": self.budget_usd, "the account's credits": self.credits_usd}
+        limits = (
+            ("the budget of {} USD pays", self.budget_usd),
+            ("the account's credits of {} USD pay", self.credits_usd),
+        )
         return [
-            f"the plan costs {usd(self.planned_usd)} USD, {what} of {usd(limit)} USD "
-            f"{'pays' if what == 'the budget' else 'pay'} for {int(limit / self.price_usd)} of {self.generate} "
-            "pictures: the run stops there"
-            for what, limit in limits.items()
+            f"the plan costs {usd(self.planned_usd)} USD, {what.format(usd(limit))} for {int(limit / self.price_usd)} "
+            f"of {self.generate} pictures: the run stops there"
+            for what, limit in limits
             if limit is not None and self.planned_usd > limit
         ]
 
@@ -193,19 +199,22 @@ def make_plan(
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
     Args:
-        jobs: What is asked for.
-        entries: Takes the jobs in their order, validated; one that will fail goes in as it is, a random seed drawn.
+        jobs: The jobs.
+        entries: Receives the jobs in their order, validated; one that will fail is added as it is, a random seed drawn.
         reader: Reads the source images.
-        archive: Has the records.
-        outbox: Has pictures that are not archived yet.
-        price_usd: What a picture costs.
-        on_unknown: As for `Generation`.
-        in_place: Takes the `place` of each picture that is archived under the very name that is asked for, and that
-            leaves nothing to be done: what is still in the outbox is not.
-        flow_runs: The flow run that is planned for: it may have sent requests before.
-        call: What names it in all its tries, and in those of the flow runs around it: its seeds are drawn by that.
-        unusable: Takes name and reason of each job whose image cannot be used as it is, not of those whose image cannot
-            be read at this moment.
+        archive: The archive, with the records.
+        outbox: The outbox, with pictures that are not archived yet.
+        price_usd: The price of a picture.
+        on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+        in_place: Receives the `place` of each picture that is archived under the very name that is asked for, unless it
+            is still in the outbox too: nothing is left to do for it.
+        flow_runs: The flow run that is planned for, which may have sent requests before.
+        call: Its name in all its tries, and in those of the flow runs around it, by which its seeds are drawn.
+        unusable: Receives name and reason of each job whose image cannot be used as it is, but not of those whose image
+            cannot be read at this moment.
+
+    Returns:
+        The plan.
 
     Raises:
         StoreError: The archive cannot be listed or read.
@@ -214,16 +223,14 @@ def make_plan(
     earlier: dict[str, str] = {}
     warnings: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
-    failing = 0
     draw_by = f"{call} " if call else None
     for job, found in _inspected(jobs, reader):
         drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
         try:
             if isinstance(found, SegmindError):
                 raise type(found)(str(found))
-            entry = settle(drawn, found, price_usd=price_usd)
+            entry = resolve(drawn, found, price_usd=price_usd)
         except SegmindError as error:
-            failing += 1
             if unusable is not None and isinstance(error, SourceImageError):
                 unusable[job.name] = str(error)
             if len(problems) < LISTED:
@@ -236,17 +243,16 @@ def make_plan(
             if len(warnings) < 1000:
                 warnings.update(entry.warnings)
             entries.append(entry)
-    needs: Counter[Verdict] = Counter()
+    needs = Counter({Verdict.REFUSE: len(jobs) - wanted.total()})  # those that cannot be validated
     survey = archive.survey(wanted.keys() | earlier.keys())
     kept = outbox.fingerprints()
     if in_place is not None:
         done = survey.archived - kept
         for each in entries:
-            if not isinstance(each, ValidatedJob):
-                continue
-            for known in each.known_as:
-                if known.fingerprint in done and known.place in survey.places:
-                    in_place.add(each.place)
+            if isinstance(each, ValidatedJob) and any(
+                known.fingerprint in done and known.place in survey.places for known in each.known_as
+            ):
+                in_place.add(each.place)
     known_as: dict[str, str] = {}  # pictures that were paid for before their texts had one spelling
     for before, now in earlier.items():
         if now in wanted and now not in survey.recorded | kept and before in survey.recorded | kept:
@@ -260,7 +266,7 @@ def make_plan(
     verdicts = dict(_verdicts(wanted, survey, kept, unread, archive, on_unknown, flow_runs))
     for fingerprint, need in verdicts.items():
         needs[need] += 1
-        # Whatever else wants the same picture finds it archived.
+        # The other jobs for the same picture find it archived.
         needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
     verdicts |= {now: verdicts[before] for now, before in known_as.items()}
     left = (each for each in entries if not (in_place and isinstance(each, ValidatedJob) and each.place in in_place))
@@ -272,7 +278,7 @@ def make_plan(
         reuse=needs[Verdict.REUSE],
         recover=needs[Verdict.RECOVER],
         wait=needs[Verdict.WAIT],
-        fail=failing + needs[Verdict.REFUSE],
+        fail=needs[Verdict.REFUSE],
         price_usd=price_usd,
         warnings=tuple(warnings.most_common(10)),
         problems=tuple(problems[:LISTED]),
@@ -284,9 +290,12 @@ def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: Fl
     """The records of pictures for which earlier tries of a flow run have sent requests; none is read in the first try.
 
     Args:
-        archive: Has the records.
-        fingerprints: Of the pictures.
+        archive: The archive, with the records.
+        fingerprints: The fingerprints of the pictures.
         flow_runs: The flow run.
+
+    Returns:
+        The records by fingerprint.
 
     Raises:
         StoreError: A record cannot be read.
@@ -294,7 +303,6 @@ def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: Fl
     if all(number == 1 for _, number in flow_runs):
         return {}
     run = Run("", flow_runs)
-
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
         records = [found.record for found in pool.map(archive.read, fingerprints) if found]
     return {
@@ -308,13 +316,13 @@ def _listed(
     problems: Iterable[tuple[str, str]],
     price_usd: Decimal,
 ) -> Iterator[PlannedJob]:
-    """What each of the first jobs needs; of several that want one picture, the first one pays for it.
+    """What each of the first jobs needs; of several for the same picture, the first one pays for it.
 
     Args:
-        entries: The jobs; one that is not validated has the next of the problems.
+        entries: The jobs; each one that is not validated has the next of the problems.
         verdicts: What is to be done for each picture.
-        problems: Name and reason of the jobs that cannot be validated, in their order.
-        price_usd: Of one picture.
+        problems: Names and reasons of the jobs that cannot be validated, in their order.
+        price_usd: The price of one picture.
     """
     why, taken = iter(problems), set[str]()
     for each in entries:
@@ -335,24 +343,22 @@ def _listed(
 
 def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, InspectedSource | SegmindError]]:
     """Each job with what its image is, or why it cannot be used, in their order; the images are read in parallel."""
-    known: OrderedDict[tuple[str, bool], Future[InspectedSource | SegmindError]] = OrderedDict()
     waiting: deque[tuple[Job, Future[InspectedSource | SegmindError]]] = deque()
 
     def look(image: str, allow_extreme_ratio: bool) -> InspectedSource | SegmindError:
         try:
             return inspect_source(image, reader, allow_extreme_ratio=allow_extreme_ratio)
-        except SegmindError as error:  # that one itself would keep the image's bytes alive
+        except SegmindError as error:  # a copy, as its traceback would keep the image's bytes alive
             return (SourceImageError if isinstance(error, SourceImageError) else SegmindError)(str(error))
 
     with ThreadPoolExecutor(INSPECTORS, thread_name_prefix="segmind-plan") as pool:
+
+        @lru_cache(maxsize=KEPT)
+        def submit(image: str, allow_extreme_ratio: bool) -> Future[InspectedSource | SegmindError]:
+            return pool.submit(look, image, allow_extreme_ratio)
+
         for job in jobs:
-            key = job.image, job.allow_extreme_ratio
-            if key not in known:
-                known[key] = pool.submit(look, *key)
-            known.move_to_end(key)
-            waiting.append((job, known[key]))
-            if len(known) > KEPT:
-                known.popitem(last=False)
+            waiting.append((job, submit(job.image, job.allow_extreme_ratio)))
             if len(waiting) > LOOK_AHEAD:
                 first, source = waiting.popleft()
                 yield first, source.result()

@@ -1,4 +1,4 @@
-"""A batch while it runs and when it has ended: what came of each asset, and the sums."""
+"""A batch while it runs and when it has ended: the result of each asset, and the totals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.storage.spool import Spool
 
 NAMED = 1_000
-"""Jobs that were not started which a result names; it counts them all."""
+"""The most jobs that were not started which a result names; it counts them all."""
 
 
 class Failure(BaseModel):
     """An asset that failed.
 
     Attributes:
-        name: The job's.
+        name: The name of its job.
         stage: `validate`, `upload`, `generate`, `archive` or `publish`.
         error: What was wrong and what to do.
     """
@@ -44,7 +44,7 @@ class Failure(BaseModel):
 
 
 class BatchResult(BaseModel):
-    """What a run of a batch came to; of a dry run, what it would come to.
+    """The result of a run of a batch, or the expected result of a dry run.
 
     Attributes:
         total: Jobs of the manifest.
@@ -53,15 +53,15 @@ class BatchResult(BaseModel):
         recovered: Pictures that were paid for before and are archived now.
         failed: Jobs that failed.
         not_started: Jobs for which nothing was sent because the run had stopped.
-        not_started_names: Which they are, the first `NAMED` of them.
+        not_started_names: The names of the first `NAMED` of them.
         cost_usd: What this run has paid, in all tries of its flow run.
-        possibly_billed_usd: What requests of unknown outcome may have cost besides.
-        planned_usd: What the plan came to before anything was paid.
-        images: The archived pictures, as they were finished.
+        possibly_billed_usd: What requests of unknown outcome may have cost in addition.
+        planned_usd: The cost of the plan, before anything was paid.
+        images: The archived pictures, in the order in which they were finished.
         failures: The jobs that failed.
-        failed_manifest: Where a manifest of the failed jobs lies, to run again; None if none failed.
-        stopped: Why the run stopped early, if it did.
-        dry_run: Whether nothing was done but the plan.
+        failed_manifest: The address of a manifest of the failed jobs, to run again; None if none failed.
+        stopped: Why the run stopped early; None if it did not.
+        dry_run: Whether only the plan was made.
         plan: The plan.
     """
 
@@ -86,11 +86,15 @@ class BatchResult(BaseModel):
 
     @property
     def jobs(self) -> tuple[PlannedJob, ...]:
-        """What each job needed when the run was planned, the first 1000 of them."""
+        """What each of the first 1000 jobs needed when the run was planned."""
         return self.plan.jobs
 
     def with_failures(self, failures: Sequence[Failure]) -> Self:
-        """The result with jobs that had failed before there was a plan; they come first."""
+        """The result with jobs that had failed before the plan was made; they come first.
+
+        Args:
+            failures: Those jobs.
+        """
         changes = {
             "total": self.total + len(failures),
             "failed": self.failed + len(failures),
@@ -100,37 +104,34 @@ class BatchResult(BaseModel):
         return self.model_copy(update=changes)
 
     def sentence(self) -> str:
-        """The counts and the cost in one line; of a dry run, what they would be."""
+        """The counts and the cost in one line; for a dry run, the expected ones."""
         if self.dry_run:
-            return self._conditional_sentence()
+            return self._expectation()
         counts = (
             *((self.generated, "generated"), (self.reused, "reused"), (self.recovered, "recovered")),
             *((self.failed, "failed"), (self.not_started, "not started")),
         )
-        told = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing to do"
+        counted = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing to do"
         possibly = f", possibly {usd(self.possibly_billed_usd)} USD more" if self.possibly_billed_usd else ""
-        return f"{self.total} asset{'s' * (self.total != 1)}: {told}; paid {usd(self.cost_usd)} USD{possibly}"
+        return f"{self.total} asset{'s' * (self.total != 1)}: {counted}; paid {usd(self.cost_usd)} USD{possibly}"
 
-    def _conditional_sentence(self) -> str:
+    def _expectation(self) -> str:
         counts = (
             *((self.generated, "generate"), (self.reused - self.plan.wait, "reuse")),
             *((self.recovered, "recover"), (self.plan.wait, "wait for")),
         )
-        told = ", ".join(f"{what} {count}" for count, what in counts if count)
-        parts = (
-            *([f"would {told}"] if told else ()),
-            *([f"{self.failed} would fail"] if self.failed else ()),
-            f"would cost {usd(self.planned_usd)} USD",
-        )
-        return f"{self.total} asset{'s' * (self.total != 1)}: {'; '.join(parts)}"
+        counted = ", ".join(f"{what} {count}" for count, what in counts if count)
+        parts = (f"would {counted}" if counted else "", f"{self.failed} would fail" if self.failed else "")
+        cost = f"would cost {usd(self.planned_usd)} USD"
+        return f"{self.total} asset{'s' * (self.total != 1)}: {'; '.join(filter(None, (*parts, cost)))}"
 
 
 class BatchError(SegmindError):
-    """A run of many assets ended without all of them.
+    """A run of many assets ended without some of them.
 
     Attributes:
-        result: The `BatchResult` of the run.
-        stopped: What ended the run early, if something did.
+        result: The result of the run.
+        stopped: The error that ended the run early; None if none did.
     """
 
     def __init__(self, message: str, result: BatchResult, stopped: SegmindError | None = None) -> None:
@@ -144,13 +145,13 @@ class BatchError(SegmindError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a batch is, at one moment.
+    """The progress of a batch at one moment.
 
     Attributes:
         total: Jobs of the manifest.
-        counts: How many have ended, by `generated`, `reused`, `recovered`, `failed`, `not_started`.
-        cost_usd: Paid so far.
-        seconds: Since the first job was started.
+        counts: The number of assets `generated`, `reused`, `recovered`, `failed` and `not_started`.
+        cost_usd: What was paid so far.
+        seconds: The time since the first job was started.
     """
 
     total: int
@@ -160,7 +161,7 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Jobs that have been done, well or not."""
+        """The number of jobs that have succeeded or failed."""
         return sum(self.counts.values()) - self.counts["not_started"]
 
     def sentence(self) -> str:
@@ -174,13 +175,13 @@ class Progress:
 
 
 class Tally:
-    """Counts what comes of the assets of a run; what they cost is in the run's ledger. Threads may share it.
+    """Counts the results of the assets of a run; their cost is in the run's ledger. Threads may share it.
 
     Args:
-        plan: The run's.
-        failed_jobs: Takes the jobs that fail, for a manifest to run again.
-        ledger: The run's.
-        observe: Takes the progress whenever an asset begins or ends.
+        plan: The plan of the run.
+        failed_jobs: Receives the jobs that fail, for a manifest to run again.
+        ledger: The ledger of the run.
+        observe: Receives the progress whenever an asset begins or ends.
     """
 
     def __init__(
@@ -203,36 +204,38 @@ class Tally:
         self._changed = threading.Condition()
 
     def start(self, entry: Job | ValidatedJob) -> None:
-        """Notes that an asset is under way."""
-        with self._changed:
-            self._under_way[entry.name] = entry
-            progress = self._progress()
-        self._tell(progress)
-
-    def end(self, entry: Job | ValidatedJob, outcome: object) -> None:
-        """Notes what came of an asset.
+        """Records that an asset is under way.
 
         Args:
             entry: The asset.
-            outcome: An `ArchivedImage`, or the exception that it ended with.
+        """
+        with self._changed:
+            self._under_way[entry.name] = entry
+            progress = self.progress
+        self._report(progress)
+
+    def end(self, entry: Job | ValidatedJob, result: object) -> None:
+        """Records the result of an asset.
+
+        Args:
+            entry: The asset.
+            result: An `ArchivedImage`, or the exception that it ended with.
         """
         with self._changed:
             if self._closed or self._under_way.pop(entry.name, None) is None:
                 return
-            if isinstance(outcome, ArchivedImage):
-                self._counts[outcome.status] += 1
-                self._images.append(outcome)
+            if isinstance(result, ArchivedImage):
+                self._counts[result.status] += 1
+                self._images.append(result)
             else:
-                self._fail(entry, outcome)
+                self._fail(entry, result)
             self._changed.notify_all()
-            progress = self._progress()
-        self._tell(progress)
+            progress = self.progress
+        self._report(progress)
 
     def close(self) -> None:
-        """Counts what is still under way as failed, and counts nothing more."""
-        late = SegmindError(
-            "the run was ended before this was; run it again: a picture that still arrives is recovered"
-        )
+        """Counts the assets that are still under way as failed, and nothing after that."""
+        late = SegmindError("the run ended before this asset; run it again: a picture that still arrives is recovered")
         with self._changed:
             for entry in self._under_way.values():
                 self._fail(entry, late)
@@ -240,19 +243,23 @@ class Tally:
             self._closed = True
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits until no asset is under way, or the time is over.
+        """Waits until no asset is under way.
+
+        Args:
+            seconds: How long at most; None for no limit.
 
         Returns:
-            Whether none is.
+            Whether no asset is under way.
         """
         with self._changed:
             return self._changed.wait_for(lambda: not self._under_way, seconds)
 
     @property
     def progress(self) -> Progress:
-        """How far the run is now."""
+        """The progress of the run now."""
         with self._changed:
-            return self._progress()
+            seconds = time.monotonic() - self._started
+            return Progress(self._plan.total, self._counts.copy(), self._ledger.spent_usd, seconds)
 
     def result(
         self,
@@ -260,16 +267,16 @@ class Tally:
         stopped: SegmindError | None = None,
         entries: Iterable[Job | ValidatedJob] = (),
     ) -> BatchResult:
-        """The sums; what was not begun counts as not started.
+        """The result of the run; jobs that were not begun count as not started.
 
         Args:
-            failed_manifest: Where the failed jobs are written to, to run again.
-            stopped: What ended the run early, if something did.
-            entries: All its jobs, to name those that were not started.
+            failed_manifest: The address of the manifest of the failed jobs, if there is one.
+            stopped: The error that ended the run early, if one did.
+            entries: All jobs of the run, to name those that were not started.
         """
         with self._changed:
             counts, spent = self._counts, self._ledger.totals
-            not_started = self._plan.total - self._progress().done
+            not_started = self._plan.total - self.progress.done
             ended = {each.name for each in self._images} | {each.name for each in self._failures}
             left = (each.name for each in (entries if not_started else ()) if each.name not in ended)
             return BatchResult(
@@ -290,30 +297,30 @@ class Tally:
                 plan=self._plan,
             )
 
-    def _tell(self, progress: Progress) -> None:
-        with suppress(Exception):  # whoever watches does not change what is counted
+    def _report(self, progress: Progress) -> None:
+        with suppress(Exception):  # an observer that fails does not affect the run
             self._observe(progress)
 
-    def _progress(self) -> Progress:
-        seconds = time.monotonic() - self._started
-        return Progress(self._plan.total, self._counts.copy(), self._ledger.spent_usd, seconds)
-
-    def _fail(self, entry: Job | ValidatedJob, outcome: object) -> None:
-        if isinstance(outcome, NotStartedError) and not (outcome.cost_usd or outcome.possibly_billed_usd):
+    def _fail(self, entry: Job | ValidatedJob, error: object) -> None:
+        if isinstance(error, NotStartedError) and not (error.cost_usd or error.possibly_billed_usd):
             self._counts["not_started"] += 1
             return
         self._counts["failed"] += 1
-        error = str(outcome) if isinstance(outcome, SegmindError) else redact(f"{type(outcome).__name__}: {outcome}")
+        message = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
         try:
-            self._failed_jobs.append(_again(entry))
+            self._failed_jobs.append(_to_run_again(entry))
         except (SegmindError, ValueError) as broken:
-            error += f" (nor is it in the manifest of failures: {broken})"
-        stage = getattr(outcome, "stage", None) or "generate"
-        self._failures.append(Failure(name=entry.name, stage=stage, error=error))
+            message += f" (it is missing from the manifest of failed jobs: {broken})"
+        stage = getattr(error, "stage", None) or "generate"
+        self._failures.append(Failure(name=entry.name, stage=stage, error=message))
 
 
 def planned(plan: Plan) -> BatchResult:
-    """What a dry run gives: the plan, counted as a run would count it."""
+    """The result of a dry run: the plan, counted as a run would count it.
+
+    Args:
+        plan: The plan.
+    """
     return BatchResult(
         total=plan.total,
         generated=plan.generate,
@@ -333,8 +340,8 @@ def planned(plan: Plan) -> BatchResult:
     )
 
 
-def _again(entry: Job | ValidatedJob) -> Job:
-    """A failed job as it is to be run again: with the seed that was drawn for it, so that it is the same picture."""
-    if isinstance(entry, Job) or entry.job.seed != "random":
-        return entry if isinstance(entry, Job) else entry.job
-    return entry.job.model_copy(update={"seed": entry.seed})
+def _to_run_again(entry: Job | ValidatedJob) -> Job:
+    """The job of a failed asset, with the seed that was drawn for it, so that it is for the same picture."""
+    if isinstance(entry, Job):
+        return entry
+    return entry.job.model_copy(update={"seed": entry.seed}) if entry.job.seed == "random" else entry.job

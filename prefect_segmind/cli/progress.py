@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from prefect_segmind.batch import tally
-from prefect_segmind.batch.approval import GO_ON, Answer, parse_answer
+from prefect_segmind.batch.approval import GO_ON, Reply, parse_reply
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.cli.output import address_in_ui
 from prefect_segmind.cli.terminal import print_facts
@@ -111,14 +111,14 @@ class BatchRun(Run):
             f"{usd(progress.cost_usd)} USD",
         )
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: Question) -> Reply:
         """Asks in the terminal.
 
         Raises:
             ConfigurationError: Standard input is not a terminal.
         """
         if self._yes:
-            return Answer(GO_ON)
+            return Reply(GO_ON)
         if not sys.stdin.isatty():
             raise ConfigurationError(
                 f"approve_above_usd: the plan costs {usd(question.plan.planned_usd)} USD, more than "
@@ -134,6 +134,6 @@ class BatchRun(Run):
         line = f"This run may cost {usd(question.plan.planned_usd)} USD. Continue? [yes/no/limit in USD]: "
         answer = None
         while answer is None:
-            answer = parse_answer(self._console.input(escape(line)))
+            answer = parse_reply(self._console.input(escape(line)))
         self.bar.start()
         return answer

@@ -72,7 +72,7 @@ class PngParts(NamedTuple):
 
 
 def split_png(data: bytes) -> PngParts:
-    """Takes a PNG apart, so that its pixels can be read whatever its metadata is like.
+    """Takes a PNG apart, so that its pixels can be read even if its metadata is damaged.
 
     A chunk that is cut by the end of the file is kept, for the decoder to report.
 
@@ -227,7 +227,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     at = 2
     while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
         marker = data[at + 1]
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # padding, or a marker that stands alone
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # padding, or a marker without a segment
             at += 1 if marker == 0xFF else 2
             continue
         if marker == 0xD9:
@@ -269,9 +269,7 @@ def _gif_is_truncated(data: bytes) -> bool:
 
 def _bmp_is_truncated(data: bytes) -> bool:
     """Whether it is shorter than its header states, or than its uncompressed rows are."""
-    if len(data) < 34:
-        return True
-    if len(data) < int.from_bytes(data[2:6], "little"):
+    if len(data) < max(34, int.from_bytes(data[2:6], "little")):
         return True
     width, height = (abs(int.from_bytes(data[at : at + 4], "little", signed=True)) for at in (18, 22))
     bits, packed = int.from_bytes(data[28:30], "little"), int.from_bytes(data[30:34], "little")
@@ -294,7 +292,7 @@ def _boxes_are_truncated(data: bytes) -> bool:
 
 
 def _tiff_pages(data: bytes) -> Iterator[tuple[bool, bool]]:
-    """For each page, whether it is a picture in its own right, and whether a part of it lies beyond the end."""
+    """For each page, whether it is a picture in its own right, and whether a part of it is beyond the end."""
     if not data.startswith(_TIFF):
         return
     order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
@@ -326,7 +324,5 @@ def _tiff_pages(data: bytes) -> Iterator[tuple[bool, bool]]:
 
 
 def _tiff_is_truncated(data: bytes) -> bool:
-    """Whether the directory or the pixels of its picture lie beyond the end."""
-    if full_pages(data):
-        return False
-    return any(truncated for _, truncated in _tiff_pages(data)) or len(data) < 8
+    """Whether the directory or the pixels of its picture are beyond the end."""
+    return len(data) < 8 or (not full_pages(data) and any(truncated for _, truncated in _tiff_pages(data)))

@@ -81,13 +81,13 @@ def prepare(data: bytes, source: SourceImage) -> PreparedImage:
     image = load_picture(open_picture(data), data)
     with decoding(data):
         upright = upright_srgb(image, fitted_size(image.size, MAX_PIXELS))
-        encoded, format = _encode(upright)
-        while len(encoded) > MAX_BYTES:
+        file, format = _encode(upright)
+        while len(file) > MAX_BYTES:
             # A file shrinks about as its pixels do; with a tenth to spare, one round is enough for most.
-            pixels = int(upright.width * upright.height * 0.9 * MAX_BYTES / len(encoded))
+            pixels = int(upright.width * upright.height * 0.9 * MAX_BYTES / len(file))
             upright = upright.resize(fitted_size(upright.size, pixels), Image.Resampling.LANCZOS)
-            encoded, format = _encode(upright)
-    return PreparedImage(encoded, *file_type(format), hashlib.sha256(encoded).hexdigest())
+            file, format = _encode(upright)
+    return PreparedImage(file, *file_type(format), hashlib.sha256(file).hexdigest())
 
 
 def thumbnail(data: bytes, max_width: int = 380) -> bytes:
@@ -112,10 +112,7 @@ def thumbnail(data: bytes, max_width: int = 380) -> bytes:
         width, height = image.size if exif_orientation(image) < 5 else image.size[::-1]
         scale = min(1.0, max_width / width, MAX_RATIO * max_width / height)
         small = upright_srgb(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        if small.mode == "RGBA":
-            white = Image.new("RGBA", small.size, "white")
-            small = Image.alpha_composite(white, small).convert("RGB")
-        return _saved(small, "JPEG", quality=80)
+        return encoded(on_white(small), "JPEG", quality=80)
 
 
 def equal_thumbnails(pictures: Sequence[bytes], width: int) -> list[bytes]:
@@ -134,7 +131,7 @@ def equal_thumbnails(pictures: Sequence[bytes], width: int) -> list[bytes]:
     small = [Image.open(BytesIO(thumbnail(each, width))) for each in pictures]
     height = min(MAX_RATIO * width, max(width * each.height / each.width for each in small))
     size = width, round(height)
-    return [_saved(ImageOps.pad(each, size, color="#808080"), "JPEG", quality=80) for each in small]
+    return [encoded(ImageOps.pad(each, size, color="#808080"), "JPEG", quality=80) for each in small]
 
 
 def upright_srgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -187,14 +184,42 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _encode(image: Image.Image) -> tuple[bytes, str]:
     """Encodes a converted picture; returns the file and its format. The side limits are those of JPEG and WebP."""
     if image.mode == "RGB" and max(image.size) <= 65_500:
-        return _saved(image, "JPEG", quality=95, subsampling=0), "JPEG"
-    encoded = _saved(image, "PNG")
-    if len(encoded) > MAX_BYTES and max(image.size) <= 16_383:
-        return _saved(image, "WEBP", quality=95), "WEBP"
-    return encoded, "PNG"
+        return encoded(image, "JPEG", quality=95, subsampling=0), "JPEG"
+    png = encoded(image, "PNG")
+    if len(png) > MAX_BYTES and max(image.size) <= 16_383:
+        return encoded(image, "WEBP", quality=95), "WEBP"
+    return png, "PNG"
 
 
-def _saved(image: Image.Image, format: str, **options: int) -> bytes:
+def on_white(image: Image.Image) -> Image.Image:
+    """Puts a transparent picture on white; one without transparency stays as it is.
+
+    Args:
+        image: The picture, in the mode RGB or RGBA.
+
+    Returns:
+        A picture in the mode RGB.
+    """
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def encoded(image: Image.Image, format: str, **options: int) -> bytes:
+    """Encodes a picture.
+
+    Args:
+        image: The picture.
+        format: Pillow's name of the format, such as JPEG.
+        options: Pillow's options for it.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: Pillow cannot encode it.
+        ValueError: The same.
+    """
     file = BytesIO()
     image.save(file, format, **options)
     return file.getvalue()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -61,7 +61,7 @@ class BrokenPicture(ValueError):
     """Bytes that do not decode to a picture.
 
     Attributes:
-        truncated: True if the picture provably lacks its end; False if it is damaged, unsupported, or no picture.
+        truncated: True if the picture provably lacks its end; False if it is damaged, unsupported, or not a picture.
         remedy: What the owner of such a source image can do.
     """
 
@@ -149,8 +149,8 @@ def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> So
             f"image: {label} has {width}×{height} pixels, and the model's side ratios end at 1:3 and 3:1; "
             "crop it, or set allow_extreme_ratio to let the model crop it"
         )
-    facts = _facts(image, data).model_copy(update={"width": width, "height": height})
-    return SourceImage(**facts.model_dump(), changes=tuple(_changes(image, data, (width, height), orientation)))
+    facts = _facts(image, data) | {"width": width, "height": height}
+    return SourceImage(**facts, changes=tuple(_changes(image, data, (width, height), orientation)))
 
 
 def read_picture(path: Path) -> Picture:
@@ -163,7 +163,7 @@ def read_picture(path: Path) -> Picture:
         The facts about it.
 
     Raises:
-        BrokenPicture: It does not decode; `truncated` tells whether it provably lacks its end.
+        BrokenPicture: It does not decode; its `truncated` is True if it provably lacks its end.
         OSError: The file cannot be read.
     """
     return picture_of(path.read_bytes())
@@ -179,23 +179,23 @@ def picture_of(data: bytes) -> Picture:
         The facts about it.
 
     Raises:
-        BrokenPicture: It does not decode; `truncated` tells whether it provably lacks its end.
+        BrokenPicture: It does not decode; its `truncated` is True if it provably lacks its end.
     """
     image = open_picture(data)
     facts = _facts(image, data)
-    content_type, extension = file_type(facts.format)
-    if facts.format in ("JPEG", "MPO"):
+    content_type, extension = file_type(facts["format"])
+    if facts["format"] in ("JPEG", "MPO"):
         with decoding(data):
             # All of its data is still read, so that damage shows, but at an eighth of the size.
             image.draft(None, (1, 1))
     load_picture(image, data)
-    return Picture(**facts.model_dump(), content_type=content_type, extension=extension)
+    return Picture(**facts, content_type=content_type, extension=extension)
 
 
-def _facts(image: ImageFile.ImageFile, data: bytes) -> _FileFacts:
-    width, height = image.size
-    sha256 = hashlib.sha256(data).hexdigest()
-    return _FileFacts(format=str(image.format), width=width, height=height, size_bytes=len(data), sha256=sha256)
+def _facts(image: ImageFile.ImageFile, data: bytes) -> dict[str, Any]:
+    """The fields of `_FileFacts`."""
+    size = dict(zip(("width", "height"), image.size, strict=True))
+    return {"format": image.format, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **size}
 
 
 def file_type(format: str) -> tuple[str, str]:
@@ -268,12 +268,11 @@ def _coded_sizes(image: ImageFile.ImageFile, data: bytes) -> list[tuple[int, int
 
 
 def _read_header(reader: _Reader, data: bytes) -> ImageFile.ImageFile:
-    """Opens a file whatever its metadata is like, at the first page that is a picture in its own right."""
+    """Opens a file, even with damaged metadata, at the first page that is a picture in its own right."""
     if data.startswith(b"\x89PNG"):
         parts = split_png(data)
         image = reader(BytesIO(parts.pixels), "")
-        for name, value in parts.info.items():
-            image.info[name] = value
+        image.info.update(parts.info)
         return image
     try:
         image = reader(BytesIO(data), "")
@@ -328,13 +327,13 @@ def _is_deep(image: Image.Image, data: bytes) -> bool:
 
 @contextmanager
 def decoding(data: bytes) -> Iterator[None]:
-    """Turns the exceptions that a decoder raises into BrokenPicture.
+    """Turns the exceptions of a decoder into BrokenPicture.
 
     Args:
         data: The file that is decoded.
 
     Raises:
-        BrokenPicture: Any exception occurred, except MemoryError, which is not about the picture.
+        BrokenPicture: The decoder raised any exception but MemoryError, which is not about the picture.
     """
     try:
         yield
@@ -396,7 +395,7 @@ def exif_orientation(image: Image.Image) -> int:
     Returns:
         1 to 8; 1 if there is none or EXIF is damaged, as in viewers.
     """
-    with suppress(Exception):  # damaged EXIF can raise anything, and the picture is none the worse for it
+    with suppress(Exception):  # damaged EXIF can raise anything, and does not affect the picture
         found = image.getexif().get(ExifTags.Base.Orientation)
         if found is not None and found in range(2, 9):
             return int(found)
@@ -404,11 +403,11 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def fitted_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
-    """The size of at most so many pixels in the same ratio; rounding never takes it beyond 3:1 if it was within.
+    """The size within a number of pixels and in the same ratio; rounding never takes it beyond 3:1 if it was within.
 
     Args:
         size: Width and height.
-        pixels: The most pixels.
+        pixels: The largest number of pixels.
 
     Returns:
         Width and height; `size` itself if it fits.

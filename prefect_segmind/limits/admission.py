@@ -1,6 +1,6 @@
-"""The one gate of a run that every paid request passes: so many at once, at this pace, within this budget.
+"""The gate that every paid request of a run passes: it limits concurrency, rate and spending.
 
-It knows threads and the clock; what to decide is the rate limiter's and the ledger's.
+It handles the threads and the clock; the rate limiter and the ledger decide.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from time import monotonic
@@ -25,79 +26,103 @@ from prefect_segmind.errors import (
     SegmindError,
     UnusableAnswersError,
 )
-from prefect_segmind.limits.ledger import Fit, Ledger, RequestId, Totals, Unusable
+from prefect_segmind.limits.ledger import NOTHING, Fit, Ledger, RequestId, Totals, Unusable
 from prefect_segmind.limits.rate_limiter import Pace
 from prefect_segmind.limits.retry import holds_all
 from prefect_segmind.money import usd
 
 PARKED = 256
-"""Assets that may wait outside the window at once; each of them keeps a thread."""
+"""The most assets that wait outside the window at once; each of them keeps a thread."""
 
 
+@dataclass(eq=False)
 class Admission:
-    """The leave to send one request. Made by `Gate.admit` only."""
+    """The permission to send one request, granted by `Gate.admit`.
 
-    def __init__(self, gate: Gate, asset: str, ticket: int, reserved_usd: Decimal) -> None:
-        self._gate = gate
-        self.asset = asset
-        self.ticket = ticket
-        self.reserved_usd = reserved_usd
-        self.picture = ""
-        self.request: RequestId | None = None
-        self.is_over = False
-        self.cost_usd: Decimal | None = None
+    Attributes:
+        gate: The gate that granted it.
+        asset: The asset that the request is for, by the name given to `Gate.enter`.
+        ticket: The rate limiter's ticket.
+        reserved_usd: The amount that is reserved in the ledger.
+        picture: The fingerprint of the picture; empty until the request is sent.
+        request: The request; None until it is sent.
+        cost_usd: What the answer has cost; None until that is known.
+        is_over: Whether another request may take its place.
+    """
+
+    gate: Gate
+    asset: str
+    ticket: int
+    reserved_usd: Decimal
+    picture: str = ""
+    request: RequestId | None = None
+    cost_usd: Decimal | None = None
+    is_over: bool = False
 
     def sent(self, picture: str, request: RequestId) -> None:
-        """Says that the request is sent now: from here on it may be billed.
+        """Records, once, that the request is being sent: from here on it may be billed.
 
         Args:
-            picture: The fingerprint of what it asks for.
+            picture: The fingerprint of the picture that it asks for.
             request: What identifies it in the ledger.
         """
-        self._gate._note_sent(self, picture, request)
+        if self.request is None:
+            self.picture, self.request = picture, request
+            self.gate._record_sent(self)
 
     def paid(self, cost_usd: Decimal, at: datetime | None = None) -> None:
-        """Says that a picture came of it. From here on another request may go.
+        """Records that the answer holds a picture, and lets another request take this one's place.
 
         Args:
-            cost_usd: What it cost, in USD.
-            at: When its answer had been read, aware; now if left out.
+            cost_usd: The cost of the picture.
+            at: When the answer had been read, aware; now if None.
         """
         self.cost_usd = cost_usd
-        self._gate.picture(at or datetime.now(UTC))
-        self._gate._let_out(self, None)
+        self.gate.picture(at or datetime.now(UTC))
+        self.gate._let_out(self, None)
 
     def unusable(self, error: SegmindError) -> None:
-        """Says that a 200 came of it that was read to its end and could not be used.
+        """Records that a 200 was read to its end and holds no picture.
 
         Args:
-            error: It; its `answered` tells what that has cost, and when.
+            error: The failure; its `answered` has the cost and the time of the answer.
         """
         assert error.answered is not None
         if not error.possibly_billed:
             self.cost_usd = error.answered.cost_usd
-        self._gate._note_unusable(error, error.answered.at)
+        if isinstance(error, ApiError):  # a full disk here says nothing about the provider
+            self.gate._count_unusable(error, error.answered.at)
+
+    def _totals(self, error: BaseException | None) -> Totals:
+        """The entry for the ledger once the request has ended, with an error or without."""
+        if self.cost_usd is not None:
+            return Totals(1, cost_usd=self.cost_usd)
+        unknown = not isinstance(error, SegmindError) or error.possibly_billed
+        return Totals(1, possibly_billed_usd=self.reserved_usd if unknown else NOTHING)
 
 
 class Gate:
-    """Lets the requests of a run go, one by one, and none any more once it is stopped.
+    """Admits the requests of a run one by one, and none after it is stopped.
 
     The first reason to stop wins: the budget is reached, the account is refused, the provider asks for a longer wait
-    than is allowed, answers that are paid for hold no pictures, or somebody calls `stop`. What is under way then goes
-    on undisturbed; what waits is stopped.
+    than is allowed, paid answers hold no pictures, or `stop` is called. Requests under way then continue; those that
+    wait are refused.
 
-    Assets go in the order in which they were begun. Where a budget has not room for all, nobody is let in on money that
-    an asset begun earlier may still need: one that is uploading, or that waits for a retry.
+    Assets go in the order in which they were begun. Where the budget is too small for all of them, no asset is admitted
+    on money that one begun earlier may still need because it is uploading or waiting for a retry.
 
     Args:
-        max_concurrency: Requests under way at once, at most.
+        max_concurrency: The most requests under way at once.
         look_ahead: Assets under way beyond those, so that uploads and archiving overlap; `max_concurrency` if None.
-        requests_per_minute: The account's limit; None if unknown: it is then learned from the answers.
-        ledger: The run's; a request that has no room in its limit waits, or stops the run.
-        earlier_answers: When earlier tries of the run have paid for an answer, and whether it held a picture.
-        stop_after_unusable: So many paid answers in a row without a picture stop the run; 0 for never.
+        requests_per_minute: The account's limit; if None it is unknown, and learned from the answers.
+        ledger: The run's ledger; a request for which its limit has no room waits, or stops the run.
+        earlier_answers: When earlier tries of the run received each paid answer, and whether it held a picture.
+        stop_after_unusable: The number of paid answers in a row without a picture that stops the run; 0 for never.
         longest_wait_seconds: A rate limit or an overload that lasts longer stops the run.
-        log: Where to say that the whole run waits.
+        log: Logs when the whole run waits.
+
+    Attributes:
+        ledger: As above.
 
     Example:
         >>> gate = Gate(ledger=Ledger(Decimal("1.00")))
@@ -129,9 +154,9 @@ class Gate:
         self._window = max_concurrency + (max_concurrency if look_ahead is None else look_ahead)
         self._longest_wait_seconds = longest_wait_seconds
         self._log = log or logging.getLogger(__name__)
-        # One lock for everything, and a condition of its own for all that wait for the same: no needless waking.
+        # One lock for everything, and a condition for each thing that is waited for, to avoid needless waking.
         self._lock = threading.RLock()
-        self._queue: list[tuple[int, threading.Condition]] = []  # who waits for admission, by number of the asset
+        self._queue: list[tuple[int, threading.Condition]] = []  # waiting for admission, by number of the asset
         self._room = threading.Condition(self._lock)
         self._stopping = threading.Condition(self._lock)
         self._stopped: SegmindError | None = None
@@ -140,23 +165,27 @@ class Gate:
         self._entered = 0
         self._begun = 0
         self._numbers: dict[str, int] = {}  # of the assets under way
-        self._may_pay: set[int] = set()  # numbers of those for which money is kept
+        self._may_pay: set[int] = set()  # numbers of the assets for which money is kept
         self._parked = 0
-        self._wanted: set[str] = set()  # pictures that somebody is about to pay for
+        self._wanted: set[str] = set()  # pictures that an asset of the run is about to pay for
         self._held_until = -math.inf
 
     @property
     def stopped(self) -> SegmindError | None:
-        """What the run was stopped by; None while it goes on."""
+        """The error that stopped the run; None while it goes on."""
         return self._stopped
 
     @property
     def in_flight(self) -> int:
-        """Requests that are sent and not answered."""
+        """The number of requests that are sent and not answered."""
         return self._in_flight
 
     def stop(self, error: SegmindError) -> None:
-        """Lets nothing new go: all that wait are stopped at once, what is under way goes on. The first error wins."""
+        """Refuses all that wait, and everything new; requests under way continue.
+
+        Args:
+            error: Why; the first one wins.
+        """
         with self._lock:
             self._stopped = self._stopped or error
             for waiting in (*(turn for _, turn in self._queue), self._room, self._stopping):
@@ -164,37 +193,34 @@ class Gate:
 
     @contextmanager
     def admit(self, price_usd: Decimal, asset: str = "") -> Iterator[Admission]:
-        """Waits until one more request may go, and takes down what becomes of it.
+        """Waits until one more request may be sent, and enters its outcome in the ledger.
 
-        Left before `Admission.sent`, it is as if it had never been. Otherwise the request counts as paid once
-        `Admission.paid` was called, as not billed where it fails with an error that says so, and as possibly billed
-        in all other cases.
+        Without `Admission.sent` nothing is entered. Otherwise the request counts as paid once `Admission.paid` was
+        called, as not billed if it fails with an error that is not `possibly_billed`, and else as possibly billed.
 
         Args:
-            price_usd: The list price; the dearest answer of the run is reserved where that is more.
-            asset: For whom, by the name given to `enter`; one that was never begun goes before all others.
+            price_usd: The list price; the price of the dearest answer of the run is reserved if that is higher.
+            asset: The name given to `enter`; an asset that was never begun goes before all others.
 
         Raises:
-            NotStartedError: The run is stopped; the cause says by what.
+            NotStartedError: The run is stopped; the cause is the error that stopped it.
         """
         admission = self._let_in(price_usd, asset)
-        error: BaseException | None = None
         try:
             yield admission
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
+        except BaseException as error:
             self._let_out(admission, error)
+            raise
+        self._let_out(admission, None)
 
     def enter(self, asset: str = "") -> bool:
         """Waits until one more asset may be begun.
 
         Args:
-            asset: Its name, which no other asset under way has; without one it has no place in the order.
+            asset: Its name, unique among the assets under way; without a name it has no place in the order.
 
         Returns:
-            False, at once, when the run is stopped: nothing more is to be begun.
+            True; False, at once, when the run is stopped and nothing more is to be begun.
         """
         with self._lock:
             self._room.wait_for(lambda: self._stopped or self._entered < self._window)
@@ -208,25 +234,32 @@ class Gate:
             return True
 
     def leave(self, asset: str = "") -> None:
-        """Says that an asset that was begun has ended."""
+        """Ends an asset that was begun.
+
+        Args:
+            asset: The name given to `enter`.
+        """
         with self._lock:
             self._keep_money(asset, False)
             self._numbers.pop(asset, None)
-            self._give_place()
+            self._give_up_place()
 
     @contextmanager
     def parked(self, asset: str = "") -> Iterator[None]:
-        """Gives an asset's place to another while it waits for something that is not ours, and keeps no money for it.
+        """Gives an asset's place to another while it waits for something outside the run, and keeps no money for it.
 
-        Afterwards it goes on at once, even if the window is full. Not more than `PARKED` do so at a time; one more
-        keeps its place.
+        Afterwards it goes on at once, even if the window is full. At most `PARKED` assets give up their places at a
+        time; any more keep theirs.
+
+        Args:
+            asset: The name given to `enter`.
         """
         with self._lock:
             self._keep_money(asset, False)
             gives = self._parked < PARKED
             if gives:
                 self._parked += 1
-                self._give_place()
+                self._give_up_place()
         try:
             yield
         finally:
@@ -238,10 +271,13 @@ class Gate:
 
     @contextmanager
     def first(self, picture: str) -> Iterator[bool]:
-        """Whether nobody else of the run is about to pay for the same picture: whoever is not needs no money for it.
+        """Tells apart the first asset of the run that is about to pay for a picture from others that want the same one.
 
         Args:
-            picture: Its fingerprint.
+            picture: The fingerprint of the picture.
+
+        Yields:
+            Whether this is the first one; the others need no money.
         """
         with self._lock:
             first = picture not in self._wanted
@@ -254,10 +290,13 @@ class Gate:
                     self._wanted.remove(picture)
 
     def pause(self, seconds: float) -> None:
-        """Waits for so many seconds.
+        """Waits.
+
+        Args:
+            seconds: How long.
 
         Raises:
-            NotStartedError: The run is stopped, before or meanwhile; the cause says by what.
+            NotStartedError: The run is stopped, before or meanwhile; the cause is the error that stopped it.
         """
         with self._lock:
             self._stopping.wait_for(lambda: self._stopped, seconds)
@@ -267,12 +306,12 @@ class Gate:
         if self._stopped:
             raise NotStartedError(f"not started: {self._stopped}") from self._stopped
 
-    def _give_place(self) -> None:
+    def _give_up_place(self) -> None:
         self._entered -= 1
         self._room.notify_all()
 
     def _keep_money(self, asset: str, keep: bool) -> None:
-        """Keeps the price of a request for an asset under way, or no longer."""
+        """Begins or ends keeping the price of a request for an asset under way."""
         number = self._numbers.get(asset)
         if number is not None and keep:
             self._may_pay.add(number)
@@ -295,8 +334,8 @@ class Gate:
                     price, now = self.ledger.price_of(price_usd), monotonic()
                     kept = price * sum(each < number for each in self._may_pay)
                     fit, delay = self.ledger.fit(price, kept), self._pace.delay(now)
-                    if in_a_row := self._unusable.too_many:
-                        self._stop_by_unusable(in_a_row, "earlier tries of this run got them; a new run begins anew")
+                    if self._unusable.too_many:
+                        self._stop_if_unusable("earlier tries of this run got them; a new run begins anew")
                     elif fit is Fit.NEVER:
                         self._stop_by_budget()
                     elif fit is Fit.LATER or self._admitted >= self._max_concurrency:
@@ -313,7 +352,7 @@ class Gate:
                 self._next()
 
     def _next(self) -> None:
-        """Has the first in the queue look again."""
+        """Wakes the first in the queue."""
         if self._queue:
             self._queue[0][1].notify()
 
@@ -327,7 +366,7 @@ class Gate:
         )
 
     def picture(self, at: datetime) -> None:
-        """Notes that an answer held a picture: those that come before it in time count no more as unusable.
+        """Records that an answer held a picture: unusable answers before it no longer count.
 
         Args:
             at: When it had been read, aware.
@@ -335,30 +374,26 @@ class Gate:
         with self._lock:
             self._unusable.picture(at)
 
-    def _note_unusable(self, error: SegmindError, at: datetime) -> None:
-        if not isinstance(error, ApiError):
-            return  # a full disk here says nothing about the provider
+    def _count_unusable(self, error: ApiError, at: datetime) -> None:
         with self._lock:
-            in_a_row = self._unusable.answer(at)
-            if in_a_row is not None:
-                self._stop_by_unusable(in_a_row, f"the last one: {error}")
+            self._unusable.answer(at)
+            self._stop_if_unusable(f"the last one: {error}")
 
-    def _stop_by_unusable(self, in_a_row: int, which: str) -> None:
-        self.stop(
-            UnusableAnswersError(
-                f"{in_a_row} paid answers in a row held no picture: look at what they hold and at the provider's usage "
-                "page before running again (after how many a run stops is "
-                f"PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE, 0 for never); {which}"
+    def _stop_if_unusable(self, which: str) -> None:
+        if in_a_row := self._unusable.too_many:
+            self.stop(
+                UnusableAnswersError(
+                    f"{in_a_row} paid answers in a row held no picture: check their content and the provider's usage "
+                    "page before running again (PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE sets after how many a "
+                    f"run stops, 0 for never); {which}"
+                )
             )
-        )
 
-    def _note_sent(self, admission: Admission, picture: str, request: RequestId) -> None:
+    def _record_sent(self, admission: Admission) -> None:
         with self._lock:
-            if admission.request is None:
-                admission.picture, admission.request = picture, request
-                self._in_flight += 1
-                self._pace.sent(admission.ticket, monotonic())
-                self._next()
+            self._in_flight += 1
+            self._pace.sent(admission.ticket, monotonic())
+            self._next()
 
     def _let_out(self, admission: Admission, error: BaseException | None) -> None:
         hold: str | None = None
@@ -367,12 +402,14 @@ class Gate:
                 return
             admission.is_over = True
             self._admitted -= 1
-            if admission.request is not None:
-                self._in_flight -= 1
-                hold = self._answered(admission, error)
-            else:
+            if admission.request is None:
                 self._pace.release(admission.ticket)
-            self._settle(admission, error)
+                self.ledger.release(admission.reserved_usd)
+            else:
+                self._in_flight -= 1
+                hold = self._update_pace(admission, error)
+                totals = admission._totals(error)
+                self.ledger.settle(admission.reserved_usd, admission.picture, admission.request, totals)
             self._keep_money(admission.asset, admission.cost_usd is None)
             if isinstance(error, (AccountError, InsufficientCreditsError)):
                 self.stop(error)
@@ -381,8 +418,8 @@ class Gate:
         if hold is not None:
             self._log.warning(hold)
 
-    def _answered(self, admission: Admission, error: BaseException | None) -> str | None:
-        """Tells the pace; returns what is to be said where a hold begins with this answer."""
+    def _update_pace(self, admission: Admission, error: BaseException | None) -> str | None:
+        """Passes an answer to the rate limiter; returns the message to log if it makes all wait."""
         if not isinstance(error, SegmindError) or not holds_all(error):
             self._pace.answered(admission.ticket)
             return None
@@ -390,7 +427,7 @@ class Gate:
         if isinstance(error, RateLimitError):
             why, seconds = "limits the rate", self._pace.limited(admission.ticket, now, error.retry_after)
         else:
-            why, seconds = "is overloaded", self._pace.overloaded(now, asked)
+            why, seconds = "is overloaded", self._pace.hold(now, asked)
         begins = seconds > 0 and now >= self._held_until
         self._held_until = now + seconds
         if asked > self._longest_wait_seconds:
@@ -400,15 +437,3 @@ class Gate:
         return (
             f"the provider {why}: all workers wait {math.ceil(seconds)} s, then one goes ahead; no retry is spent on it"
         )
-
-    def _settle(self, admission: Admission, error: BaseException | None) -> None:
-        price, request = admission.reserved_usd, admission.request
-        if request is None:
-            self.ledger.release(price)
-            return
-        outcome = Totals(1)
-        if admission.cost_usd is not None:
-            outcome = Totals(1, cost_usd=admission.cost_usd)
-        elif not isinstance(error, SegmindError) or error.possibly_billed:
-            outcome = Totals(1, possibly_billed_usd=price)
-        self.ledger.settle(price, admission.picture, request, outcome)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 NOTHING = Decimal("0.00")
 
@@ -25,11 +25,11 @@ class Fit(Enum):
 
 
 class Totals(NamedTuple):
-    """What requests came to.
+    """The sums of some requests.
 
     Attributes:
-        requests_sent: How many there were.
-        cost_usd: What was paid for certain.
+        requests_sent: Their number.
+        cost_usd: What was certainly paid.
         possibly_billed_usd: What those of unknown outcome may have cost.
     """
 
@@ -37,20 +37,12 @@ class Totals(NamedTuple):
     cost_usd: Decimal = NOTHING
     possibly_billed_usd: Decimal = NOTHING
 
-    def plus(self, other: Totals) -> Totals:
-        """Both together."""
+    def plus(self, other: Totals, sign: Literal[1, -1] = 1) -> Totals:
+        """The sum with others, or with -1 the difference."""
         return Totals(
-            self.requests_sent + other.requests_sent,
-            self.cost_usd + other.cost_usd,
-            self.possibly_billed_usd + other.possibly_billed_usd,
-        )
-
-    def minus(self, other: Totals) -> Totals:
-        """What is left without the other."""
-        return Totals(
-            self.requests_sent - other.requests_sent,
-            self.cost_usd - other.cost_usd,
-            self.possibly_billed_usd - other.possibly_billed_usd,
+            self.requests_sent + sign * other.requests_sent,
+            self.cost_usd + sign * other.cost_usd,
+            self.possibly_billed_usd + sign * other.possibly_billed_usd,
         )
 
 
@@ -67,11 +59,11 @@ class RequestId(NamedTuple):
 
 
 class PastRequest(NamedTuple):
-    """What the record of a picture says of a request that a run has to report.
+    """A request in the record of a picture that a run has to report.
 
     Attributes:
-        request: Which it is.
-        totals: What it came to; no requests sent where its sender has reported that.
+        request: What identifies it.
+        totals: Its cost and whether it counts as sent; all zero where its sender has reported it.
         charged: Whether it counts against the limit: it was sent by an earlier try of the run, not by another run
             that died and was taken over.
     """
@@ -126,7 +118,7 @@ class Ledger:
 
     @property
     def spent_usd(self) -> Decimal:
-        """What the run, in all its tries, has paid for certain."""
+        """What the run, in all its tries, has certainly paid."""
         return self._charged.cost_usd
 
     @property
@@ -147,15 +139,19 @@ class Ledger:
             return frozenset(self._pictures)
 
     def price_of(self, list_price: Decimal) -> Decimal:
-        """What to reserve for a request, in USD: the list price, or the dearest answer so far where that cost more."""
+        """The amount to reserve for a request: the list price, or the price of the dearest answer so far if higher.
+
+        Args:
+            list_price: In USD.
+        """
         return max(list_price, self._dearest)
 
     def fit(self, price: Decimal, kept: Decimal = Decimal(0)) -> Fit:
         """Whether there is room for a price.
 
         Args:
-            price: Of the next request, in USD.
-            kept: USD that are kept for others, who come first and may yet need them or not.
+            price: The price of the next request, in USD.
+            kept: USD kept for assets that come first and may or may not need them.
         """
         with self._lock:
             if self.limit_usd is None:
@@ -166,7 +162,10 @@ class Ledger:
             return Fit.NOW if price <= left - self.in_flight_usd - kept else Fit.LATER
 
     def reserve(self, price: Decimal) -> None:
-        """Sets a price in USD aside for a request that is about to be sent.
+        """Sets an amount aside for a request that is about to be sent.
+
+        Args:
+            price: The amount in USD.
 
         Raises:
             ValueError: There is no room for it now.
@@ -179,6 +178,9 @@ class Ledger:
     def release(self, price: Decimal) -> None:
         """Ends a reservation for a request that was never sent.
 
+        Args:
+            price: The reserved amount in USD.
+
         Raises:
             ValueError: So much was never reserved.
         """
@@ -188,13 +190,16 @@ class Ledger:
             self.in_flight_usd -= price
 
     def settle(self, price: Decimal, picture: str, request: RequestId, outcome: Totals) -> None:
-        """Ends a reservation with what its request came to.
+        """Ends a reservation with the outcome of its request.
 
         Args:
-            price: What was reserved, in USD.
-            picture: The fingerprint.
-            request: Which request it was.
+            price: The reserved amount in USD.
+            picture: The fingerprint of the picture.
+            request: What identifies the request.
             outcome: What it cost, or may have cost.
+
+        Raises:
+            ValueError: So much was never reserved.
         """
         with self._lock:
             self.release(price)
@@ -203,12 +208,12 @@ class Ledger:
             self._dearest = max(self._dearest, outcome.cost_usd)
 
     def carry(self, picture: str, past: Iterable[PastRequest], run: str) -> None:
-        """Enters what the record of a picture says of requests that this run has to report; again corrects it.
+        """Enters the requests in the record of a picture that this run has to report, or corrects their entries.
 
-        What the run knows of its own requests is never corrected by a record, which may not have been written.
+        The run's own requests are never corrected by a record, as writing that may have failed.
 
         Args:
-            picture: The fingerprint.
+            picture: The fingerprint of the picture.
             past: The requests.
             run: The task run that reports them, unless another of this run does already.
         """
@@ -222,10 +227,10 @@ class Ledger:
                 self._enter(picture, request, known._replace(reported_by=by))
 
     def begin_try(self, reporters: Reporters | None = None) -> None:
-        """Begins another try of the run: what the earlier ones sent is reported by whoever carries it first.
+        """Begins another try of the run: earlier requests are reported by the task run that carries them first.
 
         Args:
-            reporters: As for the ledger, of this try.
+            reporters: As for the ledger, for this try.
         """
         with self._lock:
             self._reporters = {} if reporters is None else reporters
@@ -234,10 +239,10 @@ class Ledger:
                     self._enter(picture, request, entry._replace(reported_by=""))
 
     def account(self, picture: str, run: str) -> Totals:
-        """What the requests for a picture came to that a task run reports.
+        """The sums of the requests for a picture that a task run reports.
 
         Args:
-            picture: The fingerprint.
+            picture: The fingerprint of the picture.
             run: The task run.
         """
         with self._lock:
@@ -248,7 +253,13 @@ class Ledger:
             return totals
 
     def reports(self, picture: str, request: RequestId, run: str) -> bool:
-        """Whether it is this task run that reports a request."""
+        """Whether a task run is the one that reports a request.
+
+        Args:
+            picture: The fingerprint of the picture.
+            request: What identifies the request.
+            run: The task run.
+        """
         with self._lock:
             entry = self._pictures.get(picture, {}).get(request)
             return entry is not None and entry.reported_by == run
@@ -256,11 +267,12 @@ class Ledger:
     def _enter(self, picture: str, request: RequestId, entry: _Entry) -> None:
         entries = self._pictures.setdefault(picture, {})
         before = entries.get(request)
-        for each, sign in ((before, Totals.minus), (entry, Totals.plus)):
+        changes: tuple[tuple[_Entry | None, Literal[1, -1]], ...] = ((before, -1), (entry, 1))
+        for each, sign in changes:
             if each is not None and each.charged:
-                self._charged = sign(self._charged, each.totals)
+                self._charged = self._charged.plus(each.totals, sign)
             if each is not None and each.reported_by:
-                self._reported = sign(self._reported, each.totals)
+                self._reported = self._reported.plus(each.totals, sign)
         entries[request] = entry
 
 
@@ -269,15 +281,17 @@ Reporters = dict[RequestId, Ledger]
 
 
 class Unusable:
-    """Counts the paid answers in a row that hold no picture, by the time of the answer and not of when it was judged.
+    """Counts the paid answers in a row that hold no picture, by the time of the answer and not of the verdict on it.
 
     Args:
-        limit: So many are too many; 0 for never.
+        limit: The number that is too many; 0 for no limit.
 
     Example:
         >>> unusable, at = Unusable(2), datetime(2026, 11, 23, tzinfo=UTC)
-        >>> unusable.answer(at), unusable.answer(at)
-        (None, 2)
+        >>> unusable.answer(at)
+        >>> unusable.answer(at)
+        >>> unusable.too_many
+        2
     """
 
     def __init__(self, limit: int) -> None:
@@ -286,18 +300,24 @@ class Unusable:
         self._since: list[datetime] = []
 
     def picture(self, at: datetime) -> None:
-        """Counts an answer that held a picture: the row begins anew behind it."""
+        """Begins a new row after an answer that held a picture.
+
+        Args:
+            at: The time of the answer.
+        """
         self._last_picture = max(self._last_picture, at)
         self._since = [each for each in self._since if each > self._last_picture]
 
-    def answer(self, at: datetime) -> int | None:
-        """Counts an answer that held none; returns how many there were in a row where that is too many."""
-        if self._limit and at > self._last_picture:
+    def answer(self, at: datetime) -> None:
+        """Counts an answer that held no picture.
+
+        Args:
+            at: The time of the answer.
+        """
+        if at > self._last_picture:
             self._since.append(at)
-            return self.too_many
-        return None
 
     @property
     def too_many(self) -> int | None:
-        """How many there are in a row, where that is too many."""
-        return len(self._since) if self._limit and len(self._since) >= self._limit else None
+        """The number of answers in the row if it has reached the limit, else None."""
+        return len(self._since) if 0 < self._limit <= len(self._since) else None

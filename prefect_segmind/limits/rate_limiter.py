@@ -1,6 +1,6 @@
-"""When the next request may be sent: a limit that is known is kept, one that is not is learned from the 429s.
+"""When the next request may be sent: a known limit is kept, an unknown one is learned from the 429s.
 
-It is pure: all times are seconds of a monotonic clock that the caller reads; `gate` does the waiting.
+It is pure: all times are seconds of a monotonic clock that the caller reads; `admission` does the waiting.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from itertools import islice
 WINDOW_SECONDS = 60.0
 """The provider's limits are per minute."""
 SLACK_SECONDS = 2.0
-"""A server counts a request when it arrives, and tells times in whole seconds: so far may its minute be from ours."""
+"""How far the server's minute may be from ours: it counts a request on arrival, and gives times in whole seconds."""
 PROBE_SECONDS = 2.0
-"""A 429 comes at once, a picture takes its time: a probe that is not refused for so long is not waited for."""
+"""A 429 comes at once, a picture takes longer: a probe that is not refused for this long is not waited for."""
 FIRST_HOLD_SECONDS = 1.0
 LONGEST_HOLD_SECONDS = 60.0
 
 
 class Pace:
-    """Says when the next request of a run may go.
+    """Decides when the next request of a run may be sent.
 
     A configured limit holds for every 60 s, refused requests included. After a 429 all wait until the reset that the
-    server told, else for a time that doubles. Then one request goes ahead as a probe. When it is not refused, the
+    server names, else for a time that doubles. Then one request goes ahead as a probe. When it is not refused, the
     others follow at the rate that the server was seen to allow, and that rate grows slowly until the next 429. An
     overloaded provider that names a time is waited for likewise, but no rate is learned from it.
 
     Args:
-        requests_per_minute: The limit of the account's plan; None where it is not known.
+        requests_per_minute: The limit of the account's plan; None if it is not known.
 
     Example:
         >>> pace = Pace(requests_per_minute=1)
@@ -62,25 +62,31 @@ class Pace:
         self._grows_at = math.inf
 
     def delay(self, now: float) -> float:
-        """Seconds until the next request may go; 0.0 if it may go now.
+        """Seconds until the next request may be sent; 0.0 if it may be sent now.
 
-        This is as things stand: ask again when they are over, and whenever a request was sent, answered or released.
+        Ask again when they are over, and whenever a request was sent, answered or released.
+
+        Args:
+            now: The time.
         """
         if now < self._held_until:
             return self._held_until - now
         wait = 0.0
         if self._limit is not None:
             wait = self._until_room(self._recent, self._limit, WINDOW_SECONDS, now)
-        if self._probing and self._probe is None:
-            return wait
         if self._probing:
+            if self._probe is None:
+                return wait
             wait = max(wait, min(self._probe_sent, now) + PROBE_SECONDS - now)
         if self._count is not None:
             wait = max(wait, self._until_room(self._accepted.values(), self._count, self._period, now))
         return wait
 
     def reserve(self, now: float) -> int:
-        """Lets one request go, which is to be sent soon; call it when `delay` is 0.0.
+        """Issues the ticket for a request that is to be sent soon; call it when `delay` is 0.0.
+
+        Args:
+            now: The time.
 
         Returns:
             The request's ticket.
@@ -96,7 +102,12 @@ class Pace:
         return ticket
 
     def sent(self, ticket: int, now: float) -> None:
-        """Notes that a request is being sent."""
+        """Records that a request is being sent.
+
+        Args:
+            ticket: The request's ticket.
+            now: The time.
+        """
         self._unsent.discard(ticket)
         if self._limit is not None:
             self._recent.append(now)
@@ -107,28 +118,36 @@ class Pace:
             self._probe_sent = now
 
     def release(self, ticket: int) -> None:
-        """Takes a ticket back whose request was not sent."""
+        """Takes back a ticket whose request was not sent.
+
+        Args:
+            ticket: The request's ticket.
+        """
         self._unsent.discard(ticket)
         if ticket == self._probe:
             self._probe = None
 
     def answered(self, ticket: int) -> None:
-        """Notes that a request ended in any way but a 429."""
+        """Records that a request ended in any way but a 429.
+
+        Args:
+            ticket: The request's ticket.
+        """
         if ticket < self._burst:
             return
         self._probing, self._probe = False, None
         self._streak = 0
 
     def limited(self, ticket: int, now: float, retry_after: float | None) -> float:
-        """Notes that a request was answered 429.
+        """Records that a request was answered 429.
 
         Args:
-            ticket: The request's.
+            ticket: The request's ticket.
             now: When the answer came.
-            retry_after: Seconds until the server's limit resets; None, or 0.0, if it does not tell.
+            retry_after: Seconds until the server's limit resets; None or 0.0 if the answer does not name them.
 
         Returns:
-            The seconds for which all are held back now.
+            The seconds for which all requests are held back now.
         """
         self._accepted.pop(ticket, None)
         fresh = ticket >= self._refused
@@ -138,25 +157,21 @@ class Pace:
         wait = retry_after or 0.0
         if fresh and not retry_after:
             wait = min(FIRST_HOLD_SECONDS * 2 ** min(self._streak - 1, 10), LONGEST_HOLD_SECONDS)
-        held = self._hold(now, wait)
+        held = self.hold(now, wait)
         if self._streak:
             self._learn()
         return held
 
-    def overloaded(self, now: float, retry_after: float) -> float:
-        """Notes that a request was refused by a provider that is overloaded. That says nothing about the rate.
+    def hold(self, now: float, wait: float) -> float:
+        """Holds all requests back; called directly where the provider is overloaded, from which no rate is learned.
 
         Args:
             now: When the answer came.
-            retry_after: Seconds until the provider wants to be asked again.
+            wait: Seconds that the provider asks to wait.
 
         Returns:
-            The seconds for which all are held back now.
+            The seconds for which all are held back now: more than asked for if they were held for longer already.
         """
-        return self._hold(now, retry_after)
-
-    def _hold(self, now: float, wait: float) -> float:
-        """Holds all back for so many seconds at least; returns for how many they are held."""
         until = max(self._held_until, now + wait) if wait else self._held_until
         if until > now >= self._held_until:
             self._burst = self._next
@@ -167,7 +182,7 @@ class Pace:
     def _learn(self) -> None:
         """Learns the rate: what was accepted, in the time from the first of it to the reset.
 
-        A probe that is refused tells only that the hold was too short: what was accepted stays, the time grows.
+        If a probe is refused, only the hold was too short: the number accepted stays, the time grows.
         """
         if self._streak == 1:
             oldest = self._held_until - WINDOW_SECONDS - SLACK_SECONDS
@@ -179,7 +194,7 @@ class Pace:
         self._grows_at = self._held_until + self._period
 
     def _until_room(self, times: Reversible[float], limit: int, period: float, now: float) -> float:
-        """Seconds until a window has room for one more request; those that are not sent yet are taken as sent now."""
+        """Seconds until a window has room for one more request; those not sent yet count as sent now."""
         room = limit - len(self._unsent)
         if room <= 0:
             return period

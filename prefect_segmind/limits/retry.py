@@ -1,7 +1,4 @@
-"""The one decision about a failed request: wait and try again, or stop.
-
-It is pure, so that a table can test it; Prefect does the waiting.
-"""
+"""The decision about a failed request: wait and try again, or stop. It is pure; Prefect does the waiting."""
 
 from __future__ import annotations
 
@@ -19,17 +16,17 @@ from prefect_segmind.errors import (
 )
 
 UNKNOWN_RETRIES = 1
-"""Requests that a flow run sends, at most, after one of its own that may have been billed."""
+"""The most requests that a flow run sends for a picture after one of its own that may have been billed."""
 
-RETRIED = (
-    *(RateLimitError, OverloadedError, BadGatewayError, GatewayTimeoutError),
-    *(ApiUnreachableError, AnswerCutError),
-)
+RETRY = RateLimitError | OverloadedError | BadGatewayError | GatewayTimeoutError | ApiUnreachableError | AnswerCutError
 """The errors that pass by themselves. All others would fail again, or would pay again."""
 
 
 def holds_all(error: BaseException | None) -> bool:
-    """Whether an error concerns every request of a run: a rate limit, or an overload that the provider puts a time to.
+    """Whether an error concerns every request of a run: a rate limit, or an overload with a time to wait.
+
+    Args:
+        error: What a request ended with; None if it succeeded.
 
     Example:
         >>> holds_all(OverloadedError("…", status=503, retry_after=5.0)), holds_all(OverloadedError("…", status=503))
@@ -40,16 +37,16 @@ def holds_all(error: BaseException | None) -> bool:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a run is.
+    """The limits of a run's retries.
 
     Attributes:
-        retries: Requests after the first one, at most.
-        rate_limit_retries: Requests after those of which `holds_all` is true, at most, where these are counted apart;
-            None if they are not.
+        retries: The most requests after the first one.
+        rate_limit_retries: The most requests after failures for which `holds_all` is true, if these are counted
+            separately; None if they are not.
         base_seconds: The first wait; it doubles with each attempt.
-        longest_backoff_seconds: It doubles no further than to this.
-        unknown_retries: Requests after one that may have been billed, at most.
-        longest_wait_seconds: A server that asks for more is not waited for.
+        longest_backoff_seconds: The limit of that doubling.
+        unknown_retries: The most requests after one that may have been billed.
+        longest_wait_seconds: If a server asks for a longer wait, no request follows.
         longest_run_seconds: No retry begins later than this after the first request that did not hold all.
     """
 
@@ -78,24 +75,27 @@ def decide(
 
     Args:
         error: What the last request ended with.
-        attempts: Requests this run has sent for the job, the failed one included; only those of which `holds_all` is
-            true, or only the others, where the policy counts them apart.
-        unknown: How many of them may have been billed, the failed one included.
-        elapsed: Seconds since the first of them was sent that did not hold all: waits that all share do not count.
-        jitter: A number from 0 to 1; it lengthens the wait by up to a quarter of the backoff, never shortens it.
-        policy: How patient to be; the defaults if None.
+        attempts: The number of requests that this run has sent for the job, the failed one included; only those for
+            which `holds_all` is true, or only the others, if the policy counts them separately.
+        unknown: The number of them that may have been billed, the failed one included.
+        elapsed: Seconds since the first of them that did not hold all: waits that all share do not count.
+        jitter: A number from 0 to 1 that lengthens the wait by up to a quarter of the backoff, and never shortens it.
+        policy: The limits; the defaults if None.
+
+    Returns:
+        The wait before the next request, or that there is none, with the reason.
 
     Example:
         >>> decide(RateLimitError("…", status=429, retry_after=3.0), attempts=1, unknown=0, elapsed=0.1).wait_seconds
         3.0
     """
     policy = policy or RetryPolicy()
-    if not isinstance(error, RETRIED):
+    if not isinstance(error, RETRY):
         return Decision(None, "trying again would not help")
     apart = policy.rate_limit_retries if holds_all(error) else None
     retries = policy.retries if apart is None else apart
     if attempts > retries:
-        return Decision(None, f"all {retries} retries are spent")
+        return Decision(None, f"gave up after {retries} {'retry' if retries == 1 else 'retries'}")
     if unknown > policy.unknown_retries:
         return Decision(
             None, f"{unknown} request{'s' * (unknown > 1)} may have been billed; another might pay once more"
@@ -107,4 +107,4 @@ def decide(
     wait = max(backoff, asked) + backoff * jitter / 4
     if elapsed + wait > policy.longest_run_seconds:
         return Decision(None, f"{policy.longest_run_seconds:.0f} s have passed since the first request")
-    return Decision(wait, "the server says when" if asked > backoff else "exponential backoff")
+    return Decision(wait, "the wait that the server asks for" if asked > backoff else "exponential backoff")

@@ -1,4 +1,4 @@
-"""The last stage: a paid picture, its sidecar and its record go to the archive, for ever."""
+"""Archiving: a paid picture, its sidecar and its record are stored for good."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class ArchivedImage(BaseModel):
     """A picture in the archive.
 
     Attributes:
-        status: `generated` by this run; `recovered` or `reused` where it was paid for before.
-        name: The job's.
-        image: URI of the picture.
-        sidecar: URI of its sidecar.
-        fingerprint: The job's.
-        sha256: Of the picture.
+        status: `generated` by this run; `recovered` or `reused` if it was paid for before.
+        name: The name of its job.
+        image: The URI of the picture.
+        sidecar: The URI of its sidecar.
+        fingerprint: The fingerprint of its job.
+        sha256: The SHA-256 of the file, in hexadecimal.
         width: In pixels.
         height: In pixels.
         seed: The seed it was made with.
         cost_usd: What this run paid for it.
-        possibly_billed_usd: What requests of unknown outcome may have cost besides.
-        attempts: Requests that this run has sent for it.
-        published: Where it was copied to; None if it was not to be, or a newer refresh is there.
+        possibly_billed_usd: What requests of unknown outcome may have cost in addition.
+        attempts: The number of requests that this run has sent for it.
+        published: The address that it was published to; None if it was not to be, or a newer refresh is there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,15 +62,15 @@ class Archiving:
     """Moves pictures from the outbox to the archive.
 
     Attributes:
-        archive: Where they go.
-        outbox: Where they lie.
+        archive: The archive.
+        outbox: The outbox.
     """
 
     archive: Archive
     outbox: Outbox
 
     def archive_picture(self, generated: GeneratedImage, flow_run_id: str | None = None) -> ArchivedImage:
-        """Archives a picture: first the picture, then its sidecar, then the record, and then the outbox is emptied.
+        """Archives a picture: writes the picture, its sidecar and its record, then removes it from the outbox.
 
         A picture that is in the archive under another name is copied to this one.
 
@@ -78,9 +78,12 @@ class Archiving:
             generated: The picture.
             flow_run_id: The Prefect flow run, for the sidecar.
 
+        Returns:
+            The picture in the archive.
+
         Raises:
-            ArchiveError: The archive cannot be written. A picture from the outbox is still there; running the same job
-                again archives it without paying.
+            ArchiveError: The archive cannot be read or written. A picture from the outbox is still there; running the
+                same job again archives it without paying.
         """
         held = held_claim(self.archive, generated.job.fingerprint)
         try:
@@ -95,7 +98,7 @@ class Archiving:
                 else f"this run paid {usd(generated.cost_usd)} USD"
             )
             raise ArchiveError(
-                f"{generated.name} could not be archived; {safe}. The archive says: {error}",
+                f"{generated.name} could not be archived; {safe}. The reason: {error}",
                 fingerprint=generated.job.fingerprint,
                 requests_sent=generated.requests_sent,
                 cost_usd=generated.cost_usd,
@@ -125,12 +128,12 @@ class Archiving:
             return record.archived(picture, image, beside_key)
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
-        self._note_done(held if held and held.run == generated.run else None, before, archived)
+        self._record_done(held if held and held.run == generated.run else None, before, archived)
         self.outbox.remove(fingerprint)
         return self._result(generated, image, beside_key)
 
-    def _note_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
-        """Writes the record that says done: over the claim of this run, or over what others have made of it."""
+    def _record_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
+        """Writes the finished record: over the claim of this run, or over what other runs have written since."""
         if held is not None:
             try:
                 held.write(archived)
@@ -163,18 +166,12 @@ class Archiving:
         return self._result(generated, image, beside_key)
 
     def _result(self, generated: GeneratedImage, image: str, beside: str) -> ArchivedImage:
-        picture = generated.picture
         return ArchivedImage(
-            status=generated.status,
             name=generated.name,
             image=self.archive.store.uri(image),
             sidecar=self.archive.store.uri(beside),
             fingerprint=generated.job.fingerprint,
-            sha256=picture.sha256,
-            width=picture.width,
-            height=picture.height,
-            seed=picture.seed,
-            cost_usd=generated.cost_usd,
-            possibly_billed_usd=generated.possibly_billed_usd,
             attempts=generated.requests_sent,
+            **generated.picture.model_dump(include={"sha256", "width", "height", "seed"}),
+            **generated.model_dump(include={"status", "cost_usd", "possibly_billed_usd"}),
         )

@@ -1,4 +1,4 @@
-"""Looking up, before anything is paid, what is known of a job's picture: in the archive's record and in the outbox."""
+"""Looking up a job's picture in the archive's record and in the outbox, before anything is paid."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 
 
 class Finding(NamedTuple):
-    """What is known of a picture at one moment.
+    """The state of a picture at one moment.
 
     Attributes:
         verdict: What is to be done for the job.
-        record: Its record, if there is one.
-        kept: The paid picture in the outbox and its facts, if it is there.
+        record: Its record; None if there is none.
+        kept: The paid picture in the outbox and its facts; None if it is not there.
         unreadable: Answers in the outbox that were paid for and cannot be read as a picture.
     """
 
@@ -37,31 +37,34 @@ class Finding(NamedTuple):
 
     @property
     def archived(self) -> PaidPicture | None:
-        """The facts of the picture, where the archive has it."""
+        """The facts of the picture; None if it is not in the archive."""
         return self.record.record.picture if self.record else None
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """Every request that the record knows of."""
+        """Every request in the record."""
         return self.record.record.attempts if self.record else ()
 
     def unresolved(self, name: str) -> str | None:
-        """What was paid for, or may have been, and has brought no picture that is at hand here; None for nothing.
+        """Describes an earlier request that was or may have been paid for without a picture within reach.
 
         Args:
-            name: The job's.
+            name: The name of the job.
+
+        Returns:
+            The description, for a message; None if there was no such request.
         """
         if self.unreadable:
             places = ", ".join(map(str, self.unreadable))
             return f"{name} was paid for, and the answer cannot be read as a picture: {places}"
         if kept := next((each for each in reversed(self.attempts) if each.kept), None):
             what = "the answer, which could not be read as a picture," if kept.reason else "its picture"
-            return f"{name} was paid for, and {what} lies in {kept.kept}, out of reach (run the same job there)"
+            return f"{name} was paid for, and {what} is in {kept.kept}, out of reach (run the same job there)"
         if any(each.paid_for_nothing for each in self.attempts):
             return f"{name} was paid for, and the answer was empty"
         if lost := next((each for each in reversed(self.attempts) if each.possibly_billed is not False), None):
             why = f" ({lost.reason})" if lost.reason else ""
-            return f"an earlier request for {name} may have been billed, and no picture came of it{why}"
+            return f"an earlier request for {name} may have been billed without bringing a picture{why}"
         return None
 
 
@@ -70,10 +73,10 @@ class LookUp:
     """Finds out what is to be done for a job. Threads may share it.
 
     Attributes:
-        archive: Has the records.
-        outbox: Has pictures that are paid for and not archived yet.
+        archive: The archive, with the records.
+        outbox: The outbox, with pictures that are paid for and not archived yet.
         open_client: Makes the client that reads kept answers again.
-        ledger: Learns what earlier requests came to that this run has to report.
+        ledger: Receives the earlier requests that this run has to report.
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
     """
 
@@ -100,13 +103,16 @@ class LookUp:
         return earlier if paid or self._in_outbox(earlier, unfinished=True) else job
 
     def look_up(self, job: ValidatedJob, run: Run, log: logging.Logger, *, read_again: bool = True) -> Finding:
-        """What is to be done for a job now.
+        """Finds out what is to be done for a job now.
 
         Args:
-            job: What is asked for.
-            run: Who asks.
-            log: Where to say that a kept answer is still no picture.
+            job: The job.
+            run: The run that asks.
+            log: Logs a kept answer that still does not hold a picture.
             read_again: Whether to try once more to read answers that could not be read when they came.
+
+        Returns:
+            What is to be done, and the state of the picture.
 
         Raises:
             StoreError: The record cannot be read.
@@ -116,7 +122,7 @@ class LookUp:
         done = found is not None and found.record.state == "done"
         kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
         if read_again and not (done or kept or elsewhere):
-            # Another run may have read the same answer meanwhile, and have put its picture there.
+            # Another run may have read the same answer meanwhile, and put its picture there.
             kept = self._read_again(job, run, log) or self._in_outbox(job, unfinished=True)
         unreadable = () if done or kept or elsewhere else tuple(self.outbox.answers(job.fingerprint))
         what = verdict(
@@ -147,7 +153,7 @@ class LookUp:
         if found is None:
             return None
         held = held_claim(self.archive, job.fingerprint)
-        if held is not None and held.run == run.id:  # which may know more than the archive could be told
+        if held is not None and held.run == run.id:  # which has what could not be written to the archive
             found = replace(found, record=held.record)
         past = past_requests(run, found.record.attempts, job.price_usd)
         self.ledger.carry(job.fingerprint, past, run.id)
@@ -157,14 +163,14 @@ class LookUp:
         return self.outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=unfinished)
 
     def _read_again(self, job: ValidatedJob, run: Run, log: logging.Logger) -> tuple[Path, OutboxEntry] | None:
-        """The picture in what could not be read when it came: by now a link may work, or another version is here."""
+        """The picture in an answer that could not be read before: by now its link, or a newer version, may work."""
 
         def read(body: Path, found: Path) -> Picture:
             try:
                 with self.open_client() as client:
                     return client.read(body, found)
             except ApiError as error:
-                log.info("read again, %s still gives no picture: %s", body, error)
+                log.info("read again, %s still does not hold a picture: %s", body, error)
                 raise
 
         return self.outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)

@@ -1,4 +1,4 @@
-"""Paying: one request for a picture that nobody has paid for yet."""
+"""Paying: one request for a picture that is not paid for yet."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class GeneratedImage(BaseModel):
     """A picture that is paid for, by this run or an earlier one.
 
     Attributes:
-        job: What was asked for.
-        source_uri: Where the source image lies: where it was uploaded to, if this run has paid.
+        job: The job.
+        source_uri: The location of the source image: where it was uploaded to, if this run has paid.
         archive: The archive that has its record.
         run: The run that got it.
-        status: `generated` by this run, an earlier try of its flow run included; `recovered` from the outbox, `reused`
-            from the archive: paid for before.
-        path: The picture in the outbox; None where the archive has it.
+        status: `generated` by this run, earlier tries of its flow run included; or paid for before and `recovered` from
+            the outbox or `reused` from the archive.
+        path: The picture in the outbox; None if it is in the archive.
         picture: Its facts.
         attempts: Every request that was ever sent for it.
-        requests_sent: How many of them this run has to report.
+        requests_sent: The number of them that this run has to report.
         cost_usd: What this run paid for it.
-        possibly_billed_usd: What requests of unknown outcome may have cost, as far as this run has to report them.
+        possibly_billed_usd: What those of unknown outcome may have cost, as far as this run has to report them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,12 +67,12 @@ class GeneratedImage(BaseModel):
 
     @property
     def name(self) -> str:
-        """The job's name."""
+        """The name of the job."""
         return self.job.name
 
 
 class Paid(NamedTuple):
-    """What a request has brought.
+    """The picture that a request has brought.
 
     Attributes:
         path: The picture in the outbox.
@@ -87,17 +87,17 @@ class Paid(NamedTuple):
 
 @dataclass(frozen=True)
 class Cashier:
-    """Sends the requests that are paid for, each under a claim on its picture. Threads may share it.
+    """Sends the paid requests, each under a claim on its picture. Threads may share it.
 
     Attributes:
-        archive: Has the records.
-        outbox: Takes the pictures.
-        open_client: Makes the client that sends a request; a pool of connections that threads share is slow.
+        archive: The archive, with the records.
+        outbox: The outbox, which receives the pictures.
+        open_client: Makes the client for one request; a pool of connections that threads share is slow.
         address: Turns the URI of an uploaded image into an address that the provider can GET, for one request.
         on_unknown: Whether a picture is paid for again where an earlier request, of this run or another, may have been
             billed.
-        policy: How patient the run is.
-        gate: What every request of the run passes, and is entered in the run's ledger by.
+        policy: The limits of the run's retries.
+        gate: Admits every request of the run and enters it in the ledger.
     """
 
     archive: Archive
@@ -111,16 +111,19 @@ class Cashier:
     def pay(
         self, job: ValidatedJob, uploaded: UploadedImage, finding: Finding, run: Run, log: logging.Logger
     ) -> Paid | None:
-        """Sends one request; None where another run was faster to claim the picture.
+        """Sends one request.
 
-        All that can fail on this machine is done before the claim: disk space, the signed address.
+        What can fail on this machine (disk space, the signed address) is done before the picture is claimed.
 
         Args:
-            job: What is asked for.
+            job: The job.
             uploaded: Its source image, where the provider can read it.
-            finding: What was known of the picture when it was decided to pay.
-            run: Who pays.
-            log: Where to say that money is spent again, and what the provider notes.
+            finding: The state of the picture when it was decided to pay.
+            run: The run that pays.
+            log: Logs that a picture is paid for again, and the notices about the answer.
+
+        Returns:
+            The picture; None if another run was faster to claim it.
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
@@ -172,10 +175,10 @@ class Cashier:
         return Paid(path, paid, held.record.attempts)
 
     def give_up(self, job: ValidatedJob, run: Run) -> None:
-        """Lets go of the claim that a run holds on a picture, if it does: nobody waits for it.
+        """Gives up the claim that a run may hold on a picture, so that no other run waits for it.
 
         Args:
-            job: What the picture is of.
+            job: The job of the picture.
             run: The run.
         """
         held = held_claim(self.archive, job.fingerprint)
@@ -183,10 +186,10 @@ class Cashier:
             held.give_up()
 
     def release_for(self, job: ValidatedJob, run: Run) -> None:
-        """Lets go of the claim that an earlier try of a run's flow run has left: nobody is going to archive for it.
+        """Releases a claim left by an earlier try of a run's flow run, which will not archive the picture.
 
         Args:
-            job: What the picture is of.
+            job: The job of the picture.
             run: The run that goes on.
         """
         left = held_claim(self.archive, job.fingerprint)
@@ -205,7 +208,7 @@ class Cashier:
         return held
 
     def _keep_answer(self, part: Path, answered: Answered, log: logging.Logger) -> Path | None:
-        """Keeps the body of a 200 that is no picture; None where there is nothing in it."""
+        """Keeps the body of a 200 without a picture; returns where, or None if it is empty."""
         try:
             return self.outbox.keep_answer(part, answered)
         except OutboxError as broken:
@@ -221,8 +224,8 @@ class Cashier:
             run: The run that sent it.
             held: Its claim.
             error: The failure.
-            log: Where to say that the record cannot be written.
-            kept: Where the body of a 200 lies that is no picture.
+            log: Logs that the record cannot be written.
+            kept: Where the body of a 200 without a picture is kept.
         """
         mine = tuple(filter(run.owns, held.record.attempts))
         alike = mine[:-1]
@@ -259,7 +262,7 @@ class Cashier:
         return decision
 
     def _write_outcome(self, held: Claim, outcome: Callable[[Record], Record], log: logging.Logger) -> None:
-        """Writes the outcome of a request into the record; where the archive fails, this run still knows it."""
+        """Writes the outcome of a request into the record; if the archive fails, this run still remembers it."""
         try:
             held.write(outcome)
         except StoreError as broken:

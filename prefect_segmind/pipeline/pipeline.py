@@ -1,4 +1,4 @@
-"""A job from its check to the archive and the place where it is published, through all stages."""
+"""The pipeline: takes a job through all stages, from its validation to the published picture."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from prefect_segmind.pipeline.upload import UploadedImage, Uploads
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
 
 WAIT_SECONDS = 1.0
-"""Seconds until the second look at a record that another run holds; each further one comes later."""
+"""Seconds until the second look at a record that another run holds; the waits grow from there."""
 LONGEST_WAIT_SECONDS = 5.0
-"""Seconds between looks at most."""
+"""The most seconds between two looks."""
 KEPT = 10_000
-"""Uploads that are remembered; jobs of one image mostly follow each other."""
+"""Uploads that are remembered; jobs with the same image mostly follow each other."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """All that jobs need on their way. Threads may share it.
+    """The stages of a run. Threads may share it.
 
     Attributes:
         reader: Reads source images.
-        uploads: Puts them where the provider can read them.
+        uploads: Uploads them to where the provider can read them.
         look_up: Finds out what is paid for.
         cashier: Pays.
         archiving: Archives.
-        publisher: Publishes, where that is asked for.
-        price_usd: What a picture is expected to cost.
+        publisher: Publishes; None if that is not asked for.
+        price_usd: The expected price of a picture.
     """
 
     reader: SourceReader
@@ -60,19 +60,22 @@ class Pipeline:
 
     @property
     def ledger(self) -> Ledger:
-        """The account book of the run."""
+        """The ledger of the run."""
         return self.look_up.ledger
 
     @property
     def gate(self) -> Gate:
-        """What every request of the run passes."""
+        """The gate that admits every request of the run."""
         return self.cashier.gate
 
     def upload(self, job: ValidatedJob) -> UploadedImage:
         """Uploads a job's source image; one that several jobs of the run share is uploaded once.
 
+        Args:
+            job: The job.
+
         Raises:
-            SegmindError: As `Uploads.upload`.
+            SegmindError: As for `Uploads.upload`.
         """
         key, mine = (job.job.image, job.source_sha256), Future[UploadedImage]()
         while True:
@@ -82,7 +85,7 @@ class Pipeline:
                     self._uploaded.pop(next(iter(self._uploaded)))
             if found is mine:
                 break
-            with suppress(SegmindError):  # another job's failure is no reason for this one to fail
+            with suppress(SegmindError):  # the upload failed for another job: try it for this one
                 return found.result()
         try:
             mine.set_result(self.uploads.upload(job, self.reader))
@@ -97,14 +100,17 @@ class Pipeline:
     ) -> GeneratedImage:
         """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
 
-        Call it again with the same run to retry: what happened before is in the record. A picture that another run is
+        Call it again with the same run to retry: the record has what happened before. A picture that another run is
         paying for at this moment is waited for.
 
         Args:
-            job: What is asked for.
-            upload: Puts its source image where the provider can read it; called only if there is something to pay.
-            run: Who asks. What may be sent is counted by flow run, however often that is run again.
-            log: Where to say what is going on.
+            job: The job.
+            upload: Uploads its source image; called only if there is something to pay.
+            run: The run that asks. Requests are limited per flow run, however often that is run again.
+            log: Logs what happens.
+
+        Returns:
+            The picture.
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
@@ -112,8 +118,8 @@ class Pipeline:
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`; or as many of this
                 flow run may have been as are allowed.
-            SegmindError: As `upload` raises it; or the record could not be read or written. Nothing was paid now; what
-                earlier requests of the run came to is on the error, as on all others.
+            SegmindError: `upload` failed, or the record could not be read or written. Nothing was paid now; the error
+                has the totals of the run's earlier requests, as all others have.
         """
         try:
             job = self.look_up.as_paid_for(job)
@@ -146,8 +152,8 @@ class Pipeline:
                 return self._generated(job, run, "reused", None, picture, finding.attempts)
             elif finding.verdict is Verdict.RECOVER and finding.kept:
                 if not self.look_up.is_unchanged(job, finding):
-                    continue  # the run that has brought it has just claimed or archived it
-                log.info("recovered: %s was paid for and lies in the outbox; nothing to pay", job.name)
+                    continue  # the run that paid for it has just claimed or archived it
+                log.info("recovered: %s was paid for and is in the outbox; nothing to pay", job.name)
                 path, entry = finding.kept
                 self.gate.picture(entry.paid.paid_at)
                 attempts = finding.attempts if finding.record else entry.attempts
@@ -208,14 +214,17 @@ class Pipeline:
         """Takes a job through all its stages.
 
         Args:
-            job: What is asked for. The warnings of one that is validated already are logged already.
-            run: Who asks.
-            log: Where to say what is going on.
+            job: The job. The warnings of one that is validated already are not logged again.
+            run: The run that asks.
+            log: Logs what happens.
             flow_run_id: The Prefect flow run, for the sidecar.
-            unpublished: Takes what is archived where publishing it fails.
+            unpublished: Receives the archived picture if publishing it fails.
+
+        Returns:
+            The picture in the archive.
 
         Raises:
-            SegmindError: In one of its classes; its `stage` says where.
+            SegmindError: A stage failed; the error's `stage` says which.
         """
         with stage("validate"):
             if isinstance(job, Job):
@@ -246,7 +255,7 @@ class Pipeline:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Names the stage on what fails inside of it, unless an inner one has been named.
+    """Sets the `stage` of an error that is raised inside, unless it has one.
 
     Args:
         name: `validate`, `upload`, `generate`, `archive` or `publish`.

@@ -1,7 +1,7 @@
-"""Publishing: a finished picture is copied to an address that stays, where a CDN or a CMS reads it.
+"""Publishing: a finished picture is copied to a permanent address, where a CDN or a CMS reads it.
 
 {place}/{pattern with the job's name}     the picture, such as live/hero/summer.png
-{place}/.segmind/live/{key}.json          a note: which refresh the picture there is of, or is about to be of
+{place}/.segmind/live/{key}.json          a note: which refresh that picture is from, or is about to be from
 
 A picture of an older refresh does not replace that of a newer one. A run reads the picture and then the note; it writes
 the note and then the picture, each on the condition that it is still what was read. So a slow older run loses, and its
@@ -27,16 +27,14 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
-from PIL import Image
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, StoreError, redact
-from prefect_segmind.images.conversion import upright_srgb
+from prefect_segmind.images.conversion import encoded, on_white, upright_srgb
 from prefect_segmind.images.inspection import BrokenPicture, decoding, file_type, load_picture, open_picture
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.storage.open_store import is_s3, path_of_file_url
@@ -56,12 +54,12 @@ _ROUNDS: Final = 20  # another run has won each one that is lost
 
 
 class Published(BaseModel):
-    """What has become of a picture at its address.
+    """The result of publishing a picture.
 
     Attributes:
         uri: The address.
-        published: Whether the picture is there; False if a newer refresh is, or is about to be.
-        changed: Whether this call has written it; False where it was there already.
+        published: Whether the picture is there; False if that of a newer refresh is, or is about to be.
+        changed: Whether this call has written it; False if it was there already.
         why: Why it is not published; empty if it is.
     """
 
@@ -74,14 +72,15 @@ class Published(BaseModel):
 
 
 class Note(BaseModel):
-    """Which refresh a published picture is of, or is about to be of.
+    """The refresh that a published picture is from, or is about to be from.
 
     Attributes:
+        schema_version: The version of this format.
         refreshed_at: When the run was due.
         run: The run.
-        fingerprint: The job's.
-        sha256: Of the picture as it is published.
-        cache_control: What caches are told of it.
+        fingerprint: The fingerprint of the job.
+        sha256: The SHA-256 of the picture as published.
+        cache_control: Its Cache-Control header; None for none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -96,12 +95,12 @@ class Note(BaseModel):
 
 @dataclass(frozen=True)
 class Publishing:
-    """Copies pictures to addresses that stay. Threads may share it.
+    """Copies pictures to permanent addresses. Threads may share it.
 
     Attributes:
         store: The place.
-        pattern: Of the keys, such as `{name}.png`, as `split_publish_to` gives it; its extension is the format.
-        cache_control: What caches are told; empty for nothing. A folder keeps no such thing.
+        pattern: The pattern of the keys, such as `{name}.png`, from `split_publish_to`; its extension is the format.
+        cache_control: The Cache-Control header; empty for none. A folder does not keep it.
     """
 
     store: Store
@@ -109,25 +108,26 @@ class Publishing:
     cache_control: str = DEFAULT_CACHE_CONTROL
 
     def publish(self, name: str, picture: bytes, *, fingerprint: str, refreshed_at: datetime, run: str) -> Published:
-        """Puts a picture to its address, unless a newer refresh is there; of two of the same time the later call wins.
+        """Writes a picture to its address, unless that of a newer refresh is there.
 
+        Of two refreshes of the same time, the later call wins.
         A picture of the format that the address asks for is copied as it is; any other is converted: upright, sRGB, 8
         bits a channel, on white where the format has no transparency.
 
         Args:
-            name: The job's, which takes the place of `{name}`.
-            picture: As it was archived: PNG, JPEG, WebP or whatever else the API answered.
-            fingerprint: The job's, for the note.
+            name: The name of the job, which replaces `{name}`.
+            picture: The picture as archived: PNG, JPEG, WebP or any other format that the API answers with.
+            fingerprint: The fingerprint of the job, for the note.
             refreshed_at: When the run was due, with its time zone; the same in each try of a run.
-            run: Identifies the run, for the note.
+            run: The run, for the note.
 
         Raises:
-            ConfigurationError: The address lies among the plugin's own records.
+            ConfigurationError: The address is among the plugin's own records.
             StoreError: The picture cannot be decoded or converted, or the place cannot be read or written.
         """
         key = self.pattern.replace(_NAME, name)
         if key.lower().startswith(".segmind/"):
-            raise ConfigurationError(f"publish_to: {key!r} lies in .segmind, which is kept for records; choose another")
+            raise ConfigurationError(f"publish_to: {key!r} is in .segmind, which is reserved; choose another")
         data = self._formatted(key, picture)
         mine = Note(
             refreshed_at=refreshed_at,
@@ -143,15 +143,15 @@ class Publishing:
         return Published(uri=self.store.uri(key), published=not why, changed=changed, why=why)
 
     def _publish(self, key: str, data: bytes, note: Note, *, written: bool = False) -> tuple[Note, bool]:
-        """Try until the picture is there with its note, or another note keeps it out.
+        """Tries until the picture is there with its note, or another note keeps it out.
 
-        The promises rest on the order of the calls; the tests step through their interleavings.
+        The promises depend on the order of the calls; the tests step through their interleavings.
 
         Args:
-            key: Of the picture.
+            key: The key of the picture.
             data: The picture.
             note: Its note.
-            written: Whether the note has been there. Whatever is there later has replaced it, and is not older.
+            written: Whether the note was written. Any note found after that has replaced it, and is not older.
 
         Returns:
             The note that is there, and whether the picture was written.
@@ -193,7 +193,7 @@ class Publishing:
         )
 
     def _read_note(self, key: str) -> tuple[Note | None, str | None]:
-        """The note of a key and its version; neither only where the store says for certain that there is none."""
+        """The note of a key and its version; None and None only if it certainly does not exist."""
         remedy = (
             "it names the refresh that is published, so nothing is published there until it is restored (or removed, "
             "if any refresh may be published there)"
@@ -202,7 +202,7 @@ class Publishing:
         return (found[0], found[1].etag) if found else (None, None)
 
     def _formatted(self, key: str, picture: bytes) -> bytes:
-        """The picture in the format of its address: itself, or a converted copy."""
+        """The picture in the format of its address: as it is, or converted."""
         format, options = _FORMATS[_extension(key)]
         try:
             image = open_picture(picture)
@@ -215,28 +215,27 @@ class Publishing:
             raise StoreError(
                 f"{self.store.uri(key)} is not published: the picture {broken}; restore it in the archive"
             ) from None
-        if format == "JPEG" and upright.mode == "RGBA":
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
-        file = BytesIO()
         try:
-            upright.save(file, format, **options)
+            return encoded(on_white(upright) if format == "JPEG" else upright, format, **options)
         except (OSError, ValueError) as error:  # too wide or too high for the format
             raise StoreError(
                 f"{self.store.uri(key)} is not published: its {upright.width}×{upright.height} pixels cannot be "
                 f"written as {format} ({error}); choose another extension in publish_to"
             ) from error
-        return file.getvalue()
 
 
 def split_publish_to(publish_to: str) -> tuple[str, str]:
-    """The place of a `publish_to`, for `open_store`, and the pattern of the keys there.
+    """Splits a `publish_to` into a place and the pattern of the keys there.
 
     Args:
-        publish_to: `s3://bucket/live`, a folder or `file:///folder`, for PNGs by the jobs' names; or with a pattern
-            behind it, such as `s3://bucket/live/{name}.jpg`.
+        publish_to: `s3://bucket/live`, a folder or `file:///folder`, for PNGs with the jobs' names; or one of these
+            followed by a pattern, such as `s3://bucket/live/{name}.jpg`.
+
+    Returns:
+        The place, for `open_store`, and the pattern.
 
     Raises:
-        ConfigurationError: It is of no such kind.
+        ConfigurationError: It has another form.
 
     Example:
         >>> split_publish_to("s3://bucket/live")
@@ -255,21 +254,21 @@ def split_publish_to(publish_to: str) -> tuple[str, str]:
     if not path:
         mistake = "it is empty"
     elif re.search("[{}]", path.replace(_NAME, "", 1)):
-        mistake = "it has another placeholder than one {name}"
+        mistake = "it has a placeholder other than one {name}"
     elif not in_s3 and re.match(r"(?i)[a-z][a-z0-9+.-]+://|file:|s3:", path):
-        mistake = "nothing can be written there"
+        mistake = "it is neither in S3 nor a folder"
     elif in_s3 and not re.match(r"(?i)s3://[^/]", place):
         mistake = "it has no bucket before {name}"
     elif _NAME not in path and _extension(path) in _FORMATS:
         mistake = "all pictures would have this address"
     elif _extension(pattern) not in _FORMATS:
-        mistake = "its extension is of no format that is published"
+        mistake = "its extension is not one of the supported formats"
     elif ".segmind" in path.lower().split("/") or {"", ".", ".."} & {*pattern.split("/")}:
         mistake = "it has a part that is empty, ., .. or .segmind"
     else:
         return place, pattern
     raise ConfigurationError(
-        f"publish_to: {publish_to!r} is no place to publish to, {mistake}; name s3://bucket/live or a folder, or a "
+        f"publish_to: nothing can be published to {publish_to!r}: {mistake}; name s3://bucket/live or a folder, or a "
         "pattern there such as s3://bucket/live/{name}.jpg, with {name} once and .png, .jpg, .jpeg or .webp at its end"
     )
 
@@ -291,8 +290,8 @@ class Publisher:
     """Publishes the pictures of one run.
 
     Attributes:
-        publishing: Where to and how.
-        refreshed_at: When the run was due: it decides which of two runs has the newer picture.
+        publishing: Writes the pictures.
+        refreshed_at: When the run was due, which decides which of two runs has the newer picture.
         run: The flow run.
     """
 
@@ -301,19 +300,19 @@ class Publisher:
     run: str
 
     def publish(self, archived: ArchivedImage, archive: Archive, log: logging.Logger) -> ArchivedImage:
-        """Copies a picture from the archive to its address that stays, unless a newer refresh is there.
+        """Copies a picture from the archive to its permanent address, unless a newer refresh is there.
 
         Args:
             archived: The picture.
-            archive: Where it is archived.
-            log: Where to say what came of it.
+            archive: The archive that it is in.
+            log: Logs the result.
 
         Returns:
-            The picture with where it is published.
+            The picture, with the address that it is published at.
 
         Raises:
             StoreError: It cannot be read from the archive, converted or written. It stays in the archive; the same job
-                run again publishes it unpaid.
+                run again publishes it without paying.
         """
         try:
             picture = archive.content(archived.image)
@@ -334,8 +333,8 @@ class Publisher:
                 cost_usd=archived.cost_usd,
                 possibly_billed_usd=archived.possibly_billed_usd,
             ) from error
-        if published.published:
-            log.info("published: %s", published.uri)
-        else:
+        if published.why:
             log.info("not published: %s", published.why)
-        return archived.model_copy(update={"published": published.uri if published.published else None})
+            return archived
+        log.info("published: %s", published.uri)
+        return archived.model_copy(update={"published": published.uri})

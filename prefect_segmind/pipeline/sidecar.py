@@ -1,4 +1,4 @@
-"""The sidecar: a JSON object beside each picture that tells people and tools where it comes from."""
+"""The sidecar: a JSON object beside each picture that describes its origin to people and tools."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from prefect_segmind.archive.record import Record
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pay import GeneratedImage
 
-_TOLD = {"sent_at", "status", "reason", "wait_seconds", "possibly_billed"}
-"""What a sidecar tells of each request; which run sent it from which machine is the record's business."""
+_OF_ATTEMPTS = {"sent_at", "status", "reason", "wait_seconds", "possibly_billed"}
+"""The fields of each request in a sidecar; the record also has the run and the machine that sent it."""
+_OF_OUTPUT = {"sha256", "width", "height", "size_bytes", "format", "content_type"}
 
 
 def sidecar(
@@ -18,13 +19,16 @@ def sidecar(
 ) -> dict[str, Any]:
     """Builds the sidecar of an archived picture.
 
-    It names places as `s3://` URIs and paths; no key and no signed address is in it.
+    It has locations as `s3://` URIs and paths, but no key and no signed address.
 
     Args:
         generated: The picture.
-        record: Its record, which has the log of all requests.
-        flow_run_id: The Prefect flow run that archives it, if there is one.
-        copied_from: URI of the picture that this one is a copy of, under another name; a copy costs nothing.
+        record: Its record, with the log of all requests.
+        flow_run_id: The Prefect flow run that archives it; None outside of one.
+        copied_from: The URI of the picture of another name that this one is a copy of, at no cost; None for no copy.
+
+    Returns:
+        The JSON object.
     """
     job, picture = generated.job, generated.picture
     return {
@@ -33,20 +37,13 @@ def sidecar(
         "job": job.job.model_dump(mode="json"),
         "request": {"image_file": generated.source_uri, **job.parameters},
         "source": job.source.model_dump(mode="json") if job.source else {"sha256_of_url": job.source_sha256},
-        "output": {
-            "sha256": picture.sha256,
-            "width": picture.width,
-            "height": picture.height,
-            "size_bytes": picture.size_bytes,
-            "format": picture.format,
-            "content_type": picture.content_type,
-        },
+        "output": picture.model_dump(mode="json", include=_OF_OUTPUT),
         "seed": picture.seed,
         "cost_usd": "0.00" if copied_from else usd(picture.cost_usd),
         "cost_source": picture.cost_source,
         "copied_from": copied_from,
         "request_id": picture.request_id,
-        "attempt_log": [each.model_dump(mode="json", include=_TOLD) for each in record.attempts],
+        "attempt_log": [each.model_dump(mode="json", include=_OF_ATTEMPTS) for each in record.attempts],
         "paid_at": picture.paid_at.isoformat(),
         "warnings": [*job.warnings, *picture.notices],
         "flow_run_id": flow_run_id,

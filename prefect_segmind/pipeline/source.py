@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 REMOTE_LIMIT = 25_000_000
-"""Most bytes of an `s3://` or `http(s)://` source that are read."""
+"""The most bytes of an `s3://` or `http(s)://` source that are read."""
 LOCAL_LIMIT = 250_000_000
-"""Most bytes of a local file that are read; no photo has more."""
+"""The most bytes of a local file that are read; no photo has more."""
 
 
 class UnreadableSource(Exception):
-    """An http source that does not answer us; the provider may still be able to GET it."""
+    """An http source does not answer this machine; the provider may still be able to GET it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class SourceReader:
 
     Attributes:
         s3: Makes the S3 client, when one is needed.
-        allow_private: Whether private and link-local addresses may be read.
-        allow_loopback: Whether this machine itself may be read, as with the sandbox.
+        allow_private: Whether private and link-local addresses are allowed.
+        allow_loopback: Whether loopback addresses are allowed, as with the sandbox.
     """
 
     s3: Callable[[], S3Client]
@@ -41,10 +41,13 @@ class SourceReader:
     allow_loopback: bool = False
 
     def locate(self, image: str) -> str:
-        """The location of a source: as given or, if nothing is there, in another spelling of its name.
+        """Finds a source whose name may be spelled in another Unicode form.
 
         Args:
-            image: As for `read`.
+            image: The location, as for `read`.
+
+        Returns:
+            The location as given or, if there is no such file, in another spelling of its name.
 
         Raises:
             StoreError: S3 does not answer.
@@ -60,14 +63,14 @@ class SourceReader:
         return next((each for each in others if s3.exists(each, self.s3())), image)
 
     def read(self, image: str) -> bytes:
-        """The whole content of a source.
+        """Reads a source.
 
         Args:
             image: A local path, `s3://bucket/key` or an `http(s)://` address.
 
         Raises:
             SourceImageError: It is missing, a folder, unreadable, too large, or at an address that is refused.
-            UnreadableSource: An http source that does not answer as it should.
+            UnreadableSource: It is an http source that does not answer with 200.
             StoreError: S3 refuses or does not answer.
         """
         if is_s3(image):
@@ -76,7 +79,7 @@ class SourceReader:
             try:
                 return s3.read(image, self.s3(), limit=REMOTE_LIMIT)
             except StoreError as error:
-                if type(error) is StoreError and error.status is None:  # it is not there, or too large
+                if type(error) is StoreError and error.status is None:  # it is missing or too large
                     raise SourceImageError(f"image: {error}") from None
                 raise
         if image.startswith(("http://", "https://")):
@@ -109,5 +112,5 @@ def _read_file(image: str) -> bytes:
         if path.stat().st_size > LOCAL_LIMIT:
             raise SourceImageError(f"image: {image} has more than {LOCAL_LIMIT // 1_000_000} MB; make it smaller")
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user, a circle of links
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user, circular links
         raise SourceImageError(f"image: {image} cannot be read: {reason(error)}") from None

@@ -1,4 +1,4 @@
-"""The second stage: the source image gets an address that the provider can GET."""
+"""Uploading: the source image gets an address that the provider can GET."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class UploadedImage(BaseModel):
-    """Where the provider will find the source image.
+    """A source image at an address that the provider can GET.
 
     Attributes:
         uri: `s3://bucket/prefix/{sha256}.{ext}`, or the source's own `s3://` or `http(s)://` address.
-        sha256: Of what lies there; None where it could not be read.
-        size_bytes: Of what lies there; None where it could not be read.
-        uploaded: Whether it was put there just now; False where the same content was there already.
-        warnings: What the person should know before paying.
+        sha256: The SHA-256 of the file there; None if it could not be read.
+        size_bytes: The size of the file there; None if it could not be read.
+        uploaded: Whether it was written just now; False if the same content was there already.
+        warnings: What people should know before a picture of it is paid for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,13 +42,13 @@ class UploadedImage(BaseModel):
 
 @dataclass(frozen=True)
 class Uploads:
-    """Puts source images up and signs addresses for them.
+    """Uploads source images and signs addresses for them.
 
     Attributes:
         s3: Makes the S3 client, when one is needed.
         place: `s3://bucket/prefix` for uploads; None if none is set.
-        presigned_seconds: How long a signed address lives.
-        public_base_url: Address under which `place` can be read without a signature, if it can.
+        presigned_seconds: How long a signed address is valid.
+        public_base_url: The address under which `place` can be read without a signature; None if it cannot.
     """
 
     s3: Callable[[], S3Client]
@@ -59,10 +59,14 @@ class Uploads:
     def upload(self, job: ValidatedJob, reader: SourceReader) -> UploadedImage:
         """Uploads a job's source image under its content's hash, unless the same content is there already.
 
-        A remote source that needs no change stays where it is.
+        A remote source that needs no change is not uploaded.
+
+        Args:
+            job: The job.
+            reader: Reads the source image.
 
         Raises:
-            ConfigurationError: There is no place to upload to.
+            ConfigurationError: No place for uploads is set, or it is not in S3.
             SourceImageError: The source has changed since it was validated.
             StoreError: S3 refuses or does not answer.
         """
@@ -94,32 +98,31 @@ class Uploads:
         )
 
     def address(self, uri: str) -> str:
-        """An address that the provider can GET: signed just now, so call it for each request, and keep it nowhere.
+        """An address that the provider can GET, signed just now: call this for each request, and never store it.
 
         Args:
-            uri: Of an uploaded image.
+            uri: The URI of an uploaded image.
         """
         if not is_s3(uri):
             return uri
-        if self._public(uri):
-            return f"{(self.public_base_url or '').rstrip('/')}/{quote(uri.removeprefix(self._prefix))}"
+        if public := self._public_address(uri):
+            return public
         from prefect_segmind.storage.s3 import presign_uri
 
         return presign_uri(uri, self.s3(), self.presigned_seconds)
 
-    def _public(self, uri: str) -> bool:
-        return bool(self.public_base_url and self.place) and uri.startswith(self._prefix)
-
-    @property
-    def _prefix(self) -> str:
-        """What all addresses of uploads begin with, the scheme as a store writes it."""
-        return f"s3://{(self.place or '')[5:].rstrip('/')}/"
+    def _public_address(self, uri: str) -> str | None:
+        """The address of an upload that can be read without a signature; None if it cannot."""
+        prefix = f"s3://{(self.place or '')[5:].rstrip('/')}/"  # with the scheme as a store writes it
+        if not self.public_base_url or not self.place or not uri.startswith(prefix):
+            return None
+        return f"{self.public_base_url.rstrip('/')}/{quote(uri.removeprefix(prefix))}"
 
     def checked_place(self) -> str:
-        """The place, if the provider can read what lies there.
+        """The place for uploads, if it is one that the provider can read.
 
         Raises:
-            ConfigurationError: There is none, or it is not in S3.
+            ConfigurationError: None is set, or it is not in S3.
         """
         if self.place is None:
             raise ConfigurationError(
@@ -133,8 +136,8 @@ class Uploads:
         return self.place
 
     def _short_lived(self, uri: str) -> tuple[str, ...]:
-        """A warning where the address will die with the credentials that sign it."""
-        if not is_s3(uri) or self._public(uri):
+        """A warning if a signed address will expire early, together with the credentials that sign it."""
+        if not is_s3(uri) or self._public_address(uri):
             return ()
         from prefect_segmind.storage.s3 import credentials_expire_in
 
@@ -143,5 +146,5 @@ class Uploads:
             return ()
         return (
             f"the credentials that sign the image's address expire in {left:.0f} s, sooner than the "
-            f"{self.presigned_seconds} s that the address should live",
+            f"{self.presigned_seconds} s for which the address should be valid",
         )

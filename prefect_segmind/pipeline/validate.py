@@ -1,4 +1,4 @@
-"""The first stage: a job is checked against its source image, and all that is open is settled. Nothing is paid."""
+"""The first stage: a job is checked against its source image, and its open parameters are resolved. Nothing is paid."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CROP_WARNING = 0.10
 
 
 class ValidatedJob(BaseModel):
-    """A job that can be paid for.
+    """A job that is ready to be paid for.
 
     Attributes:
-        job: What was asked for.
-        source: What was found in the source image; None where it could not be read.
-        source_sha256: Of its content, or of its URL where it could not be read.
-        parameters: Every parameter of the request but `image_file`, seed and resolution settled.
-        fingerprint: Which picture this is.
-        price_usd: What it will cost.
-        warnings: What the person should know before paying.
+        job: The job as it was asked for.
+        source: The inspected source image; None if it could not be read.
+        source_sha256: The SHA-256 of its content, or of its URL if it could not be read.
+        parameters: Every parameter of the request except `image_file`, with seed and resolution resolved.
+        fingerprint: The SHA-256 that identifies the picture.
+        price_usd: The expected price.
+        warnings: What people should know before the picture is paid for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,12 +48,12 @@ class ValidatedJob(BaseModel):
 
     @property
     def name(self) -> str:
-        """The job's name."""
+        """The name of the job."""
         return self.job.name
 
     @property
     def place(self) -> str:
-        """Where the archive puts it: the key of the picture and its sidecar, without an extension."""
+        """The key of the picture and its sidecar in the archive, without an extension."""
         return f"{self.name}/{self.fingerprint[:16]}"
 
     @property
@@ -63,7 +63,7 @@ class ValidatedJob(BaseModel):
 
     @property
     def earlier(self) -> ValidatedJob | None:
-        """The job as it was known before its texts had one spelling; None where that is the same.
+        """The job with its texts as they were written, as earlier versions sent them; None if that is the same.
 
         Its picture may have been paid for then, under that fingerprint and with that seed.
         """
@@ -78,26 +78,28 @@ class ValidatedJob(BaseModel):
 
     @property
     def known_as(self) -> tuple[ValidatedJob, ...]:
-        """The job as it is known, and as it was known earlier where that is another."""
+        """The job, and `earlier` if there is one."""
         return tuple(filter(None, (self, self.earlier)))
 
-    def request(self, image_file: str, *, allow_unlisted_resolution: bool = True) -> ImageToImageRequest:
-        """The request to send, once the source has an address that the provider can GET."""
-        return ImageToImageRequest.model_validate(
-            {"image_file": image_file, **self.parameters},
-            context={"allow_unlisted_resolution": allow_unlisted_resolution},
-        )
+    def request(self, image_file: str) -> ImageToImageRequest:
+        """The request to send.
+
+        Args:
+            image_file: The address of the source image, which the provider can GET.
+        """
+        fields = {"image_file": image_file, **self.parameters}  # the resolution was checked with the job
+        return ImageToImageRequest.model_validate(fields, context={"allow_unlisted_resolution": True})
 
 
 @dataclass(frozen=True)
 class InspectedSource:
-    """What is known of a source image, whatever jobs it has.
+    """A source image, apart from the jobs that use it.
 
     Attributes:
-        image: What was found in it; None where it could not be read.
-        sha256: Of its content, or of its URL where it could not be read.
-        warnings: What a person should know before paying.
-        location: Where it was found; None for where it was said to be.
+        image: The inspected image; None if it could not be read.
+        sha256: The SHA-256 of its content, or of its URL if it could not be read.
+        warnings: What people should know before a picture of it is paid for.
+        location: Where it was found; None if that is the location given.
     """
 
     image: SourceImage | None
@@ -110,13 +112,16 @@ def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: boo
     """Reads, decodes and hashes a source image.
 
     Args:
-        image: Where it lies.
+        image: Its location.
         reader: Reads it.
-        allow_extreme_ratio: Whether sides beyond 1:3 and 3:1 are let through.
+        allow_extreme_ratio: Whether side ratios beyond 1:3 and 3:1 are accepted.
+
+    Returns:
+        The image; unread, with a warning, if only the provider may be able to read it.
 
     Raises:
         SourceImageError: It cannot be used; the message says why and what to do.
-        StoreError: It lies in S3 and cannot be read.
+        StoreError: It is in S3 and cannot be read.
     """
     location = reader.locate(image)
     try:
@@ -128,22 +133,22 @@ def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: boo
     return InspectedSource(found, found.sha256, warnings, None if location == image else location)
 
 
-def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
-    """Settles a job's seed, resolution, fingerprint and price.
+def resolve(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
+    """Resolves a job's seed, resolution, fingerprint and price.
 
     Args:
-        job: What was asked for; a `random` seed is drawn by chance.
-        source: What its source image is.
-        price_usd: What a picture costs.
+        job: The job; a `random` seed is drawn by chance.
+        source: Its source image.
+        price_usd: The price of a picture.
 
     Raises:
-        SourceImageError: `AUTO` was asked for an image that could not be read.
+        SourceImageError: The resolution is `AUTO`, and the image could not be read.
     """
     if source.location is not None:
         job = job.model_copy(update={"image": source.location})
     warnings = list(source.warnings)
     parameters = job.parameters()
-    parameters["resolution"] = _settled_resolution(job, source.image, warnings)
+    parameters["resolution"] = _resolution(job, source.image, warnings)
     if job.negative_prompt:
         warnings.append("negative_prompt may be ignored: Ideogram documents it for other versions than 2a")
     if job.seed is None:
@@ -162,11 +167,11 @@ def settle(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE
 
 
 def with_drawn_seed(job: Job, draw_by: str | None = None) -> Job:
-    """The job with a seed in the place of `random`, for whoever may validate it more than once.
+    """The job with a number in place of a `random` seed, so that it is the same picture whenever it is validated.
 
     Args:
-        job: What is asked for.
-        draw_by: The same text draws the same seed for the same job; by chance if None.
+        job: The job.
+        draw_by: The same text draws the same seed for the same job; if None, it is drawn by chance.
     """
     if job.seed != "random":
         return job
@@ -175,22 +180,22 @@ def with_drawn_seed(job: Job, draw_by: str | None = None) -> Job:
 
 
 def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
-    """Inspects a job's source image and settles its seed, resolution, fingerprint and price.
+    """Inspects a job's source image and resolves its seed, resolution, fingerprint and price.
 
     Args:
-        job: What was asked for.
+        job: The job.
         reader: Reads the source.
-        price_usd: What a picture costs.
+        price_usd: The price of a picture.
 
     Raises:
         SourceImageError: The source cannot be used; the message says why and what to do.
-        StoreError: The source lies in S3 and cannot be read.
+        StoreError: The source is in S3 and cannot be read.
     """
     source = inspect_source(job.image, reader, allow_extreme_ratio=job.allow_extreme_ratio)
-    return settle(job, source, price_usd=price_usd)
+    return resolve(job, source, price_usd=price_usd)
 
 
-def _settled_resolution(job: Job, source: SourceImage | None, warnings: list[str]) -> str:
+def _resolution(job: Job, source: SourceImage | None, warnings: list[str]) -> str:
     if source is None:
         if job.resolution == AUTO:
             raise SourceImageError("resolution: AUTO needs an image that can be read from here; name one of the 78")
@@ -199,8 +204,9 @@ def _settled_resolution(job: Job, source: SourceImage | None, warnings: list[str
     chosen = nearest if job.resolution == AUTO else job.resolution
     lost = crop_loss(source.width, source.height, chosen)
     if lost > CROP_WARNING:
-        warning = f"{chosen} crops {lost:.0%} of the {source.width}×{source.height} image away; "
-        least = crop_loss(source.width, source.height, nearest)
-        better = f"{nearest} would crop {least:.0%} (resolution: AUTO chooses it)"
-        warnings.append(warning + (better if chosen != nearest else "no resolution crops less"))
+        better = "no resolution crops less"
+        if chosen != nearest:
+            least = crop_loss(source.width, source.height, nearest)
+            better = f"{nearest} would crop {least:.0%} (resolution: AUTO chooses it)"
+        warnings.append(f"{chosen} crops {lost:.0%} of the {source.width}×{source.height} image away; {better}")
     return chosen

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from decimal import Decimal
 from typing import NamedTuple
 
-from prefect_segmind.batch.approval import Answer
+from prefect_segmind.batch.approval import Reply
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.batch.tally import BatchResult, Progress
 from prefect_segmind.limits.ledger import Ledger
@@ -61,7 +61,7 @@ class Listener:
             progress: The progress of the batch.
         """
 
-    def ask(self, question: Question) -> Answer | None:
+    def ask(self, question: Question) -> Reply | None:
         """A batch needs approval.
 
         Args:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_segmind import image_to_image, refresh_assets
-from prefect_segmind.batch.approval import Answer as Answered
+from prefect_segmind.batch.approval import Reply
 from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.errors import InsufficientCreditsError, InvalidJobError
 from prefect_segmind.reporting import events as our_events
@@ -112,7 +112,7 @@ def test_credits_that_end_a_trimmed_batch_are_told_too(
     sandbox: Sandbox, manifest: str, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox.play(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}'))
-    with answering(Answered("trim", Decimal("0.10"))), pytest.raises(BatchError):
+    with answering(Reply("trim", Decimal("0.10"))), pytest.raises(BatchError):
         refresh_assets(manifest, max_concurrency=1, approve_above_usd=Decimal(0))
     assert events(3)[-1]["event"] == "prefect-segmind.credits.exhausted"
 

@@ -181,7 +181,7 @@ def test_a_task_with_fewer_retries_gives_up_earlier(sandbox: Sandbox, photo: Pat
         impatient()
     assert len(sandbox.ledger.requests) == 2
     assert error.value.decision
-    assert error.value.decision.reason == "all 1 retries are spent"
+    assert error.value.decision.reason == "gave up after 1 retry"
 
 
 def test_two_gateway_errors_end_the_run_and_say_what_may_have_been_paid(sandbox: Sandbox, photo: Path) -> None:

@@ -34,7 +34,7 @@ from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 from prefect_segmind import BatchError, BatchResult, Job, produce_asset, refresh_assets
 from prefect_segmind.batch import plan
 from prefect_segmind.batch import tally as batch_module
-from prefect_segmind.batch.approval import Answer as ApprovalAnswer
+from prefect_segmind.batch.approval import Reply
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.batch.tally import Tally
 from prefect_segmind.cli import output
@@ -443,7 +443,7 @@ def test_what_nobody_has_approved_is_named_as_not_started(
     sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_module, "NAMED", 2)
-    with answering(ApprovalAnswer("stop")):
+    with answering(Reply("stop")):
         state: State[BatchResult] = refresh_assets(campaign(3), approve_above_usd=Decimal(0), return_state=True)
     with pytest.raises(BatchError) as error:
         state.result()
@@ -664,7 +664,7 @@ def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
     tally.start(job)
     tally.end(job, StoreError("gone"))
     assert tally.wait(0.0)
-    assert "manifest of failures" in tally.result().failures[0].error
+    assert "missing from the manifest of failed jobs" in tally.result().failures[0].error
 
 
 def test_the_runs_defaults_win_over_the_manifests_and_give_way_to_an_assets(

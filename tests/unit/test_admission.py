@@ -201,7 +201,7 @@ def test_so_many_paid_answers_in_a_row_without_a_picture_stop_the_run_and_say_wh
         waste(gate, unusable(at=at))
     assert isinstance(gate.stopped, UnusableAnswersError)
     told = str(gate.stopped)
-    assert told.startswith("3 paid answers in a row held no picture: look at what they hold")
+    assert told.startswith("3 paid answers in a row held no picture: check their content")
     assert told.endswith("the last one: a page of HTML")
     assert "PREFECT_INTEGRATIONS_SEGMIND_STOP_AFTER_UNUSABLE" in told
     with pytest.raises(NotStartedError, match="3 paid answers in a row"):

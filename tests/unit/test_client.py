@@ -263,7 +263,7 @@ class TestPictures:
         with Wire(http(JPEG, Content_Type="image/png; charset=binary")) as server:
             picture = ask(server.url, part)
         assert (picture.content_type, picture.extension) == ("image/jpeg", "jpg")
-        assert picture.notices == ("the provider called the picture image/png; it is image/jpeg",)
+        assert picture.notices == ("the answer claims image/png; the picture is image/jpeg",)
 
     @pytest.mark.parametrize(
         ("header", "cost", "source"),
@@ -311,9 +311,9 @@ class TestAnswersWithoutAPicture:
         ("answer", "kind", "words"),
         [
             (http(b"<html><h1>Welcome</h1></html>", Content_Type="text/html"), errors.NotAnImageError, "Welcome"),
-            (http(), errors.NotAnImageError, "nothing in it"),
+            (http(), errors.NotAnImageError, "the body is empty"),
             (http(b"no picture", Content_Type="image/png"), errors.NotAnImageError, "no picture"),
-            (http(b"\x00\x01\x02"), errors.NotAnImageError, "bytes that are no picture"),
+            (http(b"\x00\x01\x02"), errors.NotAnImageError, "without a picture: the file is"),
             (http(b'{"image": '), errors.NotAnImageError, "image"),
             (http_json({"status": "queued"}), errors.NotAnImageError, "queued"),
             (http_json({"image": "not base64!"}), errors.NotAnImageError, "neither a URL nor base64"),
@@ -322,7 +322,7 @@ class TestAnswersWithoutAPicture:
             (
                 http_json({"data": [{"url": None, "is_image_safe": False}]}),
                 errors.UnsafeImageError,
-                "says the picture is not safe",
+                "the picture is not safe",
             ),
         ],
     )
@@ -487,7 +487,7 @@ class TestLinks:
 
     def test_a_link_to_something_else_is_no_picture(self, server: Wire, part: Path) -> None:
         server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(b"<html>expired</html>")]
-        with pytest.raises(errors.ResultLinkError, match="leads to no picture: 'expired'") as caught:
+        with pytest.raises(errors.ResultLinkError, match="does not lead to a picture: 'expired'") as caught:
             ask(server.url, part)
         assert not caught.value.possibly_billed
 
@@ -532,11 +532,13 @@ class TestDisks:
             command = [sys.executable, "-c", IN_A_SMALL_DISK, f"{server.url}/v1", str(part)]
             said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         # A link was read to its end, so it is known to be paid; the others were not.
-        assert said.startswith(f"200 {form != 'link'} outbox: {part.parent} could not take a picture that was answered")
+        assert said.startswith(
+            f"200 {form != 'link'} outbox: the answered picture could not be written to {part.parent}"
+        )
         assert "File too large" in said
 
     def test_a_folder_that_is_gone_when_the_answer_comes_is_told_as_such(self, tmp_path: Path) -> None:
-        with Wire(http(PNG)) as server, pytest.raises(errors.OutboxError, match="could not take") as caught:
+        with Wire(http(PNG)) as server, pytest.raises(errors.OutboxError, match="could not be written") as caught:
             ask(server.url, tmp_path / "gone" / "picture.part")
         assert caught.value.possibly_billed
 
@@ -564,7 +566,7 @@ class TestCredits:
         with (
             Wire(http(body)) as server,
             SegmindClient(KEY, server.url) as client,
-            pytest.raises(errors.ApiUnreachableError, match="did not tell the credits") as caught,
+            pytest.raises(errors.ApiUnreachableError, match="without a credit balance") as caught,
         ):
             client.credits()
         assert not caught.value.possibly_billed

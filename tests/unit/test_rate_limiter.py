@@ -206,8 +206,8 @@ def test_a_refused_probe_does_not_shrink_what_was_seen():
 def test_an_overloaded_provider_is_waited_for_by_all_and_one_goes_ahead():
     pace = Pace()
     first, second = send(pace, 0.0), send(pace, 0.0)
-    assert pace.overloaded(1.0, 10.0) == 10.0
-    assert pace.overloaded(2.0, 3.0) == 9.0, "the longer of two waits holds"
+    assert pace.hold(1.0, 10.0) == 10.0
+    assert pace.hold(2.0, 3.0) == 9.0, "the longer of two waits holds"
     pace.answered(first)
     pace.answered(second)
     assert pace.delay(10.9) == pytest.approx(0.1)
@@ -223,11 +223,11 @@ def test_an_overload_teaches_no_rate_and_forgets_none():
         for ticket in as_many_as_may(pace, now, most=3):
             pace.answered(ticket)
         send(pace, now)
-        pace.overloaded(now, 5.0)
+        pace.hold(now, 5.0)
         pace.answered(send(pace, now + 5.0))
         assert len(as_many_as_may(pace, now + 5.0)) == 1000
     pace = learned(count=4, reset=60.0)
-    pace.overloaded(61.0, 1.0)
+    pace.hold(61.0, 1.0)
     pace.answered(send(pace, 62.0))
     assert len(as_many_as_may(pace, 62.0)) == 2, "of four a minute two have gone since the reset"
 
@@ -236,7 +236,7 @@ def test_a_rate_limit_met_while_the_provider_is_overloaded_is_learned_once_for_i
     pace = Pace()
     tickets = [send(pace, 0.0) for _ in range(4)]
     pace.answered(tickets[0])
-    pace.overloaded(0.0, 2.0)
+    pace.hold(0.0, 2.0)
     assert pace.limited(tickets[2], 0.0, 30.0) == 30.0
     assert pace.limited(tickets[3], 0.0, None) == 30.0
     pace.answered(send(pace, 30.0))
@@ -458,7 +458,7 @@ def test_in_any_order_of_events_the_limit_and_the_resets_hold_and_nobody_waits_f
             elif what == "overload":
                 wait = data.draw(st.floats(0.1, 120))
                 told = max(told, now + wait)
-                assert pace.overloaded(now, wait) >= wait - 1e-9
+                assert pace.hold(now, wait) >= wait - 1e-9
             else:
                 retry_after = data.draw(st.none() | st.floats(0, 120))
                 held = pace.limited(ticket, now, retry_after)

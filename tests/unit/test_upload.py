@@ -216,7 +216,7 @@ class TestCredentialsThatExpire:
         credentials_for(1800)
         for image in (str(photo), up_to_upload(photo)[1].uri):
             (warning,) = up_to_upload(image)[1].warnings
-            assert warning.endswith("s, sooner than the 3600 s that the address should live")
+            assert warning.endswith("s, sooner than the 3600 s for which the address should be valid")
 
     def test_after_the_address_does_are_fine(self, photo: Path, credentials_for: Callable[[int], None]) -> None:
         credentials_for(7200)

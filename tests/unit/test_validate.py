@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.errors import SourceImageError
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
@@ -85,7 +86,7 @@ class TestResolution:
         )
         assert job.request("https://example.com/a.jpg").body()["resolution"] == "RESOLUTION_1500_1000"
         with pytest.raises(ValidationError):
-            job.request("https://example.com/a.jpg", allow_unlisted_resolution=False)
+            ImageToImageRequest(image_file="https://example.com/a.jpg", **job.parameters)
 
 
 class TestSeeds:
