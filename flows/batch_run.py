@@ -266,7 +266,7 @@ def _carry_earlier_tries(
     for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
         ledger.carry(picture, past_requests(run, record.attempts, price_usd), run.id)
         answers += answers_of_earlier_tries(run, record)
-    if ledger.totals.requests_sent:
+    if ledger.spent_usd or ledger.unknown_usd:
         run_logger().info(
             "earlier tries of this run have paid %s USD and may have been billed %s USD more, which counts",
             *(usd(ledger.spent_usd), usd(ledger.unknown_usd)),

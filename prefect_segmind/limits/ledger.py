@@ -71,20 +71,20 @@ class PastRequest(NamedTuple):
 
     Attributes:
         request: Which it is.
-        totals: What it came to; no requests sent where its sender has reported that.
-        charged: Whether it counts against the limit: it was sent by an earlier try of the run, not by another run
-            that died and was taken over.
+        totals: What it came to, as far as this run reports it; no requests sent where its sender has reported that.
+        charged: What counts of it against the limit: all that an earlier try of the run has sent, whoever reports it;
+            nothing of what another run has sent that died and was taken over.
     """
 
     request: RequestId
     totals: Totals
-    charged: bool = True
+    charged: Totals
 
 
 class _Entry(NamedTuple):
     totals: Totals
-    charged: bool
-    reported_by: str  # the task run; empty where another ledger reports it, or nobody yet
+    charged: Totals
+    reported_by: str | None  # the task run; empty where none has taken it up; None where another ledger reports it
     is_own: bool
 
 
@@ -199,7 +199,7 @@ class Ledger:
         with self._lock:
             self.release(price)
             self._reporters[request] = self
-            self._enter(picture, request, _Entry(outcome, charged=True, reported_by=request.run, is_own=True))
+            self._enter(picture, request, _Entry(outcome, outcome, request.run, is_own=True))
             self._dearest = max(self._dearest, outcome.cost_usd)
 
     def carry(self, picture: str, past: Iterable[PastRequest], run: str) -> None:
@@ -210,7 +210,8 @@ class Ledger:
         Args:
             picture: The fingerprint.
             past: The requests.
-            run: The task run that reports them, unless another of this run does already.
+            run: The task run that reports them, unless another of this run does already; empty for the run itself,
+                until a task run takes them up.
         """
         with self._lock:
             entries = self._pictures.get(picture, {})
@@ -218,11 +219,13 @@ class Ledger:
                 known = entries.get(request) or _Entry(totals, charged, "", is_own=False)
                 if not known.is_own:
                     known = known._replace(totals=totals, charged=charged)
-                by = known.reported_by or run if self._reporters.setdefault(request, self) is self else ""
+                by = known.reported_by or run if self._reporters.setdefault(request, self) is self else None
                 self._enter(picture, request, known._replace(reported_by=by))
 
     def begin_try(self, reporters: Reporters | None = None) -> None:
-        """Begins another try of the run: what the earlier ones sent is reported by whoever carries it first.
+        """Begins another try of the run: what the earlier ones sent is reported by the task run that carries it first.
+
+        Until then it is in the run's totals, for not every try comes to what an earlier one has paid for.
 
         Args:
             reporters: As for the ledger, of this try.
@@ -257,9 +260,9 @@ class Ledger:
         entries = self._pictures.setdefault(picture, {})
         before = entries.get(request)
         for each, sign in ((before, Totals.minus), (entry, Totals.plus)):
-            if each is not None and each.charged:
-                self._charged = sign(self._charged, each.totals)
-            if each is not None and each.reported_by:
+            if each is not None:
+                self._charged = sign(self._charged, each.charged)
+            if each is not None and each.reported_by is not None:
                 self._reported = sign(self._reported, each.totals)
         entries[request] = entry
 

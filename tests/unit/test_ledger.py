@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.limits.ledger import Fit, Ledger, PastRequest, RequestId, Totals
+from prefect_segmind.limits.ledger import Fit, Ledger, PastRequest, Reporters, RequestId, Totals
 
 PRICE = Decimal("0.05")
 PRICES = st.decimals(0, 1, places=4)
@@ -127,7 +127,8 @@ def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
 
 
 def carried(*runs: str, unknown: str = "0.05") -> list[PastRequest]:
-    return [PastRequest(request(run), Totals(1, possibly_billed_usd=Decimal(unknown))) for run in runs]
+    sent = Totals(1, possibly_billed_usd=Decimal(unknown))
+    return [PastRequest(request(run), sent, sent) for run in runs]
 
 
 def test_a_record_that_is_read_again_counts_once():
@@ -141,7 +142,8 @@ def test_a_record_that_is_read_again_counts_once():
 def test_a_record_that_knows_more_by_now_corrects_what_it_said():
     ledger, (past,) = Ledger(), carried("an earlier try")
     ledger.carry("a picture", [past], "a run")
-    ledger.carry("a picture", [past._replace(totals=Totals(1, cost_usd=PRICE))], "a run")
+    paid = Totals(1, cost_usd=PRICE)
+    ledger.carry("a picture", [past._replace(totals=paid, charged=paid)], "a run")
     assert ledger.totals == ledger.account("a picture", "a run") == Totals(1, cost_usd=PRICE)
 
 
@@ -149,25 +151,46 @@ def test_what_a_run_knows_of_its_own_request_is_not_corrected_by_a_record_that_w
     ledger, mine = Ledger(), request()
     ledger.reserve(PRICE)
     ledger.settle(PRICE, "a picture", mine, Totals(1, cost_usd=PRICE))
-    ledger.carry("a picture", [PastRequest(mine, Totals(1, possibly_billed_usd=PRICE))], "a run")
+    ledger.carry("a picture", [PastRequest(mine, *[Totals(1, possibly_billed_usd=PRICE)] * 2)], "a run")
     assert ledger.totals == Totals(1, cost_usd=PRICE)
 
 
 def test_what_a_dead_run_may_have_been_billed_is_reported_and_leaves_the_budget_whole():
     ledger = Ledger(PRICE)
-    ledger.carry("a picture", [each._replace(charged=False) for each in carried("a dead run")], "a run")
+    ledger.carry("a picture", [each._replace(charged=Totals()) for each in carried("a dead run")], "a run")
     assert ledger.fit(PRICE) is Fit.NOW
     assert ledger.account("a picture", "a run").possibly_billed_usd == PRICE
 
 
 def test_another_try_reports_what_the_earlier_ones_have_sent_and_the_budget_stays_spent():
-    ledger, past = Ledger(PRICE), request("task run 1")
+    ledger, past, paid = Ledger(PRICE), request("task run 1"), Totals(1, cost_usd=PRICE)
     ledger.reserve(PRICE)
-    ledger.settle(PRICE, "a picture", past, Totals(1, cost_usd=PRICE))
+    ledger.settle(PRICE, "a picture", past, paid)
     ledger.begin_try()
-    ledger.carry("a picture", [PastRequest(past, Totals(1, cost_usd=PRICE))], "task run 2")
+    ledger.carry("a picture", [PastRequest(past, paid, paid)], "task run 2")
     assert (ledger.account("a picture", "task run 1"), ledger.fit(PRICE)) == (Totals(), Fit.NEVER)
     assert ledger.account("a picture", "task run 2") == ledger.totals == Totals(1, cost_usd=PRICE)
+
+
+def test_what_no_task_has_taken_up_is_reported_by_the_run_itself_and_once():
+    ledger, past = Ledger(), carried("an earlier try")
+    ledger.carry("a picture", past, "")
+    assert ledger.totals == Totals(1, possibly_billed_usd=PRICE)
+    ledger.carry("a picture", past, "a task run")
+    assert ledger.account("a picture", "a task run") == ledger.totals == Totals(1, possibly_billed_usd=PRICE)
+
+
+def test_what_another_try_never_asks_for_is_reported_too():
+    ledger, past, paid = Ledger(), request("task run 1"), Totals(1, cost_usd=PRICE)
+    ledger.reserve(PRICE)
+    ledger.settle(PRICE, "a picture", past, paid)
+    reporters: Reporters = {}
+    ledger.begin_try(reporters)
+    assert ledger.totals == paid
+    another = Ledger(reporters=reporters)
+    another.carry("a picture", [PastRequest(past, paid, paid)], "task run 2")
+    ledger.carry("a picture", [PastRequest(past, paid, paid)], "")
+    assert (another.totals, ledger.totals, ledger.spent_usd) == (paid, Totals(), PRICE)
 
 
 def test_what_is_in_flight_may_be_billed():
