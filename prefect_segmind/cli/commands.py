@@ -247,7 +247,8 @@ def refresh(
                 on_unknown=on_unknown,
             )
     except (Exception, *INTERRUPTS) as error:
-        ended = error.result if isinstance(error, BatchError) else run.result
+        # After a retry of the flow Prefect may raise what an earlier try has ended with.
+        ended = run.result or (error.result if isinstance(error, BatchError) else None)
         if output.json:
             what = message(error, run.ledger.totals)
             print(json.dumps(batch(ended) | {"error": what} if ended else batch_failure(error)))
