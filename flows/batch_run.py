@@ -241,15 +241,16 @@ def run_batch(
             listener().ended(ledger, result)
             return result
 
+        result: BatchResult | None = None
         try:
             dispatch(wanted(), pipeline, tally, services.settings.grace_seconds)
+            result = end()
+            publish_batch(result.with_failures(apart), title, services.archive, services.reader)
+            if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
+                run_stopped(gate.stopped, result)
         except BaseException:  # whatever ends the run, it reports what it has paid
-            log.warning(end().sentence(), extra=TOLD_AT_END)
+            log.warning((result or end()).sentence(), extra=TOLD_AT_END)
             raise
-        result = end()
-        publish_batch(result.with_failures(apart), title, services.archive, services.reader)
-        if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
-            run_stopped(gate.stopped, result)
         return ended(result, gate.stopped, approved.trimmed)
 
 
