@@ -241,15 +241,16 @@ def run_batch(
             listener().ended(ledger, result)
             return result
 
+        result: BatchResult | None = None
         try:
             dispatch(wanted(), pipeline, tally, services.settings.grace_seconds)
+            result = end()
+            publish_batch(result.with_failures(apart), title, services.archive, services.reader)
+            if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
+                run_stopped(gate.stopped, result)
         except BaseException:  # whatever ends the run, it reports what it has paid
-            log.warning(end().sentence(), extra=TOLD_AT_END)
+            log.warning((result or end()).sentence(), extra=TOLD_AT_END)
             raise
-        result = end()
-        publish_batch(result.with_failures(apart), title, services.archive, services.reader)
-        if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
-            run_stopped(gate.stopped, result)
         return ended(result, gate.stopped, approved.trimmed)
 
 
@@ -266,7 +267,7 @@ def _carry_earlier_tries(
     for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
         ledger.carry(picture, past_requests(run, record.attempts, price_usd), run.id)
         answers += answers_of_earlier_tries(run, record)
-    if ledger.totals.requests_sent:
+    if ledger.spent_usd or ledger.unknown_usd:
         run_logger().info(
             "earlier tries of this run have paid %s USD and may have been billed %s USD more, which counts",
             *(usd(ledger.spent_usd), usd(ledger.unknown_usd)),

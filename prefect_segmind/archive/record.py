@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Required, TypedDict, Unpack
 from pydantic import BaseModel, model_validator
 
 from prefect_segmind.api.picture import KEPT_MODEL, PaidPicture
-from prefect_segmind.limits.ledger import PastRequest, RequestId, Totals
+from prefect_segmind.limits.ledger import NOTHING, PastRequest, RequestId, Totals
 from prefect_segmind.limits.retry import UNKNOWN_RETRIES
 
 OnUnknown = Literal["repay", "fail"]
@@ -263,11 +263,15 @@ def past_requests(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -
         sent = is_ours(each.run)
         # A request of its own without an outcome is still in flight, and in its ledger.
         unknown = each.possibly_billed or (each.possibly_billed is None and each.run != run.id)
-        unknown = unknown and is_ours(each.reported_by or each.run)
-        if sent or unknown:
-            nothing = Decimal("0.00")
-            totals = Totals(int(sent), (sent and each.cost_usd) or nothing, price_usd if unknown else nothing)
-            yield PastRequest(each.request, totals, charged=sent)
+        unknown_usd = price_usd if unknown else NOTHING
+        reports_unknown = unknown and is_ours(each.reported_by or each.run)
+        if sent or reports_unknown:
+            known = Totals(int(sent), (sent and each.cost_usd) or NOTHING)
+            yield PastRequest(
+                each.request,
+                known._replace(possibly_billed_usd=unknown_usd if reports_unknown else NOTHING),
+                charged=known._replace(possibly_billed_usd=unknown_usd) if sent else Totals(),
+            )
 
 
 def answers_of_earlier_tries(run: Run, record: Record) -> Iterator[tuple[datetime, bool]]:

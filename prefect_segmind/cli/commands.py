@@ -246,7 +246,8 @@ def refresh(
                 on_unknown=on_unknown,
             )
     except (Exception, *INTERRUPTS) as error:
-        ended = error.result if isinstance(error, BatchError) else run.result
+        # After a retry of the flow Prefect may raise what an earlier try has ended with.
+        ended = run.result or (error.result if isinstance(error, BatchError) else None)
         if output.json:
             totals = run.ledger.totals
             print_json(batch(ended) | {"error": message(error, totals)} if ended else batch_failure(error))

@@ -63,20 +63,21 @@ class PastRequest(NamedTuple):
 
     Attributes:
         request: What identifies it.
-        totals: Its cost and whether it counts as sent; all zero where its sender has reported it.
-        charged: Whether it counts against the limit: it was sent by an earlier try of the run, not by another run
-            that died and was taken over.
+        totals: Its cost and whether it counts as sent, as far as this run reports it; no requests sent where its sender
+            has reported it.
+        charged: What counts of it against the limit: everything that an earlier try of the run has sent, whichever run
+            reports it; nothing of what another run sent that died and was taken over.
     """
 
     request: RequestId
     totals: Totals
-    charged: bool = True
+    charged: Totals
 
 
 class _Entry(NamedTuple):
     totals: Totals
-    charged: bool
-    reported_by: str  # the task run; empty where another ledger reports it, or nobody yet
+    charged: Totals
+    reported_by: str | None  # the task run; empty where none has taken it up; None where another ledger reports it
     is_own: bool
 
 
@@ -204,7 +205,7 @@ class Ledger:
         with self._lock:
             self.release(price)
             self._reporters[request] = self
-            self._enter(picture, request, _Entry(outcome, charged=True, reported_by=request.run, is_own=True))
+            self._enter(picture, request, _Entry(outcome, outcome, request.run, is_own=True))
             self._dearest = max(self._dearest, outcome.cost_usd)
 
     def carry(self, picture: str, past: Iterable[PastRequest], run: str) -> None:
@@ -215,7 +216,8 @@ class Ledger:
         Args:
             picture: The fingerprint of the picture.
             past: The requests.
-            run: The task run that reports them, unless another of this run does already.
+            run: The task run that reports them, unless another of this run does already; empty for the run itself,
+                until a task run takes them up.
         """
         with self._lock:
             entries = self._pictures.get(picture, {})
@@ -223,11 +225,13 @@ class Ledger:
                 known = entries.get(request) or _Entry(totals, charged, "", is_own=False)
                 if not known.is_own:
                     known = known._replace(totals=totals, charged=charged)
-                by = known.reported_by or run if self._reporters.setdefault(request, self) is self else ""
+                by = known.reported_by or run if self._reporters.setdefault(request, self) is self else None
                 self._enter(picture, request, known._replace(reported_by=by))
 
     def begin_try(self, reporters: Reporters | None = None) -> None:
         """Begins another try of the run: earlier requests are reported by the task run that carries them first.
+
+        Until then they are in the run's totals, as not every try asks for a picture that an earlier one has paid for.
 
         Args:
             reporters: As for the ledger, for this try.
@@ -269,9 +273,9 @@ class Ledger:
         before = entries.get(request)
         changes: tuple[tuple[_Entry | None, Literal[1, -1]], ...] = ((before, -1), (entry, 1))
         for each, sign in changes:
-            if each is not None and each.charged:
-                self._charged = self._charged.plus(each.totals, sign)
-            if each is not None and each.reported_by:
+            if each is not None:
+                self._charged = self._charged.plus(each.charged, sign)
+            if each is not None and each.reported_by is not None:
                 self._reported = self._reported.plus(each.totals, sign)
         entries[request] = entry
 

@@ -19,7 +19,7 @@ from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import Claim, claim, held_claim, this_process
 from prefect_segmind.archive.outbox import Outbox, OutboxEntry
-from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run
+from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run, past_requests
 from prefect_segmind.errors import Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy, decide, holds_all
@@ -140,6 +140,9 @@ class Cashier:
             held = self._claim(job, finding, run)
             if held is None:
                 return None
+            # What a dead run may have been billed is reported by this one from here on, whatever becomes of its own.
+            earlier = past_requests(run, held.record.attempts[:-1], job.price_usd)
+            self.gate.ledger.carry(job.fingerprint, earlier, run.id)
             first = sum(each.run == run.id for each in held.record.attempts) == 1
             if first and (why := finding.unresolved(job.name)):
                 log.warning("%s: paying again", why)

@@ -18,7 +18,7 @@ from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
 from prefect_segmind.batch.plan import Plan, PlannedJob
-from prefect_segmind.batch.tally import BatchResult, Progress, planned
+from prefect_segmind.batch.tally import BatchError, BatchResult, Progress, planned
 from prefect_segmind.cli import commands, output
 from prefect_segmind.cli.progress import BatchRun
 from prefect_segmind.flows import refresh_assets
@@ -248,6 +248,18 @@ def test_an_interrupt_is_told_as_one_even_if_prefect_fails_on_top_of_it(
     code, told, _ = refresh(capsys, manifest)
     assert (code, told["reused"], told["cost_usd"]) == (130, 3, "0.10")
     assert told["error"].startswith("interrupted; a request that was under way may be billed")
+
+
+def test_the_sums_are_those_of_the_last_try_though_prefect_raises_what_an_earlier_one_has_ended_with(
+    sandbox: Sandbox, manifest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def retried(**options: Any) -> None:
+        result: BatchResult = refresh_assets(**options)
+        raise BatchError("an earlier try", result.model_copy(update={"cost_usd": Decimal("0.00")}))
+
+    monkeypatch.setattr(commands, "refresh_assets", retried)
+    code, told, _ = refresh(capsys, manifest)
+    assert (code, told["generated"], told["cost_usd"]) == (1, 3, "0.15")
 
 
 def test_an_interrupt_while_planning_does_not_speak_of_a_bill(

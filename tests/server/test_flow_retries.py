@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from prefect_segmind import (
     archive_image,
     generate_image,
     image_to_image,
+    process_inbox,
     produce_asset,
     refresh_assets,
     upload_image,
@@ -36,7 +38,17 @@ from prefect_segmind import (
 )
 from prefect_segmind.api import client
 from prefect_segmind.archive.record import Attempt, Record
-from prefect_segmind.errors import BadGatewayError, OutcomeUnknownError, RateLimitError, SegmindError
+from prefect_segmind.batch import approval
+from prefect_segmind.cli.progress import Run
+from prefect_segmind.errors import (
+    BadGatewayError,
+    OutcomeUnknownError,
+    RateLimitError,
+    SegmindError,
+    SourceImageError,
+)
+from prefect_segmind.limits.ledger import Ledger, Totals
+from prefect_segmind.reporting.listener import Question, heard_by
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.http import DownloadError
@@ -231,6 +243,70 @@ def test_a_batch_tells_what_all_its_tries_have_paid(sandbox: Sandbox, campaign: 
     assert (result.generated, result.failed) == (4, 0)
     assert (result.cost_usd, result.possibly_billed_usd) == (Decimal("0.20"), Decimal("0.10"))
     agrees(result, sandbox)
+
+
+def test_an_inbox_that_an_earlier_try_has_emptied_tells_what_that_has_paid(sandbox: Sandbox, photo: Path) -> None:
+    inbox = photo.parent / "inbox"
+    inbox.mkdir()
+    for name in ("cup", "pot"):
+        shutil.copy(photo, inbox / f"{name}.jpg")
+    sandbox.play(Answer(), Answer(status=400), Answer(status=400))
+    visit = process_inbox.with_options(retries=1, retry_delay_seconds=0)
+    with pytest.raises(BatchError) as ended:
+        visit(
+            *(str(inbox), "a {{ (stem) }}"),
+            settle_seconds=0.05,
+            move_done=True,
+            max_concurrency=1,
+            fail_run_on_failures=True,
+        )
+    result = ended.value.result
+    assert (result.total, result.failed) == (1, 1), "what is done is wanted no longer"
+    agrees(result, sandbox)
+
+
+class Declines(Run):
+    """A command at whose terminal a person has had enough."""
+
+    def ask(self, question: Question) -> approval.Reply:
+        """Stops the run."""
+        return approval.Reply("stop")
+
+
+def test_a_batch_that_nobody_approves_in_its_next_try_tells_what_the_earlier_one_has_paid(
+    sandbox: Sandbox, campaign: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sandbox.play(LOST, LOST, Answer(status=400))
+    command = Declines()
+    with heard_by(command):  # Prefect's engine raises what the first try ended with
+        run(campaign(2), 1, max_concurrency=1, approve_above_usd=Decimal("0.10"))
+    assert command.result is not None
+    assert command.result.not_started == 2
+    agrees(command.result, sandbox)
+    assert "earlier tries of this run have paid 0.00 USD and may have been billed 0.10 USD more" in caplog.text
+
+
+class Unplugs(Run):
+    """A command whose source image is gone when a try has ended."""
+
+    def __init__(self, photo: Path) -> None:
+        super().__init__()
+        self.photo = photo
+
+    def ended(self, ledger: Ledger, result: BatchResult | None = None) -> None:
+        """Removes the image."""
+        super().ended(ledger, result)
+        self.photo.unlink(missing_ok=True)
+
+
+def test_a_command_tells_what_an_earlier_try_may_have_been_billed_though_the_next_one_does_not_come_to_paying(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.play(LOST, LOST)
+    command = Unplugs(photo)
+    with heard_by(command), pytest.raises(SourceImageError):
+        image_to_image.with_options(retries=1, retry_delay_seconds=0)(image=str(photo), prompt="a red mug")
+    assert command.ledger.totals == Totals(2, possibly_billed_usd=sandbox.ledger.billed_usd)
 
 
 def test_random_seeds_of_a_batch_stay_in_all_its_tries(sandbox: Sandbox, campaign: Callable[..., str]) -> None:

@@ -570,7 +570,10 @@ def test_a_failed_upload_fails_no_other_asset_of_the_same_image(
 
 
 def test_a_run_that_breaks_tells_what_it_has_paid(
-    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox,
+    campaign: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(*_: Any) -> None:
         raise OSError("no space")
@@ -582,6 +585,7 @@ def test_a_run_that_breaks_tells_what_it_has_paid(
     assert run.result is not None
     assert (run.result.generated, run.result.cost_usd) == (3, Decimal("0.15"))
     assert run.ledger.totals == Totals(3, Decimal("0.15"))
+    assert "3 assets: 3 generated; paid 0.15 USD" in caplog.messages, "a worker's log is all there is"
 
 
 def test_a_batch_stops_where_answer_after_answer_is_paid_for_and_holds_no_picture(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import reduce
 from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.limits.ledger import Fit, Ledger, PastRequest, RequestId, Totals
+from prefect_segmind.archive.record import FlowRuns, Holder, Record, Run, past_requests
+from prefect_segmind.limits.ledger import Fit, Ledger, PastRequest, Reporters, RequestId, Totals
 
 PRICE = Decimal("0.05")
 PRICES = st.decimals(0, 1, places=4)
@@ -127,12 +130,13 @@ def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
 
 
 def carried(*runs: str, unknown: str = "0.05") -> list[PastRequest]:
-    return [PastRequest(request(run), Totals(1, possibly_billed_usd=Decimal(unknown))) for run in runs]
+    sent = Totals(1, possibly_billed_usd=Decimal(unknown))
+    return [PastRequest(request(run), sent, sent) for run in runs]
 
 
 def test_a_record_that_is_read_again_counts_once():
     ledger, past = Ledger(), carried("an earlier try")
-    for run in ("first", "second", "first"):
+    for run in ("first", "first", "second"):
         ledger.carry("a picture", past, run)
     assert ledger.totals == Totals(1, possibly_billed_usd=PRICE)
     assert (ledger.account("a picture", "first"), ledger.account("a picture", "second")) == (ledger.totals, Totals())
@@ -141,7 +145,8 @@ def test_a_record_that_is_read_again_counts_once():
 def test_a_record_that_knows_more_by_now_corrects_what_it_said():
     ledger, (past,) = Ledger(), carried("an earlier try")
     ledger.carry("a picture", [past], "a run")
-    ledger.carry("a picture", [past._replace(totals=Totals(1, cost_usd=PRICE))], "a run")
+    paid = Totals(1, cost_usd=PRICE)
+    ledger.carry("a picture", [past._replace(totals=paid, charged=paid)], "a run")
     assert ledger.totals == ledger.account("a picture", "a run") == Totals(1, cost_usd=PRICE)
 
 
@@ -149,28 +154,131 @@ def test_what_a_run_knows_of_its_own_request_is_not_corrected_by_a_record_that_w
     ledger, mine = Ledger(), request()
     ledger.reserve(PRICE)
     ledger.settle(PRICE, "a picture", mine, Totals(1, cost_usd=PRICE))
-    ledger.carry("a picture", [PastRequest(mine, Totals(1, possibly_billed_usd=PRICE))], "a run")
+    ledger.carry("a picture", [PastRequest(mine, *[Totals(1, possibly_billed_usd=PRICE)] * 2)], "a run")
     assert ledger.totals == Totals(1, cost_usd=PRICE)
 
 
 def test_what_a_dead_run_may_have_been_billed_is_reported_and_leaves_the_budget_whole():
     ledger = Ledger(PRICE)
-    ledger.carry("a picture", [each._replace(charged=False) for each in carried("a dead run")], "a run")
+    ledger.carry("a picture", [each._replace(charged=Totals()) for each in carried("a dead run")], "a run")
     assert ledger.fit(PRICE) is Fit.NOW
     assert ledger.account("a picture", "a run").possibly_billed_usd == PRICE
 
 
 def test_another_try_reports_what_the_earlier_ones_have_sent_and_the_budget_stays_spent():
-    ledger, past = Ledger(PRICE), request("task run 1")
+    ledger, past, paid = Ledger(PRICE), request("task run 1"), Totals(1, cost_usd=PRICE)
     ledger.reserve(PRICE)
-    ledger.settle(PRICE, "a picture", past, Totals(1, cost_usd=PRICE))
+    ledger.settle(PRICE, "a picture", past, paid)
     ledger.begin_try()
-    ledger.carry("a picture", [PastRequest(past, Totals(1, cost_usd=PRICE))], "task run 2")
+    ledger.carry("a picture", [PastRequest(past, paid, paid)], "task run 2")
     assert (ledger.account("a picture", "task run 1"), ledger.fit(PRICE)) == (Totals(), Fit.NEVER)
     assert ledger.account("a picture", "task run 2") == ledger.totals == Totals(1, cost_usd=PRICE)
+
+
+def test_what_no_task_has_taken_up_is_reported_by_the_run_itself_and_once():
+    ledger, past = Ledger(), carried("an earlier try")
+    ledger.carry("a picture", past, "")
+    assert ledger.totals == Totals(1, possibly_billed_usd=PRICE)
+    ledger.carry("a picture", past, "a task run")
+    assert ledger.account("a picture", "a task run") == ledger.totals == Totals(1, possibly_billed_usd=PRICE)
+
+
+def test_what_another_try_never_asks_for_is_reported_too():
+    ledger, past, paid = Ledger(), request("task run 1"), Totals(1, cost_usd=PRICE)
+    ledger.reserve(PRICE)
+    ledger.settle(PRICE, "a picture", past, paid)
+    reporters: Reporters = {}
+    ledger.begin_try(reporters)
+    assert ledger.totals == paid
+    another = Ledger(reporters=reporters)
+    another.carry("a picture", [PastRequest(past, paid, paid)], "task run 2")
+    ledger.carry("a picture", [PastRequest(past, paid, paid)], "")
+    assert (another.totals, ledger.totals, ledger.spent_usd) == (paid, Totals(), PRICE)
 
 
 def test_what_is_in_flight_may_be_billed():
     ledger = Ledger()
     ledger.reserve(PRICE)
     assert ledger.totals.possibly_billed_usd == PRICE
+
+
+# Ledger and records together: a flow that calls two others is retried, in the same process or in another.
+
+
+class Calls:
+    """A retried flow that calls two batches in each try, against records as they would lie in an archive."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.sent: list[Totals] = []
+        self.tasks = count()
+
+    def batch(self, ledger: Ledger, flow_runs: FlowRuns, outcomes: dict[str, list[str]]) -> list[Totals]:
+        """What its tasks report: one for each picture, with what becomes of its requests, one after the other."""
+        carry(ledger, ledger.pictures | outcomes.keys(), self.records, Run("", flow_runs), only_earlier=True)
+        accounts = []
+        for picture, ends in outcomes.items():
+            run = Run(f"task {next(self.tasks)}", flow_runs)
+            carry(ledger, {picture}, self.records, run)
+            for end in ends:
+                if self.is_paid(picture):
+                    break
+                self.request(ledger, picture, run, end)
+            if picture in self.records:
+                self.records[picture] = self.records[picture].given_up()
+            carry(ledger, {picture}, self.records, run)
+            accounts.append(ledger.account(picture, run.id))
+        return accounts
+
+    def is_paid(self, picture: str) -> bool:
+        return picture in self.records and any(each.cost_usd for each in self.records[picture].attempts)
+
+    def request(self, ledger: Ledger, picture: str, run: Run, end: str) -> None:
+        before = self.records.get(picture, Record(fingerprint=picture))
+        claimed = before.claimed_by(Holder(run=run.id, host="h", pid=1, started="", flow_runs=run.flow_runs), now())
+        paid, lost = PRICE * (end == "paid"), PRICE * (end == "lost")
+        self.sent.append(Totals(1, paid, lost))
+        ledger.reserve(PRICE)
+        ledger.settle(PRICE, picture, claimed.attempts[-1].request, self.sent[-1])
+        self.records[picture] = claimed.with_outcome(
+            status=200 if paid else 502,
+            reason=None if paid else end,
+            wait_seconds=1.0,
+            possibly_billed=bool(lost),
+            cost_usd=paid or None,
+        )
+
+
+def now() -> datetime:
+    return request().sent_at
+
+
+def carry(
+    ledger: Ledger, pictures: Iterable[str], records: dict[str, Record], run: Run, *, only_earlier: bool = False
+) -> None:
+    for picture in pictures:
+        attempts = records[picture].attempts if picture in records else ()
+        if not only_earlier or any(run.follows(each.flow_runs) for each in attempts):
+            ledger.carry(picture, past_requests(run, attempts, PRICE), run.id)
+
+
+ENDS = st.lists(st.sampled_from(["paid", "lost", "refused"]), max_size=3)
+BATCHES = st.fixed_dictionaries({"p": ENDS, "q": ENDS})
+
+
+@given(st.lists(st.tuples(st.booleans(), BATCHES, BATCHES), min_size=1, max_size=4))
+def test_in_the_last_try_the_flows_inside_report_each_request_of_all_tries_once(tries):
+    flow, ledgers = Calls(), [Ledger(), Ledger()]
+    for number, (in_another_process, *batches) in enumerate(tries, start=1):
+        reporters: list[Reporters] = [{}] * 2 if number > 1 else [{}, {}]
+        if in_another_process:
+            ledgers = [Ledger(reporters=each) for each in reporters]
+        accounts = []
+        for call, outcomes in enumerate(batches):
+            if not in_another_process and number > 1:
+                ledgers[call].begin_try(reporters[call])
+            flow_runs = (("outer", number), (f"inner {call} {number}", 1))
+            accounts.append(flow.batch(ledgers[call], flow_runs, outcomes))
+    everything = reduce(Totals.plus, flow.sent, Totals())
+    assert reduce(Totals.plus, [each.totals for each in ledgers]) == everything
+    assert reduce(Totals.plus, [each for batch in accounts for each in batch]) == everything

@@ -31,7 +31,7 @@ from prefect_segmind.api import client
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.archive import Archive, RecordRead, record_key
 from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run
+from prefect_segmind.archive.record import Attempt, Holder, OnUnknown, Record, Run
 from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
@@ -46,6 +46,7 @@ from prefect_segmind.errors import (
     RunCancelledError,
     SegmindError,
     StoreError,
+    UnprocessableError,
 )
 from prefect_segmind.images.inspection import BrokenPicture
 from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
@@ -674,6 +675,22 @@ def test_whatever_ends_a_run_its_earlier_requests_are_reported(
             generate(job, uploaded, run="one", ledger=ledger)
     assert error.value.decision is None
     assert reported(error.value) == (1, Decimal("0.05"))
+    assert walk(photo).possibly_billed_usd == 0, "it is reported once"
+
+
+def test_a_run_that_takes_over_from_a_dead_one_reports_what_that_may_have_been_billed_though_its_own_request_fails(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    lost = Attempt(run="long ago", sent_at=datetime.now(UTC))
+    Services().archive.write(Record(fingerprint=job.fingerprint, attempts=(lost,)), None)
+    sandbox.play(Answer(status=422))
+    ledger = Ledger()
+    with pytest.raises(UnprocessableError) as error:
+        generate(job, uploaded, ledger=ledger)
+    assert recorded(job.fingerprint).record.attempts[0].reported_by
+    assert reported(error.value) == (1, Decimal("0.05"))
+    assert ledger.totals == Totals(1, possibly_billed_usd=Decimal("0.05"))
     assert walk(photo).possibly_billed_usd == 0, "it is reported once"
 
 

@@ -229,8 +229,8 @@ def test_the_counts_of_a_run():
 
 
 def reported(run, attempts, *, charged_only=False):
-    past = (each for each in past_requests(run, attempts, PRICE) if each.charged or not charged_only)
-    return reduce(Totals.plus, (each.totals for each in past), Totals())
+    past = past_requests(run, attempts, PRICE)
+    return reduce(Totals.plus, (each.charged if charged_only else each.totals for each in past), Totals())
 
 
 def possibly_billed_count(run, attempts):
@@ -345,6 +345,12 @@ def test_earlier_tries_are_reported_by_the_next_one_and_what_they_had_taken_over
 
 def test_a_request_of_an_earlier_try_without_an_outcome_is_charged_as_one_that_may_be_billed():
     assert reported(AGAIN, (sent("one", flow_runs=FIRST),), charged_only=True) == Totals(1, Decimal("0.00"), PRICE)
+
+
+def test_a_request_of_an_earlier_try_is_charged_though_another_run_reports_that_it_may_be_billed():
+    attempts = (sent("one", True, flow_runs=FIRST, reported_by="other"),)
+    assert reported(AGAIN, attempts) == Totals(1)
+    assert reported(AGAIN, attempts, charged_only=True) == Totals(1, possibly_billed_usd=PRICE)
 
 
 @given(
