@@ -1,4 +1,4 @@
-"""How a batch of jobs runs inside a flow: planned, approved, produced and, whatever ends it, reported.
+"""How a batch of jobs runs inside a flow: it is planned, approved, produced and, however it ends, reported.
 
 Each flow of many pictures makes its jobs in its own way and passes them to `run_batch`.
 """
@@ -155,7 +155,7 @@ def run_batch(
     """Plans a batch, asks whether its cost is approved, produces its assets, and reports.
 
     Args:
-        jobs: The jobs, each with a name of its own.
+        jobs: The jobs; no two have the same name.
         title: The name of the batch for people: its manifest, its inbox.
         terms: The parameters of the run.
         skip_archived: Whether jobs whose picture is archived under the same name are left out, without a task run.
@@ -225,7 +225,7 @@ def run_batch(
 
         try:
             dispatch(wanted(), pipeline, tally, services.settings.grace_seconds)
-        except BaseException:  # whatever ends the run, it reports what it has paid
+        except BaseException:  # however the run ends, it reports what it has paid
             run_logger().warning(end().sentence(), extra=TOLD_AT_END)
             raise
         result, stopped = end(), pipeline.gate.stopped

@@ -245,7 +245,7 @@ def _make_jobs(
     bad = [_Bad(file, f"{template['name']}/{_found(file).name}", _EMPTY) for file in look.empty]
     warnings: dict[str, None] = {}
     for file in sorted(look.settled, key=lambda file: (file.arrived, file.below)):
-        # Each file has an expansion of its own, so that one that is wrong does not stop the others.
+        # One expansion for each file, so that a wrong one does not stop the others.
         found = _found(file)
         expansion = Expansion({}, variables, lambda *_, found=found: [found], allow_unlisted_resolution=unlisted)
         made = list(expansion.jobs(Row("the template", {**template, "image": "*"})))
