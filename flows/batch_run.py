@@ -9,8 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import partial
-from types import MappingProxyType
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -66,7 +64,7 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Terms:
-    """The parameters that the flows of many pictures share, beside the jobs. Making it checks them.
+    """The parameters that the flows of many pictures share, beside the jobs. They are checked when it is made.
 
     Attributes:
         services: Opens archive, upload place, publishing and credentials block.
@@ -136,10 +134,10 @@ class Ended(NamedTuple):
     """
 
     result: BatchResult
-    stopped: SegmindError | None = None
-    trimmed: bool = False
-    in_place: frozenset[str] = frozenset()
-    unusable: Mapping[str, str] = MappingProxyType({})
+    stopped: SegmindError | None
+    trimmed: bool
+    in_place: frozenset[str]
+    unusable: Mapping[str, str]
 
 
 def run_batch(
@@ -169,70 +167,117 @@ def run_batch(
     """
     end_run_on_hangup()
     services, ledger = terms.services, run_ledger()
-    runs, call = flow_call()
-    places: set[str] = set()
-    unusable: dict[str, str] = {}
     with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
-        plan = make_plan(
-            jobs,
-            entries,
-            reader=services.reader,
-            archive=services.archive,
-            outbox=services.outbox,
-            price_usd=services.settings.price_usd,
-            on_unknown=terms.on_unknown,
-            in_place=places if skip_archived else None,
-            flow_runs=runs,
-            call=call,
-            unusable=unusable,
-        )
-        answers = _carry_earlier_tries(ledger, entries, services)
-        skipped = unusable.keys() & set(skip_unusable)
-        plan = plan.without(len(places), skipped).model_copy(
-            update={"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
-        )
-        ended = partial(Ended, in_place=frozenset(place.rpartition("/")[0] for place in places), unusable=unusable)
-        tally = Tally(plan, failed_jobs, ledger, listener().progressed)
-        if places:
-            run_logger().info("%s have their picture in the archive already", len(places))
-        if not plan.total:
-            return ended(planned(plan) if terms.dry_run else tally.result())
-        apart = [*refused, *(Failure(name=each, stage="validate", error=unusable[each]) for each in sorted(skipped))]
-        _log_plan(plan)
-        publish_plan(plan.with_failures((each.name, each.error) for each in apart), title)
+        batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)
+        tally = Tally(batch.plan, failed_jobs, ledger, listener().progressed)
+        if not batch.plan.total:
+            return batch.ended(planned(batch.plan) if terms.dry_run else tally.result())
+        apart = [*refused, *batch.skipped_failures()]
+        _log_plan(batch.plan)
+        publish_plan(batch.plan.with_failures((each.name, each.error) for each in apart), title)
         if terms.dry_run:
-            return ended(planned(plan))
-
-        def wanted() -> Iterator[Job | ValidatedJob]:
-            for each in entries:
-                if each.place not in places if isinstance(each, ValidatedJob) else each.name not in skipped:
-                    yield each
-
+            return batch.ended(planned(batch.plan))
         spent_usd = ledger.spent_usd + ledger.unknown_usd
         try:
-            approved = approve(plan, wanted(), title, terms.approve_above_usd, services, spent_usd)
+            approved = approve(batch.plan, batch.wanted(), title, terms.approve_above_usd, services, spent_usd)
         except (NotApprovedError, RunCancelledError) as error:
-            return ended(tally.result(stopped=error, entries=wanted()), error)
+            return batch.ended(tally.result(stopped=error, entries=batch.wanted()), error)
         ledger.limit_usd = approved.budget_usd
-        pipeline = _open_pipeline(terms, ledger, answers)
-
-        def end() -> BatchResult:
-            tally.close()
-            failed = _keep_failed(failed_jobs, services) if keep_failed else None
-            result = tally.result(failed, pipeline.gate.stopped, wanted())
-            listener().ended(ledger, result)
-            return result
-
-        try:
-            dispatch(wanted(), pipeline, tally, services.settings.grace_seconds)
-        except BaseException:  # however the run ends, it reports what it has paid
-            run_logger().warning(end().sentence(), extra=TOLD_AT_END)
-            raise
-        result, stopped = end(), pipeline.gate.stopped
+        pipeline = _open_pipeline(terms, ledger, batch.answers)
+        result = _produce(batch, pipeline, tally, services, failed_jobs if keep_failed else None)
         publish_batch(result.with_failures(apart), title, services.archive, services.reader)
+        stopped = pipeline.gate.stopped
         if stopped and not (approved.trimmed and isinstance(stopped, BudgetReachedError)):
             run_stopped(stopped, result)
-        return ended(result, stopped, approved.trimmed)
+        return batch.ended(result, stopped, trimmed=approved.trimmed)
+
+
+class _PlannedBatch(NamedTuple):
+    """A batch with its plan.
+
+    Attributes:
+        plan: The plan, without the jobs that are left out.
+        entries: All jobs in their order, each validated unless it will fail.
+        archived: The places of jobs that are left out because their pictures are archived.
+        skipped: The names of jobs that are left out because their images cannot be used.
+        unusable: The names of all jobs whose images cannot be used, with the reason.
+        answers: When each paid request of earlier tries was sent, and whether its answer held a picture.
+    """
+
+    plan: Plan
+    entries: Spool[Job | ValidatedJob]
+    archived: Collection[str]
+    skipped: Collection[str]
+    unusable: Mapping[str, str]
+    answers: Sequence[tuple[datetime, bool]]
+
+    def wanted(self) -> Iterator[Job | ValidatedJob]:
+        """The jobs that are not left out."""
+        for each in self.entries:
+            if each.place not in self.archived if isinstance(each, ValidatedJob) else each.name not in self.skipped:
+                yield each
+
+    def skipped_failures(self) -> list[Failure]:
+        """The failures of the jobs that are left out because their images cannot be used."""
+        return [Failure(name=each, stage="validate", error=self.unusable[each]) for each in sorted(self.skipped)]
+
+    def ended(self, result: BatchResult, stopped: SegmindError | None = None, *, trimmed: bool = False) -> Ended:
+        """The batch when it has ended; see `Ended` for the arguments."""
+        in_place = frozenset(place.rpartition("/")[0] for place in self.archived)
+        return Ended(result, stopped, trimmed, in_place, self.unusable)
+
+
+def _plan(
+    jobs: Spool[Job],
+    entries: Spool[Job | ValidatedJob],
+    terms: Terms,
+    ledger: Ledger,
+    skip_archived: bool,
+    skip_unusable: Collection[str],
+) -> _PlannedBatch:
+    services, (runs, call) = terms.services, flow_call()
+    archived: set[str] = set()
+    unusable: dict[str, str] = {}
+    plan = make_plan(
+        jobs,
+        entries,
+        reader=services.reader,
+        archive=services.archive,
+        outbox=services.outbox,
+        price_usd=services.settings.price_usd,
+        on_unknown=terms.on_unknown,
+        in_place=archived if skip_archived else None,
+        flow_runs=runs,
+        call=call,
+        unusable=unusable,
+    )
+    if archived:
+        run_logger().info("%s have their picture in the archive already", len(archived))
+    skipped = unusable.keys() & set(skip_unusable)
+    answers = _carry_earlier_tries(ledger, entries, services)
+    limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
+    plan = plan.without(len(archived), skipped).model_copy(update=limits)
+    return _PlannedBatch(plan, entries, archived, skipped, unusable, answers)
+
+
+def _produce(
+    batch: _PlannedBatch, pipeline: Pipeline, tally: Tally, services: Services, failed_jobs: Spool[Job] | None
+) -> BatchResult:
+    """Produces the assets of a batch; however that ends, the listener gets the result and the log the totals."""
+
+    def end() -> BatchResult:
+        tally.close()
+        failed_manifest = None if failed_jobs is None else _keep_failed(failed_jobs, services)
+        result = tally.result(failed_manifest, pipeline.gate.stopped, batch.wanted())
+        listener().ended(pipeline.ledger, result)
+        return result
+
+    try:
+        dispatch(batch.wanted(), pipeline, tally, services.settings.grace_seconds)
+    except BaseException:
+        run_logger().warning(end().sentence(), extra=TOLD_AT_END)
+        raise
+    return end()
 
 
 def _open_pipeline(terms: Terms, ledger: Ledger, earlier_answers: Iterable[tuple[datetime, bool]]) -> Pipeline:
