@@ -24,9 +24,9 @@ ZONE = "Europe/Berlin"
 AT_ONCE = 4
 """Runs at the same time; each is a process of its own."""
 NEEDED = ("image", "prompt", "name")
-"""What an event must tell, though the flow has a default for a name."""
+"""What an event must have, though the flow has a default for a name."""
 OURS = ("archive", "upload_to", "publish_to", "credentials_block", "on_unknown")
-"""What no event may set: it says what a picture shows, not where it goes and who pays."""
+"""What no event may set: it decides what a picture shows, not where it goes and who pays."""
 
 
 def deployments() -> list[RunnerDeployment]:
@@ -36,7 +36,7 @@ def deployments() -> list[RunnerDeployment]:
         _deployment(
             image_to_image,
             "on-asset-changed",
-            "A picture for each event marketing.asset.changed, made as its payload says.",
+            "A picture for each event marketing.asset.changed, made from its payload.",
             enforce_parameter_schema=False,
             triggers=[
                 DeploymentEventTrigger(
@@ -83,7 +83,7 @@ def deployments() -> list[RunnerDeployment]:
         _deployment(
             explore_variations,
             "on-demand",
-            "One image in a grid of styles and weights, with a contact sheet; dry_run tells the price.",
+            "One image in a grid of styles and weights, with a contact sheet; dry_run shows the price.",
         ),
     ]
 
@@ -91,7 +91,7 @@ def deployments() -> list[RunnerDeployment]:
 def from_payload(flow: Flow[..., Any]) -> dict[str, str]:
     """A template for each of a flow's parameters that an event may set: the payload's value, or the flow's own default.
 
-    What is needed and missing becomes a list, which is no text, so that the run fails and says which.
+    What is needed and missing becomes a list, which is not text, so that the run fails and names it.
     """
     return {
         name: f"{{{{ event.payload.{name} | default({_default(name, parameter.default)}) }}}}"

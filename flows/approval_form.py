@@ -1,8 +1,9 @@
 """Asking a person before a run pays: the run waits, and shows its plan in the form with which it is resumed.
 
-A run of a deployment is suspended: its process ends, and after the answer another one plans anew. It keeps no place of
-its worker and none of its deployment's concurrency limit, which Prefect takes from a paused run (and then ends it, four
-minutes later). A run without a deployment pauses where it is. A command asks in its terminal: see `Listener.ask`.
+A run of a deployment is suspended: its process ends, and after the answer another one plans anew. Meanwhile it takes up
+neither its worker nor its deployment's concurrency limit. (A paused run loses its slot of that limit, and Prefect ends
+it four minutes later.) A run without a deployment pauses in its process. A command asks in its terminal: see
+`Listener.ask`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from itertools import islice
 from typing import Literal
 from uuid import UUID
 
+import humanize
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput, read_flow_run_input
@@ -37,15 +38,16 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.listener import Question, listener
 from prefect_segmind.reporting.markdown import cell, picture, table
 from prefect_segmind.services import Services
+from prefect_segmind.tasks.run_context import current_flow_run
 
 SHOWN_PROMPTS = 5
 SHOWN_SOURCES = 6
 LOOKED_THROUGH = 200
-"""Assets of the plan that are looked through for different source images."""
+"""The first assets of the plan, among which different source images are looked for."""
 THUMBNAIL_WIDTH = 150
 """Pixels; two fit beside each other in the form."""
 POLL_SECONDS = 5
-"""Seconds between looks whether somebody has answered."""
+"""Seconds between two checks for an answer."""
 
 
 class Approval(RunInput):
@@ -69,20 +71,23 @@ def approve(
 ) -> Approved:
     """Asks a person if a plan may cost more than what needs no approval, and waits for the answer.
 
-    What nobody has approved is not paid, even if the world has changed since the plan: the limit is the run's budget.
+    The answer becomes the run's budget, so that it holds even if the archive has changed since the plan.
 
     Args:
         plan: What the run is going to do.
-        entries: Its assets.
-        title: What the run is of.
+        entries: The assets of the plan.
+        title: The name of the batch for people.
         above_usd: What needs no approval; the setting if None, and if that is None nobody is asked.
-        services: The run's.
-        spent_usd: What earlier tries of the run have spent or may have, which counts.
+        services: The services of the run.
+        spent_usd: What earlier tries of the run have spent, or may have: it counts too.
+
+    Returns:
+        What the run may spend.
 
     Raises:
         NotApprovedError: The answer is to stop, or nobody answers in time. Nothing was paid.
         RunCancelledError: The run was cancelled while it waited. Nothing was paid.
-        ConfigurationError: Nobody could answer, for there is no Prefect server.
+        ConfigurationError: Nobody could answer, because there is no Prefect server.
     """
     limit = above_usd if above_usd is not None else services.settings.approve_above_usd
     if limit is None:
@@ -94,12 +99,9 @@ def approve(
     sources = list(dict.fromkeys(job.image for job in jobs))[:SHOWN_SOURCES]
     prompts = [(job.name, job.prompt) for job in jobs[:SHOWN_PROMPTS]]
     question = Question(title, plan, limit, prompts, sources, services.publish_to)
+    reply = listener().ask(question) or _ask_in_prefect(question, services)
     approved = apply_reply(
-        listener().ask(question) or _ask_in_prefect(question, services),
-        planned_usd=plan.planned_usd,
-        above_usd=limit,
-        budget_usd=plan.budget_usd,
-        spent_usd=spent_usd,
+        reply, planned_usd=plan.planned_usd, above_usd=limit, budget_usd=plan.budget_usd, spent_usd=spent_usd
     )
     get_run_logger().info("approved: up to %s USD", usd(approved.budget_usd or Decimal(0)))
     return approved
@@ -109,58 +111,43 @@ def _ask_in_prefect(question: Question, services: Services) -> Reply:
     """Has the flow run wait until somebody answers in Prefect."""
     if not PREFECT_API_URL.value():
         raise ConfigurationError(
-            "approve_above_usd: nobody can approve this run, for it has no Prefect server; set PREFECT_API_URL, or "
-            "give a higher approve_above_usd"
+            "approve_above_usd: nobody can approve this run without a Prefect server; set PREFECT_API_URL, or give a "
+            "higher approve_above_usd"
         )
-    seconds, plan, context = services.settings.approval_timeout_seconds, question.plan, FlowRunContext.get()
-    run = context.flow_run if context else None
-    # An answer is to this plan: with another number of pictures the key is another one, and it is asked again.
+    seconds, plan, run = services.settings.approval_timeout_seconds, question.plan, current_flow_run()
+    deployment = run.deployment_id if run else None
+    # An answer is to this plan: one with another number of pictures has another key, and is asked about again.
     key = f"approve-{plan.generate}"
-    deployed = run is not None and run.deployment_id is not None
-    given = _answered(Suspended(pause_key=key) if deployed else Paused(pause_key=key))
+    given = _answered(Suspended(pause_key=key) if deployment else Paused(pause_key=key))
     if given is None:
         get_run_logger().warning(
             "the run may cost %s USD, more than the %s USD that need no approval: it waits until somebody answers "
             "(Resume in the UI), %s at most",
             usd(plan.planned_usd if plan.budget_usd is None else min(plan.planned_usd, plan.budget_usd)),
             usd(question.above_usd),
-            in_words(seconds),
+            _duration(seconds),
         )
         until = datetime.now(UTC) + timedelta(seconds=seconds)
-        waits = {"answer by": f"{until:%Y-%m-%d %H:%M} UTC, in {in_words(seconds)}; then the run fails, unpaid"}
-        if run is not None and run.deployment_id is not None:
-            waits["deployment"] = f"{flow_run.flow_name}/{_deployment_name(run.deployment_id)}"
+        waits = {"answer by": f"{until:%Y-%m-%d %H:%M} UTC, in {_duration(seconds)}; then the run fails, unpaid"}
+        if deployment:
+            with get_client(sync_client=True) as client:
+                waits["deployment"] = f"{flow_run.flow_name}/{client.read_deployment(deployment).name}"
         form = Approval.with_initial_data(description=description(question, services.reader, waits))
-        given = (
-            suspend_flow_run(wait_for_input=form, timeout=seconds, key=key) if deployed else _pause(form, seconds, key)
-        )
+        if deployment:
+            given = suspend_flow_run(wait_for_input=form, timeout=seconds, key=key)
+        else:
+            given = _pause(form, seconds, key)
     return Reply(given.answer, Decimal(str(given.up_to_usd)) or None)
 
 
 def _answered(state: State[Approval]) -> Approval | None:
-    """What was answered before this process began: a run that was suspended begins anew, and one that is retried."""
+    """The answer that was given before this process began, to a run that was suspended or is retried."""
     answer = read_flow_run_input(keyset_from_paused_state(state)["response"])
     return Approval.model_validate(answer) if answer else None
 
 
-def _deployment_name(deployment: UUID) -> str:
-    with get_client(sync_client=True) as client:
-        return client.read_deployment(deployment).name
-
-
-def in_words(seconds: int) -> str:
-    """A time as people say it.
-
-    Example:
-        >>> in_words(43200), in_words(90), in_words(90061)
-        ('12 hours', '1 minute 30 seconds', '1 day 1 hour 1 minute 1 second')
-    """
-    parts: list[str] = []
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        count, seconds = divmod(seconds, size)
-        if count:
-            parts.append(f"{count} {unit}{'s' * (count != 1)}")
-    return " ".join(parts) or "0 seconds"
+def _duration(seconds: int) -> str:
+    return humanize.precisedelta(seconds, format="%0.0f")
 
 
 def _pause(form: type[Approval], seconds: int, key: str) -> Approval:
@@ -170,12 +157,12 @@ def _pause(form: type[Approval], seconds: int, key: str) -> Approval:
     except FlowPauseTimeout:
         _leave_pause()
         raise ApprovalTimeoutError(
-            f"it was not approved: nobody answered within {in_words(seconds)}; nothing was paid"
+            f"it was not approved: nobody answered within {_duration(seconds)}; nothing was paid"
         ) from None
 
 
 def _leave_pause() -> None:
-    """Has a run whose pause has timed out run again, for from there the server lets it end in its words only.
+    """Sets a run whose pause has timed out to Running, so that it can end with its own message, not the server's.
 
     Raises:
         RunCancelledError: Somebody has cancelled it meanwhile, which a paused run does not notice.
@@ -189,12 +176,12 @@ def _leave_pause() -> None:
 
 
 def description(question: Question, reader: SourceReader, waits: Mapping[str, str] | None = None) -> str:
-    """The plan as the form shows it, in markdown: the amounts, the first prompts, pictures of the sources.
+    """The plan in Markdown as the form shows it: the amounts, the first prompts, pictures of the sources.
 
     Args:
-        question: What is asked.
+        question: The question, with the plan.
         reader: Reads the source images.
-        waits: How the run waits, a title and a text for each line.
+        waits: Until when the run waits and for which deployment, a title and a text for each line.
     """
     plan = question.plan
     pictures = []
@@ -210,7 +197,7 @@ def description(question: Question, reader: SourceReader, waits: Mapping[str, st
         "",
         *table(plan.facts()),
         "",
-        # Not in the table, whose long lines Prefect's form cuts off.
+        # Not in the table, because Prefect's form cuts its long lines off.
         *(f"- {title}: {cell(text)}" for title, text in {"goes live": question.goes_live(), **(waits or {})}.items()),
         *(f"\n- {cell(each)}" for each in plan.shortfalls()),
         "",

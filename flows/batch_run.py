@@ -1,16 +1,14 @@
-"""How a batch of jobs runs inside a flow: planned, approved, produced, reported, whatever ends it.
+"""How a batch of jobs runs inside a flow: it is planned, approved, produced and, however it ends, reported.
 
-Each flow of many pictures makes its jobs in its own way and hands them over here.
+Each flow of many pictures makes its jobs in its own way and passes them to `run_batch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import partial
-from types import MappingProxyType
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -40,6 +38,7 @@ from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.manifest.formats import MAX_TEXT, write_manifest
 from prefect_segmind.manifest.model import MAX_ASSETS
 from prefect_segmind.money import usd
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.artifacts import publish_batch, publish_plan
 from prefect_segmind.reporting.events import run_stopped
@@ -50,7 +49,6 @@ from prefect_segmind.tasks.failures import TOLD_AT_END
 from prefect_segmind.tasks.interrupts import end_run_on_hangup
 from prefect_segmind.tasks.run_context import (
     flow_call,
-    flow_runs,
     refreshed_at,
     run_ledger,
     run_logger,
@@ -59,17 +57,17 @@ from prefect_segmind.tasks.run_context import (
 
 R = TypeVar("R", bound=BatchResult)
 SHOWN_VALUE, SHOWN_VALUES = 60, 120
-"""Characters of a variable, and of all of them, in the name of a run."""
+"""Characters of one variable, and of all together, in the name of a run."""
 SHOWN_PROBLEMS = 20
-"""Jobs that will fail which the run's log names."""
+"""How many of the jobs that will fail the run's log names."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The parameters that the flows of many pictures share, beside the jobs.
+    """The parameters that the flows of many pictures share, beside the jobs. They are checked when it is made.
 
     Attributes:
-        services: What archive, upload place, publishing and credentials block name.
+        services: Opens archive, upload place, publishing and credentials block.
         max_concurrency: Requests to the API at once, at most.
         requests_per_minute: Requests to the API in any minute, at most; None for the API's own limit.
         budget_usd: What the run may spend; None for no limit.
@@ -77,6 +75,10 @@ class Terms:
         on_unknown: Whether to send another request after one that may have been billed.
         fail_run_on_failures: Whether the run is Failed where assets failed or the budget was reached.
         dry_run: Only plan.
+
+    Raises:
+        ConfigurationError: A parameter is out of range, or something is not configured; the message names the parameter
+            or the setting.
     """
 
     services: Services
@@ -88,12 +90,7 @@ class Terms:
     fail_run_on_failures: bool
     dry_run: bool
 
-    def check(self) -> None:
-        """Refuses terms that make no sense, and what is not configured, before anything is read or done.
-
-        Raises:
-            ConfigurationError: The message names the parameter or the setting.
-        """
+    def __post_init__(self) -> None:
         if not 1 <= self.max_concurrency <= 512:
             raise ConfigurationError(f"max_concurrency: {self.max_concurrency} is not allowed; allowed is 1 to 512")
         if self.requests_per_minute is not None and self.requests_per_minute < 1:
@@ -110,10 +107,10 @@ class Terms:
 
 
 def run_name(what: str) -> str:
-    """The name of a flow run, by which people tell seasons and dry runs apart.
+    """The name of a flow run, in which people see its variables and whether it is a dry run.
 
     Args:
-        what: What the flow is and what it works on.
+        what: The flow and its input, `refresh-assets campaign`.
 
     Returns:
         `refresh-assets campaign season=autumn (dry run)`, by the parameters `variables`, `defaults` and `dry_run`.
@@ -121,26 +118,26 @@ def run_name(what: str) -> str:
     values = flow_run.parameters
     parts = [values[each] for each in ("variables", "defaults") if isinstance(values.get(each), Mapping)]
     given = (f" {name}={redact(' '.join(str(value).split()))}" for part in parts for name, value in part.items())
-    told = "".join(each[:SHOWN_VALUE] for each in given)[:SHOWN_VALUES]
-    return what + told + (" (dry run)" if values.get("dry_run") is True else "")
+    shown = "".join(each[:SHOWN_VALUE] for each in given)[:SHOWN_VALUES]
+    return what + shown + (" (dry run)" if values.get("dry_run") is True else "")
 
 
 class Ended(NamedTuple):
     """A batch that has ended.
 
     Attributes:
-        result: What it came to.
+        result: Its counts, cost, pictures and failures.
         stopped: What ended it early, if something did.
         trimmed: Whether a person had limited what it may spend.
-        in_place: Names of jobs that were left out, for their pictures are in the archive already.
+        in_place: Names of jobs that were left out because their pictures are in the archive already.
         unusable: Names of jobs whose image cannot be used as it is, with the reason.
     """
 
     result: BatchResult
-    stopped: SegmindError | None = None
-    trimmed: bool = False
-    in_place: frozenset[str] = frozenset()
-    unusable: Mapping[str, str] = MappingProxyType({})
+    stopped: SegmindError | None
+    trimmed: bool
+    in_place: frozenset[str]
+    unusable: Mapping[str, str]
 
 
 def run_batch(
@@ -153,115 +150,176 @@ def run_batch(
     keep_failed: bool = True,
     refused: Sequence[Failure] = (),
 ) -> Ended:
-    """Plans a batch, asks if its cost must be approved, produces it, and reports.
+    """Plans a batch, asks whether its cost is approved, produces its assets, and reports.
 
     Args:
-        jobs: What is asked for, no name twice.
-        title: What people call it: the manifest, the inbox.
-        terms: How it runs.
-        skip_archived: Whether jobs whose picture is archived under their very name are left out, without a task run.
-        skip_unusable: Names of jobs that are left out too if their image cannot be used: somebody knows already.
+        jobs: The jobs; no two have the same name.
+        title: The name of the batch for people: its manifest, its inbox.
+        terms: The parameters of the run.
+        skip_archived: Whether jobs whose picture is archived under the same name are left out, without a task run.
+        skip_unusable: Names of jobs that are also left out if their image cannot be used: it was reported before.
         keep_failed: Whether the jobs that fail are written as a manifest to run again.
-        refused: What had failed before, for the pages in Prefect's UI.
+        refused: What failed before, for the pages in Prefect's UI.
 
     Raises:
         SegmindError: Before anything was paid.
-        BaseException: What has interrupted it; whoever listens has heard what it came to.
+        BaseException: What has interrupted the run, after its totals were logged.
     """
     end_run_on_hangup()
-    services, ledger, log = terms.services, run_ledger(), run_logger()
-    places: set[str] = set()
-    unusable: dict[str, str] = {}
+    services, ledger = terms.services, run_ledger()
     with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
-        plan = make_plan(
-            jobs,
-            entries,
-            reader=services.reader,
-            archive=services.archive,
-            outbox=services.outbox,
-            price_usd=services.settings.price_usd,
-            on_unknown=terms.on_unknown,
-            in_place=places if skip_archived else None,
-            flow_runs=flow_runs(),
-            call=flow_call(),
-            unusable=unusable,
-        )
-        answers = _carry_earlier_tries(ledger, entries, services)
-        skipped = unusable.keys() & set(skip_unusable)
-        in_place = frozenset(place.rpartition("/")[0] for place in places)
-        if in_place:
-            log.info("%s have their picture in the archive already", len(in_place))
-        plan = plan.without(len(places), skipped).model_copy(
-            update={"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
-        )
-        ended = partial(Ended, in_place=in_place, unusable=unusable)
-        tally = Tally(plan, failed_jobs, ledger, listener().progressed)
-        if not plan.total:
-            return ended(planned(plan) if terms.dry_run else tally.result())
-        _log_plan(plan)
-        apart = [*refused, *(Failure(name=each, stage="validate", error=unusable[each]) for each in sorted(skipped))]
-        publish_plan(plan.with_failures((each.name, each.error) for each in apart), title)
+        batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)
+        tally = Tally(batch.plan, failed_jobs, ledger, listener().progressed)
+        if not batch.plan.total:
+            return batch.ended(planned(batch.plan) if terms.dry_run else tally.result())
+        apart = [*refused, *batch.skipped_failures()]
+        _log_plan(batch.plan)
+        publish_plan(batch.plan.with_failures((each.name, each.error) for each in apart), title)
         if terms.dry_run:
-            return ended(planned(plan))
-
-        def wanted() -> Iterator[Job | ValidatedJob]:
-            for each in entries:
-                if each.place not in places if isinstance(each, ValidatedJob) else each.name not in skipped:
-                    yield each
-
+            return batch.ended(planned(batch.plan))
+        spent_usd = ledger.spent_usd + ledger.unknown_usd
         try:
-            approved = approve(
-                *(plan, wanted(), title, terms.approve_above_usd, services),
-                spent_usd=ledger.spent_usd + ledger.unknown_usd,
-            )
+            approved = approve(batch.plan, batch.wanted(), title, terms.approve_above_usd, services, spent_usd)
         except (NotApprovedError, RunCancelledError) as error:
-            return ended(tally.result(stopped=error, entries=wanted()), error)
+            return batch.ended(tally.result(stopped=error, entries=batch.wanted()), error)
         ledger.limit_usd = approved.budget_usd
-        gate = Gate(
-            max_concurrency=terms.max_concurrency,
-            requests_per_minute=terms.requests_per_minute,
-            ledger=ledger,
-            earlier_answers=answers,
-            stop_after_unusable=services.settings.stop_after_unusable,
-            longest_wait_seconds=services.settings.longest_wait_seconds,
-            log=log,
-        )
-        pipeline = services.pipeline(
-            gate,
-            on_unknown=terms.on_unknown,
-            policy=POLICY,
-            publisher=services.publisher(refreshed_at(), str(flow_run.id)),
-        )
-        warn_once_without_conditional_writes(services.archive)
+        pipeline = _open_pipeline(terms, ledger, batch.answers)
 
-        def end() -> BatchResult:
-            tally.close()
-            failed = _keep_failed(failed_jobs, services) if keep_failed else None
-            result = tally.result(failed, gate.stopped, wanted())
-            listener().ended(ledger, result)
-            return result
-
-        result: BatchResult | None = None
-        try:
-            dispatch(wanted(), pipeline, tally, services.settings.grace_seconds)
-            result = end()
+        def report(result: BatchResult) -> None:
             publish_batch(result.with_failures(apart), title, services.archive, services.reader)
-            if gate.stopped and not (approved.trimmed and isinstance(gate.stopped, BudgetReachedError)):
-                run_stopped(gate.stopped, result)
-        except BaseException:  # whatever ends the run, it reports what it has paid
-            log.warning((result or end()).sentence(), extra=TOLD_AT_END)
-            raise
-        return ended(result, gate.stopped, approved.trimmed)
+            stopped = pipeline.gate.stopped
+            if stopped and not (approved.trimmed and isinstance(stopped, BudgetReachedError)):
+                run_stopped(stopped, result)
+
+        result = _produce(batch, pipeline, tally, services, failed_jobs if keep_failed else None, report)
+        return batch.ended(result, pipeline.gate.stopped, trimmed=approved.trimmed)
+
+
+class _PlannedBatch(NamedTuple):
+    """A batch with its plan.
+
+    Attributes:
+        plan: The plan, without the jobs that are left out.
+        entries: All jobs in their order, each validated unless it will fail.
+        archived: The places of jobs that are left out because their pictures are archived.
+        skipped: The names of jobs that are left out because their images cannot be used.
+        unusable: The names of all jobs whose images cannot be used, with the reason.
+        answers: When each paid request of earlier tries was sent, and whether its answer held a picture.
+    """
+
+    plan: Plan
+    entries: Spool[Job | ValidatedJob]
+    archived: Collection[str]
+    skipped: Collection[str]
+    unusable: Mapping[str, str]
+    answers: Sequence[tuple[datetime, bool]]
+
+    def wanted(self) -> Iterator[Job | ValidatedJob]:
+        """The jobs that are not left out."""
+        for each in self.entries:
+            if each.place not in self.archived if isinstance(each, ValidatedJob) else each.name not in self.skipped:
+                yield each
+
+    def skipped_failures(self) -> list[Failure]:
+        """The failures of the jobs that are left out because their images cannot be used."""
+        return [Failure(name=each, stage="validate", error=self.unusable[each]) for each in sorted(self.skipped)]
+
+    def ended(self, result: BatchResult, stopped: SegmindError | None = None, *, trimmed: bool = False) -> Ended:
+        """The batch when it has ended; see `Ended` for the arguments."""
+        in_place = frozenset(place.rpartition("/")[0] for place in self.archived)
+        return Ended(result, stopped, trimmed, in_place, self.unusable)
+
+
+def _plan(
+    jobs: Spool[Job],
+    entries: Spool[Job | ValidatedJob],
+    terms: Terms,
+    ledger: Ledger,
+    skip_archived: bool,
+    skip_unusable: Collection[str],
+) -> _PlannedBatch:
+    services, (runs, call) = terms.services, flow_call()
+    archived: set[str] = set()
+    unusable: dict[str, str] = {}
+    plan = make_plan(
+        jobs,
+        entries,
+        reader=services.reader,
+        archive=services.archive,
+        outbox=services.outbox,
+        price_usd=services.settings.price_usd,
+        on_unknown=terms.on_unknown,
+        in_place=archived if skip_archived else None,
+        flow_runs=runs,
+        call=call,
+        unusable=unusable,
+    )
+    if archived:
+        run_logger().info("%s have their picture in the archive already", len(archived))
+    skipped = unusable.keys() & set(skip_unusable)
+    answers = _carry_earlier_tries(ledger, entries, services)
+    limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
+    plan = plan.without(len(archived), skipped).model_copy(update=limits)
+    return _PlannedBatch(plan, entries, archived, skipped, unusable, answers)
+
+
+def _produce(
+    batch: _PlannedBatch,
+    pipeline: Pipeline,
+    tally: Tally,
+    services: Services,
+    failed_jobs: Spool[Job] | None,
+    report: Callable[[BatchResult], None],
+) -> BatchResult:
+    """Produces the assets of a batch; however that ends, the listener gets the result and the log the totals."""
+
+    def end() -> BatchResult:
+        tally.close()
+        failed_manifest = None if failed_jobs is None else _keep_failed(failed_jobs, services)
+        result = tally.result(failed_manifest, pipeline.gate.stopped, batch.wanted())
+        listener().ended(pipeline.ledger, result)
+        return result
+
+    result: BatchResult | None = None
+    try:
+        dispatch(batch.wanted(), pipeline, tally, services.settings.grace_seconds)
+        result = end()
+        report(result)
+    except BaseException:
+        run_logger().warning((result or end()).sentence(), extra=TOLD_AT_END)
+        raise
+    return result
+
+
+def _open_pipeline(terms: Terms, ledger: Ledger, earlier_answers: Iterable[tuple[datetime, bool]]) -> Pipeline:
+    """The pipeline of a batch, whose gate holds its terms."""
+    services = terms.services
+    gate = Gate(
+        max_concurrency=terms.max_concurrency,
+        requests_per_minute=terms.requests_per_minute,
+        ledger=ledger,
+        earlier_answers=earlier_answers,
+        stop_after_unusable=services.settings.stop_after_unusable,
+        longest_wait_seconds=services.settings.longest_wait_seconds,
+        log=run_logger(),
+    )
+    publisher = services.publisher(refreshed_at(), str(flow_run.id))
+    pipeline = services.pipeline(gate, on_unknown=terms.on_unknown, policy=POLICY, publisher=publisher)
+    warn_once_without_conditional_writes(services.archive)
+    return pipeline
 
 
 def _carry_earlier_tries(
     ledger: Ledger, entries: Iterable[Job | ValidatedJob], services: Services
 ) -> list[tuple[datetime, bool]]:
-    """Enters in the ledger what earlier tries of this flow run have sent, and returns when they got what they paid for.
+    """Enters the requests of earlier tries of this flow run in the ledger.
 
-    An inbox is emptied as its pictures are made, so that what an earlier try has made may be wanted no longer.
+    Pictures that the ledger knows are included: a try that has emptied an inbox leaves none of its jobs to the next.
+
+    Returns:
+        When each of those that were paid was sent, and whether its answer held a picture.
     """
-    run, price_usd = Run("", flow_runs()), services.settings.price_usd
+    run, price_usd = Run("", flow_call().runs), services.settings.price_usd
     answers: list[tuple[datetime, bool]] = []
     wanted = {each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as}
     for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
@@ -269,14 +327,14 @@ def _carry_earlier_tries(
         answers += answers_of_earlier_tries(run, record)
     if ledger.spent_usd or ledger.unknown_usd:
         run_logger().info(
-            "earlier tries of this run have paid %s USD and may have been billed %s USD more, which counts",
+            "earlier tries of this run have paid %s USD and may have been billed %s USD more; both count",
             *(usd(ledger.spent_usd), usd(ledger.unknown_usd)),
         )
     return answers
 
 
 def _credits(services: Services) -> Decimal | None:
-    """What the account has; None where there is no key yet, or the API does not say.
+    """The account's credits; None where there is no key yet, or the API does not give them.
 
     Raises:
         InvalidKeyError: The key is refused.
@@ -287,12 +345,11 @@ def _credits(services: Services) -> Decimal | None:
     except InvalidKeyError:
         raise  # every request would be refused like this one
     except (ApiError, ConfigurationError) as error:
-        get_run_logger().info("the account's credits are not known: %s", error)
+        get_run_logger().info("cannot read the account's credits: %s", error)
         return None
 
 
 def _log_plan(plan: Plan) -> None:
-    """Puts the plan into the run's log."""
     log = get_run_logger()
     log.info("%s", "; ".join(f"{title}: {text}" for title, text in plan.facts().items()))
     for warning, count in plan.warnings:
@@ -306,7 +363,11 @@ def _log_plan(plan: Plan) -> None:
 
 
 def _keep_failed(jobs: Spool[Job], services: Services) -> str | None:
-    """Writes the failed jobs as a manifest to run again, into the archive, or beside the outbox if that is down."""
+    """Writes the failed jobs as a manifest to run again: to the archive, or beside the outbox if that is down.
+
+    Returns:
+        Where it is; None if there are none, or it could not be written.
+    """
     log = get_run_logger()
     if not len(jobs):
         return None
@@ -321,25 +382,25 @@ def _keep_failed(jobs: Spool[Job], services: Services) -> str | None:
     try:
         store.put(f".segmind/{key}", data, kind, if_absent=True)
         return store.uri(f".segmind/{key}")
-    except StoreError as refused:
+    except StoreError as failure:
         path = services.outbox.folder.parent / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         except OSError as error:
-            log.warning("the failed jobs cannot be written, neither to the archive (%s) nor here (%s)", refused, error)
+            log.warning("cannot write the failed jobs to the archive (%s) or to %s (%s)", failure, path, error)
             return None
-        log.warning("the failed jobs are written to %s, for the archive says: %s", path, refused)
+        log.warning("the failed jobs are in %s, because the archive cannot be written: %s", path, failure)
         return str(path)
 
 
 def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
-    """Ends the flow run as its batch deserves: what a flow returns.
+    """What a flow returns or raises, so that its run ends in the state that its batch calls for.
 
     Args:
         ended: The batch.
-        result: Its result, or that of the flow, which may tell more.
-        terms: How it ran.
+        result: Its result, or the flow's own, which may have more.
+        terms: The parameters of the run.
 
     Returns:
         The result: the run is Completed. Where it was cancelled, or not approved, a Cancelled state, from which the
@@ -350,15 +411,15 @@ def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
     """
     stopped = ended.stopped
     listener().ended(run_ledger(), result)
-    told = result.sentence() + (f"; {stopped}" if stopped else "")
-    told += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
-    error = BatchError(told, result, stopped)
+    message = result.sentence() + (f"; {stopped}" if stopped else "")
+    message += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
+    error = BatchError(message, result, stopped)
     if isinstance(stopped, RunCancelledError | NotApprovedError) and not isinstance(stopped, ApprovalTimeoutError):
-        return cast(R, Cancelled(message=told, data=error))
+        return cast(R, Cancelled(message=message, data=error))
     by_budget = isinstance(stopped, BudgetReachedError)
     early = stopped and not (by_budget and ended.trimmed)
-    failed = result.failed and not terms.dry_run  # a plan is done when it is made, whatever it says
+    failed = result.failed and not terms.dry_run  # a plan is done when it is made, even if assets will fail
     if (terms.fail_run_on_failures and (failed or early)) or (stopped and not by_budget):
         raise error
-    get_run_logger().info(told)
+    get_run_logger().info(message)
     return result

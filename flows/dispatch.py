@@ -1,4 +1,4 @@
-"""How the assets of a batch are started, a bounded number at a time, and watched until the last has ended."""
+"""How the assets of a batch are started, a bounded number at a time, and watched until the last one ends."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from prefect_segmind.tasks.interrupts import ended_by
 from prefect_segmind.tasks.produce_asset import task_of_batch
 
 WATCH_SECONDS = 10.0
-"""Seconds between two lines of progress, and between two looks whether the run was cancelled in Prefect."""
+"""Seconds between two lines of progress, and between two checks whether the run was cancelled in Prefect."""
 
 POLICY = RetryPolicy(rate_limit_retries=20)
-"""A rate limit meets any of the assets, and is none of its faults."""
+"""A rate limit concerns all assets of a batch, so those that it meets are retried more often."""
 THREADS = 4096
-"""More than are ever made: they are made as they are needed, and the gate bounds how many assets are under way."""
+"""More than are ever needed: threads are made on demand, and the gate bounds how many assets are under way."""
 
 
 def task_runner() -> ThreadPoolTaskRunner[Any]:
-    """What runs the tasks of a flow of many pictures."""
+    """The task runner of the flows of many pictures."""
     return ThreadPoolTaskRunner(max_workers=THREADS)
 
 
 def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: Tally, grace_seconds: float) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
 
-    Interrupted, it sends nothing new, and gives what is in flight the grace to end and be archived.
+    When interrupted, it sends nothing new, and waits for what is in flight to be archived.
 
     Args:
         entries: The assets, in their order.
-        pipeline: What they share.
-        tally: Counts what comes of them.
-        grace_seconds: How long what is in flight may take when the run is interrupted.
+        pipeline: Takes them through their stages.
+        tally: Counts their outcomes.
+        grace_seconds: How long to wait for what is in flight when the run is interrupted.
     """
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
@@ -71,7 +71,7 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
 
 
 def _end(entry: Job | ValidatedJob, gate: Gate, tally: Tally, future: PrefectFuture[Any]) -> None:
-    """Takes down what came of an asset, in the thread that worked on it."""
+    """Counts the outcome of an asset, in the thread that worked on it."""
     try:
         outcome = future.result(raise_on_failure=False)
     except BaseException as error:  # noqa: BLE001
@@ -84,7 +84,7 @@ def _end(entry: Job | ValidatedJob, gate: Gate, tally: Tally, future: PrefectFut
 
 @contextmanager
 def _watched(gate: Gate, tally: Tally) -> Iterator[None]:
-    """Tells how far the run is while it goes on, in the log and in an artifact, and notices a cancellation."""
+    """Reports the progress of the run in the log and in an artifact, and stops the gate when it is cancelled."""
     ended = threading.Event()
     watch = threading.Thread(target=copy_context().run, args=(_watch, gate, tally, ended), name="segmind-watch")
     watch.start()

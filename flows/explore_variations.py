@@ -1,4 +1,4 @@
-"""The flow of one image in many variations: a grid of styles, weights and seeds, and a picture that shows them all."""
+"""The flow of one image in many variations: a grid of styles, weights and seeds, and a contact sheet of them."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from prefect.runtime import flow_run
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
-from prefect_segmind.flows.batch_run import Ended, Terms, finish_flow, run_batch, run_name
+from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
-from prefect_segmind.jobs.job import Job, name_from_image, parse_job
+from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
 from prefect_segmind.manifest.model import FoundImage, Row
-from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
+from prefect_segmind.pipeline.source import UnreadableSource
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.reporting.markdown import cell, picture
 from prefect_segmind.services import Services
 
 SHEET_WIDTH = 1200
-"""Pixels of the contact sheet in Prefect's UI; the one in the archive is as large as it is."""
+"""Pixels of the contact sheet in Prefect's UI; the archive has it in full size."""
 
 
 class Exploration(BatchResult):
-    """What came of a grid of variations.
+    """The result of a grid of variations: that of a batch, and the contact sheet.
 
     Attributes:
-        contact_sheet: Address of the picture that shows them all; None if nothing was made.
+        contact_sheet: Address of the contact sheet; None if nothing was made.
     """
 
     contact_sheet: str | None = None
@@ -74,14 +74,14 @@ def explore_variations(
 ) -> Exploration:
     """Makes one image in every combination of styles, weights and seeds, and a contact sheet of them.
 
-    The plan, with its price, is told before anything is paid; dry_run tells it and stops there.
+    The plan, with its price, is shown before anything is paid; dry_run shows it and stops there.
 
     Args:
         image: The source image: a path on the worker, s3://bucket/key, or an http(s):// address.
         prompt: What the pictures should show.
         name: Where the pictures go in the archive; the image's name if left out.
-        styles: The styles to try, a row of the contact sheet each.
-        weights: The image weights to try, 1 to 100, a column each; higher keeps more of the source image.
+        styles: The styles to try, one row of the contact sheet each.
+        weights: The image weights to try, 1 to 100, one column each; higher keeps more of the source image.
         seeds: The seeds to try, 100 to 999999. Left out, it is one, derived from image and prompt and the same for all.
         resolution: Size of the pictures in pixels; AUTO chooses the one that crops the image least.
         magic_prompt_option: Whether the model may rewrite the prompt; OFF makes variations that differ in nothing else.
@@ -107,17 +107,8 @@ def explore_variations(
         BatchError: Not all pictures were made; its `result` has the contact sheet of those that were.
     """
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
-    terms = Terms(
-        services=services,
-        max_concurrency=max_concurrency,
-        requests_per_minute=requests_per_minute,
-        budget_usd=budget_usd,
-        approve_above_usd=approve_above_usd,
-        on_unknown=on_unknown,
-        fail_run_on_failures=True,
-        dry_run=dry_run,
-    )
-    terms.check()
+    limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
+    terms = Terms(services, *limits, on_unknown, fail_run_on_failures=True, dry_run=dry_run)
     title = name or name_from_image(image)
     unlisted = services.settings.allow_unlisted_resolution
     base = {
@@ -129,7 +120,7 @@ def explore_variations(
         "negative_prompt": negative_prompt,
         "allow_extreme_ratio": allow_extreme_ratio,
     }
-    # Also where the seed comes from: derived from each job it would differ, and so would more than style and weight.
+    # One seed for all: a seed derived from each job would change the pictures in more than style and weight.
     derived = validate(parse_job(base, allow_unlisted_resolution=unlisted), services.reader).seed
     axes: dict[str, list[Any]] = {
         "style_type": list(dict.fromkeys(styles)),
@@ -140,17 +131,14 @@ def explore_variations(
         raise ConfigurationError(f"the contact sheet has room for {MAX_LABELS} rows and columns; give fewer variations")
     head = {"templates": False, "variants": axes}
     expansion = Expansion(head, {}, lambda *_: [FoundImage(image)], allow_unlisted_resolution=unlisted)
-    with expand(title, expansion, [Row("the grid", base)]) as asked:
-        ended = run_batch(asked.jobs, title, terms)
-        cells = {_cell_of(job): job.name for job in asked.jobs}
-    sheet = None
-    if ended.result.images and not dry_run:
-        sheet = _publish_sheet(title, image, prompt, axes, cells, ended, services)
+    with expand(title, expansion, [Row("the grid", base)]) as grid:
+        ended = run_batch(grid.jobs, title, terms)
+        made = {each.name: each.image for each in ended.result.images}
+        pictures = {
+            (job.style_type.value, job.image_weight, job.seed): made[job.name] for job in grid.jobs if job.name in made
+        }
+    sheet = _publish_sheet(title, image, prompt, axes, pictures, services) if pictures else None
     return finish_flow(ended, Exploration(**dict(ended.result), contact_sheet=sheet), terms)
-
-
-def _cell_of(job: Job) -> tuple[Any, ...]:
-    return job.style_type.value, job.image_weight, job.seed
 
 
 def _publish_sheet(
@@ -158,31 +146,43 @@ def _publish_sheet(
     image: str,
     prompt: str,
     axes: Mapping[str, list[Any]],
-    cells: Mapping[tuple[Any, ...], str],
-    ended: Ended,
+    pictures: Mapping[tuple[Any, ...], str],
     services: Services,
 ) -> str | None:
-    """Puts the contact sheet beside the pictures, and into an artifact; where that fails, the pictures are there."""
-    archive = services.archive
-    found = {each.name: each.image for each in ended.result.images}
+    """Puts the contact sheet beside the pictures and into an artifact; a failure costs no more than the sheet.
+
+    Args:
+        title: The folder of the pictures in the archive.
+        image: The source image.
+        prompt: The prompt, for the title of the sheet.
+        axes: The styles, weights and seeds.
+        pictures: The address of each picture by its style, weight and seed.
+        services: Opens the archive and reads the source image.
+
+    Returns:
+        The address of the sheet; None if it could not be made.
+    """
+    archive, log = services.archive, get_run_logger()
     rows = list(product(axes["style_type"], axes["seed"]))
-    labels = [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows]
 
     def read(row: int, column: int) -> bytes | None:
         style, seed = rows[row]
-        uri = found.get(cells[style, axes["image_weight"][column], seed])
+        uri = pictures.get((style, axes["image_weight"][column], seed))
         return archive.content(uri) if uri else None
 
+    source = None
     try:
+        with suppress(SegmindError, UnreadableSource):
+            source = services.reader.read(image)
         sheet = contact_sheet(
-            labels,
+            [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows],
             [f"weight {weight}" for weight in axes["image_weight"]],
             read,
-            source=_source(image, services.reader),
+            source=source,
             title=f"{title}: {prompt}",
         )
         key = f"{title}/contact-sheet-{hashlib.sha256(sheet).hexdigest()[:16]}.jpg"
-        with suppress(PreconditionFailedError):  # the very same is there already
+        with suppress(PreconditionFailedError):  # the same sheet is there already
             archive.store.put(key, sheet, "image/jpeg", if_absent=True)
         uri = archive.store.uri(key)
         lines = (f"### {cell(title)}", "", cell(uri), "", picture("contact sheet", sheet, SHEET_WIDTH))
@@ -190,17 +190,10 @@ def _publish_sheet(
             markdown="\n".join(lines), key=artifact_key(title, "contact-sheet"), description="all variations"
         )
     except Exception as error:  # noqa: BLE001
-        get_run_logger().warning("no contact sheet: %s", redact(str(error)))
+        log.warning("cannot make the contact sheet: %s", redact(str(error)))
         return None
-    get_run_logger().info("contact sheet: %s", uri)
+    log.info("contact sheet: %s", uri)
     return uri
-
-
-def _source(image: str, reader: SourceReader) -> bytes | None:
-    try:
-        return reader.read(image)
-    except (SegmindError, UnreadableSource):
-        return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The parameters of flows that are a choice: drop-downs in Prefect's form.
+"""Parameters of flows that are a choice: drop-downs in Prefect's form.
 
-They are texts with a list of values, so that a value that is nearly right still reaches the job's own check, which
-names the nearest right one.
+They are strings with a list of values rather than enums, so that a value that is nearly right reaches the job's own
+check, which suggests the nearest right one.
 """
 
 from __future__ import annotations

@@ -67,16 +67,16 @@ def image_to_image(
             may have been billed.
 
     Returns:
-        Where the picture lies, what it cost and how it came about.
+        Where the picture is, what this run paid for it, and whether it was made or found.
 
     Raises:
-        SegmindError: In one of its classes; the message says what was wrong and what to do.
+        SegmindError: In one of its classes; the message names what is wrong and what to do.
     """
     listener().began(str(flow_run.id))
     services = Services(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
-    _ = services.credentials  # what is not configured is said before anything is done
+    _ = services.credentials  # what is not configured fails before anything is done
     services.check()
     try:
         job = validate_job(

@@ -1,4 +1,4 @@
-"""The flow of an inbox: whatever images people put there become pictures, by one template."""
+"""The flow of an inbox: each image that people put there becomes a picture, by one template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreErr
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
-from prefect_segmind.inbox.inbox import InboxFile, Memory
+from prefect_segmind.inbox.inbox import InboxFile, Look, Memory
 from prefect_segmind.inbox.open_inbox import open_inbox
 from prefect_segmind.jobs.job import Job, parse_job, suffix_from_image
 from prefect_segmind.manifest.expansion import Expansion
@@ -31,12 +31,12 @@ _EMPTY = "it has been empty for an hour; put it there again, or remove it"
 
 
 class InboxResult(BatchResult):
-    """What a visit to an inbox came to.
+    """The result of a visit to an inbox: that of a batch, and what became of the files.
 
     Attributes:
         archived_before: Files whose picture was in the archive already, so that there was nothing to do.
-        still_written: Files that were still being written; the next visit looks again.
-        ignored: What is no image by its name, is a link, or cannot be read.
+        still_written: Files that were still being written; the next visit checks them again.
+        ignored: Files that are not images by their names, links, and files that cannot be read.
         unreadable: Files and folders that cannot be read, each with the reason.
         moved: Where done files are now.
         moved_failed: Where bad files are now.
@@ -51,13 +51,13 @@ class InboxResult(BatchResult):
 
 
 class _Bad(NamedTuple):
-    """A file of which nothing can be made.
+    """A file that cannot become a picture.
 
     Attributes:
         file: The file.
-        name: What its picture would be called.
+        name: The name that its picture would have.
         error: What is wrong, and what to do.
-        movable: Whether the file is what is wrong, and not the template.
+        movable: Whether it is the file that is wrong, and not the template.
     """
 
     file: InboxFile
@@ -67,7 +67,7 @@ class _Bad(NamedTuple):
 
     @property
     def failure(self) -> Failure:
-        """What the result tells of it."""
+        """The failure in the result of the visit."""
         return Failure(name=self.name, stage="validate", error=self.error)
 
 
@@ -103,7 +103,7 @@ def process_inbox(
     fail_run_on_failures: bool = False,
     credentials_block: str | None = None,
 ) -> InboxResult:
-    """Makes a picture of each new image in an inbox. What the archive has is skipped, and bad files are told.
+    """Makes a picture of each new image in an inbox. What the archive has is skipped, and bad files are reported.
 
     A file that is still being written is left for the next visit. Each version of a bad file is one event
     prefect-segmind.asset.failed, however often it is seen.
@@ -112,8 +112,8 @@ def process_inbox(
         inbox: Where people put images: s3://bucket/prefix or a folder on the worker. Folders in it are looked into.
         prompt: What the pictures should show; a template, in which (stem) is the file's name: {{ (stem) }} on a table.
         name: The folder of the archive where the pictures go, each under the path of its file; a template too. Of two
-            files with one name, such as cup.jpg and cup.png, the later one is passed over and told, unless (stem) and
-            (suffix) tell them apart: {{ (stem) }}-{{ (suffix) }}.
+            files with one name, such as cup.jpg and cup.png, the later one is skipped and reported, unless (stem) and
+            (suffix) distinguish them: {{ (stem) }}-{{ (suffix) }}.
         image_weight: 1 to 100; higher keeps more of the source image.
         style_type: The style of the pictures.
         resolution: Size of the pictures in pixels; AUTO chooses the one that crops each image least.
@@ -124,8 +124,8 @@ def process_inbox(
         allow_extreme_ratio: Whether an image wider or taller than 3 to 1 is taken.
         variables: Values for the templates, such as {"season": "autumn"}.
         move_done: Whether files are moved to done/ in the inbox when their picture is archived.
-        move_failed: Whether bad files are moved to failed/ in the inbox; otherwise they stay, and each result tells.
-        settle_seconds: A file counts as whole when it does not change for so long. Where no file is new nobody waits.
+        move_failed: Whether bad files are moved to failed/ in the inbox; otherwise they stay, named in each result.
+        settle_seconds: A file counts as whole when it has not changed for so long. Where no file is new nothing waits.
         archive: Where pictures go: s3://bucket/prefix or a folder; the worker's setting if left out.
         upload_to: Where source images go for the provider to read them: s3://bucket/prefix; the worker's setting if
             left out.
@@ -138,44 +138,26 @@ def process_inbox(
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Whether to send another request (repay) or not (fail) after one that may have been billed.
         fail_run_on_failures: Whether the run ends as Failed where files failed or the budget was reached; otherwise it
-            is Completed, and the result tells.
+            is Completed, and the result names them.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:
-        The counts, the cost, and what came of each file.
+        The counts, the cost, every picture, every failure, and what was moved.
 
     Raises:
-        ConfigurationError: There is no such inbox, or a setting is missing.
+        ConfigurationError: The inbox does not exist, or a setting is missing.
         InvalidJobError: The template has mistakes; nothing was paid.
-        BatchError: Not all pictures were made, if that is to be a failure.
+        BatchError: Not all pictures were made, and `fail_run_on_failures` is set.
     """
     services = Services(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
-    terms = Terms(
-        services=services,
-        max_concurrency=max_concurrency,
-        requests_per_minute=requests_per_minute,
-        budget_usd=budget_usd,
-        approve_above_usd=approve_above_usd,
-        on_unknown=on_unknown,
-        fail_run_on_failures=fail_run_on_failures,
-        dry_run=dry_run,
-    )
-    terms.check()
+    limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
+    terms = Terms(services, *limits, on_unknown, fail_run_on_failures, dry_run)
     if not 0 <= settle_seconds <= 3600:
         raise ConfigurationError(f"settle_seconds: {settle_seconds} is not allowed; allowed is 0 to 3600")
-    log = get_run_logger()
-    place = open_inbox(inbox, lambda: services.s3)
-    memory = Memory(services.archive.store, place.url, name)
-    look = place.look(settle_seconds, known=memory.settled)
-    log.info(
-        "%s: %s images, %s still being written, %s other files",
-        *(inbox, len(look.settled), len(look.unsettled), len(look.ignored)),
-    )
-    for line in look.unreadable:
-        log.warning("skipped: %s", line)
     template = {
+        "name": name,
         "image_weight": image_weight,
         "style_type": style_type,
         "resolution": resolution,
@@ -185,53 +167,43 @@ def process_inbox(
         "allow_extreme_ratio": allow_extreme_ratio,
         "prompt": prompt,
     }
+    place = open_inbox(inbox, lambda: services.s3)
+    memory = Memory(services.archive.store, place.url, name)
+    look = place.look(settle_seconds, known=memory.settled)
+    _log_look(look, inbox)
     unlisted = services.settings.allow_unlisted_resolution
-    # A mistake of the template is told at once, whatever lies in the inbox.
+    # A mistake in the template fails the run even if there is no file.
     any_name = f"{name}/any" if "{" not in name else "any"
     parse_job({**template, "image": "any.jpg", "name": any_name}, allow_unlisted_resolution=unlisted)
     with Spool(Job) as jobs:
-        files: dict[str, InboxFile] = {}
-        names = (f"{name}/{each.name}" for each in named([(file.location, file.below) for file in look.empty]))
-        bad = [_Bad(file, each, _EMPTY) for file, each in zip(look.empty, names, strict=True)]
-        warnings: dict[str, None] = {}
-        arrived = sorted(look.settled, key=lambda file: (file.arrived, file.below))
-        found = named([(each.location, each.below) for each in arrived])
-        for file, image in zip(arrived, found, strict=True):
-            job, mistake = _job(image, {**template, "name": name}, variables or {}, unlisted, warnings)
-            if job is None:
-                bad.append(_Bad(file, f"{name}/{image.name}", mistake, movable=False))
-            elif job.name in files:  # the first keeps the address that it has
-                bad.append(_Bad(file, job.name, _taken(job.name, files[job.name], file)))
-            else:
-                files[job.name] = file
-                jobs.append(job)
-        for warning in warnings:
-            log.warning(warning)
+        files, bad = _make_jobs(look, template, variables or {}, jobs, unlisted)
         known = {each for each, file in files.items() if memory.has_reported(file)}
         for each in bad:
-            _report(each, memory, dry_run=dry_run)
+            _report(each, memory, dry_run)
         if not dry_run:
-            _keep(memory, look.settled, [*(each.file for each in bad), *(files[each] for each in known)])
-        # What is archived may still be unpublished, so then all of it is looked at again. What fails is still there.
+            _remember(memory, look, [*(each.file for each in bad), *(files[each] for each in known)])
+        # A picture that is archived may still be unpublished, so where pictures are published none is skipped.
         ended = run_batch(
-            *(jobs, inbox, terms),
+            jobs,
+            inbox,
+            terms,
             skip_archived=publish_to is None,
             skip_unusable=known,
-            keep_failed=False,
+            keep_failed=False,  # the files are still in the inbox
             refused=[each.failure for each in bad],
         )
-    left_out = [_Bad(files[each], each, error) for each, error in ended.unusable.items() if each in known]
-    for each in left_out:
-        _report(each, memory, dry_run=dry_run)
-    bad += left_out
-    done = [*ended.in_place, *(each.name for each in ended.result.images)]
+    for job_name, error in ended.unusable.items():
+        if job_name in known:
+            bad.append(_Bad(files[job_name], job_name, error))
+            _report(bad[-1], memory, dry_run)
     whole = ended.result.with_failures([each.failure for each in bad])
     moved: dict[str, tuple[str, ...]] = {}
     if not dry_run:
         failed = [each.name for each in ended.result.failures if each.name in ended.unusable]
         bad += [_Bad(files[each], each, ended.unusable[each]) for each in failed]
-        _keep(memory, look.settled, [each.file for each in bad])
+        _remember(memory, look, [each.file for each in bad])
         if move_done:
+            done = [*ended.in_place, *(each.name for each in ended.result.images)]
             moved["moved"] = tuple(_moved(place.move_done, [files[each] for each in done]))
         if move_failed:
             moved["moved_failed"] = tuple(_moved(place.move_failed, [each.file for each in bad if each.movable]))
@@ -246,19 +218,54 @@ def process_inbox(
     return finish_flow(ended, result, terms)
 
 
-def _job(
-    found: FoundImage,
-    template: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    unlisted: bool,
-    warnings: dict[str, None],
-) -> tuple[Job | None, str]:
-    """The job of one file by the template, or what is wrong with it; no file stands in the way of another."""
-    expansion = Expansion({}, variables, lambda *_: [found], allow_unlisted_resolution=unlisted)
-    jobs = list(expansion.jobs(Row("the template", {**template, "image": "*"})))
-    expansion.warn_of_unused()
-    warnings.update(dict.fromkeys(expansion.warnings.lines))
-    return (jobs[0], "") if jobs else (None, "; ".join(expansion.mistakes.lines))
+def _log_look(look: Look, inbox: str) -> None:
+    log = get_run_logger()
+    counts = len(look.settled), len(look.unsettled), len(look.ignored)
+    log.info("%s: %s images, %s still being written, %s other files", inbox, *counts)
+    for line in look.unreadable:
+        log.warning("skipped: %s", line)
+
+
+def _make_jobs(
+    look: Look, template: Mapping[str, Any], variables: Mapping[str, Any], jobs: Spool[Job], unlisted: bool
+) -> tuple[dict[str, InboxFile], list[_Bad]]:
+    """Makes the jobs of a visit, in the order in which their files arrived.
+
+    Args:
+        look: The files.
+        template: The fields that all jobs share.
+        variables: For the template.
+        jobs: Takes the jobs.
+        unlisted: Whether other resolutions than the documented ones are allowed.
+
+    Returns:
+        The file of each job, by the job's name; and the files that cannot become a picture.
+    """
+    files: dict[str, InboxFile] = {}
+    bad = [_Bad(file, f"{template['name']}/{_found(file).name}", _EMPTY) for file in look.empty]
+    warnings: dict[str, None] = {}
+    for file in sorted(look.settled, key=lambda file: (file.arrived, file.below)):
+        # One expansion for each file, so that a wrong one does not stop the others.
+        found = _found(file)
+        expansion = Expansion({}, variables, lambda *_, found=found: [found], allow_unlisted_resolution=unlisted)
+        made = list(expansion.jobs(Row("the template", {**template, "image": "*"})))
+        expansion.warn_of_unused()
+        warnings.update(dict.fromkeys(expansion.warnings.lines))
+        if not made:
+            mistakes = "; ".join(expansion.mistakes.lines)
+            bad.append(_Bad(file, f"{template['name']}/{found.name}", mistakes, movable=False))
+        elif made[0].name in files:  # the first one keeps the address that it has
+            bad.append(_Bad(file, made[0].name, _taken(made[0].name, files[made[0].name], file)))
+        else:
+            files[made[0].name] = file
+            jobs.append(made[0])
+    for warning in warnings:
+        get_run_logger().warning(warning)
+    return files, bad
+
+
+def _found(file: InboxFile) -> FoundImage:
+    return named([(file.location, file.below)])[0]
 
 
 def _taken(name: str, first: InboxFile, later: InboxFile) -> str:
@@ -268,24 +275,24 @@ def _taken(name: str, first: InboxFile, later: InboxFile) -> str:
     return f"name: {name} is the name of {first.below}, which came first; rename {later.below}{remedy}"
 
 
-def _report(bad: _Bad, memory: Memory, *, dry_run: bool) -> None:
-    """Tells of a bad file: whoever listens once, the log at each visit."""
+def _report(bad: _Bad, memory: Memory, dry_run: bool) -> None:
+    """Reports a bad file: by an event once, in the log at each visit."""
     known = memory.has_reported(bad.file)
     get_run_logger().log(logging.INFO if known else logging.WARNING, "%s cannot be used: %s", bad.file.below, bad.error)
     if not known and not dry_run:
         asset_failed(bad.name, InvalidJobError(f"{bad.file.location}: {bad.error}"), "validate")
 
 
-def _keep(memory: Memory, settled: Iterable[InboxFile], reported: Iterable[InboxFile]) -> None:
-    """Keeps what was seen; where that fails the next visit waits, and tells of bad files, once more."""
+def _remember(memory: Memory, look: Look, reported: Iterable[InboxFile]) -> None:
+    """Keeps what was seen for the next visit; where that fails it waits, and reports bad files, once more."""
     try:
-        memory.keep(settled, reported)
+        memory.keep(look.settled, reported)
     except StoreError as error:
-        get_run_logger().warning("what this visit has seen is not remembered: %s", error)
+        get_run_logger().warning("cannot keep what this visit has seen for the next one: %s", error)
 
 
 def _moved(move: Callable[[InboxFile], str | None], files: Iterable[InboxFile]) -> Iterable[str]:
-    """Moves files; one that cannot be moved stays, and the next visit sees it again."""
+    """Moves files; one that cannot be moved stays, and the next visit finds it again."""
     log = get_run_logger()
     for file in files:
         try:

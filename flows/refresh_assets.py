@@ -62,42 +62,33 @@ def refresh_assets(
         on_unknown: Whether to send another request (repay) or not (fail) after one, of this run or an earlier one, that
             may have been billed.
         fail_run_on_failures: Whether the run ends as Failed where assets failed or the budget was reached; otherwise it
-            is Completed, and the result tells.
+            is Completed, and the result names them.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:
-        The counts, the cost, and what came of each asset.
+        The counts, the cost, every picture and every failure.
 
     Raises:
         ManifestError: The manifest has mistakes; the message has a line for each. Nothing was paid.
-        BatchError: Not all assets were made; its `result` tells which were.
+        BatchError: Not all assets were made; its `result` has those that were.
         SegmindError: In one of its other classes, before anything was paid.
     """
     listener().began(str(flow_run.id))
     services = Services(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
-    terms = Terms(
-        services=services,
-        max_concurrency=max_concurrency,
-        requests_per_minute=requests_per_minute,
-        budget_usd=budget_usd,
-        approve_above_usd=approve_above_usd,
-        on_unknown=on_unknown,
-        fail_run_on_failures=fail_run_on_failures,
-        dry_run=dry_run,
-    )
-    terms.check()
+    limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
+    terms = Terms(services, *limits, on_unknown, fail_run_on_failures, dry_run)
     with load_manifest(
         manifest,
         variables,
         defaults=defaults,
         s3=lambda: services.s3,
         allow_unlisted_resolution=services.settings.allow_unlisted_resolution,
-    ) as asked:
-        for warning in asked.warnings:
+    ) as loaded:
+        for warning in loaded.warnings:
             get_run_logger().warning(warning)
-        ended = run_batch(asked.jobs, manifest, terms)
+        ended = run_batch(loaded.jobs, manifest, terms)
     return finish_flow(ended, ended.result, terms)
 
 

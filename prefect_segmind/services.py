@@ -1,4 +1,4 @@
-"""The composition root: opens what settings, parameters and blocks name, once for a run."""
+"""The composition root: opens what parameters, settings and blocks name, once for a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import replace
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from prefect.blocks.core import Block
 from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 
-from prefect_segmind.api.client import SegmindClient, on_loopback
+from prefect_segmind.api.client import on_loopback
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import OnUnknown
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _DELETED = re.compile(r"[/\\](tmp[a-z0-9_]{8}prefect|runner_storage)([/\\]|$)")
-"""Where a process worker and a runner keep the code of a run, and its working directory."""
+"""Temporary folders in which a process worker or a runner keeps a run's code and working directory."""
 
 
 class Services:
-    """What the settings and the parameters of one run name, each opened when it is first used, and once.
+    """What the parameters and settings of one run name, each opened once, when it is first used.
 
-    A parameter that is given comes before its setting.
+    A parameter wins over its setting.
 
     Args:
         archive: `s3://bucket/prefix` or a folder.
@@ -54,7 +54,7 @@ class Services:
         credentials_block: Name of a `SegmindCredentials` block.
 
     Attributes:
-        publish_to: As above; None where nothing is to be published.
+        publish_to: As above; None where nothing is published.
 
     Example:
         >>> Services(archive="/srv/pictures").archive.url
@@ -79,13 +79,13 @@ class Services:
         """The settings.
 
         Raises:
-            ConfigurationError: One of them is wrong.
+            ConfigurationError: A setting is wrong.
         """
         return load_settings()
 
     @cached_property
     def credentials(self) -> SegmindCredentials:
-        """The key and the API's address: of the block that is named, or of the environment.
+        """The key and the API's address, from the named block or the environment.
 
         Raises:
             ConfigurationError: There is no key, or no such block.
@@ -94,10 +94,10 @@ class Services:
 
     @cached_property
     def s3(self) -> S3Client:
-        """The S3 client: of the block that the settings name, or of boto3's own chain.
+        """The S3 client, from the block that the settings name or from boto3's own chain.
 
         Raises:
-            ConfigurationError: The block cannot be loaded or makes no S3 client.
+            ConfigurationError: The block cannot be loaded, or has no S3 client.
             StoreCredentialsError: The AWS profile does not exist.
         """
         return _s3_client(self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
@@ -107,30 +107,30 @@ class Services:
         """The archive.
 
         Raises:
-            ConfigurationError: None is named, or in a run of a deployment one that may not outlast it.
+            ConfigurationError: None is named; or, in a run of a deployment, the folder may not outlast the run.
         """
         place = given_text("archive", self._archive) or self.settings.archive
         if not place:
             raise ConfigurationError(
-                "archive: no place for the pictures is named; name s3://bucket/prefix or a folder with --archive, the "
-                "flow's archive or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
+                "archive: no archive is named; give s3://bucket/prefix or a folder with --archive, the flow's archive "
+                "or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
             )
         place = lasting(place, "archive" if self._archive else f"{PREFIX}ARCHIVE")
         return _archive(place, self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
 
     @cached_property
     def outbox(self) -> Outbox:
-        """The outbox of the archive, so that no picture that one archive waits for is taken by another.
+        """The outbox. Each archive has its own, so that no archive takes the pictures that wait for another.
 
         Raises:
-            ConfigurationError: As for `archive`; or in a run of a deployment, the folder may not outlast it.
+            ConfigurationError: As for `archive`; or, in a run of a deployment, the folder may not outlast the run.
         """
         folder = outbox_folder(self.settings) / hashlib.sha256(self.archive.url.encode()).hexdigest()[:16]
         return Outbox(folder, self.settings.outbox_min_free_bytes)
 
     @cached_property
     def uploads(self) -> Uploads:
-        """The place for source images."""
+        """Puts source images where the provider can read them."""
         return Uploads(
             s3=lambda: self.s3,
             place=given_text("upload_to", self._upload_to) or self.settings.upload_to,
@@ -140,7 +140,7 @@ class Services:
 
     @cached_property
     def reader(self) -> SourceReader:
-        """Reads source images; those on this machine's own servers only where the API is there too."""
+        """Reads source images; those at a loopback address only where the API has one too."""
         return SourceReader(
             s3=lambda: self.s3,
             allow_private=self.settings.allow_private_sources,
@@ -149,10 +149,11 @@ class Services:
 
     @cached_property
     def publishing(self) -> Publishing | None:
-        """What copies pictures to addresses that stay; None where that is not asked for.
+        """Copies pictures to stable addresses; None where `publish_to` is not given.
 
         Raises:
-            ConfigurationError: The address is of no such kind, or in a run of a deployment one that may not outlast it.
+            ConfigurationError: The address is of another kind; or, in a run of a deployment, the folder may not outlast
+                the run.
         """
         if self.publish_to is None:
             return None
@@ -162,7 +163,7 @@ class Services:
         return Publishing(store, pattern, self.settings.publish_cache_control)
 
     def check(self) -> None:
-        """Opens what a run needs to keep its pictures, so that what is not configured is said before anything is done.
+        """Opens what a run needs to keep its pictures, so that a mistake fails it before anything is done.
 
         Raises:
             ConfigurationError: The message names the parameter or the setting.
@@ -170,11 +171,11 @@ class Services:
         _ = self.outbox, self.publishing
 
     def publisher(self, refreshed_at: datetime, run: str) -> Publisher | None:
-        """What publishes the pictures of a run; None where that is not asked for.
+        """Publishes the pictures of a run; None where `publish_to` is not given.
 
         Args:
-            refreshed_at: When the refresh was due.
-            run: The flow run.
+            refreshed_at: When the run was due.
+            run: The id of the flow run.
 
         Raises:
             ConfigurationError: As for `publishing`.
@@ -189,22 +190,19 @@ class Services:
         policy: RetryPolicy | None = None,
         publisher: Publisher | None = None,
     ) -> Pipeline:
-        """Everything that takes a job through all its stages.
+        """The pipeline that takes jobs through all stages.
 
         Args:
-            gate: What every request passes, with the run's ledger.
+            gate: Admits each request, and has the run's ledger.
             on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
-            policy: How patient the run is; how long a server is waited for is a setting.
-            publisher: What publishes, if it is to be done.
+            policy: How often a request is retried; the longest wait for a server is a setting.
+            publisher: Publishes the pictures; None to leave them in the archive.
 
         Raises:
             ConfigurationError: There is no key, or no archive.
         """
-        archive, outbox, credentials, settings = self.archive, self.outbox, self.credentials, self.settings
-
-        def open_client() -> SegmindClient:
-            return credentials.get_client(settings)
-
+        archive, outbox, settings = self.archive, self.outbox, self.settings
+        open_client = partial(self.credentials.get_client, settings)
         return Pipeline(
             reader=self.reader,
             uploads=self.uploads,
@@ -228,22 +226,23 @@ def outbox_folder(settings: SegmindSettings) -> Path:
     """The folder in which each archive has its outbox.
 
     Args:
-        settings: Which name it.
+        settings: The plugin's settings.
 
     Raises:
-        ConfigurationError: In a run of a deployment, the folder may not outlast it.
+        ConfigurationError: In a run of a deployment, the folder may not outlast the run.
     """
     return Path(lasting(str(settings.outbox_folder), f"{PREFIX}OUTBOX" if settings.outbox else "PREFECT_HOME"))
 
 
 def lasting(place: str, named: str) -> str:
-    """A place that is there when the run is over; a relative folder as an absolute one.
-
-    A worker may run a deployment in a folder that it deletes afterwards, with whatever lies there.
+    """Checks that a place outlasts the run. A worker may run a deployment in a folder that it deletes afterwards.
 
     Args:
         place: A bucket or a folder.
         named: The parameter or the variable that names it.
+
+    Returns:
+        The place; a relative folder as an absolute one.
 
     Raises:
         ConfigurationError: In a run of a deployment, the folder is relative or in one that Prefect deletes.
@@ -260,7 +259,7 @@ def lasting(place: str, named: str) -> str:
 
 
 def in_deployment() -> bool:
-    """Whether this is a run of a deployment, or within one."""
+    """Whether this is a run of a deployment, or inside one."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     return bool(run and run.deployment_id) or deployment.id is not None
@@ -284,20 +283,20 @@ def _s3_client(block: str | None, encryption: str | None, _environment: _Environ
 
 
 def _client_of(block: str) -> S3Client:
-    check_environment()  # Prefect's client reads it, and fails without a word of it
+    check_environment()  # Prefect's client reads it, and fails without naming it
     try:
         loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
         client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]
     except (ValueError, AttributeError, ImportError) as error:
         raise ConfigurationError(
-            f"PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK: {block!r} is no block with get_s3_client(), such as "
-            f"aws-credentials/prod ({type(error).__name__}: {error})"
+            f"PREFECT_INTEGRATIONS_SEGMIND_S3_BLOCK: {block!r} cannot be loaded as a block with get_s3_client(), such "
+            f"as aws-credentials/prod ({type(error).__name__}: {error})"
         ) from None
     return client
 
 
 @lru_cache(maxsize=32)
 def _archive(place: str, block: str | None, encryption: str | None, environment: _Environment) -> Archive:
-    """Kept from run to run, so that a store is asked once whether it honours conditional writes."""
+    """An archive, cached across runs, so that its store is probed for conditional writes only once."""
     client = _s3_client(block, encryption, environment) if is_s3(place) else None
     return Archive(open_store(place, client))

@@ -1,4 +1,4 @@
-"""How a task makes visible what fails: in the run's log and by events."""
+"""How a task reports what fails: in the run's log and by events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefect.logging import get_run_logger
-from prefect.runtime import task_run
 
 from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
 from prefect_segmind.limits.retry import holds_all
@@ -15,28 +14,20 @@ from prefect_segmind.reporting import events
 from prefect_segmind.tasks.interrupts import end_run_on_hangup
 from prefect_segmind.tasks.run_context import job_name
 
-STAGES = {
-    "validate_job": "validate",
-    "upload_image": "upload",
-    "generate_image": "generate",
-    "archive_image": "archive",
-    "publish_image": "publish",
-}
-"""The stage that a task is; an asset of a batch has them all in one task."""
-
 TOLD_AT_END = {"told_at_end": True}
-"""Marks a line of the log that a command shows again at its end, so that people read it once."""
+"""Marks a log line that a command repeats at its end, so that its terminal shows it only there."""
 
 
 @contextmanager
-def failures_reported(job: object, *, in_batch: bool = False) -> Iterator[None]:
-    """Makes what fails visible: a failed request is a WARNING in the run's log and an event, a failed job an event.
+def failures_reported(job: object, stage: str = "generate", *, in_batch: bool = False) -> Iterator[None]:
+    """Reports what fails inside: a failed request as a WARNING in the run's log and an event, a failed job as an event.
 
-    A task that works in the main thread of its run is also ended in order by a terminal that goes away.
+    It also has a terminal that goes away end a run in order, where the task works in the main thread of its run.
 
     Args:
-        job: The `Job`, `ValidatedJob` or whatever else has its name; or its fields as a mapping.
-        in_batch: Whether the batch says once for all its assets what concerns the account or the provider.
+        job: A `Job`, a `ValidatedJob` or another model with its name; or its fields as a mapping.
+        stage: The stage that failed, unless the error names one.
+        in_batch: Whether the batch itself reports, once for all its assets, what concerns the account or the provider.
     """
     end_run_on_hangup()
     try:
@@ -48,8 +39,7 @@ def failures_reported(job: object, *, in_batch: bool = False) -> Iterator[None]:
             events.attempt_failed(name, error)
         started = not isinstance(error, NotStartedError) or error.possibly_billed_usd
         if started and not (error.decision and error.decision.retry):
-            stage = error.stage or STAGES.get(str(task_run.task_name), "generate")
-            events.asset_failed(name, error, stage)
+            events.asset_failed(name, error, error.stage or stage)
             if isinstance(error, InsufficientCreditsError) and not in_batch:
                 events.credits_exhausted(error)
         raise
@@ -59,7 +49,7 @@ def _warn(name: str, error: SegmindError, in_batch: bool) -> None:
     assert error.decision is not None
     wait = error.decision.wait_seconds
     follows = f"next request in {wait:.1f} s" if wait is not None else "not sent again"
-    # In a batch the gate has said once for all that the rate is limited, or the provider overloaded.
+    # In a batch the gate has already logged, once for all, that the rate is limited or the provider overloaded.
     level = logging.INFO if in_batch and holds_all(error) and wait is not None else logging.WARNING
     get_run_logger().log(
         level,

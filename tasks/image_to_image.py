@@ -1,6 +1,6 @@
 """The tasks of one picture: validate, upload, generate, archive, and publish where that is asked for.
 
-They pass small records to each other, never pixels. Each logs what the person who watches should know.
+They pass small records to each other, never pixels. Each logs what it did and what that cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from prefect.runtime import flow_run
 
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.jobs.job import Job, parse_job
-from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
@@ -25,33 +24,31 @@ from prefect_segmind.services import Services
 from prefect_segmind.tasks.failures import failures_reported
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
 from prefect_segmind.tasks.run_context import (
+    open_pipeline,
     refreshed_at,
-    run_ledger,
     run_logger,
     run_name,
-    task_policy,
     this_run,
-    warn_once_without_conditional_writes,
     with_seed,
 )
 
 
 @task(task_run_name=run_name)
 def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = None) -> ValidatedJob:
-    """Checks a job and its source image, and settles seed, resolution, fingerprint and price. Nothing is paid.
+    """Checks a job and its source image, and fixes seed, resolution, fingerprint and price. Nothing is paid.
 
     Args:
         job: A `Job`, or its fields as a mapping.
-        credentials_block: Name of the block that names the API's address; a source on this machine is read only where
-            the API is on it too.
+        credentials_block: Name of the block with the API's address; the settings or the environment if left out. A
+            source at a loopback address is read only where the API has one too.
 
     Raises:
         InvalidJobError: Fields are wrong; the message has a line for each.
         SourceImageError: The source image cannot be used.
-        StoreError: The source lies in S3 and cannot be read.
+        StoreError: The source image in S3 cannot be read.
     """
     log, services = run_logger(), Services(credentials_block=credentials_block)
-    with failures_reported(job):
+    with failures_reported(job, "validate"):
         if not isinstance(job, Job):
             job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
         validated = validate(with_seed(job), services.reader, price_usd=services.settings.price_usd)
@@ -78,12 +75,12 @@ def upload_image(
         credentials_block: As for `validate_job`.
 
     Raises:
-        ConfigurationError: No place to upload to is set.
+        ConfigurationError: Neither `upload_to` nor its setting is given.
         SourceImageError: The source has changed since it was validated.
         StoreError: S3 refuses or does not answer.
     """
     log, services = run_logger(), Services(upload_to=upload_to, credentials_block=credentials_block)
-    with failures_reported(job):
+    with failures_reported(job, "upload"):
         uploaded = services.uploads.upload(job, services.reader)
     for warning in uploaded.warnings:
         log.warning(warning)
@@ -114,8 +111,8 @@ def generate_image(
     Args:
         job: The validated job.
         uploaded: Its source image.
-        archive: `s3://bucket/prefix` or a folder, which has the records of what is paid; the setting if left out.
-        upload_to: As for `upload_image`; it matters where uploads have a public address.
+        archive: `s3://bucket/prefix` or a folder, with the records of what is paid; the setting if left out.
+        upload_to: As for `upload_image`; needed where uploads have a public address.
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one, of this run or an earlier one,
             that may have been billed.
@@ -129,9 +126,7 @@ def generate_image(
     log = run_logger()
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
     with failures_reported(job):
-        pipeline = services.pipeline(Gate(ledger=run_ledger()), on_unknown=on_unknown, policy=task_policy())
-        warn_once_without_conditional_writes(services.archive)
-        generated = pipeline.generate(job, lambda: uploaded, this_run(), log)
+        generated = open_pipeline(services, on_unknown).generate(job, lambda: uploaded, this_run(), log)
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated
@@ -147,7 +142,7 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
     Raises:
         ArchiveError: The archive cannot be written. The picture is safe; the same job run again archives it unpaid.
     """
-    with failures_reported(generated):
+    with failures_reported(generated, "archive"):
         services = Services(archive=generated.archive)
         archived = Archiving(services.archive, services.outbox).archive_picture(generated, flow_run.id)
     events.asset_archived(archived)
@@ -157,7 +152,7 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
 
 @task(task_run_name=run_name)
 def publish_image(archived: ArchivedImage, publish_to: str, archive: str | None = None) -> ArchivedImage:
-    """Copies an archived picture to an address that stays, for a CDN or a CMS, unless a newer refresh is there.
+    """Copies an archived picture to a stable address, for a CDN or a CMS, unless a newer refresh has published there.
 
     Args:
         archived: The picture.
@@ -165,15 +160,15 @@ def publish_image(archived: ArchivedImage, publish_to: str, archive: str | None 
         archive: Where it is archived; the setting if left out.
 
     Returns:
-        The picture with where it is `published`.
+        The picture, with the address where it is `published`.
 
     Raises:
-        ConfigurationError: `publish_to` is no such place.
-        StoreError: The archive cannot be read, or the place cannot be written. The picture is archived; the same job
-            run again publishes it unpaid.
+        ConfigurationError: `publish_to` is neither.
+        StoreError: The archive cannot be read, or `publish_to` cannot be written. The picture is archived; the same
+            job run again publishes it unpaid.
     """
     services = Services(archive=archive, publish_to=publish_to)
-    with failures_reported(archived):
+    with failures_reported(archived, "publish"):
         publisher = services.publisher(refreshed_at(), flow_run.id)
         assert publisher is not None
         return publisher.publish(archived, services.archive, run_logger())

@@ -1,7 +1,7 @@
-"""Signals that end a run in order: what is in flight is archived, and the sums are told.
+"""Signals that end a run in order: what is in flight is archived, and the totals are reported.
 
 A terminal that goes away, with a dropped ssh for example, sends SIGHUP. It ends a run as SIGTERM does, unless it is
-ignored, as under `nohup`, or somebody else handles it.
+ignored, as under `nohup`, or has another handler.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from prefect.exceptions import TerminationSignal
 _HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 _terminals: set[int] = set()
-"""Those of the three standard streams that were terminals when the run began."""
+"""Which of the three standard streams were terminals when the run began."""
 
 
 def end_command_on_signals() -> None:
-    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does. Only the main thread may, elsewhere it does nothing."""
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does. Does nothing outside of the main thread."""
     with suppress(ValueError):
         signal.signal(signal.SIGTERM, _interrupt)
         _on_hangup(_interrupt)
@@ -30,15 +30,18 @@ def end_command_on_signals() -> None:
 def end_run_on_hangup() -> None:
     """Lets SIGHUP end the flow run of this process as SIGTERM does, which Prefect handles itself.
 
-    It stays so when the run is over; outside of a run SIGHUP then does what it did before. Only the main thread may,
-    elsewhere it does nothing.
+    The handler stays when the run is over; outside of a run SIGHUP then has its default effect. Does nothing outside
+    of the main thread.
     """
     with suppress(ValueError):
         _on_hangup(_terminate)
 
 
 def ended_by(error: BaseException) -> str | None:
-    """What has interrupted a run: Ctrl-C or the name of a signal; None if the error is no interrupt.
+    """What has interrupted a run: Ctrl-C or the name of a signal; None if the error is not an interrupt.
+
+    Args:
+        error: The exception that ended the run.
 
     Example:
         >>> ended_by(KeyboardInterrupt()), ended_by(KeyboardInterrupt("SIGHUP")), ended_by(ValueError())
@@ -73,7 +76,7 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
 
 
 def _hung_up() -> None:
-    """Makes the rest of a run deaf to what follows a hang-up: the same signal again, and errors of a dead terminal."""
+    """Ignores what follows a hang-up: the same signal again, and errors of a terminal that is gone."""
     assert _HANGUP is not None
     signal.signal(_HANGUP, signal.SIG_IGN)  # the shell and the system each send it
     dead = {each for each in _terminals if not os.isatty(each)}

@@ -1,4 +1,4 @@
-"""The task of batches: an asset from its check to the archive in one task run, the same stages as the four tasks."""
+"""One task run for one asset, from validation to publishing: the same stages as the single tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from prefect.tasks import Task
 from prefect_segmind.archive.record import OnUnknown
 from prefect_segmind.errors import NotStartedError
 from prefect_segmind.jobs.job import Job, parse_job
-from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
@@ -24,16 +23,7 @@ from prefect_segmind.reporting import events
 from prefect_segmind.services import Services
 from prefect_segmind.tasks.failures import failures_reported
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided, retry_in_batch_if_decided
-from prefect_segmind.tasks.run_context import (
-    refreshed_at,
-    run_ledger,
-    run_logger,
-    run_name,
-    task_policy,
-    this_run,
-    warn_once_without_conditional_writes,
-    with_seed,
-)
+from prefect_segmind.tasks.run_context import open_pipeline, run_logger, run_name, this_run, with_seed
 
 
 @task(
@@ -52,39 +42,35 @@ def produce_asset(
     on_unknown: OnUnknown = "repay",
     publish_to: str | None = None,
 ) -> ArchivedImage:
-    """Checks, uploads, generates, archives and publishes one asset, in one task run; see the single tasks for each.
+    """Validates, uploads, generates, archives and publishes one asset in one task run.
 
     Args:
-        job: A `Job`, its fields as a mapping, or a job that is validated already.
+        job: A `Job`, its fields as a mapping, or a validated job.
         archive: `s3://bucket/prefix` or a folder; the setting if left out.
         upload_to: `s3://bucket/prefix`; the setting if left out.
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one that may have been billed.
-        publish_to: Where the picture is published, if it is to be.
+        publish_to: `s3://bucket/live`, a folder or a pattern; not published if left out.
 
     Raises:
-        SegmindError: In one of its classes; its `stage` says where.
+        SegmindError: In one of its classes; its `stage` is the stage that failed.
     """
     services = Services(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
     with failures_reported(job):
-        pipeline = services.pipeline(
-            Gate(ledger=run_ledger()),
-            on_unknown=on_unknown,
-            policy=task_policy(),
-            publisher=services.publisher(refreshed_at(), flow_run.id),
-        )
-        warn_once_without_conditional_writes(services.archive)
-        return _produce(job, pipeline, services.settings.allow_unlisted_resolution)
+        pipeline = open_pipeline(services, on_unknown)
+        if isinstance(job, Mapping):
+            job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
+        return _produce(job, pipeline)
 
 
 def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | ValidatedJob], ArchivedImage]:
-    """The task that produces the assets of a batch with what they share.
+    """The task that produces the assets of a batch over their common pipeline.
 
     Args:
-        pipeline: What they share: S3, uploads, the gate of their requests, the ledger.
-        policy: How patient it is.
+        pipeline: The batch's, with one gate and one ledger for all assets.
+        policy: How often a failed request is retried.
     """
 
     @task(
@@ -97,24 +83,20 @@ def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | Valida
         persist_result=False,
     )
     def produce_asset_of_batch(job: Job | ValidatedJob) -> ArchivedImage:
-        """Checks, uploads, generates, archives and publishes one asset of a batch."""
+        """Validates, uploads, generates, archives and publishes one asset of a batch."""
         try:
             with failures_reported(job, in_batch=True):
                 return _produce(job, pipeline)
         except NotStartedError as stopped:
             if stopped.possibly_billed_usd:
                 raise
-            return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # nothing of it has failed
+            return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # it has not failed
 
     return produce_asset_of_batch
 
 
-def _produce(
-    job: Job | ValidatedJob | Mapping[str, Any], pipeline: Pipeline, allow_unlisted_resolution: bool = False
-) -> ArchivedImage:
+def _produce(job: Job | ValidatedJob, pipeline: Pipeline) -> ArchivedImage:
     log = run_logger()
-    if isinstance(job, Mapping):
-        job = parse_job(job, allow_unlisted_resolution=allow_unlisted_resolution)
     if isinstance(job, Job):
         job = with_seed(job)  # a retry is for the same picture
     archived = pipeline.produce(job, this_run(), log, flow_run_id=flow_run.id, unpublished=events.asset_archived)

@@ -1,4 +1,4 @@
-"""What a task knows of the run that it is in: who it is, in which try of which flow run, and the run's ledger."""
+"""What a task knows of its run: its id, the flow runs around it and their tries, and the run's ledger and logger."""
 
 from __future__ import annotations
 
@@ -11,50 +11,64 @@ from typing import NamedTuple, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
-from prefect.runtime import task_run
+from prefect.runtime import flow_run, task_run
 
 from prefect_segmind.archive.archive import Archive
-from prefect_segmind.archive.record import FlowRuns, Run
+from prefect_segmind.archive.record import FlowRuns, OnUnknown, Run
 from prefect_segmind.jobs.job import Job, name_from_image
+from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Reporters
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import with_drawn_seed
+from prefect_segmind.services import Services
 
 _warned_of: set[str] = set()
-"""Archives of which this process has said that they ignore conditional writes."""
+"""Archives for which this process has logged that they ignore conditional writes."""
 
 
 def run_name() -> str:
-    """`validate hero/summer`: the task and the job it works on."""
+    """The name of a task run: its task and its job, as in `validate hero/summer`."""
     first = next(iter(task_run.parameters.values()), None)
     return f"{str(task_run.task_name).partition('_')[0]} {job_name(first)}"
 
 
 def job_name(job: object) -> str:
-    """The name of a job that is a model, or fields that may be wrong."""
+    """The name of a job.
+
+    Args:
+        job: A `Job`, a `ValidatedJob` or another model with its name; or its fields as a mapping, which may be wrong.
+    """
     if isinstance(job, Mapping):
         return str(job.get("name") or name_from_image(str(job.get("image"))))
     return str(getattr(job, "name", ""))
 
 
+def current_flow_run() -> FlowRun | None:
+    """The flow run of this code; None outside of a flow run."""
+    context = FlowRunContext.get()
+    return context.flow_run if context else None
+
+
 def this_run() -> Run:
-    """The task run, which stays the same in its retries, and the flow run that it is in."""
+    """The task run, whose id stays the same in its retries, with the flow runs around it."""
     context = TaskRunContext.get()
-    return Run(str(context.task_run.id) if context else uuid4().hex, flow_runs())
+    return Run(str(context.task_run.id) if context else uuid4().hex, flow_call().runs)
 
 
 def run_logger() -> logging.Logger:
-    """Prefect's logger of the run: an adapter, which has all of a logger that library code uses."""
+    """Prefect's logger of the run: an adapter with every method of a logger that library code uses."""
     return cast(logging.Logger, get_run_logger())
 
 
 def run_ledger() -> Ledger:
-    """The ledger of the flow run that a task is in: one for all its tasks and, in this process, for all its tries."""
-    run = this_run()
-    call, tries = flow_call() or run.id, run.flow_runs
-    # All that the last flow run calls that is in a later try share what the earlier ones have sent.
+    """The ledger of the flow run: one for all its tasks and, in this process, for all its tries."""
+    tries, call = flow_call()
+    call = call or this_run().id
+    # Flow runs called by one that is in a later try share who reports what its earlier tries have sent.
     again = tries[: max((depth for depth, (_, number) in enumerate(tries, 1) if number > 1), default=0)]
     with _opening:
         reporters = _reporters.setdefault(again, {}) if again else {}
@@ -70,50 +84,41 @@ def run_ledger() -> Ledger:
 
 
 LEDGERS = 64
-"""Flow runs whose ledgers are kept, for another try."""
+"""Flow runs whose ledgers are kept for another try."""
 _ledgers: dict[str, tuple[FlowRuns, Ledger]] = {}
 _reporters: dict[FlowRuns, Reporters] = {}
 _opening = threading.Lock()
 
 
-def flow_runs() -> FlowRuns:
-    """The flow run that a task is in, and those around it: by them is counted what was sent and paid.
+class FlowCall(NamedTuple):
+    """Which call of a flow a task belongs to.
 
-    The id of a flow run stays when it is retried or run again; that of one inside another does not, when it is the
-    outer one that is retried.
+    Attributes:
+        runs: The flow run and those around it, the outermost first, each with the number of its try. Requests and
+            payments are counted by them: the id of a flow run stays when it is retried or run again, but that of one
+            inside another changes when the outer one is retried.
+        key: The same in all tries of the flow run and of those around it: its id or, inside another flow run, the
+            outermost one's id and which of the calls made there it is. Empty outside of a flow run.
     """
-    return _place().flow_runs
+
+    runs: FlowRuns = ()
+    key: str = ""
 
 
-def flow_call() -> str:
-    """What names the flow run that a task is in, the same in all its tries and in those of the flow runs around it.
-
-    That is its id, or where it is inside another, the outermost one's and which of the calls made there it is.
-    """
-    return _place().call
-
-
-class _Place(NamedTuple):
-    """Where a task is: `flow_runs` and `flow_call` say what."""
-
-    flow_runs: FlowRuns
-    call: str
-
-
-def _place() -> _Place:
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
+def flow_call() -> FlowCall:
+    """The call of a flow that this code belongs to."""
+    run = current_flow_run()
     if run is None:
-        return _Place((), "")
+        return FlowCall()
     inner = str(run.id), run.run_count
-    around, call = _around(run.parent_task_run_id, inner)
-    return _Place((*around, inner), call or inner[0])
+    around = _calls_around(run.parent_task_run_id, inner)
+    return FlowCall((*around.runs, inner), around.key or inner[0])
 
 
 @lru_cache(maxsize=256)
-def _around(parent: UUID | None, _inner: tuple[str, int]) -> _Place:
-    """The flow runs around one, which are read once for each of its tries, and which call it is; nothing for none."""
-    found, calls = _Place((), ""), ""
+def _calls_around(parent: UUID | None, _inner: tuple[str, int]) -> FlowCall:
+    """The flow runs around one and the key of its call, read once for each of its tries; empty if there are none."""
+    found, calls = FlowCall(), ""
     try:
         with get_client(sync_client=True) as client:
             while parent is not None:
@@ -122,10 +127,12 @@ def _around(parent: UUID | None, _inner: tuple[str, int]) -> _Place:
                     break
                 outer = client.read_flow_run(called.flow_run_id)
                 calls = f" {called.task_key} {called.dynamic_key}{calls}"
-                found = _Place(((str(outer.id), outer.run_count), *found.flow_runs), f"{outer.id}{calls}")
+                found = FlowCall(((str(outer.id), outer.run_count), *found.runs), f"{outer.id}{calls}")
                 parent = outer.parent_task_run_id
-    except Exception as error:  # noqa: BLE001 - whatever ails the server, the run itself is known
-        get_run_logger().warning("the flow runs around this one are not known, nor what they have sent: %s", error)
+    except Exception as error:  # noqa: BLE001 - whatever fails on the server, the run itself is known
+        get_run_logger().warning(
+            "cannot read the flow runs around this one; what their earlier tries sent is not counted: %s", error
+        )
     return found
 
 
@@ -136,7 +143,11 @@ DRAWN = 10_000
 
 
 def with_seed(job: Job) -> Job:
-    """The job with a random seed drawn: the same in each try of a flow run, another for each task that asks for it."""
+    """The job with its random seed drawn: the same in each try of a flow run, but another for each task of one try.
+
+    Args:
+        job: The job; one whose seed is not random is returned as it is.
+    """
     if job.seed != "random":
         return job
     run, runs = this_run()
@@ -148,24 +159,36 @@ def with_seed(job: Job) -> Job:
             asking.append(run)
         if len(_drawn) > DRAWN:
             del _drawn[next(iter(_drawn))]
-        return with_drawn_seed(job, f"{flow_call()} {asking.index(run)}")
+        return with_drawn_seed(job, f"{flow_call().key} {asking.index(run)}")
 
 
 def refreshed_at() -> datetime:
-    """When the refresh that a run is was due: what decides which of two runs publishes the newer picture."""
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
+    """When the flow run was due, which decides which of two runs publishes the newer picture."""
+    run = current_flow_run()
     return (run and (run.expected_start_time or run.created)) or datetime.now(UTC)
 
 
-def task_policy() -> RetryPolicy:
-    """How patient a task is: as many retries as it has in Prefect."""
+def open_pipeline(services: Services, on_unknown: OnUnknown) -> Pipeline:
+    """The pipeline of one task: with a gate of its own, the run's ledger, and as many retries as the task has.
+
+    Args:
+        services: The services of the task.
+        on_unknown: Whether to send another request after one that may have been billed.
+
+    Raises:
+        ConfigurationError: There is no key or no archive, or no such place to publish to.
+    """
     context = TaskRunContext.get()
-    return RetryPolicy(retries=context.task.retries) if context else RetryPolicy()
+    policy = RetryPolicy(retries=context.task.retries) if context else RetryPolicy()
+    publisher = services.publisher(refreshed_at(), flow_run.id)
+    gate = Gate(ledger=run_ledger())
+    pipeline = services.pipeline(gate, on_unknown=on_unknown, policy=policy, publisher=publisher)
+    warn_once_without_conditional_writes(services.archive)
+    return pipeline
 
 
 def warn_once_without_conditional_writes(archive: Archive) -> None:
-    """Says once for each archive that it ignores conditional writes, if it does."""
+    """Logs, once for each archive, that it ignores conditional writes, if it does."""
     if not archive.store.conditional and archive.url not in _warned_of:
         _warned_of.add(archive.url)
         get_run_logger().info(

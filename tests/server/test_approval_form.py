@@ -302,7 +302,10 @@ def test_the_setting_counts_where_the_flow_names_none(
 
 def test_where_nobody_could_answer_it_says_so_at_once(sandbox: Sandbox, manifest: str) -> None:
     question = Question("x", _plan(), Decimal(0), (), ())
-    with temporary_settings({PREFECT_API_URL: None}), pytest.raises(ConfigurationError, match="no Prefect server"):
+    with (
+        temporary_settings({PREFECT_API_URL: None}),
+        pytest.raises(ConfigurationError, match="without a Prefect server"),
+    ):
         approval_form._ask_in_prefect(question, Services())
 
 

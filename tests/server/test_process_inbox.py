@@ -208,7 +208,7 @@ def test_a_memory_that_cannot_be_kept_is_a_warning(
 
     monkeypatch.setattr(Memory, "keep", refuse)
     assert visit(inbox).generated == 2
-    assert "what this visit has seen is not remembered: no room" in caplog.text
+    assert "cannot keep what this visit has seen for the next one: no room" in caplog.text
 
 
 def test_the_page_of_a_visit_tells_why_a_file_stays_and_its_name_the_season(sandbox: Sandbox, inbox: Path) -> None:

@@ -307,7 +307,9 @@ class TestS3:
         NoS3().save(saved := f"prod-{uuid4()}", _sync=True)  # type: ignore[call-arg]
         name = name.format(saved=saved)
         monkeypatch.setenv(f"{PREFIX}S3_BLOCK", name)
-        with pytest.raises(errors.ConfigurationError, match=f"{PREFIX}S3_BLOCK: '{name}' is no block with") as caught:
+        with pytest.raises(
+            errors.ConfigurationError, match=f"{PREFIX}S3_BLOCK: '{name}' cannot be loaded as a block with"
+        ) as caught:
             _ = Services().s3
         assert "aws-credentials/prod" in str(caught.value)
 
