@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal --durations 10
 # What `make test-quick` runs; with QUICK="not slow" also the many cases of each flow, as on the second Python of CI.
 QUICK ?= not slow and not many
-CORE := prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py
+CORE := prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/text.py
 
 .PHONY: demo test test-quick check clean
 demo: $(VENV)/.ready

@@ -31,8 +31,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The slow tests begin first, on all workers alike, so that nobody waits for them alone at the end.
 
-    Each worker of pytest-xdist begins with a part of the list of its own, one as long as the other.
+    Coverage is that of the unit tests alone: they reach what it asks for, and to trace the others costs minutes. Each
+    worker of pytest-xdist begins with a part of the list of its own, one as long as the other.
     """
+    for item in items:
+        if any(item.path.is_relative_to(Path(__file__).parent / each) for each in ("server", "release")):
+            item.add_marker(pytest.mark.no_cover)
     workers = int(getattr(config, "workerinput", {}).get("workercount", 1))
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = iter([item for item in items if not item.get_closest_marker("slow")])

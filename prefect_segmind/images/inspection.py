@@ -149,7 +149,7 @@ def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> So
             f"image: {label} has {width}×{height} pixels, and the model's side ratios end at 1:3 and 3:1; "
             "crop it, or set allow_extreme_ratio to let the model crop it"
         )
-    facts = _facts(image, data) | {"width": width, "height": height}
+    facts: dict[str, Any] = {**_facts(image, data), "width": width, "height": height}
     return SourceImage(**facts, changes=tuple(_changes(image, data, (width, height), orientation)))
 
 

@@ -51,6 +51,7 @@ from prefect_segmind.errors import InvalidJobError
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.manifest.templates import render
+from tests.support.patient import PatientTransport
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deployments"
@@ -312,7 +313,7 @@ def test_the_blocks_of_the_docs_are_yaml_and_their_entrypoint_is_a_flow() -> Non
 
 @pytest.fixture
 def api(prefect_server: None) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=str(PREFECT_API_URL.value()), timeout=60) as client:
+    with httpx.Client(base_url=str(PREFECT_API_URL.value()), timeout=60, transport=PatientTransport()) as client:
         yield client
 
 

@@ -31,12 +31,10 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
-from prefect_segmind import BatchError, BatchResult, Job, produce_asset, refresh_assets
+from prefect_segmind import BatchError, BatchResult, produce_asset, refresh_assets
 from prefect_segmind.batch import plan
 from prefect_segmind.batch import tally as batch_module
 from prefect_segmind.batch.approval import Reply
-from prefect_segmind.batch.plan import Plan
-from prefect_segmind.batch.tally import Tally
 from prefect_segmind.cli import output
 from prefect_segmind.cli.progress import Run
 from prefect_segmind.errors import (
@@ -46,18 +44,16 @@ from prefect_segmind.errors import (
     InsufficientCreditsError,
     InvalidKeyError,
     ManifestError,
-    NotStartedError,
     OverloadedError,
     RateLimitError,
     StoreError,
 )
 from prefect_segmind.flows import batch_run, dispatch
-from prefect_segmind.limits.ledger import Ledger, RequestId, Totals
+from prefect_segmind.limits.ledger import Totals
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.reporting.listener import heard_by
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
-from prefect_segmind.storage.spool import Spool
 from tests.support.answering import answering
 from tests.support.manifests import mugs, write_campaign
 from tests.support.waiting import until
@@ -633,42 +629,6 @@ def test_a_batch_recovers_what_was_answered_before_and_could_not_be_read_then(
     second = run(campaign(2))
     assert (second.recovered, second.generated, second.cost_usd) == (1, 1, Decimal("0.05"))
     assert sandbox.ledger.billed == 3
-
-
-def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: Path) -> None:
-    planned = Plan(total=3, generate=3, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
-    jobs = [Job(name=str(n), image="a.jpg", prompt="x") for n in range(3)]
-    with Spool(Job) as failed:
-        ledger = Ledger()
-        tally = Tally(planned, failed, ledger)
-        for each in jobs[:2]:
-            tally.start(each)
-        tally.end(jobs[0], NotStartedError("stopped"))
-        assert not tally.wait(0.0)
-        for price in (Decimal("0.05"), Decimal("0.04"), Decimal("0.03")):
-            ledger.reserve(price)
-        not_archived, between_two = Totals(1, cost_usd=Decimal("0.04")), Totals(1, possibly_billed_usd=Decimal("0.03"))
-        for outcome in (not_archived, between_two):
-            request = RequestId("a run", datetime.now(UTC))
-            ledger.settle(outcome.cost_usd + outcome.possibly_billed_usd, "a picture", request, outcome)
-        tally.close()
-        tally.end(jobs[1], NotStartedError("too late to be counted"))
-        result = tally.result()
-        assert [each.name for each in failed] == ["1"]
-    assert (result.failed, result.not_started) == (1, 2)
-    assert (result.cost_usd, result.possibly_billed_usd) == (Decimal("0.04"), Decimal("0.08"))
-
-
-def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
-    planned = Plan(total=1, generate=1, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
-    job = Job(name="a", image="a.jpg", prompt="x")
-    failed = Spool(Job)
-    failed.close()
-    tally = Tally(planned, failed, Ledger())
-    tally.start(job)
-    tally.end(job, StoreError("gone"))
-    assert tally.wait(0.0)
-    assert "missing from the manifest of failed jobs" in tally.result().failures[0].error
 
 
 def test_the_runs_defaults_win_over_the_manifests_and_give_way_to_an_assets(

@@ -282,3 +282,11 @@ def test_in_the_last_try_the_flows_inside_report_each_request_of_all_tries_once(
     everything = reduce(Totals.plus, flow.sent, Totals())
     assert reduce(Totals.plus, [each.totals for each in ledgers]) == everything
     assert reduce(Totals.plus, [each for batch in accounts for each in batch]) == everything
+
+
+def test_a_request_is_reported_by_one_task_run_and_by_none_where_it_is_unknown() -> None:
+    ledger, (past,) = Ledger(), carried("an earlier try")
+    ledger.carry("a picture", [past], "first")
+    ledger.carry("a picture", [past], "second")
+    assert [ledger.reports("a picture", past.request, run) for run in ("first", "second")] == [True, False]
+    assert not ledger.reports("another picture", past.request, "first")

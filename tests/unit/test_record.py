@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from prefect_segmind.api.picture import PaidPicture
-from prefect_segmind.archive.record import Attempt, Holder, Record, Run, Verdict, past_requests, verdict
+from prefect_segmind.archive.record import (
+    Attempt,
+    Holder,
+    Record,
+    Run,
+    Verdict,
+    answers_of_earlier_tries,
+    past_requests,
+    verdict,
+)
 from prefect_segmind.limits.ledger import Totals
 
 NOW = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
@@ -341,6 +350,21 @@ def test_earlier_tries_are_reported_by_the_next_one_and_what_they_had_taken_over
     )
     assert reported(AGAIN, attempts) == Totals(3, PRICE, 3 * PRICE)
     assert reported(AGAIN, attempts, charged_only=True) == Totals(3, PRICE, 2 * PRICE)
+
+
+def test_the_paid_answers_of_earlier_tries_are_known_with_whether_they_held_a_picture():
+    paid = {"flow_runs": FIRST, "cost_usd": PRICE}
+    attempts = (
+        sent("picture", False, **paid),
+        sent("html", False, reason="no picture", **paid),
+        sent("read later", False, reason="no picture", kept="there", **paid),
+        sent("rejected", False, flow_runs=FIRST),
+        sent("sibling", False, flow_runs=SECOND, cost_usd=PRICE),
+    )
+    held = [is_picture for _, is_picture in answers_of_earlier_tries(AGAIN, claimed(*attempts))]
+    assert held == [True, False, False]
+    done = claimed(*attempts).archived(PICTURE, "x.png", "x.json")
+    assert [is_picture for _, is_picture in answers_of_earlier_tries(AGAIN, done)] == [True, False, True]
 
 
 def test_a_request_of_an_earlier_try_without_an_outcome_is_charged_as_one_that_may_be_billed():
