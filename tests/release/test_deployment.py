@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -173,6 +174,11 @@ class Team:
 
         return self.until(look)
 
+    def accepts(self, run: str, answer: dict[str, Any]) -> bool:
+        """Answers the question of a run; whether the server takes it."""
+        found = self.api.post(f"/flow_runs/{run}/resume", json={"run_input": answer}).json()
+        return bool(found["status"] == "ACCEPT")
+
     def paused(self, run: str) -> None:
         self.until(lambda: self.state(run)["type"] == "PAUSED" or None)
 
@@ -302,7 +308,7 @@ def a_run_waits_for_an_answer_and_does_what_it_says(sandbox: Sandbox, team: Team
     shutil.copy(team.clone / "deployments" / "photos" / "bowl.jpg", team.clone / "deployments" / "inbox")
     batch = team.start("refresh-assets/scheduled", variables={"season": "winter"}, approve_above_usd=0.05)
     visit = team.start("process-inbox/every-15-minutes", approve_above_usd=0)
-    answers = {batch: {"answer": "trim", "up_to_usd": 0.10}, visit: {"answer": "go on"}}
+    answers: dict[str, dict[str, Any]] = {batch: {"answer": "trim", "up_to_usd": 0.10}, visit: {"answer": "go on"}}
     for run in answers:
         team.paused(run)
         assert not [
@@ -310,7 +316,8 @@ def a_run_waits_for_an_answer_and_does_what_it_says(sandbox: Sandbox, team: Team
         ]
         assert team.state(run)["name"] == "Suspended", "it keeps no place of the worker, nor of its deployment"
     for run, answer in answers.items():
-        assert team.api.post(f"/flow_runs/{run}/resume", json={"run_input": answer}).json()["status"] == "ACCEPT"
+        # Prefect stores the form after the state, and takes no answer until it is there.
+        waiting.until(partial(team.accepts, run, answer))
     for run in answers:
         team.completed(run)
     prompts = [each.prompt or "" for each in sandbox.ledger.requests]

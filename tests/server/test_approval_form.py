@@ -17,7 +17,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import Pause
+from prefect.exceptions import ObjectNotFound, Pause
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Pending
@@ -57,17 +57,22 @@ class Paused:
             return found
 
         self.id = until(paused)[0].id
+        # Prefect stores the form after the state; until it is there, the server takes no answer.
+        self.form = str(until(self._form))
 
-    @property
-    def form(self) -> str:
-        """What the person reads."""
+    def _form(self) -> str | None:
+        """What the person reads, once it is there."""
         found = self._client.read_flow_run(self.id).state
         assert found is not None
         keyset = found.state_details.run_input_keyset
         assert keyset is not None
-        return self._client.request(
-            "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
-        ).json()
+        try:
+            answer = self._client.request(
+                "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
+            )
+        except ObjectNotFound:
+            return None
+        return str(answer.json())
 
     def answer(self, **answer: Any) -> str:
         """Answers as the form does, and returns the server's word for it."""
