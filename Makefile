@@ -7,8 +7,9 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # Tests mostly wait for servers, so four at once suit two cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal --durations 10
-# What `make test-quick` runs; with QUICK="not slow" also the many cases of each flow, as on the second Python of CI.
+# What `make test-quick` runs; CI runs all but the slow tests once more on the second Python.
 QUICK ?= not slow and not many
+QUICK_TESTS ?= tests/unit prefect_segmind
 CORE := prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/text.py
 
 .PHONY: demo test test-quick check clean
@@ -20,9 +21,9 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100
 	$(BIN)/python -m coverage report --fail-under=92 --skip-covered
 
-# In less than a minute: no worker, wheel or whole command, and of each flow only some cases.
+# About a minute: no Prefect server, and none of the tests that try thousands of cases.
 test-quick: $(VENV)/.ready-dev
-	$(PYTEST) -m "$(QUICK)"
+	$(PYTEST) -m "$(QUICK)" $(QUICK_TESTS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

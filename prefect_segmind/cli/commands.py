@@ -22,6 +22,7 @@ from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.cli.arguments import money, number, pairs, typed
 from prefect_segmind.cli.check import CheckResult, all_checks
 from prefect_segmind.cli.ephemeral_server import shield_temporary_server
+from prefect_segmind.cli.listeners import BatchRun, Run, live
 from prefect_segmind.cli.output import (
     BAD_INPUT,
     DONE,
@@ -37,7 +38,6 @@ from prefect_segmind.cli.output import (
     print_json,
     show_failure,
 )
-from prefect_segmind.cli.progress import BatchRun, Run, live
 from prefect_segmind.cli.streams import unreadable
 from prefect_segmind.cli.terminal import people, print_facts
 from prefect_segmind.errors import InputError

@@ -20,7 +20,7 @@ from rich.console import Console
 from prefect_segmind.batch.plan import Plan, PlannedJob
 from prefect_segmind.batch.tally import BatchError, BatchResult, Progress, planned
 from prefect_segmind.cli import commands, output
-from prefect_segmind.cli.progress import BatchRun
+from prefect_segmind.cli.listeners import BatchRun
 from prefect_segmind.flows import refresh_assets
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.reporting import artifacts

@@ -39,7 +39,7 @@ from prefect_segmind import (
 from prefect_segmind.api import client
 from prefect_segmind.archive.record import Attempt, Record
 from prefect_segmind.batch import approval
-from prefect_segmind.cli.progress import Run
+from prefect_segmind.cli.listeners import Run
 from prefect_segmind.errors import (
     BadGatewayError,
     OutcomeUnknownError,

@@ -36,7 +36,7 @@ from prefect_segmind.batch import plan
 from prefect_segmind.batch import tally as batch_module
 from prefect_segmind.batch.approval import Reply
 from prefect_segmind.cli import output
-from prefect_segmind.cli.progress import Run
+from prefect_segmind.cli.listeners import Run
 from prefect_segmind.errors import (
     BadGatewayError,
     BudgetReachedError,
