@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -17,7 +18,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound, Pause
+from prefect.exceptions import Pause, PrefectHTTPStatusError
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Pending
@@ -57,22 +58,24 @@ class Paused:
             return found
 
         self.id = until(paused)[0].id
-        # Prefect stores the form after the state; until it is there, the server takes no answer.
-        self.form = str(until(self._form))
+        self.form = ""
 
-    def _form(self) -> str | None:
-        """What the person reads, once it is there."""
+    def wait_for_form(self) -> None:
+        """Prefect stores the form after the state; until it is there, the server takes no answer."""
+        self.form = until(self._form)
+
+    def _form(self) -> str:
+        """What the person reads; empty until it is there."""
         found = self._client.read_flow_run(self.id).state
         assert found is not None
         keyset = found.state_details.run_input_keyset
         assert keyset is not None
         try:
-            answer = self._client.request(
-                "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
-            )
-        except ObjectNotFound:
-            return None
-        return str(answer.json())
+            return str(json.loads(self._client.read_flow_run_input(self.id, keyset["description"])))
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 404:
+                raise
+            return ""
 
     def answer(self, **answer: Any) -> str:
         """Answers as the form does, and returns the server's word for it."""
@@ -83,8 +86,7 @@ class Paused:
 
     def end(self) -> None:
         """Ends a run that a failed test has left behind."""
-        if not self._ended.done():
-            self.answer(answer="stop")
+        until(lambda: self._ended.done() or self.answer(answer="stop") == "ACCEPT")
 
     def ended(self) -> State[BatchResult]:
         return self._ended.result(60)
@@ -99,6 +101,7 @@ def paused(manifest: str, own_tag: str) -> Iterator[Callable[..., Paused]]:
             refresh: Callable[[], Any] = partial(refresh_assets, manifest, return_state=True, **parameters)
             ended = pool.submit(copy_context().run, refresh)
             runs.append(Paused(client, ended, own_tag))
+            runs[-1].wait_for_form()
             return runs[-1]
 
         try:
