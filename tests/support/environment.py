@@ -31,8 +31,7 @@ def installed() -> Path:
     def install(place: Path) -> None:
         wheel = next(built().glob("*.whl"))
         venv.create(place, with_pip=True)
-        command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
-        command.append("--disable-pip-version-check")
+        command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*command, f"{wheel}[sandbox]"], check=True, cwd=place)
 
     return _once("installed", install)
