@@ -292,7 +292,7 @@ def test_a_rate_limit_holds_all_back_and_none_fails(
 def test_an_overloaded_provider_is_waited_for_by_all_and_leaves_the_budget_whole(
     sandbox: Sandbox, campaign: Callable[..., str], caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
-    sandbox.play(*[Answer(status=status, reset_in=2)] * 6)
+    sandbox.play(*[Answer(status=status, reset_in=2, delay=1.0)] * 6)  # all are sent before the first answer
     result = run(campaign(6), budget_usd=Decimal("0.30"))
     assert (result.generated, result.cost_usd, result.possibly_billed_usd) == (6, Decimal("0.30"), 0)
     answered = sandbox.ledger.requests

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from io import BytesIO
@@ -143,10 +144,10 @@ except OutboxError as error:
     ) -> None:
         received(outbox)
 
-        def refuse(_: Path) -> list[str]:  # as for anybody but root
+        def refuse(_: Path) -> Iterator[Path]:  # as for anybody but root
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr("prefect_segmind.archive.outbox.os.listdir", refuse)
+        monkeypatch.setattr(Path, "iterdir", refuse)
         with pytest.raises(OutboxError, match="it cannot be read: Permission denied; nothing was paid"):
             found(outbox)
         outbox.remove(PRINT)
