@@ -334,16 +334,21 @@ def _lines(lines: Iterable[str]) -> Iterator[str]:
         yield from filter(None, re.split(r"(?<=\r)(?!\n)", line)) if "\r" in line else (line,)
 
 
+_NO_COLUMNS = "it is empty; its first line names the columns, image and prompt among them"
+
+
 def _csv(lines: Iterable[str], mistakes: Notes) -> Parsed:
     rest, start, delimiter = _lines(lines), [""], ""
     while not start[-1].strip():
         if (line := next(rest, None)) is None:
-            raise UnreadableManifest("it is empty; its first line names the columns, image and prompt among them")
+            raise UnreadableManifest(_NO_COLUMNS)
         if not delimiter and (found := _SEPARATOR.fullmatch(line)):
             line, delimiter = "\n", found[1].replace("\\t", "\t")
         start.append(line)
     records = _records(chain(start[1:], rest), delimiter or _delimiter(start[-1]))
-    where, cells = next(records)
+    if (head := next(records, None)) is None:
+        raise UnreadableManifest(_NO_COLUMNS)
+    where, cells = head
     columns = [str(spelled(cell)) for cell in cells]
     for column in filter(None, dict.fromkeys(columns)):
         if columns.count(column) > 1:

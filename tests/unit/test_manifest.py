@@ -1098,6 +1098,11 @@ def test_whatever_is_written_is_jobs_or_mistakes(head, assets):
         assert [parse_job(job.model_dump()) for job in made] == made
 
 
+@pytest.mark.parametrize("text", [",", ",,\n,\n", "sep=;\n;;\n"])
+def test_a_csv_of_separators_alone_is_empty(text: str) -> None:
+    assert mistake(text, "CSV").startswith("it is empty; its first line names the columns")
+
+
 @wide
 @given(st.text(max_size=200), st.sampled_from(["YAML", "JSON", "JSON Lines", "CSV"]))
 def test_any_text_at_all_is_jobs_or_mistakes(text, kind):
