@@ -28,7 +28,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Paused, Running, Suspended
 from pydantic import Field
 
-from prefect_segmind.batch.approval import Approved, Reply, apply_reply, must_ask
+from prefect_segmind.batch.approval import Approved, Reply, apply_reply, must_ask, within_budget
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, RunCancelledError, SegmindError
 from prefect_segmind.jobs.job import Job
@@ -93,7 +93,7 @@ def approve(
     if limit is None:
         return Approved(plan.budget_usd)
     if not must_ask(spent_usd + plan.planned_usd, limit, plan.budget_usd):
-        return Approved(limit if plan.budget_usd is None else min(limit, plan.budget_usd))
+        return Approved(within_budget(limit, plan.budget_usd))
     first = list(islice(entries, LOOKED_THROUGH))
     jobs = [each if isinstance(each, Job) else each.job for each in first]
     sources = list(dict.fromkeys(job.image for job in jobs))[:SHOWN_SOURCES]
@@ -123,7 +123,7 @@ def _ask_in_prefect(question: Question, services: Services) -> Reply:
         get_run_logger().warning(
             "the run may cost %s USD, more than the %s USD that need no approval: it waits until somebody answers "
             "(Resume in the UI), %s at most",
-            usd(plan.planned_usd if plan.budget_usd is None else min(plan.planned_usd, plan.budget_usd)),
+            usd(within_budget(plan.planned_usd, plan.budget_usd)),
             usd(question.above_usd),
             _duration(seconds),
         )

@@ -48,8 +48,21 @@ def must_ask(planned_usd: Decimal, above_usd: Decimal | None, budget_usd: Decima
         >>> must_ask(Decimal("12.50"), Decimal(5), None), must_ask(Decimal("12.50"), Decimal(5), Decimal(4))
         (True, False)
     """
-    may_cost = planned_usd if budget_usd is None else min(planned_usd, budget_usd)
-    return above_usd is not None and may_cost > above_usd
+    return above_usd is not None and within_budget(planned_usd, budget_usd) > above_usd
+
+
+def within_budget(amount_usd: Decimal, budget_usd: Decimal | None) -> Decimal:
+    """What of an amount a budget allows.
+
+    Args:
+        amount_usd: The amount.
+        budget_usd: The budget; None for none.
+
+    Example:
+        >>> within_budget(Decimal("0.25"), Decimal("0.10")), within_budget(Decimal("0.25"), None)
+        (Decimal('0.10'), Decimal('0.25'))
+    """
+    return amount_usd if budget_usd is None else min(amount_usd, budget_usd)
 
 
 def apply_reply(
@@ -78,7 +91,7 @@ def apply_reply(
         raise NotApprovedError("it was not approved: the answer was to stop; nothing was paid")
     if reply.answer == GO_ON:
         planned = spent_usd + 2 * planned_usd
-        return Approved(planned if budget_usd is None else min(planned, budget_usd))
+        return Approved(within_budget(planned, budget_usd))
     limit = above_usd if reply.up_to_usd is None else max(Decimal(0), reply.up_to_usd)
     if budget_usd is not None and budget_usd <= limit:
         return Approved(budget_usd)

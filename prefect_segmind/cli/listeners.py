@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from prefect_segmind.batch import tally
-from prefect_segmind.batch.approval import GO_ON, Reply, parse_reply
+from prefect_segmind.batch.approval import GO_ON, Reply, parse_reply, within_budget
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.cli.output import address_in_ui
 from prefect_segmind.cli.terminal import print_facts
@@ -131,7 +131,8 @@ class BatchRun(Run):
             | {"goes live": question.goes_live()}
             | {f"asset {name}": prompt for name, prompt in question.prompts},
         )
-        line = f"This run may cost {usd(question.plan.planned_usd)} USD. Continue? [yes/no/limit in USD]: "
+        may_cost = usd(within_budget(question.plan.planned_usd, question.plan.budget_usd))
+        line = f"This run may cost {may_cost} USD. Continue? [yes/no/limit in USD]: "
         answer = None
         while answer is None:
             answer = parse_reply(self._console.input(escape(line)))

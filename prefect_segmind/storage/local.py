@@ -69,9 +69,8 @@ class LocalStore:
         with disk_errors(f"cannot read {path}"):
             try:
                 with path.open("rb") as file:
-                    written = os.fstat(
-                        file.fileno()
-                    ).st_mtime  # of this content, even if another file gets the name now
+                    # Of this content, even if another file gets the name now.
+                    written = os.fstat(file.fileno()).st_mtime
                     data = file.read()
             except FileNotFoundError:
                 return None

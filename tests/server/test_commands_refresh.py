@@ -323,6 +323,14 @@ def test_a_person_is_asked_in_the_terminal_and_the_answer_counts(
         assert "not approved" in told["error"]
 
 
+def test_the_question_names_no_more_than_the_budget_allows(
+    sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Typing("no\n"))
+    *_, people = refresh(capsys, manifest, "--approve-above-usd", "0.05", "--budget-usd", "0.10")
+    assert "This run may cost 0.10 USD. Continue?" in people
+
+
 def test_yes_asks_nobody(sandbox: Sandbox, manifest: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, told, people = refresh(capsys, manifest, "--approve-above-usd", "0", "--yes")
     assert (code, told["generated"]) == (output.DONE, 3)

@@ -963,16 +963,25 @@ def down(*_: object, **__: object) -> None:
     raise DownloadError("the network is down")
 
 
-def test_a_link_that_works_again_is_followed_unpaid(
+def answered_while_the_network_is_down(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> tuple[ValidatedJob, UploadedImage]:
+    """A job that was paid for and answered by a link, which led nowhere."""
     monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
-    asked, real = up_to_upload(photo), vars(client)["download"]
+    asked = up_to_upload(photo)
     with monkeypatch.context() as network:
         network.setattr("prefect_segmind.api.client.download", down)
         sandbox.play(Answer(kind="json_url"))
         with pytest.raises(ResultLinkError, match="the network is down"):
             generate(*asked)
+    return asked
+
+
+def test_a_link_that_works_again_is_followed_unpaid(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = vars(client)["download"]
+    answered_while_the_network_is_down(sandbox, photo, monkeypatch)
     (kept,) = kept_answers()
     assert "/v1/results/" in kept.read_text()
     assert vars(client)["download"] is real
@@ -985,13 +994,8 @@ def test_two_runs_that_read_one_kept_answer_at_once_pay_for_nothing(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A link may work but once: the one that gets nothing from it looks where the other has put the picture."""
-    monkeypatch.setattr("prefect_segmind.api.client._LINK_WAITS", ())
-    asked, real = up_to_upload(photo), vars(client)["download"]
-    with monkeypatch.context() as network:
-        network.setattr("prefect_segmind.api.client.download", down)
-        sandbox.play(Answer(kind="json_url"))
-        with pytest.raises(ResultLinkError):
-            generate(*asked)
+    real = vars(client)["download"]
+    asked = answered_while_the_network_is_down(sandbox, photo, monkeypatch)
     both, followed = threading.Barrier(2), threading.Event()
 
     def once(*arguments: Any, **more: Any) -> object:
