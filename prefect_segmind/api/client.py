@@ -30,6 +30,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.images.inspection import BrokenPicture, Picture, read_picture
 from prefect_segmind.money import LIST_PRICE_USD
+from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 
@@ -359,9 +360,8 @@ def _shown(broken: BrokenPicture, data: bytes, key: str) -> str:
 
 
 def _unwritable(part: Path, error: OSError) -> OutboxError:
-    why = error.strerror or error
     return OutboxError(
-        f"outbox: the answered picture could not be written to {part.parent}: {why} (free space there)",
+        f"outbox: the answered picture could not be written to {part.parent}: {reason(error)} (free space there)",
         status=200,
         possibly_billed=True,
     )

@@ -22,6 +22,7 @@ from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreacha
 from prefect_segmind.money import usd
 from prefect_segmind.services import Services, outbox_folder
 from prefect_segmind.settings import PREFIX, load_settings
+from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http_environment import check_environment, proxy_for, ssl_context
 from prefect_segmind.storage.open_store import is_relative, open_store
 from prefect_segmind.storage.store import Store
@@ -177,7 +178,7 @@ def _server() -> CheckResult:
         prefect = get_client(sync_client=True)
     except OSError as error:
         raise ConfigurationError(
-            f"PREFECT_API_SSL_CERT_FILE: {PREFECT_API_SSL_CERT_FILE.value()} cannot be used ({error.strerror or error})"
+            f"PREFECT_API_SSL_CERT_FILE: {PREFECT_API_SSL_CERT_FILE.value()} cannot be used ({reason(error)})"
         ) from None
     with prefect as client:
         if failed := client.api_healthcheck():

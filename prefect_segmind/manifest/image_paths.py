@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, SegmindError, StoreError, writable
 from prefect_segmind.jobs.job import LONGEST_NAME, name_from_image
 from prefect_segmind.manifest.model import FoundImage
+from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.open_store import is_s3
 from prefect_segmind.storage.paths import found_path, is_there, missing, on_windows
 from prefect_segmind.text import composed, spellings
@@ -180,7 +181,7 @@ def _in_folder(fixed: Path, pattern: str, skipped: list[str]) -> list[tuple[str,
     def skip(error: OSError) -> None:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             return
-        what = f"cannot list {error.filename}: {error.strerror or error}; check its owner and mode"
+        what = f"cannot list {error.filename}: {reason(error)}; check its owner and mode"
         if Path(error.filename) == fixed:
             raise StoreError(what) from error
         skipped.append(f"{what}; its contents are skipped")

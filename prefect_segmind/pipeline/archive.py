@@ -19,6 +19,7 @@ from prefect_segmind.errors import ArchiveError, PreconditionFailedError, Segmin
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.sidecar import sidecar
+from prefect_segmind.storage.disk_errors import reason
 
 
 class ArchivedImage(BaseModel):
@@ -117,7 +118,7 @@ class Archiving:
         except FileNotFoundError:
             return self._reuse(generated, flow_run_id)  # another run of the same job has archived it meanwhile
         except OSError as error:
-            raise StoreError(f"outbox: {path} cannot be read: {error.strerror}") from error
+            raise StoreError(f"outbox: {path} cannot be read: {reason(error)}") from error
         if hashlib.sha256(data).hexdigest() != picture.sha256:
             raise StoreError(f"outbox: {path} is no longer the picture that was paid for")
         image = self.archive.put_picture(generated.name, fingerprint, picture, data)

@@ -18,6 +18,7 @@ from prefect_segmind.sandbox.drawing.picture import make_picture, sample_photo
 from prefect_segmind.sandbox.s3 import REGION, S3Server
 from prefect_segmind.sandbox.script import Answer, Script
 from prefect_segmind.sandbox.server import SandboxApi
+from prefect_segmind.storage.disk_errors import reason
 
 __all__ = ["Answer", "Sandbox", "Script", "make_picture", "sample_photo"]
 
@@ -139,7 +140,7 @@ class Sandbox:
             listener.bind(("127.0.0.1", self._port))
         except OSError as error:
             listener.close()
-            raise ConfigurationError(f"the sandbox cannot listen on port {self._port}: {error.strerror}") from None
+            raise ConfigurationError(f"the sandbox cannot listen on port {self._port}: {reason(error)}") from None
         # uvicorn logs scripted cuts as errors; `critical` and no log configuration keep them off the terminal.
         config = uvicorn.Config(
             self._api.app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",

@@ -17,6 +17,7 @@ from urllib.request import getproxies
 import httpx
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.storage.disk_errors import reason
 
 
 def check_environment() -> None:
@@ -73,7 +74,7 @@ def _ssl_context(file: str | None, folder: str | None) -> ssl.SSLContext:
     except OSError as error:  # ssl.SSLError is one
         name, value = ("SSL_CERT_FILE", file) if file else ("SSL_CERT_DIR", folder)
         raise ConfigurationError(
-            f"{name}: the certificates in {value} cannot be used ({error.strerror or error}); name a PEM file that can "
+            f"{name}: the certificates in {value} cannot be used ({reason(error)}); name a PEM file that can "
             "be read, or unset the variable"
         ) from None
 

@@ -21,6 +21,7 @@ from prefect_segmind.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from prefect_segmind.storage.disk_errors import reason
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -175,7 +176,7 @@ def _failure(error: Exception) -> tuple[type[SegmindError], str]:
         what = f"a file or program of the AWS configuration cannot be used ({name}: {error.filename})"
         return StoreCredentialsError, f"{what}; {_RENEW}"
     if isinstance(error, OSError):
-        return StoreError, f"this machine failed ({name}: {error.strerror or error}); check its disk and memory"
+        return StoreError, f"this machine failed ({name}: {reason(error)}); check its disk and memory"
     if isinstance(error, _NO_CREDENTIALS) or type(error) is RuntimeError:  # botocore's for "refreshed, still expired"
         detail = f": {error}" if isinstance(error, (aws.ProfileNotFound, aws.PartialCredentialsError)) else ""
         return StoreCredentialsError, f"there are no usable S3 credentials ({name}{detail}); {_RENEW}"
