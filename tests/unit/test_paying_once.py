@@ -58,6 +58,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.http import DownloadError
+from prefect_segmind.storage.store import StoredObject
 from tests.support.logs import listening
 from tests.support.moto_server import moto_server
 from tests.support.waiting import until
@@ -477,12 +478,13 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request
 ) -> None:
     job, uploaded = up_to_upload(photo)
 
-    def interrupted(*_: object) -> None:
+    def interrupted(self: client.SegmindClient, request: Any, part: Path, before_sending: Callable[[], None]) -> None:
+        before_sending()
         raise KeyboardInterrupt
 
     ledger = Ledger()
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.api.client.SegmindClient.generate", interrupted)
+        now.setattr(client.SegmindClient, "generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(job, uploaded, ledger=ledger)
     assert ledger.totals == Totals(1, possibly_billed_usd=Decimal("0.05"))
@@ -561,9 +563,9 @@ def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, mon
         elsewhere.setattr(leases, "host_id", lambda: "another host")
         claimed = leases.claim(archive, None, job.fingerprint, Run("their run"))
     assert claimed is not None
-    claimed.release()
+    leases._claims.clear()
     assert leases.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
-    monkeypatch.setattr(leases, "LEASE_SECONDS", -1.0)
+    monkeypatch.setattr(StoredObject, "age", 61.0)
     assert not leases.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
     assert generate(job, uploaded).possibly_billed_usd == Decimal("0.05")
 
@@ -728,15 +730,15 @@ def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, uploaded = billed_502(sandbox, photo)
-    archive, write = Services().archive, leases.Claim.write
+    archive, begin_request = Services().archive, leases.Claim.begin_request
     lapsed = leases.held_claim(archive, job.fingerprint)
 
-    def late(self: leases.Claim, change: Callable[[Record], Record]) -> Record:
+    def late(self: leases.Claim, holder: Holder) -> None:
         if self is lapsed:
             self.release()
-        return write(self, change)
+        begin_request(self, holder)
 
-    monkeypatch.setattr(leases.Claim, "write", late)
+    monkeypatch.setattr(leases.Claim, "begin_request", late)
     generated = generate(job, uploaded, run="one")
     assert (generated.requests_sent, generated.possibly_billed_usd) == (2, Decimal("0.05"))
     held = leases.held_claim(archive, job.fingerprint)
