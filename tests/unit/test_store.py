@@ -351,6 +351,37 @@ def test_locks_and_unfinished_files_are_no_objects(tmp_path: Path) -> None:
     assert list(store.keys("")) == ["a/k"]
 
 
+def test_the_age_in_a_folder_goes_by_the_clock_that_dates_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path / "archive")
+    store.put(".segmind/k", b"1", "text/plain")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)  # this machine's, which somebody has set
+    found = store.get(".segmind/k")
+    assert found is not None
+    assert found.age < 60
+    left = sorted(each.name for each in (tmp_path / "archive").rglob("*") if each.is_file())
+    assert left == [".lock", "k"], "nothing is left of asking"
+
+
+@posix
+def test_a_folder_is_asked_for_the_time_only_where_an_age_is_needed_and_only_where_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put(".segmind/k", b"1", "text/plain")
+    opened, fsync = list[int](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: opened.append(descriptor) or fsync(descriptor))  # type: ignore[func-returns-value]
+    found = store.get(".segmind/k")
+    assert found is not None
+    assert opened == []
+    assert found.age < 60
+    assert len(opened) == 1
+    shutil.rmtree(tmp_path / ".segmind")
+    assert found.age < 60
+
+
 def test_the_age_on_disk_is_never_negative(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("k", b"x", "text/plain")
