@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_segmind.storage.http import Destination, DownloadError, download, download_bytes
+from tests.support.wire import Wire
 
 LOOPBACK = Destination(allow_loopback=True)
 LIMIT = 1_000_000
@@ -223,11 +224,11 @@ class TestFailing:
         assert error.retryable
         assert "too long" in str(error)
 
-    def test_a_body_that_drips_ends_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        clock = iter(range(0, 10_000, 50))
-        monkeypatch.setattr("prefect_segmind.storage.http.time.monotonic", lambda: float(next(clock)))
-        with Server(answer()) as server:
-            error = failure(server.url, timeout=99)
+    @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nX: ", answer(b"", length=None), answer(b"", length=10**6)])
+    def test_an_answer_that_drips_ends_too(self, begun: bytes) -> None:
+        with Wire(begun, drip=b"a") as server:
+            error = failure(server.url, timeout=0.5)
+            assert server.gone.wait(10), "and the connection with it"
         assert error.retryable
         assert "too long" in str(error)
 

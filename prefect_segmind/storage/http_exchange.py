@@ -1,0 +1,180 @@
+"""One HTTP exchange: one request, and what comes of it within a time, whatever the peer sends.
+
+httpx's transport is used without its client, which would also read redirects and cookies: it fails on those that are
+malformed, and logs every address with its query.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any, NamedTuple
+
+import httpx
+
+from prefect_segmind._version import __version__
+
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+"""How an exchange ends if the request was certainly not sent."""
+
+
+class Times(NamedTuple):
+    """How long an exchange may take.
+
+    Attributes:
+        connect: Seconds to connect to one address, and for each step of TLS.
+        read: Seconds to wait for the next bytes.
+        total: Seconds for all of it, from the connection to the last byte.
+    """
+
+    connect: float
+    read: float
+    total: float
+
+
+def parsed_url(address: str, base: httpx.URL | None = None) -> httpx.URL:
+    """An http(s) URL that can be requested.
+
+    Args:
+        address: The address.
+        base: What it is relative to, for a redirect.
+
+    Raises:
+        ValueError: It is none; the message does not contain it.
+
+    Example:
+        >>> parsed_url("/b.png?x=1", httpx.URL("https://cdn.example/a.png"))
+        URL('https://cdn.example/b.png?x=1')
+        >>> parsed_url("mailto:somebody@example.com")
+        Traceback (most recent call last):
+        ValueError: not an http(s) address
+    """
+    try:
+        url = base.join(address) if base else httpx.URL(address)
+        host, port = url.host, url.port  # decoded here, and not later where nobody expects it to fail
+    except (httpx.InvalidURL, ValueError) as error:  # of idna too
+        raise ValueError(f"not a URL ({str(error).partition(':')[0]})") from None
+    if url.scheme not in ("http", "https") or not host:
+        raise ValueError("not an http(s) address")
+    if port is not None and not 0 < port < 65_536:
+        raise ValueError("its port is none")
+    return url
+
+
+def transport(certificates: Any, proxy: httpx.Proxy | None) -> httpx.HTTPTransport:
+    """What exchanges go through. It keeps no connection: a request on one that the peer has dropped would be lost.
+
+    Args:
+        certificates: The `ssl.SSLContext`.
+        proxy: The proxy, if any.
+    """
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.HTTPTransport(verify=certificates, proxy=proxy, trust_env=False, limits=limits)
+
+
+@contextmanager
+def exchange(
+    transport: httpx.HTTPTransport,
+    method: str,
+    url: httpx.URL,
+    times: Times,
+    *,
+    headers: dict[str, str],
+    json: object = None,
+    sni: str | None = None,
+) -> Iterator[httpx.Response]:
+    """Sends a request, and yields the answer when its head has come; its body is to be read by `iter_raw`.
+
+    The connection is shut when the time is over, be it that the peer drips its headers, its body, or endless answers
+    before the answer. Redirects are not followed.
+
+    Args:
+        transport: What it goes through.
+        method: Such as GET.
+        url: The URL.
+        times: How long it may take.
+        headers: Headers beside the usual ones.
+        json: The body, if any.
+        sni: The name that TLS asks for and that the certificate must have, if it is not the URL's.
+
+    Raises:
+        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if nothing of the
+            request was sent.
+    """
+    usual = {
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+        "User-Agent": f"prefect-segmind/{__version__}",
+    }
+    with _Watch(times.total) as watch:
+        extensions = {"timeout": httpx.Timeout(times.read, connect=times.connect).as_dict(), "trace": watch.trace}
+        if sni:
+            extensions["sni_hostname"] = sni
+        request = httpx.Request(method, url, headers=usual | headers, json=json, extensions=extensions)
+        try:
+            try:
+                answer = transport.handle_request(request)
+            except (ValueError, OverflowError) as error:  # a name or a number that only the system finds unusable
+                raise httpx.RemoteProtocolError(str(error)) from error
+            with closing(answer):
+                yield answer
+        except httpx.TransportError as error:
+            if watch.sent and watch.over:
+                raise httpx.ReadTimeout(f"it was not over after {times.total:g} s") from error
+            if watch.sent or isinstance(error, NOT_SENT):
+                raise
+            raise httpx.ConnectError(str(error) or type(error).__name__) from error
+        if watch.over:  # where the peer names no length, a connection that was shut looks like the end
+            raise httpx.ReadTimeout(f"it was not over after {times.total:g} s")
+
+
+class _Watch:
+    """Shuts the connection of an exchange when its time is over, and knows whether its request was sent.
+
+    httpx has time-outs for each read alone, which a peer that sends a byte a second never meets. By its `trace`
+    extension httpcore hands out the connection as soon as there is one. A duplicate of its socket stays valid when TLS
+    takes the socket itself over.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.over = False
+        self.sent = False
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Watch:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            if self._socket:
+                self._socket.close()
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Is called by httpcore before and after each of its steps."""
+        if event.endswith(".connect_tcp.complete"):
+            try:
+                twin = info["return_value"].get_extra_info("socket").dup()
+            except OSError as error:  # too many open files
+                raise httpx.ConnectError(str(error)) from error
+            with self._lock:
+                self._socket = twin
+                over = self.over
+            if over:
+                self._end()
+        elif event.endswith(".send_request_headers.started"):
+            self.sent |= info["request"].method != b"CONNECT"  # which only asks a proxy
+
+    def _end(self) -> None:
+        with self._lock:
+            self.over = True
+            if self._socket:
+                with suppress(OSError):  # it is shut already
+                    self._socket.shutdown(socket.SHUT_RDWR)
