@@ -127,11 +127,30 @@ class TestTheRequest:
 
     @pytest.mark.parametrize(
         "url",
-        ["", "api.segmind.com/v1", "ftp://127.0.0.1/v1", "https:///v1", "http://127.0.0.1:port/v1", "http://[::1"],
+        [
+            "",
+            "api.segmind.com/v1",
+            "ftp://127.0.0.1/v1",
+            "https:///v1",
+            "http://127.0.0.1:port/v1",
+            "http://[::1",
+            "https://xn--a/v1",
+            "mailto:x",
+            "http://127.0.0.1:99999/v1",
+            "https://me:secret@127.0.0.1/v1",
+            "https://127.0.0.1/v1?x=1",
+        ],
     )
     def test_an_address_that_is_none_is_refused_before_anything_is_sent(self, url: str) -> None:
-        with pytest.raises(errors.ConfigurationError, match="SEGMIND_BASE_URL"):
+        with pytest.raises(errors.ConfigurationError, match="SEGMIND_BASE_URL") as caught:
             SegmindClient(KEY, url)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("host", ["a" * 70, "a..b", ".a", "%31"])
+    def test_a_name_that_only_the_system_finds_unusable_costs_nothing(self, host: str, part: Path) -> None:
+        with pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught:
+            ask(f"https://{host}", part)
+        assert not caught.value.possibly_billed
 
     @pytest.mark.parametrize("url", ["http://api.segmind.com/v1", "http://10.0.0.8/v1", "http://127.0.0.1.example/v1"])
     def test_the_key_is_never_sent_in_the_clear_beyond_this_machine(self, url: str) -> None:
