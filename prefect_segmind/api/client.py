@@ -19,6 +19,7 @@ from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ENDPOINT, ImageToImageRequest
 from prefect_segmind.api.response import (
     START_LIMIT,
+    TEXT_LIMIT,
     Link,
     answer_error,
     content_type,
@@ -38,6 +39,7 @@ from prefect_segmind.errors import (
     NotAnImageError,
     OutboxError,
     ResultLinkError,
+    redact,
 )
 from prefect_segmind.images.container import is_truncated
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
@@ -157,7 +159,7 @@ class SegmindClient:
         picture = self._picture(answer, self._answered(answer), request.seed, part)
         if broken is None:
             return picture
-        notice = f"the connection broke when the answer had arrived whole ({broken or type(broken).__name__})"
+        notice = f"the connection broke when the answer had arrived whole ({self._shown(broken)})"
         return picture.model_copy(update={"notices": (*picture.notices, notice)})
 
     def read(self, body: Path, found: Path) -> Picture:
@@ -310,15 +312,19 @@ class SegmindClient:
             raise
         except NOT_SENT as error:
             raise ApiUnreachableError(
-                f"{host} cannot be reached: {error} (check SEGMIND_BASE_URL, the network and any proxy)"
+                f"{host} cannot be reached: {self._shown(error)} (check SEGMIND_BASE_URL, the network and any proxy)"
             ) from None
         except httpx.TransportError as error:
             what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
             raise AnswerCutError(
-                f"the answer of {host} {what}: {error or type(error).__name__}"
+                f"the answer of {host} {what}: {self._shown(error)}"
                 + (" (the provider's usage page shows whether it was billed)" if billable else ""),
                 possibly_billed=billable,
             ) from None
+
+    def _shown(self, error: httpx.TransportError) -> str:
+        """The message of an error; it may quote what the peer has sent, which may repeat the key."""
+        return redact(str(error), self._key)[:TEXT_LIMIT]
 
 
 def on_loopback(url: str) -> bool:
@@ -391,11 +397,12 @@ def _no_picture(broken: BrokenPicture, data: bytes, key: str) -> ApiError:
 
 def _shown(broken: BrokenPicture, data: bytes, key: str) -> str:
     """Bytes that are not a picture, as a message shows them: their text, or what is wrong with them."""
-    text = error_text(data[:2000], key)
+    start = data[:2000]
+    text = "".join(start.decode("utf-8", "replace").split())
     if not data:
         return "the body is empty"
     if text.isprintable() and "\ufffd" not in text:
-        return repr(text)
+        return repr(error_text(start, key))
     return f"the file {broken}"
 
 

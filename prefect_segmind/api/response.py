@@ -30,6 +30,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.money import is_plausible
 from prefect_segmind.storage.compression import is_packed, unpacked
+from prefect_segmind.text import printable
 
 SPACE = b"\xef\xbb\xbf \t\r\n"
 """Bytes that may precede JSON: a byte order mark and white space."""
@@ -83,8 +84,8 @@ def request_id(headers: Mapping[str, str], secret: str = "") -> str | None:
         >>> request_id({"x-request-id": "r-1\x1b[2J, for my-own-key"}, "my-own-key")
         'r-1[2J, for …'
     """
-    value = redact(header(headers, "x-request-id") or "", secret)
-    return "".join(filter(str.isprintable, value))[:200] or None
+    value = printable(header(headers, "x-request-id") or "")
+    return redact(value, secret)[:200] or None
 
 
 def content_type(headers: Mapping[str, str], secret: str = "") -> str:
@@ -160,7 +161,7 @@ def error_text(body: bytes, secret: str = "") -> str:
         text = parsed if isinstance(parsed, str) else json.dumps(parsed, ensure_ascii=False)
     except (ValueError, RecursionError):
         text = _without_tags(text)
-    text = redact(" ".join(text.split()), secret)
+    text = redact(printable(" ".join(text.split())), secret)
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
 
 
@@ -222,7 +223,7 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
         status=status,
         retry_after=wait_asked(headers, now),
         possibly_billed=status in (502, 504) or unnamed,
-        request_id=header(headers, "x-request-id"),
+        request_id=request_id(headers, secret),
     )
 
 

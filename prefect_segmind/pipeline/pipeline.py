@@ -137,7 +137,7 @@ class Pipeline:
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
         self.cashier.release_for(job, run)
-        waits, announced, read_again = 0, False, True
+        wait, announced, read_again = WAIT_SECONDS, False, True
         while True:
             finding = self.look_up.look_up(job, run, log, read_again=read_again)
             read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
@@ -164,8 +164,8 @@ class Pipeline:
                 log.info("waiting: another run is paying for %s at this moment", job.name)
                 announced = True
             with self.gate.parked(job.name):
-                self.gate.pause(min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS))
-            waits += 1
+                self.gate.pause(wait)
+            wait = min(wait * 1.5, LONGEST_WAIT_SECONDS)
 
     def _generated(
         self,

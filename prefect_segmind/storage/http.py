@@ -161,7 +161,8 @@ def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination
             except httpx.TimeoutException:
                 raise DownloadError(f"{name} took too long", retryable=True) from None
             except httpx.TransportError as error:
-                raise DownloadError(f"{name}: the answer was cut or is not HTTP: {error}", retryable=True) from None
+                why = str(error)[:200]
+                raise DownloadError(f"{name}: the answer was cut or is not HTTP: {why}", retryable=True) from None
     raise DownloadError(f"{name} cannot be reached: {failure}", retryable=retryable)
 
 

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 import httpx
 
 from prefect_segmind._version import __version__
+from prefect_segmind.text import printable
 
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 """How an exchange ends if the request was certainly not sent."""
+
+MESSAGE_LIMIT = 1000
+"""The most characters of an error's message; it may quote what the peer has sent."""
 
 
 class Times(NamedTuple):
@@ -124,11 +128,15 @@ def exchange(
         except httpx.TransportError as error:
             if watch.sent and watch.over:
                 raise httpx.ReadTimeout(f"it was not over after {times.total:g} s") from error
-            if watch.sent or isinstance(error, NOT_SENT):
-                raise
-            raise httpx.ConnectError(str(error) or type(error).__name__) from error
+            kind = type(error) if watch.sent or isinstance(error, NOT_SENT) else httpx.ConnectError
+            raise kind(_shown(error)) from error
         if watch.over:  # where the peer names no length, a connection that was shut looks like the end
             raise httpx.ReadTimeout(f"it was not over after {times.total:g} s")
+
+
+def _shown(error: httpx.TransportError) -> str:
+    """The message of an error, which may quote whole lines of what the peer has sent, in sane length."""
+    return printable(str(error)[:MESSAGE_LIMIT]) or type(error).__name__
 
 
 class _Watch:
