@@ -83,6 +83,8 @@ class Archive:
             "may be paid once more)"
         )
         found = read_model(self.store, record_key(fingerprint), Record, remedy)
+        if found and found[0].fingerprint != fingerprint:
+            raise StoreError(f"{self.store.uri(record_key(fingerprint))} is the record of another picture; {remedy}")
         return RecordRead(found[0], found[1].etag, found[1].age) if found else None
 
     def write(self, record: Record, etag: str | None) -> str:
