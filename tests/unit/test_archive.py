@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -90,6 +91,10 @@ RECORDS = (
 )
 
 
+KNOWN = set(Attempt.model_fields)
+"""An unknown field may hold an infinite number, which JSON has not."""
+
+
 @st.composite
 def hostile_records(draw: st.DrawFn) -> bytes:
     """A record in which another machine, or another version, has put something else in some places."""
@@ -103,7 +108,7 @@ def hostile_records(draw: st.DrawFn) -> bytes:
             if not (isinstance(inner, dict | list) and inner) or draw(st.integers(0, 3)) == 0:
                 break
             at = inner
-        at[key] = draw(st.sampled_from(HOSTILE))
+        at[key] = deepcopy(draw(st.sampled_from(HOSTILE)))
     return json.dumps(whole).encode()
 
 
@@ -149,4 +154,6 @@ def test_a_record_that_was_written_elsewhere_is_used_as_it_is_or_refused(
         archive.write(version, None if (now := archive.store.get(record_key("ab" * 32))) is None else now.etag)
         again = archive.read("ab" * 32)
         assert again is not None
-        assert again.record.attempts == version.attempts
+        assert [each.model_dump(include=KNOWN) for each in again.record.attempts] == [
+            each.model_dump(include=KNOWN) for each in version.attempts
+        ]
