@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -129,13 +129,17 @@ class SegmindClient:
         """Closes the connections."""
         self._transport.close()
 
-    def generate(self, request: ImageToImageRequest, part: Path) -> PaidPicture:
+    def generate(
+        self, request: ImageToImageRequest, part: Path, before_sending: Callable[[], None] = lambda: None
+    ) -> PaidPicture:
         """Sends one request, which may be billed, and streams the picture to a file.
 
         Args:
             request: The request; its `image_file` must be an address that the provider can GET.
             part: The file to write; its content is replaced. After an error with `answered` it holds the body of the
                 answer as received, and beside it a file with the suffix `.found` may hold what a link in it led to.
+            before_sending: Called when the connection stands, just before the request is sent. What it raises is raised
+                as it is, and nothing is sent.
 
         Returns:
             The picture's facts, from its bytes and the answer's headers.
@@ -149,7 +153,7 @@ class SegmindClient:
         broken: httpx.TransportError | None = None
         with self._translated():
             try:
-                with self._exchange("POST", ENDPOINT, request.body()) as answer:
+                with self._exchange("POST", ENDPOINT, request.body(), before_sending) as answer:
                     self._raise_unless_200(answer)
                     self._receive(answer, part)
             except httpx.TransportError as error:
@@ -206,9 +210,18 @@ class SegmindClient:
             raise ApiUnreachableError(f"the API answered without a credit balance: {text}", status=200) from None
         return balance.credits + (balance.free or 0)
 
-    def _exchange(self, method: str, path: str, body: object = None) -> AbstractContextManager[httpx.Response]:
-        url = httpx.URL(f"{self.base_url}/{path}")
-        return exchange(self._transport, method, url, self._times, headers={"x-api-key": self._key}, json=body)
+    def _exchange(
+        self, method: str, path: str, body: object = None, before_sending: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[httpx.Response]:
+        return exchange(
+            self._transport,
+            method,
+            httpx.URL(f"{self.base_url}/{path}"),
+            self._times,
+            headers={"x-api-key": self._key},
+            json=body,
+            before_sending=before_sending,
+        )
 
     def _raise_unless_200(self, answer: httpx.Response) -> None:
         if answer.status_code == 200:

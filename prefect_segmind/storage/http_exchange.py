@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ def exchange(
     headers: dict[str, str],
     json: object = None,
     sni: str | None = None,
+    before_sending: Callable[[], None] = lambda: None,
 ) -> Iterator[httpx.Response]:
     """Sends a request, and yields the answer when its head has come; its body is to be read by `iter_raw`.
 
@@ -102,10 +103,12 @@ def exchange(
         headers: Headers beside the usual ones.
         json: The body, if any.
         sni: The name that TLS asks for and that the certificate must have, if it is not the URL's.
+        before_sending: Called when the connection stands, just before the request is sent. What it raises is raised as
+            it is, and nothing is sent.
 
     Raises:
-        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if nothing of the
-            request was sent.
+        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if the request was
+            certainly not sent to its end.
     """
     usual = {
         "Accept": "*/*",
@@ -113,7 +116,7 @@ def exchange(
         "Connection": "close",
         "User-Agent": f"prefect-segmind/{__version__}",
     }
-    with _Watch(times.total) as watch:
+    with _Watch(times.total, before_sending) as watch:
         extensions = {"timeout": httpx.Timeout(times.read, connect=times.connect).as_dict(), "trace": watch.trace}
         if sni:
             extensions["sni_hostname"] = sni
@@ -122,7 +125,10 @@ def exchange(
             try:
                 answer = transport.handle_request(request)
             except (ValueError, OverflowError) as error:  # a name or a number that only the system finds unusable
+                if error is watch.refusal:
+                    raise
                 raise httpx.RemoteProtocolError(str(error)) from error
+            watch.sent = True
             with closing(answer):
                 yield answer
         except httpx.TransportError as error:
@@ -142,14 +148,17 @@ def _shown(error: httpx.TransportError) -> str:
 class _Watch:
     """Shuts the connection of an exchange when its time is over, and knows whether its request was sent.
 
-    httpx has time-outs for each read alone, which a peer that sends a byte a second never meets. By its `trace`
-    extension httpcore hands out the connection as soon as there is one. A duplicate of its socket stays valid when TLS
-    takes the socket itself over.
+    httpx has time-outs for each read alone, which a peer that sends a byte a second never meets. httpcore's `trace`
+    extension (https://www.encode.io/httpcore/extensions/#trace) hands out the connection as soon as there is one; a
+    duplicate of its socket stays valid when TLS takes the socket itself over.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, before_sending: Callable[[], None]) -> None:
         self.over = False
         self.sent = False
+        self.refusal: BaseException | None = None
+        self._before_sending = before_sending
+        self._is_request = False  # and no CONNECT, which only asks a proxy
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
         self._timer = threading.Timer(seconds, self._end)
@@ -167,18 +176,36 @@ class _Watch:
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
         """Is called by httpcore before and after each of its steps."""
-        if event.endswith(".connect_tcp.complete"):
-            try:
-                twin = info["return_value"].get_extra_info("socket").dup()
-            except OSError as error:  # too many open files
-                raise httpx.ConnectError(str(error)) from error
-            with self._lock:
-                self._socket = twin
-                over = self.over
-            if over:
-                self._end()
-        elif event.endswith(".send_request_headers.started"):
-            self.sent |= info["request"].method != b"CONNECT"  # which only asks a proxy
+        step = event.partition(".")[2]
+        if step == "connect_tcp.complete":
+            self._connected(info["return_value"])
+        elif step == "send_request_headers.started":
+            self._is_request = info["request"].method != b"CONNECT"
+            if self._is_request:
+                self._let_send()
+        elif step in ("send_request_headers.failed", "send_request_body.failed") and self._is_request:
+            self.sent = False  # a peer that has not got all of it can do nothing
+
+    def _connected(self, stream: Any) -> None:
+        try:
+            twin = stream.get_extra_info("socket").dup()
+        except OSError as error:  # too many open files
+            raise httpx.ConnectError(str(error)) from error
+        with self._lock:
+            self._socket = twin
+            over = self.over
+        if over:
+            self._end()
+
+    def _let_send(self) -> None:
+        try:
+            self._before_sending()
+        except BaseException as refusal:
+            self.refusal = refusal
+            raise
+        if self.over:
+            raise httpx.ConnectTimeout("the time was over before the request was sent")
+        self.sent = True
 
     def _end(self) -> None:
         with self._lock:

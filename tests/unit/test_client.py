@@ -9,6 +9,7 @@ import pickle
 import random
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -652,6 +653,64 @@ class TestConnections:
             over.set()
             thread.join()
         assert not caught.value.possibly_billed
+
+    @pytest.mark.parametrize(
+        ("begun", "drip"), [(b"", b""), (b"HTTP/1.1 200 OK\r\nX: ", b"a"), (b"nonsense\r\n\r\n", b"")]
+    )
+    def test_a_proxy_that_leads_nowhere_costs_nothing(
+        self, begun: bytes, drip: bytes, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Wire(begun, silent=not drip, drip=drip) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+            with pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught:
+                ask("https://api.invalid", part, read_timeout=0.5, total_timeout=1.0)
+        assert proxy.requests[0].startswith("CONNECT api.invalid:443 ")
+        assert not caught.value.possibly_billed
+
+    def test_a_request_that_did_not_leave_whole_costs_nothing(self, part: Path) -> None:
+        huge = REQUEST.model_copy(update={"prompt": "x" * 50_000_000})
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def hang_up() -> None:
+                connection, _ = listener.accept()
+                connection.recv(1000)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+
+            thread = threading.Thread(target=hang_up)
+            thread.start()
+            with (
+                SegmindClient(KEY, f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as client,
+                pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught,
+            ):
+                client.generate(huge, part)
+            thread.join()
+        assert not caught.value.possibly_billed
+
+    def test_what_forbids_the_request_just_before_it_is_sent_is_raised_as_it_is(self, part: Path) -> None:
+        for kind in (errors.PreconditionFailedError, KeyboardInterrupt, ValueError, OverflowError):
+
+            def forbid(kind: type[BaseException] = kind) -> None:
+                raise kind("not now")
+
+            with (
+                Wire(http(PNG)) as server,
+                SegmindClient(KEY, f"{server.url}/v1") as client,
+                pytest.raises(kind, match="not now"),
+            ):
+                client.generate(REQUEST, part, forbid)
+            assert not any("POST" in each for each in server.requests)
+
+    def test_it_is_asked_once_whether_to_send_when_the_connection_stands(self, part: Path) -> None:
+        asked: list[int] = []
+        with Wire(http(PNG)) as server, SegmindClient(KEY, f"{server.url}/v1") as client:
+            client.generate(REQUEST, part, lambda: asked.append(len(server.requests)))
+        assert asked == [0]
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+        with SegmindClient(KEY, url) as client, pytest.raises(errors.ApiUnreachableError):
+            client.generate(REQUEST, part, lambda: asked.append(1))
+        assert asked == [0]
 
     def test_nobody_listening_costs_nothing(self, part: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as gone:
