@@ -18,7 +18,7 @@ from prefect.runtime import deployment
 from prefect_segmind.api.client import on_loopback
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.limits.admission import Gate
@@ -187,6 +187,7 @@ class Services:
         gate: Gate,
         *,
         on_unknown: OnUnknown = "repay",
+        on_kept: OnKept = "wait",
         policy: RetryPolicy | None = None,
         publisher: Publisher | None = None,
     ) -> Pipeline:
@@ -195,6 +196,7 @@ class Services:
         Args:
             gate: Admits each request, and has the run's ledger.
             on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+            on_kept: Whether a picture is paid for again that lies in an outbox out of reach.
             policy: How often a request is retried; the longest wait for a server is a setting.
             publisher: Publishes the pictures; None to leave them in the archive.
 
@@ -206,7 +208,7 @@ class Services:
         return Pipeline(
             reader=self.reader,
             uploads=self.uploads,
-            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown),
+            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown, on_kept),
             cashier=Cashier(
                 archive=archive,
                 outbox=outbox,

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.runtime import flow_run
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
@@ -102,6 +102,7 @@ def generate_image(
     upload_to: str | None = None,
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
 ) -> GeneratedImage:
     """Gets a job's picture, by one request to the API unless it is paid for already.
 
@@ -116,9 +117,12 @@ def generate_image(
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one, of this run or an earlier one,
             that may have been billed.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
 
     Raises:
         ApiError: The request failed, in one of its classes.
+        KeptElsewhereError: It is paid for and lies in the outbox of another machine, and `on_kept` is `wait`.
         OutboxError: The disk is full.
         OutcomeUnknownError: An earlier request may have been billed, and `on_unknown` is `fail`.
         StoreError: The record of the picture cannot be read or written; nothing was paid.
@@ -126,7 +130,7 @@ def generate_image(
     log = run_logger()
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
     with failures_reported(job):
-        generated = open_pipeline(services, on_unknown).generate(job, lambda: uploaded, this_run(), log)
+        generated = open_pipeline(services, on_unknown, on_kept).generate(job, lambda: uploaded, this_run(), log)
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated

@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from prefect.tasks import Task
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.errors import NotStartedError
 from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
@@ -41,6 +41,7 @@ def produce_asset(
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
     publish_to: str | None = None,
+    on_kept: OnKept = "wait",
 ) -> ArchivedImage:
     """Validates, uploads, generates, archives and publishes one asset in one task run.
 
@@ -51,6 +52,8 @@ def produce_asset(
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one that may have been billed.
         publish_to: `s3://bucket/live`, a folder or a pattern; not published if left out.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
 
     Raises:
         SegmindError: In one of its classes; its `stage` is the stage that failed.
@@ -59,7 +62,7 @@ def produce_asset(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
     with failures_reported(job):
-        pipeline = open_pipeline(services, on_unknown)
+        pipeline = open_pipeline(services, on_unknown, on_kept)
         if isinstance(job, Mapping):
             job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
         return _produce(job, pipeline)

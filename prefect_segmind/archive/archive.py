@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import PreconditionFailedError, StoreError
+from prefect_segmind.images.inspection import file_type
 from prefect_segmind.storage.store import Store, read_model
 
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
@@ -139,6 +140,26 @@ class Archive:
         beside = {each[-16:] for each in places}
         return Survey(recorded, {each for each in recorded if each[:16] in beside}, places)
 
+    def by_sidecar(self, record: Record, name: str) -> Record | None:
+        """A record finished from the sidecar of its picture, if the archive has one: it is written before the record.
+
+        Args:
+            record: The record, which is not done.
+            name: Where to look first: the name of the picture's job. If it is not there, the archive is listed.
+
+        Raises:
+            StoreError: The archive cannot be listed or read, or the picture beside the sidecar is gone.
+        """
+        fingerprint = record.fingerprint
+        for prefix in (f"{name}/{fingerprint[:16]}", ""):
+            keys = (key for key in self.store.keys(prefix) if fingerprint[:16] in key and _SIDECAR.fullmatch(key))
+            for key in keys:
+                if (found := self.store.get(key)) and (picture := _picture_of(found.data, fingerprint)):
+                    done = record.archived(picture, f"{key.removesuffix('json')}{picture.extension}", key)
+                    self.get_picture(done)
+                    return done
+        return None
+
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
         """Store a picture under a job's name and never over a different one.
 
@@ -201,6 +222,19 @@ class Archive:
                 f"{self.store.uri(record_key(record.fingerprint))} to pay once more"
             )
         return found.data
+
+
+def _picture_of(sidecar: bytes, fingerprint: str) -> PaidPicture | None:
+    """The facts in the sidecar of a picture that was paid for; None for another one's, a copy's or any other file."""
+    try:
+        held = json.loads(sidecar)
+        if held["fingerprint"] != fingerprint or held["copied_from"]:
+            return None
+        facts = {name: held[name] for name in ("seed", "cost_usd", "cost_source", "request_id", "paid_at")}
+        extension = file_type(held["output"]["format"])[1]
+        return PaidPicture.model_validate({**held["output"], **facts, "extension": extension})
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def sidecar_key(image_key: str) -> str:

@@ -1,9 +1,10 @@
 """The outbox: a folder on this machine that holds a paid picture from the moment its answer has been read until the
 archive has it. Each archive has its own outbox, as it has its own records.
 
-A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
-`{fingerprint}.{run}.part`. Where the system supports it, space for an answer is reserved before the request is sent, so
-that a full disk costs nothing.
+A picture is `{fingerprint}.{sha256[:16]}.{ext}`, its facts are in the same name with `.json`; earlier versions wrote
+`{fingerprint}.{ext}`. Two pictures that were paid for under one fingerprint lie side by side. An answer that is still
+arriving is `{fingerprint}.{run}.part`. Where the system supports it, space for an answer is reserved before the request
+is sent, so that a full disk costs nothing.
 
 An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
 readable by the user only, since a link in it may be signed; the facts in its headers are in `….answer.json`.
@@ -16,13 +17,14 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -38,7 +40,9 @@ RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
 _NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
-_KEPT = (".answer", ".answer.json")
+_ANSWER = (".answer", ".answer.json")
+_LOOKS = 10
+"""How often the folder is listed again because a file in it has vanished meanwhile."""
 _REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
 Reader = Callable[[Path, Path], Picture]
@@ -46,17 +50,27 @@ Reader = Callable[[Path, Path], Picture]
 
 
 class OutboxEntry(BaseModel):
-    """The facts of a picture in the outbox.
+    """The facts of a picture in the outbox: with them it can be archived though nobody asks for its job again.
+
+    The last four are None for a picture that an earlier version has kept, or whose run died before it wrote the facts.
 
     Attributes:
         paid: The facts of the picture.
         attempts: The requests that were sent for it.
+        job: The validated job, as JSON values.
+        source_uri: The location of the source image that was sent.
+        archive: The archive that the picture is for.
+        run: The run that paid for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     paid: PaidPicture
     attempts: tuple[Attempt, ...] = ()
+    job: dict[str, Any] | None = None
+    source_uri: str | None = None
+    archive: str | None = None
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,28 @@ class Outbox:
     Attributes:
         folder: Created when it is first needed. In a container it must be on a volume.
         min_free_bytes: The free space without which nothing is paid for.
+        also: More folders that may have pictures for the same archive; nothing new is put there.
     """
 
     folder: Path
     min_free_bytes: int = 100_000_000
+    also: tuple[Path, ...] = ()
+
+    def reaching(self, fingerprint: str, kept: Iterable[str]) -> Outbox:
+        """The outbox, and the other folders that a record names, as far as this machine can read them.
+
+        Args:
+            fingerprint: The record's; a file whose name does not begin with it is not taken.
+            kept: Paths and hosts, as in `Attempt.kept`.
+        """
+        folders = []
+        for each in kept:
+            path = path_and_host(each)[0]
+            with suppress(OSError, ValueError):
+                theirs = path.is_absolute() and path.name.startswith(f"{fingerprint}.") and path.is_file()
+                if theirs and os.access(path, os.R_OK) and os.access(path.parent, os.R_OK | os.X_OK):
+                    folders.append(path.parent)
+        return replace(self, also=(*self.also, *folders)) if folders else self
 
     def check(self) -> None:
         """Create the folder, and check that it can take a picture.
@@ -131,16 +163,19 @@ class Outbox:
         Raises:
             OutboxError: The disk failed under a picture that was paid for.
         """
-        path = self.folder / f"{fingerprint}.{entry.paid.extension}"
+        path = part.with_name(f"{fingerprint}.{entry.paid.sha256[:16]}.{entry.paid.extension}")
         try:
-            sync(part)
-            part.replace(path)
-            sync(self.folder)
+            with suppress(FileNotFoundError):  # another run of the same job may have renamed it
+                sync(part)
+                part.replace(path)
+            sync(path)
+            sync(path.parent)
         except OSError as error:
             failure = f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}"
             raise OutboxError(failure, status=200, possibly_billed=True) from error
         with suppress(OSError):  # the picture is safe, and is found without its facts too
             facts = part.with_suffix(".facts")
+            facts.touch(0o600)
             facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
             sync(facts)
             facts.replace(path.with_suffix(".json"))
@@ -176,7 +211,7 @@ class Outbox:
         sync(file)
         path = next(path for number in count(1) if not (path := file.with_suffix(f".{number}.answer")).exists())
         file.rename(path)
-        sync(self.folder)
+        sync(path.parent)
         with suppress(OSError):  # the answer is safe, and is read without its facts too
             if answered is not None:
                 facts = _facts_path(path)
@@ -212,9 +247,9 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        found = self._part(fingerprint, run).with_suffix(".found")
         received = list(filter(_arrived, self._listed(fingerprint)))
         for body in (*self.answers(fingerprint), *received):
+            found = body.with_name(self._part(fingerprint, run).with_suffix(".found").name)
             try:
                 found.unlink(missing_ok=True)
                 picture = read(body, found)
@@ -268,30 +303,58 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
-        files = self._listed(fingerprint)
-        paths = [each for each in files if each.suffix not in _NO_PICTURES]
+        for _ in range(_LOOKS):
+            with suppress(FileNotFoundError):  # another run has renamed or archived it: look again
+                return self._find(self._listed(fingerprint), fingerprint, seed, list_price_usd, unfinished)
+        raise self._unusable(f"the files of {fingerprint} change all the time; run again")
+
+    def _find(
+        self, files: list[Path], fingerprint: str, seed: int, list_price_usd: Decimal, unfinished: bool
+    ) -> tuple[Path, OutboxEntry] | None:
+        """As `find`, in these files; raises FileNotFoundError if one of them has vanished."""
+        paths = sorted(filter(_is_picture, files), key=lambda each: (each.stat().st_mtime, each.name))
+        broken: OutboxError | None = None
         for path in (*paths, *(filter(_arrived, files) if unfinished else ())):
             try:
                 picture = read_picture(path)
                 assumed = _assumed(path, list_price_usd)
             except FileNotFoundError:
-                continue  # its run has renamed it, or the archive has it by now
+                raise
             except OSError as error:
                 raise self._unusable(f"{path.name} cannot be read: {reason(error)}") from error
             except BrokenPicture as error:
-                if path.suffix == ".part":
-                    continue
-                raise OutboxError(
-                    f"outbox: {path} was paid for and {error}; restore it, or move it away to pay once more"
-                ) from error
-            with suppress(OSError, ValidationError):
-                known = OutboxEntry.model_validate_json((self.folder / f"{fingerprint}.json").read_bytes())
-                if known.paid.sha256 == picture.sha256:
-                    return path, known
+                if path in paths:
+                    broken = broken or OutboxError(
+                        f"outbox: {path} was paid for and {error}; restore it, or move it away and pay once more "
+                        '(on_kept="repay")'
+                    )
+                continue
+            if known := _known(files, picture.sha256):
+                return path, known
             notices = ("recovered after a crash: its cost and request id are not known",)
             entry = OutboxEntry(paid=assumed.brought(picture, seed).model_copy(update={"notices": notices}))
-            return (path if path in paths else self.keep(fingerprint, path, entry)), entry
+            try:
+                return (path if path in paths else self.keep(fingerprint, path, entry)), entry
+            except OutboxError:
+                if path.exists():
+                    raise
+                raise FileNotFoundError(path) from None
+        if broken:
+            raise broken
         return None
+
+    def others(self, fingerprint: str, sha256: str) -> list[Path]:
+        """Further pictures that were paid for under the same fingerprint, and are not archived.
+
+        Args:
+            fingerprint: The job's.
+            sha256: The SHA-256 of its picture that is archived, or is about to be.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        found = (each for each in self._listed(fingerprint) if _is_picture(each) or _arrived(each))
+        return sorted(each for each in found if not _is_content(each, sha256) and _is_whole(each))
 
     def fingerprints(self) -> set[str]:
         """The fingerprints of all pictures in the outbox, by the names of the files; none is read.
@@ -299,7 +362,7 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        return {_fingerprint(each) for each in self._all() if each.suffix not in _NO_PICTURES or _arrived(each)}
+        return {_fingerprint(each) for each in self._all() if _is_picture(each) or _arrived(each)}
 
     def unread(self) -> set[str]:
         """The fingerprints of jobs with answers in the outbox that could not be read as a picture.
@@ -327,24 +390,31 @@ class Outbox:
                     return True
         return False
 
-    def remove(self, fingerprint: str) -> None:
-        """Remove a picture that the archive has; a file that cannot be removed does no harm.
+    def remove(self, fingerprint: str, sha256: str) -> None:
+        """Remove a picture that the archive has, and what unfinished requests for it have left.
 
-        Answers without a picture stay: they were paid for, and only a person can judge them.
+        Another picture that was paid for stays, and so do answers without a picture: only a person can judge them. A
+        file that cannot be removed does no harm.
 
         Args:
             fingerprint: The job's.
+            sha256: The SHA-256 of the picture in the archive.
         """
         with suppress(OutboxError):
-            _discard(*(each for each in self._listed(fingerprint) if not each.name.endswith(_KEPT)))
+            others = self.others(fingerprint, sha256)
+            stems = {each.with_suffix("") for each in others}
+            for each in self._listed(fingerprint):
+                if each not in others and each.with_suffix("") not in stems and not each.name.endswith(_ANSWER):
+                    _discard(each)
 
     def _part(self, fingerprint: str, run: str) -> Path:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
     def _all(self) -> list[Path]:
         """All files. `glob` would silently find none in an unreadable folder."""
+        folders = {os.path.realpath(each): each for each in (*self.also, self.folder)}
         with self._disk_errors(": it cannot be read"):
-            return list(self.folder.iterdir()) if self.folder.is_dir() else []
+            return [file for each in folders.values() if each.is_dir() for file in each.iterdir()]
 
     def _listed(self, fingerprint: str) -> list[Path]:
         return [each for each in self._all() if each.name.startswith(f"{fingerprint}.")]
@@ -362,6 +432,60 @@ def _arrived(file: Path) -> bool:
         return file.suffix == ".part" and file.is_file() and file.stat().st_size not in (0, RESERVED_BYTES)
     except FileNotFoundError:  # renamed by its run at this moment
         return False
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a file is a picture, by its name; a file of an earlier version has no hash in its name."""
+    return file.suffix not in _NO_PICTURES
+
+
+def _is_content(file: Path, sha256: str) -> bool:
+    """Whether a file has this content, by the hash in its name if there is one."""
+    if file.suffixes[-2:-1] == [f".{sha256[:16]}"]:
+        return True
+    with suppress(OSError):
+        return hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+    return False
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file holds an answer that somebody can use: a picture, or JSON or a link with one in it."""
+    if _is_picture(file):
+        return True
+    try:
+        data = file.read_bytes()
+        picture_of(data if (held := picture_or_link(data)) is None else b"" if isinstance(held, Link) else held)
+    except (OSError, ApiError):
+        return False
+    except BrokenPicture:
+        return isinstance(held, Link)
+    return True
+
+
+def _known(files: Iterable[Path], sha256: str) -> OutboxEntry | None:
+    """The facts of a picture, if they were written; those of a run that died before it renamed them too."""
+    for each in files:
+        if each.suffix in (".json", ".facts") and not each.name.endswith(_ANSWER):
+            with suppress(OSError, ValidationError):
+                known = OutboxEntry.model_validate_json(each.read_bytes())
+                if known.paid.sha256 == sha256:
+                    return known
+    return None
+
+
+def path_and_host(kept: str) -> tuple[Path, str]:
+    """The two parts of a place in `Attempt.kept`.
+
+    Args:
+        kept: The place.
+
+    Example:
+        >>> path, host = path_and_host("/srv/outbox/a on b/ab.jpg on worker-1")
+        >>> path.as_posix(), host
+        ('/srv/outbox/a on b/ab.jpg', 'worker-1')
+    """
+    path, _, host = kept.rpartition(" on ")
+    return Path(path), host
 
 
 def _fingerprint(file: Path) -> str:

@@ -21,6 +21,9 @@ from prefect_segmind.limits.retry import UNKNOWN_RETRIES
 OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
 
+OnKept = Literal["wait", "repay"]
+"""What to do where a picture is paid for and lies in an outbox that this machine cannot read."""
+
 LEASE_SECONDS = 60.0
 """How long a claim holds after the record was last written, by the store's own clock."""
 
@@ -64,6 +67,11 @@ class Attempt(BaseModel):
     def request(self) -> RequestId:
         """What identifies it in a ledger."""
         return RequestId(self.run, self.sent_at)
+
+    @property
+    def kept_picture(self) -> str | None:
+        """Where the picture is that it was certainly paid for and has returned; None if there is none."""
+        return None if self.reason else self.kept
 
     @property
     def paid_for_nothing(self) -> bool:
@@ -173,16 +181,27 @@ class Record(BaseModel):
             raise ValueError("a record that is done names its picture")
         return self
 
+    @property
+    def kept_picture(self) -> str | None:
+        """Where the last picture is that was certainly paid for and is not archived; None if there is none."""
+        if self.state == "done":
+            return None
+        return next((each.kept_picture for each in reversed(self.attempts) if each.kept_picture), None)
+
+    @property
+    def may_be_archived(self) -> bool:
+        """Whether a run may have died when it had archived the picture, before it could write that into the record."""
+        return self.state != "done" and any(
+            each.kept_picture or (each.status is None and each.possibly_billed is not False) for each in self.attempts
+        )
+
     def outcome_unknown(self, run: Run) -> bool:
-        """Whether another run has paid, or may have paid, for a picture that this machine does not have.
+        """Whether another run has paid, or may have paid, for a picture that nobody has seen.
 
         Args:
             run: The run that asks.
         """
-        return any(
-            not run.owns(each) and (each.kept or each.paid_for_nothing or each.possibly_billed is not False)
-            for each in self.attempts
-        )
+        return any(not run.owns(each) and (each.paid_for_nothing or _unknown(each)) for each in self.attempts)
 
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
@@ -243,6 +262,11 @@ class Record(BaseModel):
         return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
 
 
+def _unknown(attempt: Attempt) -> bool:
+    """Whether a request may have been billed without returning a picture that somebody could read."""
+    return not attempt.kept_picture and (attempt.kept is not None or attempt.possibly_billed is not False)
+
+
 def past_requests(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -> Iterator[PastRequest]:
     """The requests for a picture that a run has to report.
 
@@ -296,6 +320,7 @@ class Verdict(StrEnum):
     RECOVER = "recover"
     WAIT = "wait"
     REFUSE = "refuse"
+    KEPT = "kept elsewhere"
     PAY = "pay"
 
 
@@ -306,6 +331,7 @@ def verdict(
     in_outbox: bool,
     held_elsewhere: bool,
     on_unknown: OnUnknown,
+    on_kept: OnKept = "wait",
     unreadable: bool = False,
 ) -> Verdict:
     """Decide whether to pay for a job. Pure: the caller has read the record and the outbox.
@@ -316,6 +342,7 @@ def verdict(
         in_outbox: Whether the paid picture is in this machine's outbox, and no live run here is about to archive it.
         held_elsewhere: Whether another live run holds the claim.
         on_unknown: The policy for requests that were or may have been paid without returning a picture.
+        on_kept: The policy for a picture that is paid for and lies in an outbox out of reach.
         unreadable: Whether the outbox has a paid answer that cannot be read as a picture.
 
     Example:
@@ -328,12 +355,16 @@ def verdict(
         return Verdict.RECOVER
     if record is not None and held_elsewhere:
         return Verdict.WAIT
+    if record is not None and record.kept_picture and on_kept == "wait":
+        return Verdict.KEPT
     if on_unknown == "fail" and (unreadable or (record is not None and record.outcome_unknown(run))):
         return Verdict.REFUSE
     if record is None:
         return Verdict.PAY
     # After each request of its own a run decides by itself; here count the other requests of its flow run.
     own = [each for each in record.attempts if each.run != run.id and run.owns(each)]
-    unknown = sum(1 for each in own if each.kept or each.possibly_billed is not False)  # on another disk, or never seen
+    kept = sum(1 for each in own if each.kept_picture)  # on another disk
+    unknown = sum(1 for each in own if _unknown(each))  # never seen
     spent = any(each.paid_for_nothing for each in own)  # another request would return the same
-    return Verdict.REFUSE if spent or unknown > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY
+    too_many = kept + unknown > UNKNOWN_RETRIES or (unknown > 0 and on_unknown == "fail")
+    return Verdict.REFUSE if spent or too_many else Verdict.PAY

@@ -17,7 +17,7 @@ from rich.progress import TimeElapsedColumn
 
 from prefect_segmind._version import __version__
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.cli.arguments import money, number, pairs, typed
 from prefect_segmind.cli.check import CheckResult, all_checks
@@ -124,6 +124,7 @@ def generate(
     publish_to: str | None = None,
     block: str | None = None,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     output: Output | None = None,
 ) -> int:
     """Make one picture of an image and a prompt, and archive it. The same command again pays nothing.
@@ -144,6 +145,7 @@ def generate(
         publish_to: Copy the picture to an address that stays: s3://bucket/live gives live/{name}.png.
         block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
+        on_kept: Wait or pay once more (repay) for a picture that is paid for and lies in another machine's outbox.
         output: Output options.
     """
     output = output or Output()
@@ -173,6 +175,7 @@ def generate(
                 publish_to=publish_to,
                 credentials_block=block,
                 on_unknown=on_unknown,
+                on_kept=on_kept,
             )
             archived = cast(ArchivedImage, made)
     except (Exception, *INTERRUPTS) as error:
@@ -202,6 +205,7 @@ def refresh(
     yes: Annotated[bool, Parameter(name=("--yes", "-y"), negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     variables: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     defaults: Annotated[tuple[str, ...], Parameter(name="--default", negative="")] = (),
     output: Output | None = None,
@@ -221,6 +225,7 @@ def refresh(
         yes: Do not ask, whatever it costs.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
+        on_kept: Wait or pay once more (repay) for a picture that is paid for and lies in another machine's outbox.
         variables: key=value, for the manifest's templates; may be given several times.
         defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
         output: Output options.
@@ -244,6 +249,7 @@ def refresh(
                 approve_above_usd=money("approve_above_usd", approve_above_usd),
                 dry_run=dry_run,
                 on_unknown=on_unknown,
+                on_kept=on_kept,
             )
     except (Exception, *INTERRUPTS) as error:
         # After a retry of the flow Prefect may raise what an earlier try has ended with.

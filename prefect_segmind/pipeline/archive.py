@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -130,7 +130,7 @@ class Archiving:
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
         self._record_done(held if held and held.run == generated.run else None, before, archived)
-        self.outbox.remove(fingerprint)
+        replace(self.outbox, also=(*self.outbox.also, path.parent)).remove(fingerprint, picture.sha256)
         return self._result(generated, image, beside_key)
 
     def _record_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
@@ -163,7 +163,7 @@ class Archiving:
             image = self.archive.put_picture(generated.name, record.fingerprint, picture, data)
             copied_from = self.archive.store.uri(found.record.image)
             beside_key = self.archive.put_sidecar(image, sidecar(generated, record, flow_run_id, copied_from))
-        self.outbox.remove(record.fingerprint)
+        self.outbox.remove(record.fingerprint, picture.sha256)
         return self._result(generated, image, beside_key)
 
     def _result(self, generated: GeneratedImage, image: str, beside: str) -> ArchivedImage:

@@ -151,7 +151,14 @@ class Cashier:
                 admission.sent(job.fingerprint, held.record.attempts[-1].request)
                 paid = client.generate(request, part)
                 admission.paid(paid.cost_usd, paid.paid_at)
-                entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
+                entry = OutboxEntry(
+                    paid=paid,
+                    attempts=held.record.attempts,
+                    job=job.model_dump(mode="json"),
+                    source_uri=uploaded.uri,
+                    archive=self.archive.url,
+                    run=run.id,
+                )
                 path = self.outbox.keep(job.fingerprint, part, entry)
             except SegmindError as error:
                 failed, kept = error, None

@@ -14,12 +14,12 @@ from typing import Literal
 
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Attempt, Record, Run, Verdict, past_requests
-from prefect_segmind.errors import OutcomeUnknownError, SegmindError
+from prefect_segmind.errors import KeptElsewhereError, OutcomeUnknownError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
-from prefect_segmind.pipeline.look_up import Finding, LookUp
+from prefect_segmind.pipeline.look_up import KEPT_REMEDY, Finding, LookUp
 from prefect_segmind.pipeline.pay import Cashier, GeneratedImage
 from prefect_segmind.pipeline.publish import Publisher
 from prefect_segmind.pipeline.source import SourceReader
@@ -114,6 +114,7 @@ class Pipeline:
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
+            KeptElsewhereError: It is paid for and lies in an outbox out of reach, and `on_kept` is `wait`.
             NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`; or as many of this
@@ -158,8 +159,10 @@ class Pipeline:
                 self.gate.picture(entry.paid.paid_at)
                 attempts = finding.attempts if finding.record else entry.attempts
                 return self._generated(job, run, "recovered", path, entry.paid, attempts)
-            elif finding.verdict is Verdict.REFUSE:
-                raise self._refusal(job, finding)
+            elif finding.verdict in (Verdict.REFUSE, Verdict.KEPT):
+                if self.look_up.is_unchanged(job, finding):
+                    raise self._refusal(job, finding)
+                continue  # another run has archived it, or pays for it, since the record was read
             elif not announced:
                 log.info("waiting: another run is paying for %s at this moment", job.name)
                 announced = True
@@ -194,8 +197,11 @@ class Pipeline:
             **self.ledger.account(job.fingerprint, run.id)._asdict(),
         )
 
-    def _refusal(self, job: ValidatedJob, finding: Finding) -> OutcomeUnknownError:
-        by_policy = self.look_up.on_unknown == "fail"
+    def _refusal(self, job: ValidatedJob, finding: Finding) -> SegmindError:
+        if finding.verdict is Verdict.KEPT:
+            return KeptElsewhereError(f"{finding.unresolved(job.name)}; {KEPT_REMEDY}")
+        seen = finding.record is not None and finding.record.record.kept_picture is not None
+        by_policy = self.look_up.on_unknown == "fail" and not seen
         forbidden = 'on_unknown is "fail"' if by_policy else "this flow run sends no more for it"
         allowed = 'on_unknown="repay"' if by_policy else "a new run"
         return OutcomeUnknownError(

@@ -31,12 +31,13 @@ from prefect_segmind.api import client
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.archive import Archive, RecordRead, record_key
 from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.archive.record import Attempt, Holder, OnUnknown, Record, Run
+from prefect_segmind.archive.record import Attempt, Holder, OnKept, OnUnknown, Record, Run
 from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
     BadGatewayError,
     GatewayTimeoutError,
+    KeptElsewhereError,
     NotAnImageError,
     NotStartedError,
     OutboxError,
@@ -53,6 +54,7 @@ from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -219,7 +221,9 @@ def test_an_answer_that_had_arrived_in_part_is_not_taken_for_a_picture(sandbox: 
     reserved = data[: len(data) // 2] + bytes(RESERVED_BYTES - len(data) // 2)
     (outbox / f"{generated.job.fingerprint}.bbbbbbbbbbbbbbbb.part").write_bytes(reserved)
     leases.held_claim(Services().archive, generated.job.fingerprint).release()  # type: ignore[union-attr]
-    assert walk(photo).status == "generated"
+    with pytest.raises(KeptElsewhereError, match="on this machine and is gone"):
+        walk(photo)
+    assert walk(photo, on_kept="repay").status == "generated"
     assert list(outbox.iterdir()) == []
 
 
@@ -293,19 +297,150 @@ def test_an_interrupt_after_the_answer_leaves_the_picture_for_the_next_run(
     assert sandbox.ledger.billed == 1
 
 
-def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named(
+def on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """From here on this is another machine, which cannot read the outbox of the first.
+
+    Returns:
+        Where that outbox is from now on.
+    """
+    outbox = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"])
+    leases._claims.clear()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-machine")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another outbox"))
+    return outbox.rename(tmp_path / "out of reach")
+
+
+@pytest.mark.parametrize("on_unknown", ["repay", "fail"])
+def test_a_picture_in_the_outbox_of_another_machine_is_known_and_named_and_not_paid_for_again(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_unknown: OnUnknown
+) -> None:
+    theirs, host = generate(*up_to_upload(photo)), socket.gethostname()
+    there = on_another_machine(tmp_path, monkeypatch)
+    with pytest.raises(KeptElsewhereError) as kept:
+        walk(photo, on_unknown=on_unknown)
+    assert f"mug was paid for, and its picture is in {theirs.path} on {host}, out of reach" in str(kept.value)
+    assert all(each in str(kept.value) for each in ("run the same job there", "prefect-segmind outbox", "on_kept"))
+    assert (kept.value.requests_sent, kept.value.cost_usd, kept.value.possibly_billed_usd) == (0, 0, 0)
+    assert sandbox.ledger.billed == 1
+    said: list[str] = []
+    ours = archive_picture(generate(*up_to_upload(photo), on_unknown=on_unknown, on_kept="repay", said=said))
+    assert any(f"its picture is in {theirs.path}" in each and each.endswith("paying again") for each in said)
+    assert (ours.status, ours.possibly_billed_usd, sandbox.ledger.billed) == ("generated", Decimal(0), 2)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(there))
+    again = walk(photo)
+    assert (again.status, again.sha256) == ("reused", ours.sha256)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_picture_in_another_outbox_that_this_machine_can_read_is_recovered_and_removed_there(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    theirs = generate(*up_to_upload(photo))
+    assert theirs.path is not None
+    if linked:
+        there = on_another_machine(tmp_path, monkeypatch)
+        (tmp_path / "outbox").symlink_to(there)
+    else:
+        leases._claims.clear()
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another outbox"))
+    archived = walk(photo, on_unknown="fail")
+    assert (archived.status, archived.cost_usd, archived.sha256) == ("recovered", Decimal(0), theirs.picture.sha256)
+    assert (list(theirs.path.parent.iterdir()), sandbox.ledger.billed) == ([], 1)
+    assert walk(photo).status == "reused"
+
+
+def test_a_file_that_a_record_names_and_that_holds_no_picture_is_not_taken_for_one(
     sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = generate(*up_to_upload(photo))
-    leases.held_claim(Services().archive, theirs.job.fingerprint).release()  # type: ignore[union-attr]
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another machine"))
-    with pytest.raises(OutcomeUnknownError, match=f"was paid for, and its picture is in {theirs.path}"):
-        walk(photo, on_unknown="fail")
+    assert theirs.path is not None
+    leases._claims.clear()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another outbox"))
+    theirs.path.write_bytes(b"half a picture")
+    with pytest.raises(OutboxError, match="was paid for and"):
+        walk(photo)
     assert sandbox.ledger.billed == 1
-    said: list[str] = []
-    ours = generate(*up_to_upload(photo), said=said)
-    assert any(f"its picture is in {theirs.path}" in each for each in said)
-    assert (ours.status, ours.possibly_billed_usd, sandbox.ledger.billed) == ("generated", Decimal(0), 2)
+
+
+def test_a_run_that_archives_a_kept_picture_while_another_looks_for_it_is_no_refusal(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = generate(*up_to_upload(photo))
+    leases._claims.clear()
+    find, others = Outbox.find, [1]
+
+    def archived_meanwhile(self: Outbox, *arguments: Any, **more: Any) -> Any:
+        if others and others.pop():
+            archive_picture(theirs)
+        return find(self, *arguments, **more)
+
+    monkeypatch.setattr(Outbox, "find", archived_meanwhile)
+    assert (walk(photo).status, sandbox.ledger.billed) == ("reused", 1)
+
+
+def test_a_second_picture_of_one_job_is_reported_and_neither_archived_nor_removed(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = generate(*up_to_upload(photo))
+    assert theirs.path is not None
+    other = theirs.path.with_name(f"{theirs.job.fingerprint}.png")
+    other.write_bytes(picture_bytes())
+    os.utime(theirs.path, (1, 1))
+    leases._claims.clear()
+    for status in ("recovered", "reused"):
+        said: list[str] = []
+        archived = archive_picture(generate(*up_to_upload(photo), said=said))
+        assert (archived.status, archived.sha256) == (status, theirs.picture.sha256)
+        assert any("paid for more than once" in each and str(other) in each for each in said)
+    assert [other] == list(other.parent.iterdir())
+
+
+def half_archived(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, name: str = "mug") -> ArchivedImage:
+    """A run on another machine that had archived picture and sidecar when it died."""
+    generated = generate(*up_to_upload(photo, name=name))
+    assert generated.path is not None
+    with monkeypatch.context() as dying:
+        dying.setattr(Archiving, "_record_done", lambda *_: None)
+        archived = archive_picture(generated)
+    leases._claims.clear()
+    assert recorded(archived.fingerprint).record.state == "claimed"
+    return archived
+
+
+@pytest.mark.parametrize("on_unknown", ["repay", "fail"])
+@pytest.mark.parametrize("name", ["mug", "another/name"])
+def test_a_picture_whose_sidecar_is_archived_is_reused_though_its_record_is_not_done(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, on_unknown: OnUnknown, name: str
+) -> None:
+    before = half_archived(sandbox, photo, monkeypatch, name)
+    again = walk(photo, on_unknown=on_unknown)
+    assert (again.status, again.cost_usd, again.sha256) == ("reused", Decimal(0), before.sha256)
+    record = recorded(before.fingerprint).record
+    assert (record.state, sandbox.ledger.billed) == ("done", 1)
+    assert record.picture is not None
+    assert (record.picture.sha256, record.picture.cost_usd) == (before.sha256, Decimal("0.05"))
+    assert Services().archive.store.uri(record.image or "") == before.image
+    assert Services().archive.store.uri(record.sidecar or "") == before.sidecar
+
+
+def test_a_sidecar_whose_picture_is_gone_is_an_error_and_no_payment(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = half_archived(sandbox, photo, monkeypatch)
+    bucket, _, key = before.image.removeprefix("s3://").partition("/")
+    Services().s3.delete_object(Bucket=bucket, Key=key)
+    with pytest.raises(StoreError, match="is gone from the archive, though it was paid for"):
+        walk(photo)
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_picture_without_its_sidecar_is_not_taken_for_this_ones(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = half_archived(sandbox, photo, monkeypatch)
+    bucket, _, key = before.sidecar.removeprefix("s3://").partition("/")
+    Services().s3.put_object(Bucket=bucket, Key=key, Body=b'{"fingerprint": "half')
+    assert walk(photo, on_kept="repay").status == "generated"
 
 
 @pytest.mark.slow
@@ -1049,17 +1184,20 @@ def test_a_flow_run_that_goes_on_where_its_picture_is_out_of_reach_keeps_to_the_
     job, uploaded = up_to_upload(photo)
     said: list[str] = []
 
-    def on_machine(number: int, on_unknown: OnUnknown) -> str:
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / f"machine {number}"))
+    def on_machine(number: int, on_kept: OnKept) -> str:
+        outbox = tmp_path / f"machine {number}"
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(outbox))
+        monkeypatch.setattr(socket, "gethostname", lambda: f"machine-{number}")
         flow_runs = (("flow", number),)
         run, log = Run(f"task {number}", flow_runs), listening(said, logging.WARNING)
-        made = pipeline(on_unknown=on_unknown).generate(job, lambda: uploaded, run, log)
+        made = pipeline(on_unknown="fail", on_kept=on_kept).generate(job, lambda: uploaded, run, log)
         leases._claims.clear()
+        outbox.rename(tmp_path / f"out of reach {number}")
         return made.status
 
-    assert on_machine(1, "fail") == "generated"
-    with pytest.raises(OutcomeUnknownError, match="its picture is in"):
-        on_machine(2, "fail")
+    assert on_machine(1, "wait") == "generated"
+    with pytest.raises(KeptElsewhereError, match=r"its picture is in .* on machine-1"):
+        on_machine(2, "wait")
     assert (said, sandbox.ledger.billed) == ([], 1)
     assert on_machine(3, "repay") == "generated"
     assert [each for each in said if "its picture is in" in each and each.endswith("paying again")] == said
@@ -1120,14 +1258,14 @@ def test_an_answer_that_another_machine_keeps_is_named_with_the_machine(
     asked = up_to_upload(photo)
     with pytest.raises(NotAnImageError):
         generate(*asked)
-    (kept,) = kept_answers()
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another machine"))
+    (kept,), host = kept_answers(), socket.gethostname()
+    on_another_machine(tmp_path, monkeypatch)
     with pytest.raises(OutcomeUnknownError) as refused:
         generate(*asked, on_unknown="fail")
-    assert f"{kept} on {socket.gethostname()}" in str(refused.value)
+    assert f"{kept} on {host}" in str(refused.value)
     said: list[str] = []
     assert generate(*asked, said=said).status == "generated"
-    assert any(f"{kept} on {socket.gethostname()}" in each and each.endswith("paying again") for each in said)
+    assert any(f"{kept} on {host}" in each and each.endswith("paying again") for each in said)
 
 
 def test_an_empty_answer_is_paid_for_and_leaves_nothing_to_keep(sandbox: Sandbox, photo: Path) -> None:

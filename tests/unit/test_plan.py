@@ -18,9 +18,10 @@ from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import this_process
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run
+from prefect_segmind.archive.record import Holder, OnKept, OnUnknown, Record, Run
 from prefect_segmind.batch import plan as plan_module
 from prefect_segmind.batch.plan import Plan, make_plan
+from prefect_segmind.batch.tally import planned
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
@@ -90,8 +91,14 @@ class House:
     def claimed(self, seed: int, holder: Holder) -> None:
         self.archive.write(Record(fingerprint=self.fingerprint(seed)).claimed_by(holder, NOW), None)
 
+    def kept(self, seed: int, place: Path) -> None:
+        claimed = Record(fingerprint=self.fingerprint(seed)).claimed_by(this_process(Run("dead")), NOW)
+        self.archive.write(
+            claimed.with_outcome(possibly_billed=False, kept=f"{place} on another-machine").given_up(), None
+        )
+
     def plan(
-        self, *jobs: Job, on_unknown: OnUnknown = "repay", in_place: set[str] | None = None
+        self, *jobs: Job, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", in_place: set[str] | None = None
     ) -> tuple[Plan, list[Job | ValidatedJob]]:
         self.reader.read_images.clear()
         self.store.asked.clear()
@@ -106,6 +113,7 @@ class House:
                 outbox=self.outbox,
                 price_usd=Decimal("0.05"),
                 on_unknown=on_unknown,
+                on_kept=on_kept,
                 in_place=in_place,
             )
             return plan, list(entries)
@@ -117,7 +125,7 @@ def house(tmp_path: Path, photo: Path) -> House:
 
 
 def counts(plan: Plan) -> dict[str, int]:
-    found = plan.model_dump(include={"generate", "reuse", "recover", "wait", "fail"})
+    found = plan.model_dump(include={"generate", "reuse", "recover", "wait", "kept", "fail"})
     return {what: count for what, count in found.items() if count}
 
 
@@ -210,6 +218,34 @@ def test_each_job_is_named_with_what_it_needs_and_what_this_run_would_pay_for_it
     assert "lost.jpg does not exist" in problems["lost"]
     assert "may have been billed" in problems["twice"]
     assert dict(plan.problems) == problems
+
+
+@pytest.mark.parametrize("on_unknown", ["repay", "fail"])
+def test_a_picture_in_the_outbox_of_another_machine_is_named_and_not_paid_for_again(
+    house: House, tmp_path: Path, on_unknown: OnUnknown
+) -> None:
+    there, here = tmp_path / "out of reach", tmp_path / "within reach"
+    here.mkdir()
+    for seed, folder in ((100, there), (101, here)):
+        house.kept(seed, folder / f"{house.fingerprint(seed)}.jpg")
+    (here / f"{house.fingerprint(101)}.jpg").write_bytes(house.photo.read_bytes())
+    jobs = house.job(100), house.job(101), house.job(100, "twice"), house.job(102)
+    plan, _ = house.plan(*jobs, on_unknown=on_unknown)
+    assert counts(plan) == {"kept": 2, "recover": 1, "generate": 1}
+    assert plan.planned_usd == Decimal("0.05")
+    found = {each.name: (each.needs, str(each.usd)) for each in plan.jobs}
+    assert found["mug/100"] == found["twice"] == ("kept elsewhere", "0.00")
+    for name, problem in plan.problems:
+        assert problem.startswith(f"{name} was paid for, and its picture is in {there}")
+        assert "on another-machine" in problem
+    assert [name for name, _ in plan.problems] == ["mug/100", "twice"]
+    assert "2, paid for and in the outbox of another machine" in plan.facts()["kept elsewhere"]
+    assert (planned(plan).failed, {each.stage for each in planned(plan).failures}) == (2, {"generate"})
+    assert counts(house.plan(*jobs, on_unknown=on_unknown, on_kept="repay")[0]) == {
+        "recover": 1,
+        "generate": 2,
+        "reuse": 1,
+    }
 
 
 def test_a_plan_of_very_many_jobs_names_the_first_of_them_and_counts_all(
