@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
 import httpx
@@ -33,6 +32,7 @@ from prefect_segmind.money import LIST_PRICE_USD
 from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
+from prefect_segmind.storage.reserved_file import Writer, replacing
 
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
@@ -137,10 +137,9 @@ class SegmindClient:
         ):
             self._raise_unless_200(answer)
             try:
-                with part.open("r+b" if part.exists() else "wb") as file:
+                with replacing(part) as write:
                     # As received: an answer that is paid for and cannot be read is kept like that.
-                    self._write(answer, answer.iter_raw(), file)
-                    file.truncate()
+                    self._write(answer, answer.iter_raw(), write)
             except OSError as error:
                 raise _unwritable(part, error) from error
         return self._picture(answer, self._answered(answer), request.seed, part)
@@ -202,7 +201,7 @@ class SegmindClient:
             pass  # the status says enough
         raise answer_error(answer.status_code, answer.headers, body, now=datetime.now(UTC), secret=self._key)
 
-    def _write(self, answer: httpx.Response, chunks: Iterator[bytes], file: IO[bytes]) -> None:
+    def _write(self, answer: httpx.Response, chunks: Iterator[bytes], write: Writer) -> None:
         """Writes a body to a file.
 
         Raises:
@@ -219,7 +218,7 @@ class SegmindClient:
                     possibly_billed=True,
                     request_id=header(answer.headers, "x-request-id"),
                 )
-            file.write(chunk)
+            write(chunk)
 
     def _answered(self, answer: httpx.Response) -> Answered:
         cost, seed = read_cost(header(answer.headers, "x-cost")), header(answer.headers, "x-seed-value") or ""
@@ -259,8 +258,8 @@ class SegmindClient:
             raw = iter(lambda: packed.read(1 << 16), b"")
             unpacked = httpx.Response(200, headers=answer.headers, content=raw)
             try:
-                with plain.open("wb") as file:
-                    self._write(answer, unpacked.iter_bytes(), file)
+                with replacing(plain) as write:
+                    self._write(answer, unpacked.iter_bytes(), write)
             except httpx.DecodingError as error:
                 plain.unlink()
                 return error

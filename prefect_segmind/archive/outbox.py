@@ -3,8 +3,9 @@ archive has it. Each archive has its own outbox, as it has its own records.
 
 A picture is `{fingerprint}.{sha256[:16]}.{ext}`, its facts are in the same name with `.json`; earlier versions wrote
 `{fingerprint}.{ext}`. Two pictures that were paid for under one fingerprint lie side by side. An answer that is still
-arriving is `{fingerprint}.{run}.part`. Where the system supports it, space for an answer is reserved before the request
-is sent, so that a full disk costs nothing.
+arriving is `{fingerprint}.{run}.part`, which is as long as what has arrived, whatever ends the run. Where the system
+supports it, space for an answer is reserved before the request is sent, in `….space` beside it, so that a full disk
+costs nothing.
 
 An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
 readable by the user only, since a link in it may be signed; the facts in its headers are in `….answer.json`.
@@ -12,11 +13,9 @@ readable by the user only, since a link in it may be signed; the facts in its he
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -35,11 +34,12 @@ from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
+from prefect_segmind.storage.reserved_file import SPACE_SUFFIX, release, reserve
 
 RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
-_NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
+_NO_PICTURES = (".json", ".facts", ".part", SPACE_SUFFIX, ".found", ".answer")
 _ANSWER = (".answer", ".answer.json")
 _LOOKS = 10
 """How often the folder is listed again because a file in it has vanished meanwhile."""
@@ -134,20 +134,18 @@ class Outbox:
         self.check()
         part = self._part(fingerprint, run)
         try:
-            with self._disk_errors(), part.open("wb") as file:
-                part.chmod(0o600)
-                _reserve(file.fileno())
-        except OutboxError:
-            _discard(part)
-            raise
-        try:
+            with self._disk_errors():
+                reserve(part, RESERVED_BYTES)
             yield part
         except BaseException as error:
             with suppress(OSError):  # the failure counts, not that its remains cannot be removed
                 if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
                     part.unlink(missing_ok=True)
             raise
-        _discard(part)
+        else:
+            _discard(part)
+        finally:
+            release(part)
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
@@ -354,15 +352,16 @@ class Outbox:
             OutboxError: The outbox cannot be read.
         """
         found = (each for each in self._listed(fingerprint) if _is_picture(each) or _arrived(each))
-        return sorted(each for each in found if not _is_content(each, sha256) and _is_whole(each))
+        return sorted(each for each in found if _is_another(each, sha256))
 
     def fingerprints(self) -> set[str]:
-        """The fingerprints of all pictures in the outbox, by the names of the files; none is read.
+        """The fingerprints of all pictures in the outbox, by the names of the files; only what interrupted runs had
+        received is read.
 
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        return {_fingerprint(each) for each in self._all() if _is_picture(each) or _arrived(each)}
+        return {_fingerprint(each) for each in self._all() if _is_picture(each) or _has_picture(each)}
 
     def unread(self) -> set[str]:
         """The fingerprints of jobs with answers in the outbox that could not be read as a picture.
@@ -381,14 +380,7 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        for body in self.answers(fingerprint):
-            with suppress(OSError, ApiError, BrokenPicture):
-                data = body.read_bytes()
-                held = picture_or_link(data)
-                if not isinstance(held, Link):
-                    picture_of(data if held is None else held)
-                    return True
-        return False
+        return any(map(_is_readable, self.answers(fingerprint)))
 
     def remove(self, fingerprint: str, sha256: str) -> None:
         """Remove a picture that the archive has, and what unfinished requests for it have left.
@@ -427,9 +419,12 @@ class Outbox:
 
 
 def _arrived(file: Path) -> bool:
-    """Whether a file is an answer that may be whole: cut to its length, no longer as reserved."""
+    """Whether a file is what has arrived of an answer, which may be whole."""
     try:
-        return file.suffix == ".part" and file.is_file() and file.stat().st_size not in (0, RESERVED_BYTES)
+        if file.suffix != ".part" or not file.is_file():
+            return False
+        size = file.stat().st_size
+        return size > 0 and not (size == RESERVED_BYTES and _ends_in_zeros(file))
     except FileNotFoundError:  # renamed by its run at this moment
         return False
 
@@ -439,27 +434,27 @@ def _is_picture(file: Path) -> bool:
     return file.suffix not in _NO_PICTURES
 
 
-def _is_content(file: Path, sha256: str) -> bool:
-    """Whether a file has this content, by the hash in its name if there is one."""
+def _is_another(file: Path, sha256: str) -> bool:
+    """Whether a file holds another paid picture than this one, or a link to a picture.
+
+    Args:
+        file: A picture, or an answer that has arrived.
+        sha256: The SHA-256 of the picture.
+    """
     if file.suffixes[-2:-1] == [f".{sha256[:16]}"]:
-        return True
-    with suppress(OSError):
-        return hashlib.sha256(file.read_bytes()).hexdigest() == sha256
-    return False
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file holds an answer that somebody can use: a picture, or JSON or a link with one in it."""
-    if _is_picture(file):
-        return True
+        return False
     try:
         data = file.read_bytes()
-        picture_of(data if (held := picture_or_link(data)) is None else b"" if isinstance(held, Link) else held)
-    except (OSError, ApiError):
+        if _is_picture(file):
+            return hashlib.sha256(data).hexdigest() != sha256
+        held = picture_or_link(data)
+        return isinstance(held, Link) or picture_of(data if held is None else held).sha256 != sha256
+    except FileNotFoundError:
         return False
-    except BrokenPicture:
-        return isinstance(held, Link)
-    return True
+    except OSError:
+        return _is_picture(file)
+    except (ApiError, BrokenPicture):  # in an answer: no picture has come in it
+        return False
 
 
 def _known(files: Iterable[Path], sha256: str) -> OutboxEntry | None:
@@ -488,6 +483,28 @@ def path_and_host(kept: str) -> tuple[Path, str]:
     return Path(path), host
 
 
+def _ends_in_zeros(file: Path) -> bool:
+    """Whether it ends in reserved space, which the version before had within the file."""
+    with file.open("rb") as content:
+        content.seek(-4096, os.SEEK_END)
+        return not any(content.read())
+
+
+def _has_picture(file: Path) -> bool:
+    return _arrived(file) and _is_readable(file)
+
+
+def _is_readable(body: Path) -> bool:
+    """Whether the body of an answer holds a picture that can be read; a link is not followed."""
+    with suppress(OSError, ApiError, BrokenPicture):
+        data = body.read_bytes()
+        held = picture_or_link(data)
+        if not isinstance(held, Link):
+            picture_of(data if held is None else held)
+            return True
+    return False
+
+
 def _fingerprint(file: Path) -> str:
     return file.name.partition(".")[0]
 
@@ -514,13 +531,3 @@ def _facts_of(body: Path) -> Answered | None:
     with suppress(OSError, ValidationError):
         return Answered.model_validate_json(_facts_path(body).read_bytes())
     return None
-
-
-def _reserve(descriptor: int) -> None:
-    """Reserve the space for an answer, where the system supports it."""
-    if sys.platform == "linux":
-        try:
-            os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # some file systems cannot
-                raise
