@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -200,8 +199,11 @@ class Archive:
         """
         key = sidecar_key(image_key)
         data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
-        with suppress(PreconditionFailedError):
+        try:
             self.store.put(key, data, "application/json", if_absent=True)
+        except PreconditionFailedError:
+            if self.store.get(key) is None:  # whoever was there first has not written it, or removed it
+                raise
         return key
 
     def get_picture(self, record: Record) -> bytes:

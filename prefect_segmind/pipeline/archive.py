@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -20,6 +21,9 @@ from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.sidecar import sidecar
 from prefect_segmind.storage.disk_errors import reason
+
+_WAITS = (0.0, 0.1, 0.3, 1.0, 2.0)
+"""Seconds before a record is read and written again that another run has written meanwhile."""
 
 
 class ArchivedImage(BaseModel):
@@ -141,15 +145,17 @@ class Archiving:
                 return
             except PreconditionFailedError:
                 held.release()  # the claim was lost meanwhile
-        while True:
+        for wait in (*_WAITS, None):
             found = self.archive.read(before.fingerprint)
             if found is not None and found.record.state == "done":
                 return
             try:
                 self.archive.write(archived(found.record if found else before), found.etag if found else None)
                 return
-            except PreconditionFailedError:
-                continue  # another run came in between: look again
+            except PreconditionFailedError:  # another run came in between: look again
+                if wait is None:
+                    raise
+                time.sleep(wait)
 
     def _reuse(self, generated: GeneratedImage, flow_run_id: str | None) -> ArchivedImage:
         found = self.archive.read(generated.job.fingerprint)

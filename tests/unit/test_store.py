@@ -530,13 +530,72 @@ def test_a_won_claim_whose_answer_was_lost_is_won(moto: str, serve: Callable[[Ha
     assert store.holds("claim", b"mine, renewed")
 
 
-def test_a_conflict_of_writes_is_a_condition_lost(serve: Callable[[Handle], str]) -> None:
-    def handle(request: BaseHTTPRequestHandler) -> None:
-        refusal = (409, "ConditionalRequestConflict") if request.command == "PUT" else (404, "NoSuchKey")
-        refusing(*refusal)(request)
+class Conflicts:
+    """A server that refuses the next writes of `k` because of another write in progress."""
 
+    def __init__(self, refused: int, object: bytes | None = None) -> None:
+        self.refused, self.object, self.asked = refused, object, 0
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        if request.command == "PUT" and request.path.endswith("/k"):
+            self.asked += 1
+            if self.asked <= self.refused:
+                return refusing(409, "ConditionalRequestConflict")(request)
+            self.object = request.rfile.read(int(request.headers["Content-Length"]))
+        elif request.command == "PUT":
+            return refusing(412, "PreconditionFailed")(request)
+        elif self.object is None:
+            return refusing(404, "NoSuchKey")(request)
+        request.send_response(200)
+        body = b"" if request.command == "PUT" else self.object or b""
+        headers = {"ETag": '"e"', "Content-Length": str(len(body)), "Last-Modified": "Wed, 01 Jan 2020 00:00:00 GMT"}
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+        return None
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefect_segmind.storage.s3._CONFLICT_WAITS", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("if_match", [None, '"e"'])
+def test_a_write_that_another_one_in_progress_keeps_out_is_tried_again_while_its_condition_holds(
+    serve: Callable[[Handle], str], if_match: str | None
+) -> None:
+    server = Conflicts(2, None if if_match is None else b"before")
+    store = S3Store(BUCKET, "", client(serve(lambda request: server.answer(request))))
+    assert store.put("k", b"x", "text/plain", if_absent=if_match is None, if_match=if_match) == '"e"'
+    assert (server.asked, server.object) == (3, b"x")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("if_match", [None, '"another"'])
+def test_a_write_that_another_one_in_progress_has_come_before_has_lost(
+    serve: Callable[[Handle], str], if_match: str | None
+) -> None:
+    server = Conflicts(1, b"theirs")
     with pytest.raises(PreconditionFailedError):
-        S3Store(BUCKET, "", client(serve(handle))).put("k", b"x", "text/plain", if_absent=True)
+        S3Store(BUCKET, "", client(serve(lambda request: server.answer(request)))).put(
+            "k", b"x", "text/plain", if_absent=if_match is None, if_match=if_match
+        )
+    assert server.object == b"theirs"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_write_that_others_keep_out_for_good_is_an_error_and_not_a_condition_lost(
+    serve: Callable[[Handle], str],
+) -> None:
+    server = Conflicts(9)
+    with pytest.raises(StoreError, match="again and again") as error:
+        S3Store(BUCKET, "", client(serve(lambda request: server.answer(request)))).put(
+            "k", b"x", "text/plain", if_absent=True
+        )
+    assert not isinstance(error.value, PreconditionFailedError)
+    assert (server.asked, server.object) == (3, None)
 
 
 def test_the_age_goes_by_the_clock_of_the_server(serve: Callable[[Handle], str]) -> None:
