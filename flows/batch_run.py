@@ -47,6 +47,7 @@ from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
 from prefect_segmind.tasks.failures import TOLD_AT_END
 from prefect_segmind.tasks.interrupts import end_run_on_hangup
+from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.run_context import (
     flow_call,
     refreshed_at,
@@ -173,6 +174,8 @@ def run_batch(
         batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)
         tally = Tally(batch.plan, failed_jobs, ledger, listener().progressed)
         if not batch.plan.total:
+            if not terms.dry_run:
+                archive_what_is_left_over(services)
             return batch.ended(planned(batch.plan) if terms.dry_run else tally.result())
         apart = [*refused, *batch.skipped_failures()]
         _log_plan(batch.plan)
@@ -194,6 +197,7 @@ def run_batch(
                 run_stopped(stopped, result)
 
         result = _produce(batch, pipeline, tally, services, failed_jobs if keep_failed else None, report)
+        archive_what_is_left_over(services)
         return batch.ended(result, pipeline.gate.stopped, trimmed=approved.trimmed)
 
 

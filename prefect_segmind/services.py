@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -20,7 +21,7 @@ from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
-from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.errors import ConfigurationError, OutboxError
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.archive import Archiving
@@ -31,6 +32,7 @@ from prefect_segmind.pipeline.publish import Publisher, Publishing, split_publis
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.settings import PREFIX, SegmindSettings, load_settings
+from prefect_segmind.storage.disk_errors import disk_errors
 from prefect_segmind.storage.http_environment import check_environment
 from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
 from prefect_segmind.text import given_text
@@ -222,6 +224,24 @@ class Services:
             publisher=publisher,
             price_usd=settings.price_usd,
         )
+
+
+def outboxes(settings: SegmindSettings) -> Iterator[Outbox]:
+    """The outboxes of all archives on this machine.
+
+    Args:
+        settings: The plugin's settings.
+
+    Raises:
+        ConfigurationError: As for `outbox_folder`.
+        OutboxError: The folder cannot be read.
+    """
+    folder = outbox_folder(settings)
+    with disk_errors(f"outbox: {folder} cannot be read", OutboxError):
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for each in found:
+        if re.fullmatch("[0-9a-f]{16}", each.name) and each.is_dir():
+            yield Outbox(each, settings.outbox_min_free_bytes)
 
 
 def outbox_folder(settings: SegmindSettings) -> Path:

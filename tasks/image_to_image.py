@@ -22,6 +22,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.reporting import events
 from prefect_segmind.services import Services
 from prefect_segmind.tasks.failures import failures_reported
+from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
 from prefect_segmind.tasks.run_context import (
     open_pipeline,
@@ -138,7 +139,7 @@ def generate_image(
 
 @task(task_run_name=run_name)
 def archive_image(generated: GeneratedImage) -> ArchivedImage:
-    """Archives a paid picture, its sidecar and its record, and empties the outbox of it.
+    """Archives a paid picture, its sidecar and its record, and empties the outbox of it and of what is left over.
 
     Args:
         generated: The picture.
@@ -151,6 +152,7 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
         archived = Archiving(services.archive, services.outbox).archive_picture(generated, flow_run.id)
     events.asset_archived(archived)
     run_logger().info("archived: %s (%s)", archived.image, archived.status)
+    archive_what_is_left_over(services)
     return archived
 
 

@@ -22,6 +22,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting import events
 from prefect_segmind.services import Services
 from prefect_segmind.tasks.failures import failures_reported
+from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided, retry_in_batch_if_decided
 from prefect_segmind.tasks.run_context import open_pipeline, run_logger, run_name, this_run, with_seed
 
@@ -65,7 +66,9 @@ def produce_asset(
         pipeline = open_pipeline(services, on_unknown, on_kept)
         if isinstance(job, Mapping):
             job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
-        return _produce(job, pipeline)
+        archived = _produce(job, pipeline)
+    archive_what_is_left_over(services)
+    return archived
 
 
 def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | ValidatedJob], ArchivedImage]:

@@ -74,6 +74,40 @@ class OutboxEntry(BaseModel):
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """A file in an outbox that was paid for.
+
+    Attributes:
+        path: The file.
+        fingerprint: The job's.
+        size_bytes: Its size.
+        written: When it was written, UTC.
+        entry: The facts beside a picture; None if there are none, or it is an answer.
+        is_answer: Whether it is an answer that could not be read as a picture.
+        answered: The facts in the headers of such an answer, if they were kept.
+    """
+
+    path: Path
+    fingerprint: str
+    size_bytes: int
+    written: datetime
+    entry: OutboxEntry | None = None
+    is_answer: bool = False
+    answered: Answered | None = None
+
+    @property
+    def job_name(self) -> str | None:
+        """The name of the job, where the facts have it."""
+        job = self.entry.job.get("job") if self.entry and self.entry.job else None
+        return str(job["name"]) if isinstance(job, dict) and "name" in job else None
+
+    @property
+    def cost_usd(self) -> Decimal | None:
+        """What was paid for it; None if that is not known."""
+        return self.entry.paid.cost_usd if self.entry else self.answered.cost_usd if self.answered else None
+
+
+@dataclass(frozen=True)
 class Outbox:
     """The folder of paid pictures.
 
@@ -363,6 +397,23 @@ class Outbox:
         """
         return {_fingerprint(each) for each in self._all() if _is_picture(each) or _has_picture(each)}
 
+    def waiting(self) -> list[Waiting]:
+        """All pictures and answers in the outbox, the oldest first; what interrupted runs had received is among them.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        found: list[Waiting] = []
+        jobs: dict[str, list[Path]] = {}
+        for each in self._all():
+            jobs.setdefault(_fingerprint(each), []).append(each)
+        for fingerprint, files in jobs.items():
+            for each in files:
+                if each.suffix == ".answer" or _is_picture(each) or _has_picture(each):
+                    with suppress(OSError):  # it is archived by now
+                        found.append(_waiting(each, fingerprint, files))
+        return sorted(found, key=lambda each: (each.written, each.path))
+
     def unread(self) -> set[str]:
         """The fingerprints of jobs with answers in the outbox that could not be read as a picture.
 
@@ -466,6 +517,15 @@ def _known(files: Iterable[Path], sha256: str) -> OutboxEntry | None:
                 if known.paid.sha256 == sha256:
                     return known
     return None
+
+
+def _waiting(file: Path, fingerprint: str, files: Iterable[Path]) -> Waiting:
+    """What is known of a file that was paid for, by the files of its job; raises OSError if it has vanished."""
+    about = file.stat()
+    known = file, fingerprint, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC)
+    if file.suffix == ".answer":
+        return Waiting(*known, is_answer=True, answered=_facts_of(file))
+    return Waiting(*known, entry=_known(files, hashlib.sha256(file.read_bytes()).hexdigest()))
 
 
 def path_and_host(kept: str) -> tuple[Path, str]:

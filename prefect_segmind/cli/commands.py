@@ -26,6 +26,7 @@ from prefect_segmind.cli.listeners import BatchRun, Run, live
 from prefect_segmind.cli.output import (
     BAD_INPUT,
     DONE,
+    FAILED,
     INTERRUPTS,
     batch,
     batch_facts,
@@ -269,6 +270,33 @@ def refresh(
     else:
         print_facts(Console(), (dry_run_facts(result) if dry_run else batch_facts(result)) | run.facts())
     return DONE
+
+
+@app.command
+def outbox(*, archive: Annotated[bool, Parameter(negative="")] = False, output: Output | None = None) -> int:
+    """List what was paid for on this machine and is not archived yet: pictures, and answers without a picture.
+
+    Args:
+        archive: Archive the pictures too, each under the name of its job; that costs nothing.
+        output: Output options.
+    """
+    from prefect_segmind.cli.outbox import look
+
+    output = output or Output()
+    _prepare_for_interrupts()
+    try:
+        check_environment()
+        found = look(archive=archive)
+    except (Exception, *INTERRUPTS) as error:
+        if output.json:
+            print_json({"files": [], "error": message(error)})
+        return show_failure(error, output.verbose)
+    if output.json:
+        print_json({"files": [each.model_dump(mode="json") for each in found]})
+    else:
+        facts = {str(number): each.sentence() for number, each in enumerate(found, start=1)}
+        print_facts(Console(), facts or {"outbox": "nothing waits to be archived"})
+    return FAILED if any(each.problem for each in found) else DONE
 
 
 @app.command
