@@ -25,7 +25,6 @@ from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
 from prefect_segmind.manifest.model import FoundImage, Row
-from prefect_segmind.pipeline.source import UnreadableSource
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.reporting.markdown import cell, picture
@@ -175,7 +174,7 @@ def _publish_sheet(
 
     source = None
     try:
-        with suppress(SegmindError, UnreadableSource):
+        with suppress(SegmindError):
             source = services.reader.read(image)
         sheet = contact_sheet(
             [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows],

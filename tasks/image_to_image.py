@@ -46,7 +46,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
     Raises:
         InvalidJobError: Fields are wrong; the message has a line for each.
         SourceImageError: The source image cannot be used.
-        StoreError: The source image in S3 cannot be read.
+        StoreError: The source image in S3 or at an address cannot be read at this moment.
     """
     log, services = run_logger(), Services(credentials_block=credentials_block)
     with failures_reported(job, "validate"):
@@ -56,7 +56,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
     for warning in validated.warnings:
         log.warning(warning)
     found = validated.source
-    size = f"{found.width}×{found.height} {found.format}, {found.size_bytes / 1e6:.2f} MB" if found else "not read"
+    size = f"{found.width}×{found.height} {found.format}, {found.size_bytes / 1e6:.2f} MB"
     log.info(
         "%s: %s (%s) to %s, seed %s; %s USD if it is not paid for already",
         *(job.name, job.image, size, validated.parameters["resolution"], validated.seed, usd(validated.price_usd)),

@@ -258,8 +258,7 @@ def make_plan(
             entries.append(drawn)
         else:
             wanted[entry.fingerprint] += 1
-            if was := entry.earlier:
-                earlier[was.fingerprint] = entry.fingerprint
+            earlier |= {was.fingerprint: entry.fingerprint for was in entry.earlier}
             if len(warnings) < 1000:
                 warnings.update(entry.warnings)
             entries.append(entry)
@@ -273,7 +272,7 @@ def make_plan(
                 known.fingerprint in done and known.place in survey.places for known in each.known_as
             ):
                 in_place.add(each.place)
-    known_as: dict[str, str] = {}  # pictures that were paid for before their texts had one spelling
+    known_as: dict[str, str] = {}  # what earlier versions have paid for under another fingerprint
     for before, now in earlier.items():
         if now in wanted and now not in survey.recorded | kept and before in survey.recorded | kept:
             wanted[before] += wanted.pop(now)

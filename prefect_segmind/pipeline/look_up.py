@@ -112,7 +112,7 @@ class LookUp:
     on_kept: OnKept = "wait"
 
     def as_paid_for(self, job: ValidatedJob) -> ValidatedJob:
-        """The job under the fingerprint that it had in an earlier version, if it has been paid for under that one.
+        """The job under a fingerprint that it had in an earlier version, if it has been paid for under that one.
 
         Args:
             job: The job.
@@ -120,13 +120,15 @@ class LookUp:
         Raises:
             StoreError: A record cannot be read.
         """
-        earlier = job.earlier
-        if earlier is None or self.archive.read(job.fingerprint):
+        if not job.earlier or self.archive.read(job.fingerprint):
             return job
-        found = self.archive.read(earlier.fingerprint)
+        return next(filter(self._is_paid_for, job.earlier), job)
+
+    def _is_paid_for(self, job: ValidatedJob) -> bool:
+        found = self.archive.read(job.fingerprint)
         record = found.record if found else None
         paid = record and (record.state == "done" or record.kept_picture or record.outcome_unknown(Run("")))
-        return earlier if paid or _in_outbox(self.outbox, earlier, unfinished=True) else job
+        return bool(paid or _in_outbox(self.outbox, job, unfinished=True))
 
     def look_up(self, job: ValidatedJob, run: Run, log: logging.Logger, *, read_again: bool = True) -> Finding:
         """Finds out what is to be done for a job now.

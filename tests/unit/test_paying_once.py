@@ -64,6 +64,7 @@ from tests.support.logs import listening
 from tests.support.moto_server import moto_server
 from tests.support.waiting import until
 from tests.support.walk import LOG, archive_picture, generate, pipeline, up_to_upload, walk, with_gate
+from tests.support.wire import Wire, http
 
 
 def recorded(fingerprint: str, archive: str | None = None) -> RecordRead:
@@ -97,8 +98,7 @@ def test_the_same_text_in_another_spelling_is_the_same_picture(sandbox: Sandbox,
 
 def as_it_was(job: ValidatedJob) -> ValidatedJob:
     """The job as it was known when texts were taken as they were written."""
-    earlier = job.earlier
-    assert earlier
+    (earlier,) = job.earlier
     parameters = {**job.parameters, "prompt": "a red mug "}
     del parameters["seed"]
     seed = derived_seed(job.source_sha256, parameters)
@@ -122,6 +122,18 @@ def test_what_lies_in_the_outbox_under_another_spelling_is_recovered(sandbox: Sa
     Services().archive.write(Record(fingerprint=as_it_was(job).fingerprint), recorded(as_it_was(job).fingerprint).etag)
     again = walk(photo, prompt="a red mug ")
     assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal("0.00"), 1)
+
+
+def test_what_was_paid_for_under_its_address_is_reused(sandbox: Sandbox, photo: Path) -> None:
+    with Wire(http(photo.read_bytes())) as server:
+        job, uploaded = up_to_upload(f"{server.url}/mug.jpg")
+        (by_address,) = job.earlier
+        before = archive_picture(generate(by_address, uploaded))
+        again = walk(f"{server.url}/mug.jpg")
+    assert (again.status, again.cost_usd, again.image) == ("reused", Decimal("0.00"), before.image)
+    sidecar = json.loads(Services().archive.content(before.sidecar) or b"")
+    assert sidecar["source"] == {"sha256_of_url": by_address.source_sha256}, "what was there then is not known"
+    assert (walk(photo).status, sandbox.ledger.billed) == ("generated", 2)
 
 
 def test_what_has_failed_unpaid_under_another_spelling_is_paid_for_under_the_one(sandbox: Sandbox, photo: Path) -> None:

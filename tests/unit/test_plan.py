@@ -329,8 +329,7 @@ def test_an_archive_that_does_not_exist_yet_is_an_empty_one(house: House, tmp_pa
 
 def test_what_was_paid_for_under_another_spelling_is_reused(house: House) -> None:
     spaced = Job(name="mug", image=str(house.photo), prompt="a red mug ")
-    was = validate(spaced, house.reader).earlier
-    assert was
+    (was,) = validate(spaced, house.reader).earlier
     key = f"mug/{was.fingerprint[:16]}.jpg"
     house.archive.put_sidecar(key, {})
     house.archive.write(Record(fingerprint=was.fingerprint).archived(PICTURE, key, key.replace(".jpg", ".json")), None)
