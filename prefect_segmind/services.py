@@ -35,6 +35,7 @@ from prefect_segmind.settings import PREFIX, SegmindSettings, load_settings
 from prefect_segmind.storage.disk_errors import disk_errors
 from prefect_segmind.storage.http_environment import check_environment
 from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
+from prefect_segmind.storage.store import Store
 from prefect_segmind.text import given_text
 
 if TYPE_CHECKING:
@@ -105,12 +106,8 @@ class Services:
         return _s3_client(self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
 
     @cached_property
-    def archive(self) -> Archive:
-        """The archive.
-
-        Raises:
-            ConfigurationError: None is named; or, in a run of a deployment, the folder may not outlast the run.
-        """
+    def _named_archive(self) -> Store:
+        """The store of the archive, by the name that was given to it."""
         place = given_text("archive", self._archive) or self.settings.archive
         if not place:
             raise ConfigurationError(
@@ -118,17 +115,33 @@ class Services:
                 "or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
             )
         place = lasting(place, "archive" if self._archive else f"{PREFIX}ARCHIVE")
-        return _archive(place, self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
+        return open_store(place, self.s3 if is_s3(place) else None)
+
+    @cached_property
+    def archive(self) -> Archive:
+        """The archive, by its one address: links to its folder are followed here.
+
+        Raises:
+            ConfigurationError: None is named; or, in a run of a deployment, the folder may not outlast the run.
+        """
+        settings = self.settings
+        return _archive(self._named_archive.url, settings.s3_block, settings.s3_encryption, _aws_environment())
 
     @cached_property
     def outbox(self) -> Outbox:
         """The outbox. Each archive has its own, so that no archive takes the pictures that wait for another.
 
+        Earlier versions had one for each name of a folder; that of the given name is looked into too.
+
         Raises:
             ConfigurationError: As for `archive`; or, in a run of a deployment, the folder may not outlast the run.
         """
-        folder = outbox_folder(self.settings) / hashlib.sha256(self.archive.url.encode()).hexdigest()[:16]
-        return Outbox(folder, self.settings.outbox_min_free_bytes)
+        names = self.archive.url, self._named_archive.uri("x").removesuffix("x").rstrip("/\\")
+        folder, before = (
+            outbox_folder(self.settings) / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names
+        )
+        also = (before,) if before != folder and before.is_dir() else ()
+        return Outbox(folder, self.settings.outbox_min_free_bytes, also)
 
     @cached_property
     def uploads(self) -> Uploads:

@@ -31,7 +31,7 @@ class LocalStore:
         folder: Created by the first write; a relative path starts at the working directory.
 
     Attributes:
-        folder: Its absolute path.
+        folder: Its absolute path, as it was named.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,8 +39,8 @@ class LocalStore:
 
     @property
     def url(self) -> str:
-        """The absolute path of the folder."""
-        return str(self.folder)
+        """The absolute path of the folder, without symbolic links: one folder has one address."""
+        return os.path.realpath(self.folder)
 
     @property
     def conditional(self) -> bool:

@@ -42,7 +42,7 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """`s3://bucket/prefix`, or the absolute path of the folder."""
+        """`s3://bucket/prefix`, or the absolute path of the folder: the same however the place was named."""
         ...
 
     @property

@@ -309,6 +309,42 @@ def test_an_interrupt_after_the_answer_leaves_the_picture_for_the_next_run(
     assert sandbox.ledger.billed == 1
 
 
+def test_an_archive_under_another_name_is_the_same_archive_with_the_same_outbox(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    waiting = generate(*up_to_upload(photo), archive="link")
+    leases._claims.clear()
+    names = ["real", "./link/", str(tmp_path / "link")]
+    assert {Services(archive=each).outbox for each in names} == {Services(archive="link").outbox}
+    assert {Services(archive=each).archive.url for each in names} == {str(tmp_path / "real")} == {waiting.archive}
+    recovered = archive_picture(generate(*up_to_upload(photo), archive="real"))
+    assert (recovered.status, recovered.image.startswith(str(tmp_path / "real"))) == ("recovered", True)
+    for each in names:
+        assert Services(archive=each).archive.content(recovered.image), "which has one address too"
+    assert generate(*up_to_upload(photo), archive="./link").status == "reused"
+    assert sandbox.ledger.billed == 1
+
+
+def test_what_waits_in_the_outbox_that_an_earlier_version_had_for_a_link_is_found(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    link = str(tmp_path / "link")
+    waiting = generate(*up_to_upload(photo), archive=link)
+    assert waiting.path is not None
+    leases._claims.clear()
+    before = waiting.path.parent.with_name(hashlib.sha256(link.encode()).hexdigest()[:16])
+    waiting.path.parent.rename(before)
+    archive = Services(archive=link).archive
+    archive.write(Record(fingerprint=waiting.job.fingerprint), recorded(waiting.job.fingerprint, link).etag)
+    archived = archive_picture(generate(*up_to_upload(photo), archive=link))
+    assert (archived.status, sandbox.ledger.billed, list(before.iterdir())) == ("recovered", 1, [])
+
+
 def on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """From here on this is another machine, which cannot read the outbox of the first.
 

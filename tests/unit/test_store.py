@@ -530,6 +530,25 @@ def test_a_won_claim_whose_answer_was_lost_is_won(moto: str, serve: Callable[[Ha
     assert store.holds("claim", b"mine, renewed")
 
 
+def test_a_folder_has_one_address_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(tmp_path)
+    names = ["real", "./real/", "link", "link/", "link/../real", str(tmp_path / "link"), real.as_uri()]
+    assert {open_store(each).url for each in names} == {str(real)}
+    assert open_store("link").uri("a.png") == str(tmp_path / "link" / "a.png"), "an object is named as asked for"
+    assert open_store("new/deep").url == str(tmp_path / "new" / "deep"), "though it does not exist yet"
+
+
+def test_a_bucket_has_one_address_however_it_is_named() -> None:
+    names = ["s3://bucket/p", "s3://bucket/p/", "S3://bucket/p", "s3://bucket//p//"]
+    assert {open_store(each, client("http://127.0.0.1:9")).url for each in names} == {"s3://bucket/p"}
+    assert {open_store(each, client("http://127.0.0.1:9")).url for each in ("s3://bucket", "s3://bucket/")} == {
+        "s3://bucket"
+    }
+
+
 class Conflicts:
     """A server that refuses the next writes of `k` because of another write in progress."""
 
