@@ -260,6 +260,7 @@ def _plan(
         flow_runs=runs,
         call=call,
         unusable=unusable,
+        folds_case=services.publishing is not None and services.publishing.store.folds_case,
     )
     if archived:
         run_logger().info("%s have their picture in the archive already", len(archived))

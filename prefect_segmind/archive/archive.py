@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
-from prefect_segmind.errors import PreconditionFailedError, StoreError
+from prefect_segmind.errors import InvalidJobError, PreconditionFailedError, StoreError
 from prefect_segmind.images.inspection import file_type
 from prefect_segmind.storage.store import Store, read_model
 
+_EXTENSIONS = ("jpg", "png", "webp")
+"""Those of the pictures that the API returns."""
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
 _SIDECAR = re.compile(r"(.+/([0-9a-f]{16}))(?:-[0-9a-f]{16})?\.json")
 
@@ -138,6 +140,23 @@ class Archive:
                 places.add(found[1])
         beside = {each[-16:] for each in places}
         return Survey(recorded, {each for each in recorded if each[:16] in beside}, places)
+
+    def check_name(self, name: str, fingerprint: str) -> None:
+        """Check, before anything is paid, that a picture can be stored under a job's name.
+
+        Args:
+            name: The job's.
+            fingerprint: The job's.
+
+        Raises:
+            InvalidJobError: Something else has the place.
+        """
+        for extension in ("json", *_EXTENSIONS):
+            if why := self.store.in_the_way(f"{name}/{fingerprint[:16]}.{extension}"):
+                raise InvalidJobError(
+                    f"name: no picture can be stored as {name!r} in this archive: {why}; choose another name, "
+                    "or move away what is there"
+                )
 
     def by_sidecar(self, record: Record, name: str) -> Record | None:
         """A record finished from the sidecar of its picture, if the archive has one: it is written before the record.

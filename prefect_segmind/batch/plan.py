@@ -97,6 +97,12 @@ class PlannedJob(BaseModel):
 _KEPT_ANSWER = "was paid for before; its answer is kept in the outbox and read again before anything is paid"
 
 
+_SAME_BUT_FOR_CASE = (
+    "the name is that of another asset but for upper and lower case, which the disk takes for one: both go into one "
+    "folder of the archive, and the address of the one published last is that of both"
+)
+
+
 class Plan(BaseModel):
     """What a run of a batch will do and cost.
 
@@ -214,6 +220,7 @@ def make_plan(
     flow_runs: FlowRuns = (),
     call: str = "",
     unusable: dict[str, str] | None = None,
+    folds_case: bool = False,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -232,6 +239,7 @@ def make_plan(
         call: Its name in all its tries, and in those of the flow runs around it, by which its seeds are drawn.
         unusable: Receives name and reason of each job whose image cannot be used as it is, but not of those whose image
             cannot be read at this moment.
+        folds_case: Whether the pictures are published where names that differ only in case are one.
 
     Returns:
         The plan.
@@ -244,12 +252,14 @@ def make_plan(
     warnings: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
     draw_by = f"{call} " if call else None
+    one_case, folded_names = folds_case or archive.store.folds_case, set[str]()
     for job, found in _inspected(jobs, reader):
         drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
         try:
             if isinstance(found, SegmindError):
                 raise type(found)(str(found))
             entry = resolve(drawn, found, price_usd=price_usd)
+            archive.check_name(entry.name, entry.fingerprint)
         except SegmindError as error:
             if unusable is not None and isinstance(error, SourceImageError):
                 unusable[job.name] = str(error)
@@ -261,6 +271,10 @@ def make_plan(
             earlier |= {was.fingerprint: entry.fingerprint for was in entry.earlier}
             if len(warnings) < 1000:
                 warnings.update(entry.warnings)
+            if one_case and (folded := entry.name.casefold()) in folded_names:
+                warnings[_SAME_BUT_FOR_CASE] += 1
+            elif one_case:
+                folded_names.add(folded)
             entries.append(entry)
     needs = Counter({Verdict.REFUSE: len(jobs) - wanted.total()})  # those that cannot be validated
     survey = archive.survey(wanted.keys() | earlier.keys())

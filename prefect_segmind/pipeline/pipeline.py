@@ -114,6 +114,7 @@ class Pipeline:
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
+            InvalidJobError: Nothing can be archived under the name of the job.
             KeptElsewhereError: It is paid for and lies in an outbox out of reach, and `on_kept` is `wait`.
             NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
@@ -145,6 +146,7 @@ class Pipeline:
             if finding.verdict is Verdict.PAY:
                 with self.gate.first(job.fingerprint) as first:
                     if first:
+                        self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
                         if paid := self.cashier.pay(job, uploaded, finding, run, log):
                             return self._generated(job, run, "generated", *paid, uploaded.uri)

@@ -449,6 +449,15 @@ class S3Store:
                 time.sleep(wait)
         raise AssertionError  # the last round returns or raises
 
+    @property
+    def folds_case(self) -> bool:
+        """Never: the keys of a bucket are taken byte by byte."""
+        return False
+
+    def in_the_way(self, key: str) -> str | None:
+        """Nothing is: a bucket has no folders."""
+        return None
+
     def holds(self, key: str, data: bytes) -> bool:
         """Whether the object has this content, by HEAD: the size must agree, and the SHA-256 and ETag if known.
 

@@ -99,6 +99,22 @@ class Store(Protocol):
         """
         ...
 
+    @property
+    def folds_case(self) -> bool:
+        """Whether keys that differ only in upper and lower case are one, as on the disks of some systems."""
+        ...
+
+    def in_the_way(self, key: str) -> str | None:
+        """What keeps an object from being written under a key: in a folder, a file whose name has to be a folder's.
+
+        Args:
+            key: The key.
+
+        Returns:
+            The obstacle in words, such as `/srv/pictures/hero is a file`; None if there is none.
+        """
+        ...
+
     def holds(self, key: str, data: bytes) -> bool:
         """Whether the object has this content, as far as the store can tell without sending it.
 

@@ -37,6 +37,7 @@ from prefect_segmind.errors import (
     ArchiveError,
     BadGatewayError,
     GatewayTimeoutError,
+    InvalidJobError,
     KeptElsewhereError,
     NotAnImageError,
     NotStartedError,
@@ -721,6 +722,27 @@ def test_a_different_picture_under_the_same_key_is_never_overwritten(sandbox: Sa
     assert store.get(key).data == b"somebody's own"  # type: ignore[union-attr]
     assert archived.image != store.uri(key)
     assert archived.sha256[:16] in archived.image
+
+
+def test_a_name_that_the_archive_cannot_hold_is_told_before_anything_is_paid(
+    sandbox: Sandbox, photo: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (archive / "taken").write_bytes(b"somebody's own")
+    for name in ("taken", "taken/below"):
+        job, _ = up_to_upload(photo, name=name)
+        with pytest.raises(InvalidJobError, match=r"name: no picture can be stored as .* is no folder; choose another"):
+            pipeline(str(archive)).generate(job, never, Run("one"), LOG)
+        assert Services(archive=str(archive)).archive.read(job.fingerprint) is None, "nor is it claimed"
+    first = archive_picture(generate(*up_to_upload(photo, name="hero"), archive=str(archive)))
+    below = Path(first.image).relative_to(archive).as_posix()
+    job, _ = up_to_upload(photo, name=f"{below}/below", seed=4711)
+    with pytest.raises(InvalidJobError, match="is no folder"):
+        pipeline(str(archive)).generate(job, never, Run("one"), LOG)
+    assert sandbox.ledger.billed == 1
+    (archive / "taken").unlink()
+    assert archive_picture(generate(*up_to_upload(photo, name="taken"), archive=str(archive))).status == "reused"
 
 
 def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Path) -> None:

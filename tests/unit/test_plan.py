@@ -273,6 +273,26 @@ def test_an_image_that_cannot_be_used_fails_its_own_job_and_no_other(house: Hous
     assert [type(each) for each in entries] == [Job, ValidatedJob, Job]
 
 
+def test_a_name_that_the_archive_cannot_hold_fails_its_own_job_and_no_other(house: House, tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "taken").write_bytes(b"somebody's own")
+    plan, entries = house.plan(house.job(100, "taken/below"), house.job(101))
+    assert counts(plan) == {"fail": 1, "generate": 1}
+    assert plan.planned_usd == Decimal("0.05")
+    assert "taken is no folder; choose another name" in dict(plan.problems)["taken/below"]
+    assert [type(each) for each in entries] == [Job, ValidatedJob]
+
+
+def test_names_that_differ_only_in_case_are_told_where_the_disk_takes_them_for_one(
+    house: House, tmp_path: Path
+) -> None:
+    jobs = house.job(100, "hero/Summer"), house.job(101, "hero/summer"), house.job(102, "hero/winter")
+    assert not any("upper and lower case" in warning for warning, _ in house.plan(*jobs)[0].warnings)
+    (tmp_path / "archive").mkdir(exist_ok=True)
+    (tmp_path / "ARCHIVE").symlink_to("archive")  # as such a disk shows it
+    assert [count for warning, count in house.plan(*jobs)[0].warnings if "upper and lower case" in warning] == [1]
+
+
 def test_a_drawn_seed_is_the_same_in_the_plan_and_in_the_run(house: House) -> None:
     job = house.job(100).model_copy(update={"seed": "random"})
     _, (first, second) = house.plan(job, job.model_copy(update={"name": "other"}))

@@ -541,6 +541,36 @@ def test_a_folder_has_one_address_however_it_is_named(tmp_path: Path, monkeypatc
     assert open_store("new/deep").url == str(tmp_path / "new" / "deep"), "though it does not exist yet"
 
 
+def test_what_is_in_the_way_of_a_file_is_known_before_it_is_written(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "archive")
+    for key in ("a/b.png", "a/b/c.png", "new/deep/c.png"):
+        assert store.in_the_way(key) is None
+    store.put("a/b.png", b"x", "image/png")
+    (tmp_path / "archive" / "broken").symlink_to("nowhere")
+    obstacles = {
+        "a/b.png/c.png": "archive/a/b.png is no folder",
+        "a/b.png/deep/c.png": "archive/a/b.png is no folder",
+        "broken/c.png": "archive/broken is no folder",
+        "a": "archive/a is a folder",
+        f"{'x' * 300}/c.png": "File name too long",
+    }
+    for key, why in obstacles.items():
+        assert why in (store.in_the_way(key) or ""), key
+        with pytest.raises(StoreError):
+            store.put(key, b"x", "image/png")
+    (tmp_path / "file").write_bytes(b"")
+    assert "file is no folder" in (LocalStore(tmp_path / "file" / "archive").in_the_way("a.png") or "")
+    assert S3Store(BUCKET, "", client("http://127.0.0.1:9")).in_the_way("a.png/b.png") is None
+
+
+def test_a_disk_that_takes_names_that_differ_only_in_case_for_one_is_known(tmp_path: Path) -> None:
+    assert not LocalStore(tmp_path / "archive").folds_case
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "ARCHIVE").symlink_to("archive")  # as such a disk shows it
+    assert LocalStore(tmp_path / "archive").folds_case
+    assert not S3Store(BUCKET, "", client("http://127.0.0.1:9")).folds_case
+
+
 def test_a_bucket_has_one_address_however_it_is_named() -> None:
     names = ["s3://bucket/p", "s3://bucket/p/", "S3://bucket/p", "s3://bucket//p//"]
     assert {open_store(each, client("http://127.0.0.1:9")).url for each in names} == {"s3://bucket/p"}
