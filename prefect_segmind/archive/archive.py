@@ -169,14 +169,18 @@ class Archive:
             StoreError: The archive cannot be listed or read, or the picture beside the sidecar is gone.
         """
         fingerprint = record.fingerprint
+        copy: Record | None = None
         for prefix in (f"{name}/{fingerprint[:16]}", ""):
             keys = (key for key in self.store.keys(prefix) if fingerprint[:16] in key and _SIDECAR.fullmatch(key))
             for key in keys:
-                if (found := self.store.get(key)) and (picture := _picture_of(found.data, fingerprint)):
+                if (found := self.store.get(key)) and (read := _picture_of(found.data, fingerprint)):
+                    picture, copied = read
                     done = record.archived(picture, f"{key.removesuffix('json')}{picture.extension}", key)
                     self.get_picture(done)
-                    return done
-        return None
+                    if not copied:
+                        return done
+                    copy = done  # which says nothing of the cost
+        return copy
 
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
         """Store a picture under a job's name and never over a different one.
@@ -245,15 +249,16 @@ class Archive:
         return found.data
 
 
-def _picture_of(sidecar: bytes, fingerprint: str) -> PaidPicture | None:
-    """The facts in the sidecar of a picture that was paid for; None for another one's, a copy's or any other file."""
+def _picture_of(sidecar: bytes, fingerprint: str) -> tuple[PaidPicture, bool] | None:
+    """The facts in the sidecar of a picture, and whether it is a copy; None for another picture's or any other file."""
     try:
         held = json.loads(sidecar)
-        if held["fingerprint"] != fingerprint or held["copied_from"]:
+        if held["fingerprint"] != fingerprint:
             return None
         facts = {name: held[name] for name in ("seed", "cost_usd", "cost_source", "request_id", "paid_at")}
         extension = file_type(held["output"]["format"])[1]
-        return PaidPicture.model_validate({**held["output"], **facts, "extension": extension})
+        picture = PaidPicture.model_validate({**held["output"], **facts, "extension": extension})
+        return picture, bool(held["copied_from"])
     except (ValueError, KeyError, TypeError):
         return None
 

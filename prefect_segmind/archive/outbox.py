@@ -7,6 +7,9 @@ arriving is `{fingerprint}.{run}.part`, which is as long as what has arrived, wh
 supports it, space for an answer is reserved before the request is sent, in `….space` beside it, so that a full disk
 costs nothing.
 
+What a request is for is in `{fingerprint}.{run}.asked.json`, as long as nothing else says it. (Earlier versions take no
+file for a picture that ends in `.json`.)
+
 An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
 readable by the user only, since a link in it may be signed; the facts in its headers are in `….answer.json`.
 """
@@ -49,28 +52,42 @@ Reader = Callable[[Path, Path], Picture]
 """Reads the picture in the body of a 200, the first file; writes it to the second if the body is not the picture."""
 
 
-class OutboxEntry(BaseModel):
-    """The facts of a picture in the outbox: with them it can be archived though nobody asks for its job again.
+class Asked(BaseModel):
+    """What a request is for: with it, a picture can be archived though nobody asks for its job again.
 
-    The last four are None for a picture that an earlier version has kept, or whose run died before it wrote the facts.
+    All is None for a request of an earlier version.
 
     Attributes:
-        paid: The facts of the picture.
-        attempts: The requests that were sent for it.
         job: The validated job, as JSON values.
         source_uri: The location of the source image that was sent.
         archive: The archive that the picture is for.
-        run: The run that paid for it.
+        run: The run that pays.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    paid: PaidPicture
-    attempts: tuple[Attempt, ...] = ()
     job: dict[str, Any] | None = None
     source_uri: str | None = None
     archive: str | None = None
     run: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The name of the job, where it is known."""
+        job = self.job.get("job") if self.job else None
+        return str(job["name"]) if isinstance(job, dict) and "name" in job else None
+
+
+class OutboxEntry(Asked):
+    """The facts of a picture in the outbox.
+
+    Attributes:
+        paid: The facts of the picture.
+        attempts: The requests that were sent for it.
+    """
+
+    paid: PaidPicture
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,29 +99,18 @@ class Waiting:
         fingerprint: The job's.
         size_bytes: Its size.
         written: When it was written, UTC.
-        entry: The facts beside a picture; None if there are none, or it is an answer.
+        asked: What it is for.
+        cost_usd: What was paid for it; None if that is not known.
         is_answer: Whether it is an answer that could not be read as a picture.
-        answered: The facts in the headers of such an answer, if they were kept.
     """
 
     path: Path
     fingerprint: str
     size_bytes: int
     written: datetime
-    entry: OutboxEntry | None = None
-    is_answer: bool = False
-    answered: Answered | None = None
-
-    @property
-    def job_name(self) -> str | None:
-        """The name of the job, where the facts have it."""
-        job = self.entry.job.get("job") if self.entry and self.entry.job else None
-        return str(job["name"]) if isinstance(job, dict) and "name" in job else None
-
-    @property
-    def cost_usd(self) -> Decimal | None:
-        """What was paid for it; None if that is not known."""
-        return self.entry.paid.cost_usd if self.entry else self.answered.cost_usd if self.answered else None
+    asked: Asked
+    cost_usd: Decimal | None
+    is_answer: bool
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ class Outbox:
             raise self._unusable("it cannot be written")
 
     @contextmanager
-    def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
+    def receive(self, fingerprint: str, run: str, asked: Asked | None = None) -> Iterator[Path]:
         """Yield the file for the answer to the next request, with its space reserved.
 
         It is removed if the API has answered with an error, or its answer was cut. After anything else, an interrupt
@@ -161,6 +167,7 @@ class Outbox:
         Args:
             fingerprint: The job's.
             run: The run that sends the request.
+            asked: What it is for.
 
         Raises:
             OutboxError: The space cannot be reserved. Nothing was paid.
@@ -170,6 +177,8 @@ class Outbox:
         try:
             with self._disk_errors():
                 reserve(part, RESERVED_BYTES)
+                if asked:
+                    _write(_asked_path(part), asked)
             yield part
         except BaseException as error:
             with suppress(OSError):  # the failure counts, not that its remains cannot be removed
@@ -180,6 +189,8 @@ class Outbox:
             _discard(part)
         finally:
             release(part)
+            if not part.exists() and not part.with_suffix(".1.answer").exists():
+                _discard(_asked_path(part))
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
@@ -207,10 +218,10 @@ class Outbox:
             raise OutboxError(failure, status=200, possibly_billed=True) from error
         with suppress(OSError):  # the picture is safe, and is found without its facts too
             facts = part.with_suffix(".facts")
-            facts.touch(0o600)
-            facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
+            _write(facts, entry)
             sync(facts)
             facts.replace(path.with_suffix(".json"))
+            _discard(_asked_path(part))
         return path
 
     def keep_answer(self, part: Path, answered: Answered) -> Path | None:
@@ -246,9 +257,7 @@ class Outbox:
         sync(path.parent)
         with suppress(OSError):  # the answer is safe, and is read without its facts too
             if answered is not None:
-                facts = _facts_path(path)
-                facts.touch(0o600)
-                facts.write_text(answered.model_dump_json(indent=2), encoding="utf-8")
+                _write(_facts_path(path), answered)
         return path
 
     def answers(self, fingerprint: str) -> list[Path]:
@@ -297,7 +306,7 @@ class Outbox:
                 raise self._unusable(f"{body.name} cannot be read: {reason(error)}") from error
             try:
                 answered = _facts_of(body) or _assumed(body, list_price_usd)
-                entry = OutboxEntry(paid=answered.brought(picture, seed))
+                entry = OutboxEntry(paid=answered.brought(picture, seed), **_asked(body).model_dump())
                 path = self.keep(fingerprint, found if found.exists() else body, entry)
             except (FileNotFoundError, OutboxError):
                 if body.exists():
@@ -364,7 +373,8 @@ class Outbox:
             if known := _known(files, picture.sha256):
                 return path, known
             notices = ("recovered after a crash: its cost and request id are not known",)
-            entry = OutboxEntry(paid=assumed.brought(picture, seed).model_copy(update={"notices": notices}))
+            paid = assumed.brought(picture, seed).model_copy(update={"notices": notices})
+            entry = OutboxEntry(paid=paid, **_asked(path).model_dump())
             try:
                 return (path if path in paths else self.keep(fingerprint, path, entry)), entry
             except OutboxError:
@@ -444,11 +454,10 @@ class Outbox:
             sha256: The SHA-256 of the picture in the archive.
         """
         with suppress(OutboxError):
-            others = self.others(fingerprint, sha256)
-            stems = {each.with_suffix("") for each in others}
-            for each in self._listed(fingerprint):
-                if each not in others and each.with_suffix("") not in stems and not each.name.endswith(_ANSWER):
-                    _discard(each)
+            files = self._listed(fingerprint)
+            stay = {each for each in files if each.name.endswith(_ANSWER)} | {*self.others(fingerprint, sha256)}
+            stay |= {about for each in stay for about in (each.with_suffix(".json"), _asked_path(each))}
+            _discard(*(each for each in files if each not in stay))
 
     def _part(self, fingerprint: str, run: str) -> Path:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
@@ -524,8 +533,28 @@ def _waiting(file: Path, fingerprint: str, files: Iterable[Path]) -> Waiting:
     about = file.stat()
     known = file, fingerprint, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC)
     if file.suffix == ".answer":
-        return Waiting(*known, is_answer=True, answered=_facts_of(file))
-    return Waiting(*known, entry=_known(files, hashlib.sha256(file.read_bytes()).hexdigest()))
+        answered = _facts_of(file)
+        return Waiting(*known, _asked(file), answered.cost_usd if answered else None, is_answer=True)
+    entry = _known(files, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Waiting(*known, entry or _asked(file), entry.paid.cost_usd if entry else None, is_answer=False)
+
+
+def _asked_path(file: Path) -> Path:
+    """Where it is written what the request is for that has brought an answer."""
+    return file.with_name(".".join([*file.name.split(".")[:2], "asked", "json"]))
+
+
+def _asked(file: Path) -> Asked:
+    """What the request was for that has brought an answer, as far as it was written."""
+    with suppress(OSError, ValidationError):
+        return Asked.model_validate_json(_asked_path(file).read_bytes())
+    return Asked()
+
+
+def _write(path: Path, facts: BaseModel) -> None:
+    """Write facts for the user alone."""
+    path.touch(0o600)
+    path.write_text(facts.model_dump_json(indent=2), encoding="utf-8")
 
 
 def path_and_host(kept: str) -> tuple[Path, str]:

@@ -27,6 +27,9 @@ OnKept = Literal["wait", "repay"]
 LEASE_SECONDS = 60.0
 """How long a claim holds after the record was last written, by the store's own clock."""
 
+RUN_ENDED = "the run ended before it had the answer"
+"""The reason in an attempt whose run died: nobody knows what became of it."""
+
 FlowRuns = tuple[tuple[str, int], ...]
 """A flow run and its parents, the outermost first, each with the number of its try: Prefect's `run_count`."""
 
@@ -188,11 +191,16 @@ class Record(BaseModel):
             return None
         return next((each.kept_picture for each in reversed(self.attempts) if each.kept_picture), None)
 
-    @property
-    def may_be_archived(self) -> bool:
-        """Whether a run may have died when it had archived the picture, before it could write that into the record."""
-        return self.state != "done" and any(
-            each.kept_picture or (each.status is None and each.possibly_billed is not False) for each in self.attempts
+    def may_be_archived_by_another(self, run: Run) -> bool:
+        """Whether another run may have archived the picture and died before it could write that into the record.
+
+        Args:
+            run: The run that asks; when it has sent the last request, it has looked before.
+        """
+        if self.state == "done" or not self.attempts or self.attempts[-1].run == run.id:
+            return False
+        return any(
+            each.kept_picture or each.possibly_billed is None or each.reason == RUN_ENDED for each in self.attempts
         )
 
     def outcome_unknown(self, run: Run) -> bool:
@@ -215,7 +223,7 @@ class Record(BaseModel):
         """
         dead = self.holder.run if self.holder and self.holder.run != holder.run else None
         reported = {"reported_by": holder.run}
-        lost = reported | {"possibly_billed": True, "reason": "the run ended before it had the answer"}
+        lost = reported | {"possibly_billed": True, "reason": RUN_ENDED}
 
         def taken_over(attempt: Attempt) -> Attempt:
             if attempt.possibly_billed is None:

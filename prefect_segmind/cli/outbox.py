@@ -79,17 +79,17 @@ def look(*, archive: bool) -> list[InOutbox]:
 
 def _archive(outbox: Outbox, waiting: list[Waiting]) -> LeftOver:
     ends = LeftOver({}, {})
-    for place in {each.entry.archive for each in waiting if each.entry and each.entry.archive}:
+    for place in {each.asked.archive for each in waiting if each.asked.archive}:
         try:
             archiving = Archiving(Services(archive=place).archive, outbox)
             archived, stayed = archive_left_over(archiving, Run(uuid.uuid4().hex))
         except SegmindError as error:
-            mine = (each.path for each in waiting if each.entry and each.entry.archive == place)
+            mine = (each.path for each in waiting if each.asked.archive == place and not each.is_answer)
             stayed, archived = dict.fromkeys(mine, str(error)), {}
         ends.archived.update(archived)
         ends.stayed.update(stayed)
     for each in waiting:
-        if not (each.is_answer or (each.entry and each.entry.archive)):
+        if not (each.is_answer or each.asked.archive):
             ends.stayed.setdefault(each.path, UNKNOWN_JOB)
     return ends
 
@@ -99,8 +99,8 @@ def _described(waiting: list[Waiting], ends: LeftOver) -> Iterator[InOutbox]:
         archived = ends.archived.get(each.path)
         yield InOutbox(
             path=str(each.path),
-            name=each.job_name,
-            archive=each.entry.archive if each.entry else None,
+            name=each.asked.name,
+            archive=each.asked.archive,
             fingerprint=each.fingerprint,
             kind="answer" if each.is_answer else "picture",
             size_bytes=each.size_bytes,

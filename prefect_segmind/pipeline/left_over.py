@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from prefect_segmind.archive.leases import held_elsewhere
-from prefect_segmind.archive.outbox import OutboxEntry, Waiting
+from prefect_segmind.archive.outbox import Asked, Waiting
 from prefect_segmind.archive.record import Run
 from prefect_segmind.errors import (
     BucketNotFoundError,
@@ -61,7 +61,7 @@ def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = 
     """
     found = LeftOver({}, {})
     for each in archiving.outbox.waiting():
-        if each.is_answer or (each.entry and each.entry.archive not in (None, archiving.archive.url)):
+        if each.is_answer or each.asked.archive not in (None, archiving.archive.url):
             continue
         try:
             if archived := _archive(archiving, each, run, flow_run_id):
@@ -75,26 +75,30 @@ def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = 
 
 def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | None) -> ArchivedImage | None:
     """Archives one picture; None if that is for another run to do, or done."""
-    archive, entry = archiving.archive, each.entry
+    archive, outbox = archiving.archive, archiving.outbox
     found = archive.read(each.fingerprint)
     record = found.record if found else None
     if record is not None and record.state == "done" and record.picture is not None:
-        archiving.outbox.remove(each.fingerprint, record.picture.sha256)
+        outbox.remove(each.fingerprint, record.picture.sha256)
         if not each.path.exists():
             return None
         raise StoreError(f"the archive has another picture of the same job, {archive.store.uri(record.image or '')}")
     if held_elsewhere(archive, found, run.id):
         return None
-    job = each.job_name and _job(entry)
-    if not job or not entry or job.fingerprint != each.fingerprint:
+    job = _job(each.asked)
+    if not job or job.fingerprint != each.fingerprint:
         raise StoreError(UNKNOWN_JOB)
+    kept = outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=True)
+    if kept is None:
+        return None
+    path, entry = kept
     generated = GeneratedImage(
         job=job,
         source_uri=entry.source_uri or job.job.image,
         archive=archive.url,
         run=run.id,
         status="recovered",
-        path=each.path,
+        path=path,
         picture=entry.paid,
         attempts=record.attempts if record else entry.attempts,
         requests_sent=0,
@@ -104,10 +108,10 @@ def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | N
     return archiving.archive_picture(generated, flow_run_id)
 
 
-def _job(entry: OutboxEntry | None) -> ValidatedJob | None:
-    """The job in the facts of a picture; None if another version has written it in another form."""
+def _job(asked: Asked) -> ValidatedJob | None:
+    """The job of a picture; None if it is not known, or another version has written it in another form."""
     try:
         allowed = {"allow_unlisted_resolution": True}
-        return ValidatedJob.model_validate(entry.job, context=allowed) if entry else None
+        return ValidatedJob.model_validate(asked.job, context=allowed) if asked.job else None
     except ValidationError:
         return None

@@ -16,7 +16,7 @@ from prefect_segmind.archive.archive import Archive, RecordRead
 from prefect_segmind.archive.leases import held_claim, held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox, OutboxEntry, path_and_host
 from prefect_segmind.archive.record import Attempt, OnKept, OnUnknown, Run, Verdict, past_requests, verdict
-from prefect_segmind.errors import ApiError, PreconditionFailedError
+from prefect_segmind.errors import ApiError, OutboxError, PreconditionFailedError
 from prefect_segmind.images.inspection import Picture
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.pipeline.validate import ValidatedJob
@@ -156,7 +156,7 @@ class LookUp:
         if read_again and not (done or kept or elsewhere):
             # Another run may have read the same answer meanwhile, and put its picture there.
             kept = self._read_again(outbox, job, run, log) or _in_outbox(outbox, job, unfinished=True)
-        if found and not (done or kept or elsewhere) and found.record.may_be_archived:
+        if found and not (done or kept or elsewhere) and found.record.may_be_archived_by_another(run):
             found = self._finished(job, found, log)
             done = found.record.state == "done"
         unreadable = () if done or kept or elsewhere else tuple(outbox.answers(job.fingerprint))
@@ -171,12 +171,7 @@ class LookUp:
         )
         finding = Finding(what, found, kept, unreadable)
         if (picture := kept[1].paid if kept else finding.archived) and not elsewhere:
-            for path in outbox.others(job.fingerprint, picture.sha256):
-                log.warning(
-                    "%s was paid for more than once: another picture of it stays in the outbox, %s; archive it by hand "
-                    "or remove it",
-                    *(job.name, path),
-                )
+            _report_others(job, outbox, picture, log)
         return finding
 
     def is_unchanged(self, job: ValidatedJob, finding: Finding) -> bool:
@@ -239,6 +234,15 @@ class LookUp:
                 raise
 
         return outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
+
+
+def _report_others(job: ValidatedJob, outbox: Outbox, picture: PaidPicture, log: logging.Logger) -> None:
+    with suppress(OutboxError):  # what is archived needs no outbox
+        for path in outbox.others(job.fingerprint, picture.sha256):
+            log.warning(
+                "%s was paid for more than once: another picture of it stays in the outbox until you move it, %s",
+                *(job.name, path),
+            )
 
 
 def _in_outbox(outbox: Outbox, job: ValidatedJob, *, unfinished: bool) -> tuple[Path, OutboxEntry] | None:

@@ -60,6 +60,25 @@ def test_a_picture_of_a_job_that_nobody_asks_for_again_is_archived_under_its_nam
     assert archived() == LeftOver({}, {})
 
 
+def test_what_a_killed_run_had_just_received_is_archived_though_nobody_asks_for_it_again(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    job, uploaded = up_to_upload(photo, name="hero/summer", seed="random")
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.api.client.read_picture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(job, uploaded)
+    leases._claims.clear()
+    found = archived()
+    assert ([each.name for each in found.archived.values()], found.stayed) == (["hero/summer"], {})
+    read = Services().archive.read(job.fingerprint)
+    assert read is not None
+    assert (read.record.state, files(), sandbox.ledger.billed) == ("done", [], 1)
+
+
 def test_a_picture_that_a_live_run_is_about_to_archive_is_left_to_it(sandbox: Sandbox, photo: Path) -> None:
     mine = generate(*up_to_upload(photo))
     assert archived() == LeftOver({}, {})
@@ -161,7 +180,7 @@ def test_the_command_lists_what_waits_in_all_outboxes_and_archives_it(
     assert [(each["name"], each["kind"], each["cost_usd"]) for each in found] == [
         ("hero/summer", "picture", "0.05"),
         ("hero/winter", "picture", "0.05"),
-        (None, "answer", "0.05"),
+        ("odd", "answer", "0.05"),
     ]
     assert [each["path"] for each in found[:2]] == [str(each.path) for each in before]
     assert [each["archive"] for each in found[:2]] == [each.archive for each in before]

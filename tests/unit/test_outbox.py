@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ import pytest
 from PIL import Image
 
 from prefect_segmind.api.client import SegmindClient
-from prefect_segmind.api.picture import PaidPicture
-from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.api.picture import Answered, PaidPicture
+from prefect_segmind.archive.outbox import RESERVED_BYTES, Asked, Outbox, OutboxEntry
 from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import AnswerCutError, OutboxError
 from prefect_segmind.images.inspection import Picture, read_picture
@@ -345,6 +346,56 @@ def put(outbox: Outbox, name: str, data: bytes) -> Path:
     path = outbox.folder / name
     path.write_bytes(data)
     return path
+
+
+class TestWhatARequestIsFor:
+    ASKED = Asked(job={"job": {"name": "hero"}}, archive="/srv/pictures", run="one", source_uri="s3://b/k")
+
+    def received(self, outbox: Outbox, error: BaseException | None = None, data: bytes = drawn()) -> None:
+        with outbox.receive(PRINT, "one", self.ASKED) as part:
+            part.write_bytes(data)
+            if error:
+                raise error
+            outbox.keep(PRINT, part, OutboxEntry(paid=entry(part).paid, **self.ASKED.model_dump()))
+
+    def test_is_beside_a_picture_and_nowhere_else(self, outbox: Outbox) -> None:
+        self.received(outbox)
+        (waiting,) = outbox.waiting()
+        assert (waiting.asked.name, waiting.asked.archive, waiting.cost_usd) == (
+            "hero",
+            "/srv/pictures",
+            Decimal("0.04"),
+        )
+        assert len(names(outbox)) == 2
+
+    def test_is_beside_what_an_interrupted_run_had_received_and_goes_with_it(self, outbox: Outbox) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            self.received(outbox, KeyboardInterrupt())
+        (waiting,) = outbox.waiting()
+        assert (waiting.asked, waiting.cost_usd) == (self.ASKED, None)
+        kept = found(outbox)
+        assert kept is not None
+        assert (kept[1].name, kept[1].archive, kept[1].run) == ("hero", "/srv/pictures", "one")
+        assert len(names(outbox)) == 2
+        outbox.remove(PRINT, SHA256)
+        assert names(outbox) == set()
+
+    def test_is_beside_an_answer_as_long_as_that_is_kept(self, outbox: Outbox) -> None:
+        known = Answered(cost_usd=Decimal("0.04"), cost_source="x-cost", at=NOW)
+        with outbox.receive(PRINT, "one", self.ASKED) as part:
+            part.write_bytes(b"<html>")
+            outbox.keep_answer(part, known)
+        outbox.remove(PRINT, SHA256)
+        (waiting,) = outbox.waiting()
+        assert (waiting.asked, waiting.cost_usd, waiting.is_answer) == (self.ASKED, Decimal("0.04"), True)
+        assert {stat.S_IMODE(each.stat().st_mode) for each in outbox.folder.iterdir()} == {0o600}
+
+    def test_is_gone_where_nothing_was_paid(self, outbox: Outbox) -> None:
+        with pytest.raises(AnswerCutError):
+            self.received(outbox, AnswerCutError("cut"))
+        with pytest.raises(KeyboardInterrupt):
+            self.received(outbox, KeyboardInterrupt(), b"")
+        assert names(outbox) == set()
 
 
 class TestTwoPicturesOfOneJob:

@@ -472,6 +472,21 @@ def test_a_picture_whose_sidecar_is_archived_is_reused_though_its_record_is_not_
     assert Services().archive.store.uri(record.sidecar or "") == before.sidecar
 
 
+def test_the_copy_of_a_picture_finishes_its_record_too(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, copy = walk(photo), walk(photo, name="copy")
+    archive, found = Services().archive, recorded(first.fingerprint)
+    undone = Record(fingerprint=first.fingerprint, attempts=(Attempt(run="dead", sent_at=datetime.now(UTC)),))
+    archive.write(undone, found.etag)
+    assert (walk(photo, name="third").status, sandbox.ledger.billed) == ("reused", 1)
+    assert archive.store.uri(recorded(first.fingerprint).record.image or "") == first.image
+    archive.write(undone, recorded(first.fingerprint).etag)
+    bucket, _, key = first.sidecar.removeprefix("s3://").partition("/")
+    Services().s3.delete_object(Bucket=bucket, Key=key)
+    assert (walk(photo, name="copy").image, sandbox.ledger.billed) == (copy.image, 1)
+
+
 def test_a_sidecar_whose_picture_is_gone_is_an_error_and_no_payment(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

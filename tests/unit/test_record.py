@@ -127,6 +127,25 @@ def test_an_unknown_outcome_is_one_of_another_run(record):
     assert found.outcome_unknown(Run("me")) is (record in UNKNOWN)
 
 
+@pytest.mark.parametrize(
+    ("attempts", "may_be"),
+    [
+        ([], False),
+        ([sent("other")], True),
+        ([sent("other", False, kept="there")], True),
+        ([sent("other", False, kept="there", reason="no picture")], False),
+        ([sent("other", True, reason="the run ended before it had the answer")], True),
+        ([sent("other", True, reason="AnswerCutError: cut")], False),
+        ([sent("other", False, status=429)], False),
+        ([sent("other"), sent("me", True)], False),
+        ([sent("me")], False),
+    ],
+)
+def test_the_archive_is_searched_only_where_another_run_may_have_died_when_it_had_archived(attempts, may_be):
+    assert claimed(*attempts).may_be_archived_by_another(Run("me")) is may_be
+    assert not DONE.may_be_archived_by_another(Run("another"))
+
+
 def test_every_run_but_the_own_is_another_run():
     record = claimed(sent("me", True))
     assert not record.outcome_unknown(Run("me"))
