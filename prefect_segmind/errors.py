@@ -159,6 +159,10 @@ class OutcomeUnknownError(SegmindError):
     """An earlier request for this job may have been paid, and `on_unknown="fail"` forbids another."""
 
 
+class KeptElsewhereError(SegmindError):
+    """A picture is paid for and lies in an outbox that this machine cannot read; it is not paid for again."""
+
+
 class ManifestError(InputError):
     """A manifest has mistakes; the message has a line for each of them."""
 
