@@ -44,12 +44,13 @@ _PAIR = re.compile(
     | (?: (?:signature|[_-]?token|api[_-]?key|auth[_-]?key|access[_-]?key|secret|passw(?:or)?d|jwt
         |x-(?:amz|goog|oss)-[a-z-]{{1,40}} |\b(?:sig|hmac|hdn(?:ts|ea|tl)|key-pair-id|awsaccesskeyid))
       | [?&;\#{_CODED_END}](?:s[eprtv]?|e|key|auth(?:orization)?|policy|pass|pwd|exp(?:ires)?|session(?:id)?) )
-    (?: = | \\{{0,3}}["'{_CODED_END}]\s{{0,9}}[=:]\s{{0,9}}\\{{0,3}}["'{_CODED_END}] ) ([^\s&"'<>]+)"""
+    (?: [=>] | :\s{{0,9}}(?=[0-9a-f]{{32}})
+      | \\{{0,3}}["'{_CODED_END}]\s{{0,9}}[=:]\s{{0,9}}\\{{0,3}}["'{_CODED_END}] ) ([^\s&"'<>]+)"""
 )
 # As a header is written, in a list or an object too: its value may have blanks in it.
 _HEADER = re.compile(
     rf"""(?i)\b(?:(?:proxy-)?authorization|x-api-key|x-amz-security-token|(?:set-)?cookie)\b"""
-    rf"""\\{{0,3}}["'{_CODED_END}]?\s{{0,9}}[:=,]\s{{0,9}}(?:b?\\{{0,3}}["'{_CODED_END}])?([^\r\n"']+)"""
+    rf"""(?:\\{{0,3}}["'{_CODED_END}]\s{{0,9}}[:=,]|\s{{0,9}}[:=])\s{{0,9}}(?:b?\\{{0,3}}["'{_CODED_END}])?([^\r\n"']+)"""
 )
 
 

@@ -23,6 +23,7 @@ from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.pipeline.archive import Archiving
 from prefect_segmind.pipeline.look_up import LookUp
 from prefect_segmind.pipeline.pay import Cashier
@@ -284,6 +285,7 @@ def _s3_client(block: str | None, encryption: str | None, _environment: _Environ
 
 def _client_of(block: str) -> S3Client:
     check_environment()  # Prefect's client reads it, and fails without naming it
+    guard_logs()
     try:
         loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
         client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]

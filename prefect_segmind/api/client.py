@@ -29,6 +29,7 @@ from prefect_segmind.errors import (
     ResultLinkError,
 )
 from prefect_segmind.images.inspection import BrokenPicture, Picture, read_picture
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.money import LIST_PRICE_USD
 from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download
@@ -94,6 +95,7 @@ class SegmindClient:
         self._list_price = list_price_usd
         # A proxy would get requests that are meant for this machine.
         proxy = None if self.on_loopback else proxy_for(self.base_url)
+        guard_logs()
         # No connection is kept: a request on one that the server has dropped would be of unknown outcome.
         self._http = httpx.Client(
             headers={"x-api-key": key},

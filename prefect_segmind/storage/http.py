@@ -22,6 +22,7 @@ from typing import IO, Final
 import httpx
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 
 MAX_REDIRECTS: Final = 5
@@ -120,6 +121,7 @@ def download(
         Traceback (most recent call last):
         prefect_segmind.storage.http.DownloadError: http://169.254.169.254/ leads to 169.254.169.254; only public ...
     """
+    guard_logs()
     deadline = time.monotonic() + timeout
     here = _parsed(url)
     for _ in range(MAX_REDIRECTS + 1):
