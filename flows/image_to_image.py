@@ -81,6 +81,7 @@ def image_to_image(
     )
     _ = services.credentials  # what is not configured fails before anything is done
     services.check()
+    services.check_event_source(image)
     try:
         job = validate_job(
             {

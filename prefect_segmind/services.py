@@ -21,9 +21,11 @@ from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
-from prefect_segmind.errors import ConfigurationError, OutboxError
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, OutboxError
+from prefect_segmind.jobs.job import shown
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.pipeline.archive import Archiving
 from prefect_segmind.pipeline.look_up import LookUp
 from prefect_segmind.pipeline.pay import Cashier
@@ -36,7 +38,7 @@ from prefect_segmind.storage.disk_errors import disk_errors
 from prefect_segmind.storage.http_environment import check_environment
 from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
 from prefect_segmind.storage.store import Store
-from prefect_segmind.text import given_text
+from prefect_segmind.text import given_text, stripped
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -185,6 +187,23 @@ class Services:
         """
         _ = self.outbox, self.publishing
 
+    def check_event_source(self, image: str) -> None:
+        """Checks that the image of a run that an event began is where events may have theirs. Others may be anywhere.
+
+        Args:
+            image: The image as given.
+
+        Raises:
+            InvalidJobError: It is elsewhere.
+        """
+        allowed = self.settings.event_sources
+        starts = tuple(each.strip() for each in allowed.split(","))
+        if allowed != "any" and began_by_event() and not stripped(image).lower().startswith(starts):
+            raise InvalidJobError(
+                f"image: {shown(image)} is not allowed in an event; its image begins with {' or '.join(starts)} "
+                f"({PREFIX}EVENT_SOURCES)"
+            )
+
     def publisher(self, refreshed_at: datetime, run: str) -> Publisher | None:
         """Publishes the pictures of a run; None where `publish_to` is not given.
 
@@ -300,6 +319,13 @@ def in_deployment() -> bool:
     return bool(run and run.deployment_id) or deployment.id is not None
 
 
+def began_by_event() -> bool:
+    """Whether an automation began this run, which Prefect's server notes and an event cannot deny."""
+    context = FlowRunContext.get()
+    begun = context.flow_run.created_by if context and context.flow_run else None
+    return begun is not None and begun.type == "AUTOMATION"
+
+
 _Environment = tuple[tuple[str, str], ...]
 
 
@@ -319,6 +345,7 @@ def _s3_client(block: str | None, encryption: str | None, _environment: _Environ
 
 def _client_of(block: str) -> S3Client:
     check_environment()  # Prefect's client reads it, and fails without naming it
+    guard_logs()
     try:
         loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
         client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ from botocore.config import Config
 
 from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.storage.s3_errors import LOST, error_code, may_be_the_checksum, s3_errors, status_of
 from prefect_segmind.storage.store import Conditions, StoredObject, require
 
@@ -62,6 +63,7 @@ def s3_client() -> S3Client:
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
         response_checksum_validation="when_required",  # see `ask_for_no_checksums`
     )
+    guard_logs()
     with _creating, s3_errors("make an S3 client"):
         session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
         client = session.client("s3", config=settings)
