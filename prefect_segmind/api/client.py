@@ -157,8 +157,10 @@ class SegmindClient:
                     self._raise_unless_200(answer)
                     self._receive(answer, part)
             except httpx.TransportError as error:
-                if answer is None or not _is_whole(part):
+                if answer is None:
                     raise
+                if not _is_whole(part):
+                    raise self._cut(error).with_facts(status=200, request_id=self._request_id(answer)) from None
                 broken = error
         picture = self._picture(answer, self._answered(answer), request.seed, part)
         if broken is None:
@@ -317,23 +319,26 @@ class SegmindClient:
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
         """Turns the failures of httpx into errors of this package, which never show an address with its query."""
-        host = self._host
         try:
             yield
         except ApiError as error:
             error.possibly_billed &= billable
             raise
         except NOT_SENT as error:
+            why = self._shown(error)
             raise ApiUnreachableError(
-                f"{host} cannot be reached: {self._shown(error)} (check SEGMIND_BASE_URL, the network and any proxy)"
+                f"{self._host} cannot be reached: {why} (check SEGMIND_BASE_URL, the network and any proxy)"
             ) from None
         except httpx.TransportError as error:
-            what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
-            raise AnswerCutError(
-                f"the answer of {host} {what}: {self._shown(error)}"
-                + (" (the provider's usage page shows whether it was billed)" if billable else ""),
-                possibly_billed=billable,
-            ) from None
+            raise self._cut(error, billable) from None
+
+    def _cut(self, error: httpx.TransportError, billable: bool = True) -> AnswerCutError:
+        what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
+        return AnswerCutError(
+            f"the answer of {self._host} {what}: {self._shown(error)}"
+            + (" (the provider's usage page shows whether it was billed)" if billable else ""),
+            possibly_billed=billable,
+        )
 
     def _shown(self, error: httpx.TransportError) -> str:
         """The message of an error; it may quote what the peer has sent, which may repeat the key."""
