@@ -159,7 +159,11 @@ class SegmindClient:
             except httpx.TransportError as error:
                 if answer is None:
                     raise
-                if not _is_whole(part):
+                try:
+                    whole = _is_whole(part.read_bytes())
+                except OSError as unreadable:  # it may be whole, and stays
+                    raise _unusable(part, unreadable, "read from") from unreadable
+                if not whole:
                     raise self._cut(error).with_facts(status=200, request_id=self._request_id(answer)) from None
                 broken = error
         picture = self._picture(answer, self._answered(answer), request.seed, part)
@@ -259,7 +263,7 @@ class SegmindClient:
                         )
                     write(chunk)
         except OSError as error:
-            raise _unwritable(part, error) from error
+            raise _unusable(part, error) from error
 
     def _request_id(self, answer: httpx.Response) -> str | None:
         return request_id(answer.headers, self._key)
@@ -286,7 +290,7 @@ class SegmindClient:
         except OSError as error:
             with suppress(OSError):
                 found.unlink(missing_ok=True)
-            raise _unwritable(part, error).with_facts(answered=answered, possibly_billed=False) from error
+            raise _unusable(part, error).with_facts(answered=answered, possibly_billed=False) from error
         except ApiError as error:
             raise error.with_facts(answered=answered, request_id=answered.request_id) from None
         return answered.brought(picture, seed)
@@ -372,20 +376,19 @@ def _start(answer: httpx.Response) -> bytes:
     return bytes(body[:START_LIMIT])
 
 
-def _is_whole(part: Path) -> bool:
+def _is_whole(body: bytes) -> bool:
     """Whether the body of a 200 is whole by its content: JSON to its end, or a picture with its end that decodes.
 
     Without that proof a body whose connection broke counts as cut.
     """
+    if is_whole_json(body):
+        return True
     try:
-        body = part.read_bytes()
-        if is_whole_json(body):
-            return True
         held = picture_or_link(body)
-        if isinstance(held, Link):
-            return False  # a text without an end mark: half of an address is an address
-    except (OSError, ApiError):
+    except ApiError:
         return False
+    if isinstance(held, Link):
+        return False  # a text without an end mark: half of an address is an address
     return _is_whole_picture(body if held is None else held)
 
 
@@ -424,9 +427,9 @@ def _shown(broken: BrokenPicture, data: bytes, key: str) -> str:
     return f"the file {broken}"
 
 
-def _unwritable(part: Path, error: OSError) -> OutboxError:
+def _unusable(part: Path, error: OSError, what: str = "written to") -> OutboxError:
     return OutboxError(
-        f"outbox: the answered picture could not be written to {part.parent}: {reason(error)} (free space there)",
+        f"outbox: the answered picture could not be {what} {part.parent}: {reason(error)} (free space there)",
         status=200,
         possibly_billed=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import json
 import pickle
@@ -561,6 +562,25 @@ class TestWhatHadArrived:
         error = failure(part, http(body, length=len(body) + 1))
         assert type(error) is errors.AnswerCutError
         assert error.possibly_billed
+
+    def test_what_cannot_be_read_to_see_whether_it_is_whole_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreadable(_: Path) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        outbox = Outbox(tmp_path / "outbox", 0)
+        with Wire(http(PNG, length=len(PNG) + 1)) as server, monkeypatch.context() as disk:
+            disk.setattr(Path, "read_bytes", unreadable)
+            with (
+                pytest.raises(errors.OutboxError, match=r"could not be read from .*Input/output error") as caught,
+                outbox.receive("ab" * 32, "one") as received,
+            ):
+                ask(server.url, received)
+        assert caught.value.possibly_billed
+        found = outbox.find("ab" * 32, seed=100, list_price_usd=Decimal("0.05"), unfinished=True)
+        assert found is not None
+        assert found[0].read_bytes() == PNG
 
     def test_each_piece_is_on_the_disk_before_the_next_one_comes(self, part: Path) -> None:
         with Wire(http(PNG, length=len(PNG) + 1), silent=True) as server:
