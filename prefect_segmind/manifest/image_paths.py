@@ -137,7 +137,7 @@ class Images:
         if image.startswith("~"):
             try:
                 return str(Path(image).expanduser())
-            except RuntimeError as error:  # the home of an unknown user
+            except (RuntimeError, ValueError) as error:  # the home of an unknown user, or of no user's name
                 raise InvalidJobError(f"{image!r} is not a path: {error}") from None
         if not self._bucket or Path(image).is_absolute():
             return str(self._folder / image)

@@ -976,7 +976,8 @@ JOBS = st.lists(
     st.builds(
         Job,
         name=NAMES,
-        image=NAMES.map(lambda name: f"s3://bucket/{name}*?.jpg") | PROMPTS.filter(lambda text: "://" not in text),
+        image=NAMES.map(lambda name: f"s3://bucket/{name}*?.jpg")
+        | PROMPTS.filter(lambda text: not re.search(r"(?i)://|\0|^\W*(https?|s3):", text)),
         prompt=PROMPTS,
         image_weight=st.integers(1, 100),
         magic_prompt_option=st.sampled_from(MagicPromptOption),
