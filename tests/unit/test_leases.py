@@ -43,6 +43,14 @@ def holder(archive: Archive, fingerprint: str = "ab" * 32) -> Holder | None:
     return found.record.holder
 
 
+def renewed_by_this_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the threads that renew claims, which earlier tests have started, from those of this test."""
+    this, take_turn = threading.current_thread(), leases.Claim.take_turn
+    monkeypatch.setattr(
+        leases.Claim, "take_turn", lambda claim: threading.current_thread() is this and take_turn(claim)
+    )
+
+
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
     return Services(archive=str(tmp_path / "archive")).archive
@@ -123,6 +131,7 @@ def test_a_claim_is_given_up_even_if_the_archive_is_down(archive: Archive, monke
 
 
 def test_a_record_that_was_just_written_is_not_written_again(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
     claim = claimed(archive, "ab" * 32)
     assert not claim.take_turn()
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.0)
@@ -313,6 +322,8 @@ def test_proof_of_life_wins_over_age_and_only_where_there_is_none_the_age_decide
             assert held(archive, alive, monkeypatch, age)
             assert not held(archive, alive.model_copy(update={"started": "1"}), monkeypatch, age)
             assert held(archive, alive.model_copy(update={"host": "another"}), monkeypatch, age) is (age == 0)
+            of_an_earlier_version = alive.model_copy(update={"process": ""})
+            assert held(archive, of_an_earlier_version, monkeypatch, age) is (age == 0)
         hidden(monkeypatch, child.pid)
         assert held(archive, alive, monkeypatch, LEASE_SECONDS - 1)
         assert not held(archive, alive, monkeypatch, LEASE_SECONDS + 1)
@@ -470,6 +481,7 @@ def test_a_claim_whose_write_has_failed_counts_nothing_even_if_it_took_effect(
         Holder(run="long ago", host="another", pid=1, started=""), datetime.now(UTC)
     )
     archive.write(lost, None)
+    renewed_by_this_thread_alone(monkeypatch)
     broken(archive, monkeypatch, error, after=after)
     with pytest.raises(type(error)):
         claimed(archive, "ab" * 32)
@@ -488,6 +500,7 @@ def test_a_claim_whose_write_has_failed_counts_nothing_even_if_it_took_effect(
 def test_a_claim_whose_later_write_has_failed_is_still_held_even_if_it_took_effect(
     archive: Archive, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: bool, what: str
 ) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
     claim = claimed(archive, "ab" * 32)
     claim.sending()
     claim.write(lambda record: record.with_outcome(status=429, reason="busy", wait_seconds=1, possibly_billed=False))
@@ -591,6 +604,7 @@ class Clock:
     """A clock that only the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        renewed_by_this_thread_alone(monkeypatch)
         self.now = leases.clock()
         monkeypatch.setattr(leases, "clock", lambda: self.now)
 
