@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -718,3 +720,68 @@ def test_a_process_that_ends_takes_back_the_claim_whose_answer_was_lost(archive:
     found = archive.read("ab" * 32)
     assert found is not None
     assert found.record == Record(fingerprint="ab" * 32)
+
+
+def interrupted_at(line: int, do: Callable[[], object]) -> bool:
+    """Does something, interrupted by Ctrl-C at this line of the claims' code; whether it had so many."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != leases.__file__:
+            return None
+        # A `with` is traced again when it is left, where no signal is handled.
+        if event == "line" and not linecache.getline(leases.__file__, frame.f_lineno).lstrip().startswith("with "):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        do()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+def test_an_interrupt_at_any_line_of_a_claim_leaves_nothing_that_anybody_waits_for(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
+    claimed(archive, "ab" * 32).give_up()  # the threads are running
+    line = 0
+    while interrupted_at(line := line + 1, lambda: claimed(archive, f"{line:064x}")):
+        leases.give_up(archive, f"{line:064x}", "a run")
+        found = archive.read(f"{line:064x}")
+        assert found is None or (found.record.holder, found.record.attempts) == (None, ()), f"line {line}"
+        claim = leases.claim(archive, found, f"{line:064x}", Run("another run"))
+        assert claim is not None, f"line {line}"
+        claim.give_up()
+    assert line > 20
+
+
+def test_an_interrupt_at_any_line_of_giving_up_is_mended_by_the_next_run(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
+    line = 0
+    while True:
+        line += 1
+        claim = claimed(archive, f"{line:064x}")
+        if not interrupted_at(line, claim.give_up):
+            break
+        leases.give_up(archive, f"{line:064x}", "a run")
+        leases.settle(archive, f"{line:064x}")
+        found = archive.read(f"{line:064x}")
+        assert found is not None
+        assert (found.record.holder, found.record.attempts) == (None, ()), f"line {line}"
+        again = leases.claim(archive, found, f"{line:064x}", Run("another run")) or leases.claim(
+            archive, found, f"{line:064x}", Run("another run")
+        )
+        assert again is not None, f"line {line}"
+        again.give_up()
+    assert line > 10
