@@ -107,8 +107,8 @@ def exchange(
             it is, and nothing is sent.
 
     Raises:
-        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if the request was
-            certainly not sent to its end.
+        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if nothing of the
+            request was sent.
     """
     usual = {
         "Accept": "*/*",
@@ -128,7 +128,6 @@ def exchange(
                 if error is watch.refusal:
                     raise
                 raise httpx.RemoteProtocolError(str(error)) from error
-            watch.sent = True
             with closing(answer):
                 yield answer
         except httpx.TransportError as error:
@@ -158,7 +157,6 @@ class _Watch:
         self.sent = False
         self.refusal: BaseException | None = None
         self._before_sending = before_sending
-        self._is_request = False  # and no CONNECT, which only asks a proxy
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
         self._timer = threading.Timer(seconds, self._end)
@@ -179,12 +177,8 @@ class _Watch:
         step = event.partition(".")[2]
         if step == "connect_tcp.complete":
             self._connected(info["return_value"])
-        elif step == "send_request_headers.started":
-            self._is_request = info["request"].method != b"CONNECT"
-            if self._is_request:
-                self._let_send()
-        elif step in ("send_request_headers.failed", "send_request_body.failed") and self._is_request:
-            self.sent = False  # a peer that has not got all of it can do nothing
+        elif step == "send_request_headers.started" and info["request"].method != b"CONNECT":  # which asks a proxy
+            self._let_send()
 
     def _connected(self, stream: Any) -> None:
         try:
