@@ -305,6 +305,12 @@ def test_not_even_a_body_without_end_does(body):
     assert not is_whole_json(body)
 
 
+@pytest.mark.parametrize("body", [b"[" + b"{}," * 200_000 + b"{}]", b'{"image": [' + b"[]," * 200_000 + b"[]]}"])
+def test_json_of_more_values_than_any_answer_has_is_not_taken_apart(body):
+    assert picture_or_link(body) is None
+    assert not is_whole_json(body)
+
+
 @pytest.mark.parametrize("part", ["<a", "<script ", "<script>", "</", "<!--", "<style><", "& "])
 def test_a_page_of_nothing_but_beginnings_is_read_in_one_pass(part):
     assert len(error_text((part * START_LIMIT).encode()[:START_LIMIT])) <= TEXT_LIMIT
