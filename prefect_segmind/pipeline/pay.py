@@ -18,7 +18,7 @@ from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import Claim, claim, give_up, held_claim, this_process
-from prefect_segmind.archive.outbox import Outbox, OutboxEntry
+from prefect_segmind.archive.outbox import Asked, Outbox, OutboxEntry
 from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run, past_requests
 from prefect_segmind.errors import ApiError, Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.limits.admission import Gate
@@ -45,6 +45,7 @@ class GeneratedImage(BaseModel):
             the outbox or `reused` from the archive.
         path: The picture in the outbox; None if it is in the archive.
         picture: Its facts.
+        paid_by: The run whose request has brought it, as the outbox knows it.
         attempts: Every request that was ever sent for it.
         requests_sent: The number of them that this run has to report.
         cost_usd: What this run paid for it.
@@ -64,6 +65,7 @@ class GeneratedImage(BaseModel):
     requests_sent: int
     cost_usd: Decimal
     possibly_billed_usd: Decimal
+    paid_by: str | None = None
 
     @property
     def name(self) -> str:
@@ -131,9 +133,11 @@ class Cashier:
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             StoreError: The record cannot be written; nothing was paid.
         """
+        about = job.model_dump(mode="json")
+        asked = Asked(job=about, source_uri=uploaded.uri, archive=self.archive.url, run=run.id)
         with (
             self.gate.admit(job.price_usd, job.name) as admission,
-            self.outbox.receive(job.fingerprint, run.id) as part,
+            self.outbox.receive(job.fingerprint, run.id, asked) as part,
             self.open_client() as client,
         ):
             request = job.request(self.address(uploaded.uri))
@@ -157,10 +161,11 @@ class Cashier:
                 enter()
                 held.sending()
 
+            paid, path = None, part
             try:
                 paid = client.generate(request, part, before_sending)
                 admission.paid(paid.cost_usd, paid.paid_at)
-                entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
+                entry = OutboxEntry(paid=paid, attempts=held.record.attempts, **asked.model_dump())
                 path = self.outbox.keep(job.fingerprint, part, entry)
             except BaseException as error:
                 if admission.request is None and not isinstance(error, ApiError):
@@ -170,6 +175,10 @@ class Cashier:
                         raise
                     self.gate.ledger.not_sent(job.fingerprint, request_id)
                     return None
+                if paid is not None:  # whatever it is that fails now, the picture is here and paid for
+                    self._write_outcome(held, _answered(paid, path), log)
+                    held.give_up()
+                    raise
                 enter()  # unless it was sent: it was tried
                 if not isinstance(error, SegmindError):
                     self._fail(run, held, SegmindError(f"ended by {type(error).__name__}", possibly_billed=True), log)
@@ -183,12 +192,7 @@ class Cashier:
                     admission.unusable(failed)
                 decision = self._fail(run, held, error, log, kept)
                 raise failed.with_facts(decision=decision) from error.__cause__
-        kept_at = f"{path} on {socket.gethostname()}"
-
-        def answered(record: Record) -> Record:
-            return record.with_outcome(status=200, possibly_billed=False, kept=kept_at, cost_usd=paid.cost_usd)
-
-        self._write_outcome(held, answered, log)
+        self._write_outcome(held, _answered(paid, path), log)
         held.hold(ARCHIVE_SECONDS)
         for notice in paid.notices:
             log.info(notice)
@@ -295,3 +299,9 @@ class Cashier:
             held.write(outcome)
         except StoreError as broken:
             log.warning("the outcome of this request could not be written to the archive: %s", broken)
+
+
+def _answered(paid: PaidPicture, path: Path) -> Callable[[Record], Record]:
+    """The outcome of a request that has brought a picture, which waits in the outbox."""
+    kept = f"{path} on {socket.gethostname()}"
+    return lambda record: record.with_outcome(status=200, possibly_billed=False, kept=kept, cost_usd=paid.cost_usd)

@@ -51,13 +51,13 @@ def publish_before_after(
     """
 
     def page() -> list[str]:
-        before = reader.read(job.job.image) if job.source else None
+        before = reader.read(job.job.image)
         after = archive.content(archived.image)
         if after is None:
             raise FileNotFoundError(archived.image)
         return _before_after(job, archived, generated, before, after)
 
-    _publish(page, artifact_key(archived.name), f"{archived.name}, before and after")
+    _publish(page, artifact_key(archived.name), f"{cell(archived.name)}, before and after")
 
 
 def _before_after(
