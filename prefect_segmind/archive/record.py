@@ -25,7 +25,8 @@ OnKept = Literal["wait", "repay"]
 """What to do where a picture is paid for and lies in an outbox that this machine cannot read."""
 
 LEASE_SECONDS = 60.0
-"""How long a claim holds after the record was last written, by the store's own clock."""
+"""How long a claim holds after the record was last written, by the store's own clock, unless its holder is known to be
+alive or dead."""
 
 RUN_ENDED = "the run ended before it had the answer"
 """The reason in an attempt whose run died: nobody knows what became of it."""
@@ -101,7 +102,8 @@ class Holder(BaseModel):
         run: The task run.
         host: The host, by `leases.host_id()`.
         pid: The process.
-        started: When the process started, as the system counts it: ids of processes are reused.
+        started: When the process started, as the system counts it: ids of processes are reused. Empty if unknown.
+        process: An id that the process drew when it started; empty in records of earlier versions.
         renewals: How often the claim has been renewed, so that each renewal is a new version of the record.
         flow_runs: The flow run that the task run is in.
     """
@@ -112,6 +114,7 @@ class Holder(BaseModel):
     host: str
     pid: int
     started: str
+    process: str = ""
     renewals: int = 0
     flow_runs: FlowRuns = ()
 

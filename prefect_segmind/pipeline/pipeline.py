@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from prefect_segmind.api.picture import PaidPicture
-from prefect_segmind.archive.record import Attempt, Record, Run, Verdict, past_requests
+from prefect_segmind.archive.leases import not_renewed
+from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, Record, Run, Verdict, past_requests
 from prefect_segmind.errors import KeptElsewhereError, OutcomeUnknownError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import KEPT_REMEDY, Finding, LookUp
 from prefect_segmind.pipeline.pay import Cashier, GeneratedImage
@@ -123,6 +125,13 @@ class Pipeline:
             SegmindError: `upload` failed, or the record could not be read or written. Nothing was paid now; the error
                 has the totals of the run's earlier requests, as all others have.
         """
+        generated = self._get(job, upload, run, log)
+        self.cashier.set_aside(generated.job, run)
+        return generated
+
+    def _get(
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+    ) -> GeneratedImage:
         try:
             job = self.look_up.as_paid_for(job)
             return self._generate(job, upload, run, log)
@@ -139,7 +148,7 @@ class Pipeline:
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
         self.cashier.release_for(job, run)
-        waits, announced, read_again = 0, False, True
+        waits, waited, announced, warned, read_again = 0, 0.0, False, False, True
         while True:
             finding = self.look_up.look_up(job, run, log, read_again=read_again)
             read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
@@ -156,8 +165,9 @@ class Pipeline:
             elif finding.verdict is Verdict.RECOVER and finding.kept:
                 if not self.look_up.is_unchanged(job, finding):
                     continue  # the run that paid for it has just claimed or archived it
-                log.info("recovered: %s was paid for and is in the outbox; nothing to pay", job.name)
                 path, entry = finding.kept
+                cost = usd(entry.paid.cost_usd)
+                log.info("recovered: %s was paid for (%s USD) and is in the outbox; nothing to pay", job.name, cost)
                 self.gate.picture(entry.paid.paid_at)
                 attempts = finding.attempts if finding.record else entry.attempts
                 return self._generated(job, run, "recovered", path, entry.paid, attempts, paid_by=entry.run)
@@ -168,9 +178,13 @@ class Pipeline:
             elif not announced:
                 log.info("waiting: another run is paying for %s at this moment", job.name)
                 announced = True
+            elif not warned and waited > LEASE_SECONDS and (why := not_renewed(finding.record)):
+                log.warning("still waiting for %s: %s", job.name, why)
+                warned = True
+            pause = min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS)
             with self.gate.parked(job.name):
-                self.gate.pause(min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS))
-            waits += 1
+                self.gate.pause(pause)
+            waits, waited = waits + 1, waited + pause
 
     def _generated(
         self,
@@ -250,10 +264,16 @@ class Pipeline:
                 log.warning(warning)
             return uploaded
 
-        with stage("generate"):
-            generated = self.generate(job, upload, run, log)
-        with stage("archive"):
-            archived = self.archiving.archive_picture(generated, flow_run_id)
+        try:
+            with stage("generate"):
+                generated = self._get(job, upload, run, log)
+            with stage("archive"):
+                archived = self.archiving.archive_picture(generated, flow_run_id)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt between the stages too: nobody is to wait for this run
+            self.cashier.give_up(job, run)
+            raise
         if self.publisher is None:
             return archived
         with stage("publish"):
