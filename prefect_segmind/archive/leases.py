@@ -240,7 +240,7 @@ class Claim:
 
     def _put(self, record: Record) -> None:
         began = clock()
-        if record not in self._uncertain:
+        if record not in self._uncertain:  # until it is known to be written, whatever comes in between
             self._uncertain.append(record)
         try:
             self._etag = self._put_over_own(record)
