@@ -1,0 +1,68 @@
+"""The points: every operation of each walk, with every kind of fault that it can have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from random import Random
+from zlib import crc32
+
+from prefect_segmind.archive.record import OnUnknown
+from tests.faults.api import SCENARIOS, Api
+from tests.faults.tap import GONE, KINDS, OUTAGES, OUTBOX, STORE, WIRE, Fault, Operation, can_fail
+from tests.faults.world import THEN, Point, played
+
+POLICIES: tuple[OnUnknown, ...] = ("repay", "fail")
+WALKS = tuple(product(SCENARIOS, POLICIES))
+PAIRS = 60
+"""Pairs of faults for each way to run the plain walk again."""
+
+
+def operations(scenario: str, policy: OnUnknown, api: Api) -> list[Operation]:
+    """The operations of the first run, where nothing fails."""
+    with played(Point(scenario, policy, "new process"), api) as world:
+        return world.tap.operations[: world.first_run]
+
+
+def single(found: list[Operation]) -> Iterator[Fault]:
+    """One fault at each operation, and outages from it on."""
+    for number, operation in enumerate(found, 1):
+        for kind in KINDS[operation.place]:
+            if not can_fail(operation, kind):
+                continue
+            yield Fault(number, kind)
+            if not operation.reads and kind != GONE:  # to be gone after one is to be gone before the next
+                yield Fault(number, kind, after=True)
+        if operation.place == STORE or not operation.reads:
+            yield from (Fault(number, kind, lasting=True) for kind in OUTAGES[operation.place])
+
+
+def pairs(found: list[Operation], seed: str) -> Iterator[tuple[Fault, Fault]]:
+    """Two faults: the second one where the first has left the walk, in its first run or in the next."""
+    draw = Random(seed)
+    faults = [each for each in single(found) if not each.lasting]
+    for _ in range(PAIRS):
+        one = draw.choice(faults)
+        place = draw.choice((STORE, OUTBOX, WIRE))
+        kind = draw.choice([each for each in KINDS[place] if each not in (GONE, "409", "412")])
+        yield one, Fault(one.number + draw.randint(1, len(found)), kind, after=draw.random() < 0.5)
+
+
+def points(scenario: str, policy: OnUnknown, api: Api, *, everything: bool) -> Iterator[Point]:
+    """The points of one walk: a fixed sample of them, or everything.
+
+    Of everything, the plain walk has each point with each way to run the job again; the others have each point with one
+    of them, by chance but always the same.
+    """
+    found = operations(scenario, policy, api)
+    names = list(THEN)
+    for fault in single(found):
+        draw = crc32(f"{scenario} {policy} {fault}".encode())
+        for name in names if scenario == "plain" and everything else [names[draw % len(names)]]:
+            if everything or draw // 7 % (30 if scenario == "plain" else 90) == 0:
+                yield Point(scenario, policy, name, (fault,))
+    if scenario == "plain":
+        for name in names:
+            for number, both in enumerate(pairs(found, f"{policy} {name}")):
+                if everything or number < 2:
+                    yield Point(scenario, policy, name, both)
