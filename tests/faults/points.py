@@ -51,17 +51,20 @@ def pairs(found: list[Operation], seed: str) -> Iterator[tuple[Fault, Fault]]:
 def points(scenario: str, policy: OnUnknown, api: Api, *, everything: bool) -> Iterator[Point]:
     """The points of one walk: a fixed sample of them, or everything.
 
-    Of everything, the plain walk has each point with each way to run the job again; the others have each point with one
-    of them, by chance but always the same.
+    Of everything, the plain walk with the policy `repay` has each fault with each way to run the job again, and with
+    `fail` with one of them. The longer walks, most of whose operations are the plain one's, have a third of the faults.
+    What is left out is chosen by chance, but always the same.
     """
-    found = operations(scenario, policy, api)
-    names = list(THEN)
+    found, names = operations(scenario, policy, api), list(THEN)
+    plain = scenario == "plain"
     for fault in single(found):
         draw = crc32(f"{scenario} {policy} {fault}".encode())
-        for name in names if scenario == "plain" and everything else [names[draw % len(names)]]:
-            if everything or draw // 7 % (30 if scenario == "plain" else 90) == 0:
+        share = (1 if plain else 3) if everything else (30 if plain else 90)
+        if draw // 7 % share == 0:
+            all_ways = everything and plain and policy == "repay"
+            for name in names if all_ways else [names[draw % len(names)]]:
                 yield Point(scenario, policy, name, (fault,))
-    if scenario == "plain":
+    if plain:
         for name in names:
             for number, both in enumerate(pairs(found, f"{policy} {name}")):
                 if everything or number < 2:

@@ -27,7 +27,7 @@ from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import LONGEST_WAIT_SECONDS
 from tests.faults.api import PRICE, Seen
-from tests.faults.tap import CTRL_C, ENDS, MISTAKE, OUTBOX, SIGTERM, STORE, WIRE, Mistake
+from tests.faults.tap import CTRL_C, ENDS, MISTAKE, SIGTERM, STORE, WIRE, Mistake
 from tests.faults.world import FIRST, THEN, World
 
 INJECTED = {MISTAKE: Mistake, CTRL_C: KeyboardInterrupt, SIGTERM: TerminationSignal}
@@ -41,8 +41,8 @@ class Books:
         unknowable: Those of them of which nobody can know.
         unusable: Those of them whose whole answer brings no picture.
         doubtful: Requests, billed or not, whose outcome the code cannot know.
-        is_unsure: Whether a claim may stand in the record whose request was never sent, and nobody can know: the
-            process was over, a mistake came up on the way to the wire, or the archive was out of reach.
+        unsure: How many claims may stand in the record whose request was never sent, and nobody can know: the process
+            was over, a mistake came up on the way to the wire, or the archive was out of reach.
     """
 
     def __init__(self, world: World) -> None:
@@ -56,11 +56,11 @@ class Books:
             for each in world.tap.exchanges
             if not each.follows_link
         )
-        self.is_unsure = any(
+        self.unsure = sum(
             fault.kind in ENDS
             or (fault.kind == MISTAKE and operation.place == WIRE)
             or (operation.place == STORE and (fault.lasting or len(world.point.faults) > 1))
-            for fault, operation in world.tap.struck
+            for fault, operation in dict(world.tap.struck).items()
         )
 
     def is_known(self, request: Seen) -> bool:
@@ -69,12 +69,11 @@ class Books:
             return False
         body = request.answer.wire.partition(b"\r\n\r\n")[2]
         at_rest = self._world.at_rest
-        moments = [*self._world.tap.looks, at_rest.outbox if at_rest else {}]
-        if body and any(each.startswith(body) for files in moments for each in files.values()):
+        moments = [*self._world.tap.looks, at_rest.contents if at_rest else [], self._world.contents()]
+        if body and any(each.startswith(body) for contents in moments for each in contents):
             return True
         mine = next(each for each in self._world.tap.exchanges if each.port == request.port)
-        on_disk = any(operation.place == OUTBOX for _, operation in self._world.tap.struck)
-        return mine.received == request.answer.wire and not on_disk
+        return mine.received == request.answer.wire and not mine.is_disturbed
 
     @property
     def hidden(self) -> int:
@@ -82,7 +81,7 @@ class Books:
         at_rest = self._world.at_rest
         elsewhere = THEN[self._world.point.then].outbox != FIRST.outbox
         told = bool(at_rest and at_rest.record and any(each.kept for each in at_rest.record.attempts))
-        return int(elsewhere and self.is_unsure and not told)
+        return int(elsewhere and bool(self.unsure) and not told)
 
 
 def broken(world: World) -> Iterator[str]:
@@ -110,7 +109,7 @@ def _endings(world: World, books: Books) -> Iterator[str]:
     if isinstance(last, OutcomeUnknownError):
         if world.point.policy == "repay":
             yield f"a new run is refused though it may pay again: {last}"
-        elif not (books.doubtful or books.unusable or books.is_unsure):
+        elif not (books.doubtful or books.unusable or books.unsure):
             yield f"refused for good though nothing was sent of which the outcome is unknown: {last}"
     elif not isinstance(last, ArchivedImage):
         yield f"no picture in the end: {last!r}"
@@ -148,7 +147,7 @@ def _compared(who: str, cost: Decimal, possibly: Decimal, books: Books) -> Itera
     known = PRICE * (len(books.billed) - len(books.unknowable))
     if cost + possibly < billed or cost > billed:
         yield f"{who} {cost} + {possibly} USD, the API has billed {billed}"
-    elif not (books.doubtful or books.is_unsure) and (cost != known or possibly):
+    elif not (books.doubtful or books.unsure) and (cost != known or possibly):
         yield f"{who} {cost} + {possibly} USD, and it is known that {known} were billed"
 
 
@@ -185,7 +184,7 @@ def _record(world: World, books: Books) -> Iterator[str]:
     if any(each.possibly_billed is None for each in record.attempts):
         yield "the record has a request without an outcome"
     possibly = sum(each.possibly_billed is True for each in record.attempts)
-    if possibly > books.doubtful + books.is_unsure:
+    if possibly > books.doubtful + books.unsure:
         yield f"the record counts {possibly} requests as possibly billed, {books.doubtful} of them were sent"
     cost = sum((each.cost_usd or Decimal(0) for each in record.attempts), Decimal(0))
     yield from _compared("the record tells", cost, PRICE * possibly, books)

@@ -77,6 +77,12 @@ class Fault(NamedTuple):
         when = "from" if self.lasting else "after" if self.after else "at"
         return f"{self.kind} {when} {self.number}"
 
+    @classmethod
+    def named(cls, name: str) -> Fault:
+        """The fault of a name, as `str` gives it."""
+        kind, when, number = name.rsplit(" ", 2)
+        return cls(int(number), kind, when == "after", when == "from")
+
 
 class Operation(NamedTuple):
     """An operation that went through the tap.
@@ -111,12 +117,14 @@ class Exchange:
         port: Its port.
         sent: Whether it has begun to send.
         follows_link: Whether it only downloads what a link in an answer leads to.
+        is_disturbed: Whether the disk has failed since, or the process has ended.
         received: What has been handed over to the code.
     """
 
     port: int
     sent: bool = False
     follows_link: bool = False
+    is_disturbed: bool = False
     received: bytes = b""
 
 
@@ -176,6 +184,8 @@ class Tap:
             self.looks.append(self.look())
             self._looking = False
         self.struck.append((fault, operation))
+        if self.exchanges and (operation.place == OUTBOX or fault.kind in ENDS):
+            self.exchanges[-1].is_disturbed = True
         if fault.kind == MISTAKE:
             raise Mistake("a programming error of the harness")
         if fault.kind == CTRL_C:

@@ -23,7 +23,7 @@ from unittest import mock
 
 from prefect_segmind.api import client
 from prefect_segmind.api.client import SegmindClient
-from prefect_segmind.archive import leases
+from prefect_segmind.archive import leases, outbox
 from prefect_segmind.archive.archive import Archive, record_key
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import LEASE_SECONDS, OnUnknown, Record, Run
@@ -104,6 +104,12 @@ class Point(NamedTuple):
     def __str__(self) -> str:
         return " | ".join([self.scenario, self.policy, self.then, *map(str, self.faults)])
 
+    @classmethod
+    def named(cls, name: str) -> Point:
+        """The point of a name, as `str` gives it."""
+        scenario, policy, then, *faults = name.split(" | ")
+        return cls(scenario, "fail" if policy == "fail" else "repay", then, tuple(map(Fault.named, faults)))
+
     @property
     def kinds(self) -> set[str]:
         """The kinds of its faults."""
@@ -142,7 +148,7 @@ class World:
         folder: The folder of the archive and the outboxes.
         tap: What all operations go through.
         told: What each run has told.
-        at_rest: The record and the files of the outbox when the first run was over.
+        at_rest: The record and the files when the first run was over.
         first_run: The number of operations of the first run.
     """
 
@@ -174,6 +180,10 @@ class World:
         folder = self.folder / name
         return {each.name: each.read_bytes() for each in sorted(folder.iterdir())} if folder.is_dir() else {}
 
+    def contents(self) -> list[bytes]:
+        """What all the files have in them, in the archive and in the outboxes."""
+        return [each.read_bytes() for each in self.folder.rglob("*") if each.is_file()]
+
     @property
     def where(self) -> str:
         """The operations at which the faults have struck."""
@@ -189,7 +199,7 @@ class World:
                 self._run(FIRST)
             self.tap.lasts, self.first_run = False, len(self.tap.operations)
             struck = {fault.kind for fault, _ in self.tap.struck}
-            self.at_rest = AtRest(self.record, self.outbox(), bool(struck & set(ENDS)))
+            self.at_rest = AtRest(self.record, self.contents(), bool(struck & set(ENDS)))
             if self.at_rest.is_dead or not then.same_process:
                 self._end_process()
             if not self._until_it_is_there(then):
@@ -199,11 +209,12 @@ class World:
                 self._until_it_is_there(FIRST._replace(name="back"))
 
     def _until_it_is_there(self, then: Then) -> bool:
-        """Runs the job until it succeeds; False if it is refused."""
+        """Runs the job until it succeeds and nothing has failed on the way; False if it is refused."""
         for _ in range(RUNS):
+            before = len(self.tap.struck)
             self._run(then)
             ended = self.told[-1].ended
-            if isinstance(ended, ArchivedImage):
+            if isinstance(ended, ArchivedImage) and len(self.tap.struck) == before:
                 return True
             if isinstance(ended, OutcomeUnknownError):
                 return False
@@ -245,18 +256,18 @@ class World:
 
     def _pipeline(self, ledger: Ledger, then: Then) -> Pipeline:
         archive = Archive(TappedStore(self.store, self.tap))
-        outbox = Outbox(self.folder / then.outbox, min_free_bytes=1)
+        kept = Outbox(self.folder / then.outbox, min_free_bytes=1)
         open_client = partial(SegmindClient, "SG_0123456789abcdef", self.api.url)
         uploads = Uploads(s3=lambda: _never())
         cashier = Cashier(
-            archive, outbox, open_client, uploads.address, on_unknown=self.point.policy, gate=Gate(ledger=ledger)
+            archive, kept, open_client, uploads.address, on_unknown=self.point.policy, gate=Gate(ledger=ledger)
         )
         return Pipeline(
             reader=SourceReader(s3=lambda: _never(), allow_loopback=True),
             uploads=uploads,
-            look_up=LookUp(archive, outbox, open_client, ledger, self.point.policy),
+            look_up=LookUp(archive, kept, open_client, ledger, self.point.policy),
             cashier=cashier,
-            archiving=Archiving(archive, outbox),
+            archiving=Archiving(archive, kept),
             publisher=None,
             price_usd=PRICE,
         )
@@ -282,7 +293,7 @@ class World:
         self.api.settle({each.port for each in self.tap.exchanges})
 
     def _vanish(self, end: int) -> NoReturn:
-        exchanges = [(each.port, each.sent, each.follows_link) for each in self.tap.exchanges]
+        exchanges = [(each.port, each.sent, each.follows_link, each.is_disturbed) for each in self.tap.exchanges]
         seen = {"operations": self.tap.operations, "struck": self.tap.struck, "exchanges": exchanges}
         os.write(end, json.dumps(seen).encode())
         os._exit(9)
@@ -323,6 +334,7 @@ class World:
                 (leases, "time", times),
                 (client, "time", times),
                 (store, "time", times),
+                (outbox, "RESERVED_BYTES", 1 << 16),  # in memory they are written, which takes a while
                 (leases, "host_id", lambda: self._host),
                 (leases, "_start_renewers", lambda: None),
                 (socket, "gethostname", lambda: self._host),
@@ -337,12 +349,12 @@ class AtRest(NamedTuple):
 
     Attributes:
         record: The record.
-        outbox: The files of its outbox.
+        contents: What the files had in them.
         is_dead: Whether its process is over.
     """
 
     record: Record | None
-    outbox: dict[str, bytes]
+    contents: list[bytes]
     is_dead: bool
 
 
@@ -360,7 +372,7 @@ def played(point: Point, api: Api) -> Iterator[World]:
     api.begin(point.scenario)
     tap = Tap(f"{folder}/outbox", point.faults, gone=_never, look=list)
     world = World(point, api, job, folder, tap)
-    tap.look = world.outbox
+    tap.look = world.contents
     try:
         world.play()
         yield world
