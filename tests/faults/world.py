@@ -248,13 +248,14 @@ class World:
         assert told.ledger is not None
         while True:
             try:
-                return self._pipeline(told.ledger, then).produce(self.job, run, LOG)
+                return self.pipeline(told.ledger, then).produce(self.job, run, LOG)
             except SegmindError as error:
                 if not (error.decision and error.decision.retry):
                     raise
                 self._elapse(error.decision.wait_seconds or 0.0)
 
-    def _pipeline(self, ledger: Ledger, then: Then) -> Pipeline:
+    def pipeline(self, ledger: Ledger, then: Then) -> Pipeline:
+        """The pipeline of a run."""
         archive = Archive(TappedStore(self.store, self.tap))
         kept = Outbox(self.folder / then.outbox, min_free_bytes=1)
         open_client = partial(SegmindClient, "SG_0123456789abcdef", self.api.url)
@@ -309,12 +310,16 @@ class World:
             step = min(seconds, leases.LOOK_SECONDS)
             seconds -= step
             self._later += step
-            for each in self.store.folder.rglob("*"):
-                was = each.stat()
-                os.utime(each, (was.st_atime - step, was.st_mtime - step))
+            self.make_older(step)
             for claim in list(leases._claims.values()):
                 if claim.take_turn():
                     claim.renew()
+
+    def make_older(self, seconds: float) -> None:
+        """Makes all objects of the archive older."""
+        for each in self.store.folder.rglob("*"):
+            was = each.stat()
+            os.utime(each, (was.st_atime - seconds, was.st_mtime - seconds))
 
     def _pause(self, gate: Gate, seconds: float) -> None:
         """Another run holds the picture: look again later."""
@@ -326,18 +331,15 @@ class World:
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
-        times = SimpleNamespace(
-            monotonic=lambda: time.monotonic() + self._later, sleep=self._elapse, time=time.time, time_ns=time.time_ns
-        )
+        """One process after the other, on the machine that is named."""
         with ExitStack() as patches:
             for target, name, value in (
-                (leases, "time", times),
-                (client, "time", times),
-                (store, "time", times),
-                (outbox, "RESERVED_BYTES", 1 << 16),  # in memory they are written, which takes a while
+                (leases, "clock", lambda: time.monotonic() + self._later),
                 (leases, "host_id", lambda: self._host),
                 (leases, "_start_renewers", lambda: None),
                 (socket, "gethostname", lambda: self._host),
+                (client, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._elapse)),
+                (store, "time", SimpleNamespace(time=time.time, sleep=self._elapse)),
                 (Gate, "pause", lambda gate, seconds: self._pause(gate, seconds)),
             ):
                 patches.enter_context(mock.patch.object(target, name, value))
@@ -363,19 +365,27 @@ def _never() -> Any:
 
 
 @contextmanager
-def played(point: Point, api: Api) -> Iterator[World]:
-    """The world after a point has been tried in it."""
+def world_of(point: Point, api: Api, tap: type[Tap] = Tap) -> Iterator[World]:
+    """A world in which nothing has happened."""
     memory = MEMORY if MEMORY.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=memory))
     image = f"{api.origin}/mug.png"
     job = resolve(parse_job({"image": image, "name": "mug", "prompt": "a red mug"}), InspectedSource(None, "0" * 64))
     api.begin(point.scenario)
-    tap = Tap(f"{folder}/outbox", point.faults, gone=_never, look=list)
-    world = World(point, api, job, folder, tap)
-    tap.look = world.contents
+    world = World(point, api, job, folder, tap(f"{folder}/outbox", point.faults, gone=_never, look=list))
+    world.tap.look = world.contents
     try:
-        world.play()
-        yield world
+        # In memory the reserved space is written, which takes a while.
+        with mock.patch.object(outbox, "RESERVED_BYTES", 1 << 16):
+            yield world
     finally:
         leases._claims.clear()
         shutil.rmtree(folder)
+
+
+@contextmanager
+def played(point: Point, api: Api) -> Iterator[World]:
+    """The world after a point has been tried in it."""
+    with world_of(point, api) as world:
+        world.play()
+        yield world
