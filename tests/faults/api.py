@@ -151,6 +151,11 @@ class Api:
         """Its ledger: the requests that were billed."""
         return [each for each in self.seen if each.answer.billed]
 
+    @property
+    def pictures(self) -> list[bytes]:
+        """The pictures that it has made."""
+        return [each.answer.picture for each in self.seen if each.answer.picture is not None]
+
     def settle(self, ports: set[int]) -> None:
         """Waits until it has done with the connections of these ports."""
         with self._change:

@@ -158,10 +158,10 @@ def _picture(world: World, result: ArchivedImage) -> Iterator[str]:
     if found is None:
         yield f"{result.image} is not there"
         return
-    if found.data not in [each.answer.picture for each in world.api.seen]:
+    if found.data not in world.api.pictures:
         yield f"{result.image} is not what the API has sent"
     Image.open(BytesIO(found.data)).load()
-    if hashlib.sha256(found.data).hexdigest() != result.sha256:
+    if sha256(found.data) != result.sha256:
         yield "the result names another picture"
     beside = world.store.get(result.sidecar.removeprefix(root))
     if beside is None:
@@ -191,11 +191,25 @@ def _record(world: World, books: Books) -> Iterator[str]:
 
 
 def _outbox(world: World, books: Books) -> Iterator[str]:
-    """Nothing is left in the outboxes but answers that were paid for and bring no picture."""
+    """Nothing is left in the outboxes but what was paid for and is not the one picture in the archive."""
+    record = world.record
+    archived = record.picture.sha256 if record and record.picture else ""
     for name in {FIRST.outbox, THEN[world.point.then].outbox}:
-        left = [each for each in world.outbox(name) if not each.endswith((".answer", ".answer.json"))]
-        if left:
+        files = world.outbox(name)
+        others = {stem(each) for each, data in files.items() if data in world.api.pictures and sha256(data) != archived}
+        answers = {stem(each) for each in files if each.endswith(".answer")}
+        if len(others) > len(books.billed) - 1:
+            yield f"{name} still has {len(others)} other pictures"
+        if len(answers) > len(books.unusable) + books.doubtful:
+            yield f"{name} keeps {len(answers)} answers of {len(books.unusable)} that were unusable"
+        if left := [each for each in files if stem(each) not in others | answers]:
             yield f"{name} still has {left}"
-        kept = sum(each.endswith(".answer") for each in world.outbox(name))
-        if kept > len(books.unusable) + books.doubtful:
-            yield f"{name} keeps {kept} answers of {len(books.unusable)} that were unusable"
+
+
+def stem(name: str) -> str:
+    """What the files of one picture or answer have in common."""
+    return name.removesuffix(".json").removesuffix(".answer").rpartition(".")[0] or name
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

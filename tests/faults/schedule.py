@@ -1,7 +1,7 @@
 """Several processes that want one picture, stepped one operation at a time in any order.
 
-Each run has a thread, but only one of them moves at a time: before each operation on the archive and on the wire it gives
-the baton back. What a process knows of its claims is its own; hosts, process ids and the time are the schedule's.
+Each run has a thread, but only one of them moves at a time: before each operation on the archive and on the wire it
+gives the baton back. What a process knows of its claims is its own; hosts, process ids and the time are the schedule's.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from prefect_segmind.errors import SegmindError
 from prefect_segmind.pipeline.archive import ArchivedImage
 from tests.faults.api import Api
 from tests.faults.schedule import Killed, Process, Schedule
-from tests.faults.world import FIRST
+from tests.faults.world import FIRST, Then
 
 EVERYTHING = os.environ.get("FAULTS") == "all"
 HERE, THERE = FIRST, FIRST._replace(name="there", host="host 2", outbox="outbox 2")
@@ -30,7 +30,7 @@ class Processes(RuleBasedStateMachine):
     """Three processes and their common archive."""
 
     @initialize(machines=st.sampled_from([(HERE, HERE, HERE), (HERE, HERE, THERE)]))
-    def begin(self, machines) -> None:
+    def begin(self, machines: tuple[Then, ...]) -> None:
         self.schedule = Schedule(API, machines)
 
     @rule(number=which)
@@ -39,13 +39,19 @@ class Processes(RuleBasedStateMachine):
         if not (process.runs or process.is_killed):
             self.schedule.start(process)
 
-    @rule(number=which, operations=st.integers(1, 12))
+    @rule(number=which, operations=st.integers(1, 6))
     def go_on(self, number: int, operations: int) -> None:
         self.schedule.step(self._process(number), operations)
 
     @rule(number=which)
-    def stop(self, number: int) -> None:
+    def get_the_picture(self, number: int) -> None:
+        self.start(number)
+        self.go_on(number, 60)
+
+    @rule(number=which, seconds=st.sampled_from([0.0, 65.0]))
+    def stop(self, number: int, seconds: float) -> None:
         self._process(number).is_stopped = not self._process(number).is_killed
+        self.schedule.elapse(seconds)
 
     @rule(number=which)
     def wake(self, number: int) -> None:

@@ -28,6 +28,7 @@ from prefect_segmind.archive.archive import Archive, record_key
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import LEASE_SECONDS, OnUnknown, Record, Run
 from prefect_segmind.errors import OutcomeUnknownError, SegmindError
+from prefect_segmind.images.inspection import SourceImage
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Totals
@@ -46,6 +47,8 @@ from tests.faults.tap import ENDS, GONE, Exchange, Fault, Operation, Tap, Tapped
 MEMORY = Path("/dev/shm")
 RUNS = 5
 """The most runs until a picture is there: one that needs more never comes to an end."""
+SOURCE = InspectedSource(SourceImage(format="PNG", width=1024, height=1024, size_bytes=1, sha256="0" * 64), "0" * 64)
+"""An image that the provider reads where it is: uploads go through no tap."""
 LOG = logging.Logger("tests.faults")
 LOG.addHandler(logging.NullHandler())
 
@@ -302,7 +305,6 @@ class World:
     def _end_process(self) -> None:
         """What a process knows of its claims ends with it, and nobody renews them."""
         leases._claims.clear()
-        leases._claiming.clear()
 
     def _elapse(self, seconds: float) -> None:
         """Lets time pass."""
@@ -369,10 +371,11 @@ def world_of(point: Point, api: Api, tap: type[Tap] = Tap) -> Iterator[World]:
     """A world in which nothing has happened."""
     memory = MEMORY if MEMORY.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=memory))
-    image = f"{api.origin}/mug.png"
-    job = resolve(parse_job({"image": image, "name": "mug", "prompt": "a red mug"}), InspectedSource(None, "0" * 64))
+    job = parse_job({"image": f"{api.origin}/mug.png", "name": "mug", "prompt": "a red mug"})
     api.begin(point.scenario)
-    world = World(point, api, job, folder, tap(f"{folder}/outbox", point.faults, gone=_never, look=list))
+    world = World(
+        point, api, resolve(job, SOURCE), folder, tap(f"{folder}/outbox", point.faults, gone=_never, look=list)
+    )
     world.tap.look = world.contents
     try:
         # In memory the reserved space is written, which takes a while.
