@@ -27,7 +27,7 @@ from prefect_segmind.pipeline.validate import with_drawn_seed
 from prefect_segmind.services import Services
 
 _warned_of: set[str] = set()
-"""Archives for which this process has logged that they ignore conditional writes."""
+"""Archives for which this process has logged which conditions of writes they do not honour."""
 
 
 def run_name() -> str:
@@ -188,9 +188,7 @@ def open_pipeline(services: Services, on_unknown: OnUnknown) -> Pipeline:
 
 
 def warn_once_without_conditional_writes(archive: Archive) -> None:
-    """Logs, once for each archive, that it ignores conditional writes, if it does."""
-    if not archive.store.conditional and archive.url not in _warned_of:
+    """Logs, once for each archive, which conditions of writes it does not honour, and what not to do with it."""
+    if (caution := archive.store.conditions.caution) and archive.url not in _warned_of:
         _warned_of.add(archive.url)
-        get_run_logger().info(
-            "%s ignores conditional writes: do not run the same job in two processes at a time", archive.url
-        )
+        get_run_logger().info("%s %s", archive.url, caution)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -115,13 +115,17 @@ class SegmindClient:
         """Closes the connections."""
         self._http.close()
 
-    def generate(self, request: ImageToImageRequest, part: Path) -> PaidPicture:
+    def generate(
+        self, request: ImageToImageRequest, part: Path, before_sending: Callable[[], None] = lambda: None
+    ) -> PaidPicture:
         """Sends one request, which may be billed, and streams the picture to a file.
 
         Args:
             request: The request; its `image_file` must be an address that the provider can GET.
             part: The file to write; its content is replaced. After an error with `answered` it holds the body of the
                 answer as received, and beside it a file with the suffix `.found` may hold what a link in it led to.
+            before_sending: Called when the connection stands, just before the request is sent. What it raises is raised
+                as it is, and nothing is sent.
 
         Returns:
             The picture's facts, from its bytes and the answer's headers.
@@ -131,10 +135,14 @@ class SegmindClient:
                 its end, `answered` has its cost.
             OutboxError: The file cannot be written.
         """
-        with (
-            self._translated(),
-            self._http.stream("POST", f"{self.base_url}/{ENDPOINT}", json=request.body()) as answer,
-        ):
+
+        def trace(event: str, info: Mapping[str, Any]) -> None:
+            # https://www.encode.io/httpcore/extensions/#trace; a CONNECT to a proxy is traced too.
+            if event == "http11.send_request_headers.started" and info["request"].method == b"POST":
+                before_sending()
+
+        url, body = f"{self.base_url}/{ENDPOINT}", request.body()
+        with self._translated(), self._http.stream("POST", url, json=body, extensions={"trace": trace}) as answer:
             self._raise_unless_200(answer)
             try:
                 with part.open("r+b" if part.exists() else "wb") as file:

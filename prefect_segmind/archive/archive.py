@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import PreconditionFailedError, StoreError
-from prefect_segmind.storage.store import Store, read_model
+from prefect_segmind.storage.store import Store, StoredObject, read_model
 
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
 _SIDECAR = re.compile(r"(.+/([0-9a-f]{16}))(?:-[0-9a-f]{16})?\.json")
@@ -31,13 +31,21 @@ class RecordRead:
 
     Attributes:
         record: The record.
-        etag: Its version, for a conditional write.
-        age: Seconds since it was written, by the store's own clock.
+        stored: The object that holds it.
     """
 
     record: Record
-    etag: str
-    age: float
+    stored: StoredObject
+
+    @property
+    def etag(self) -> str:
+        """Its version, for a conditional write."""
+        return self.stored.etag
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was written, by the store's own clock, which is asked now."""
+        return self.stored.age
 
 
 class Survey(NamedTuple):
@@ -83,7 +91,7 @@ class Archive:
             "may be paid once more)"
         )
         found = read_model(self.store, record_key(fingerprint), Record, remedy)
-        return RecordRead(found[0], found[1].etag, found[1].age) if found else None
+        return RecordRead(*found) if found else None
 
     def write(self, record: Record, etag: str | None) -> str:
         """Write a record over the version that was read, or as the first one.

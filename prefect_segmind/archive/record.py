@@ -22,7 +22,8 @@ OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
 
 LEASE_SECONDS = 60.0
-"""How long a claim holds after the record was last written, by the store's own clock."""
+"""How long a claim holds after the record was last written, by the store's own clock, unless its holder is known to be
+alive or dead."""
 
 FlowRuns = tuple[tuple[str, int], ...]
 """A flow run and its parents, the outermost first, each with the number of its try: Prefect's `run_count`."""
@@ -90,7 +91,8 @@ class Holder(BaseModel):
         run: The task run.
         host: The host, by `leases.host_id()`.
         pid: The process.
-        started: When the process started, as the system counts it: ids of processes are reused.
+        started: When the process started, as the system counts it: ids of processes are reused. Empty if unknown.
+        process: An id that the process drew when it started; empty in records of earlier versions.
         renewals: How often the claim has been renewed, so that each renewal is a new version of the record.
         flow_runs: The flow run that the task run is in.
     """
@@ -101,6 +103,7 @@ class Holder(BaseModel):
     host: str
     pid: int
     started: str
+    process: str = ""
     renewals: int = 0
     flow_runs: FlowRuns = ()
 

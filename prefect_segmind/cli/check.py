@@ -100,10 +100,10 @@ def _archive(place: str | None) -> CheckResult:
     folder = place or load_settings().archive or ""
     if is_relative(folder):
         return _relative(f"{store.url} can be written", "--archive" if place else f"{PREFIX}ARCHIVE", folder)
-    conditional, works = store.conditional, f"{store.url} can be written{_checked(store)}"
-    if conditional:
+    caution, works = store.conditions.caution, f"{store.url} can be written{_checked(store)}"
+    if caution is None:
         return CheckResult(f"{works}, and honours conditional writes")
-    return CheckResult(f"{works}, but ignores conditional writes: do not run one job in two processes at once", "mind")
+    return CheckResult(f"{works}, but {caution}", "mind")
 
 
 def _get_signed(url: str) -> httpx.Response:

@@ -208,6 +208,17 @@ class Ledger:
             self._enter(picture, request, _Entry(outcome, outcome, request.run, is_own=True))
             self._dearest = max(self._dearest, outcome.cost_usd)
 
+    def not_sent(self, picture: str, request: RequestId) -> None:
+        """Enters that a request was never sent, whatever the record of the picture says of it.
+
+        Args:
+            picture: The fingerprint of the picture.
+            request: What identifies the request.
+        """
+        with self._lock:
+            self._reporters[request] = self
+            self._enter(picture, request, _Entry(Totals(), Totals(), request.run, is_own=True))
+
     def carry(self, picture: str, past: Iterable[PastRequest], run: str) -> None:
         """Enters the requests in the record of a picture that this run has to report, or corrects their entries.
 

@@ -87,6 +87,8 @@ class Archiving:
                 same job again archives it without paying.
         """
         held = held_claim(self.archive, generated.job.fingerprint)
+        if held is not None and held.run == generated.run:
+            held.is_idle = False
         try:
             if generated.path is None or not generated.path.exists():
                 return self._reuse(generated, flow_run_id)

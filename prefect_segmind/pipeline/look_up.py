@@ -11,7 +11,7 @@ from typing import NamedTuple
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive, RecordRead
-from prefect_segmind.archive.leases import held_claim, held_elsewhere, held_on_this_host
+from prefect_segmind.archive.leases import held_claim, held_elsewhere, held_on_this_host, settle
 from prefect_segmind.archive.outbox import Outbox, OutboxEntry
 from prefect_segmind.archive.record import Attempt, OnUnknown, Run, Verdict, past_requests, verdict
 from prefect_segmind.errors import ApiError
@@ -150,6 +150,8 @@ class LookUp:
 
     def _read(self, job: ValidatedJob, run: Run) -> RecordRead | None:
         found = self.archive.read(job.fingerprint)
+        if (found is None or found.record.state != "done") and settle(self.archive, job.fingerprint):
+            found = self.archive.read(job.fingerprint)
         if found is None:
             return None
         held = held_claim(self.archive, job.fingerprint)

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.archive.archive import Archive
-from prefect_segmind.archive.leases import Claim, claim, held_claim, this_process
+from prefect_segmind.archive.leases import Claim, claim, give_up, held_claim, this_process
 from prefect_segmind.archive.outbox import Outbox, OutboxEntry
 from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run, past_requests
-from prefect_segmind.errors import Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
+from prefect_segmind.errors import ApiError, Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy, decide, holds_all
 from prefect_segmind.pipeline.look_up import Finding
@@ -140,20 +140,40 @@ class Cashier:
             held = self._claim(job, finding, run)
             if held is None:
                 return None
-            # What a dead run may have been billed is reported by this one from here on, whatever becomes of its own.
-            earlier = past_requests(run, held.record.attempts[:-1], job.price_usd)
-            self.gate.ledger.carry(job.fingerprint, earlier, run.id)
+            request_id = held.record.attempts[-1].request
             first = sum(each.run == run.id for each in held.record.attempts) == 1
             if first and (why := finding.unresolved(job.name)):
                 log.warning("%s: paying again", why)
             held.hold(REQUEST_SECONDS)
+
+            def enter() -> None:
+                """Enters the request, and what a dead run may have been billed, which this one reports from here on."""
+                earlier = past_requests(run, held.record.attempts[:-1], job.price_usd)
+                self.gate.ledger.carry(job.fingerprint, earlier, run.id)
+                admission.sent(job.fingerprint, request_id)
+
+            def before_sending() -> None:
+                held.confirm()
+                enter()
+                held.sending()
+
             try:
-                admission.sent(job.fingerprint, held.record.attempts[-1].request)
-                paid = client.generate(request, part)
+                paid = client.generate(request, part, before_sending)
                 admission.paid(paid.cost_usd, paid.paid_at)
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
                 path = self.outbox.keep(job.fingerprint, part, entry)
-            except SegmindError as error:
+            except BaseException as error:
+                if admission.request is None and not isinstance(error, ApiError):
+                    # It was not sent: the claim is lost or cannot be confirmed, or the run was interrupted.
+                    held.give_up()
+                    if not isinstance(error, PreconditionFailedError):
+                        raise
+                    self.gate.ledger.not_sent(job.fingerprint, request_id)
+                    return None
+                enter()  # unless it was sent: it was tried
+                if not isinstance(error, SegmindError):
+                    self._fail(run, held, SegmindError(f"ended by {type(error).__name__}", possibly_billed=True), log)
+                    raise
                 failed, kept = error, None
                 if error.answered is not None:
                     if kept := self._keep_answer(part, error.answered, log):
@@ -163,9 +183,6 @@ class Cashier:
                     admission.unusable(failed)
                 decision = self._fail(run, held, error, log, kept)
                 raise failed.with_facts(decision=decision) from error.__cause__
-            except BaseException as error:
-                self._fail(run, held, SegmindError(f"ended by {type(error).__name__}", possibly_billed=True), log)
-                raise
         kept_at = f"{path} on {socket.gethostname()}"
 
         def answered(record: Record) -> Record:
@@ -177,8 +194,8 @@ class Cashier:
             log.info(notice)
         return Paid(path, paid, held.record.attempts)
 
-    def give_up(self, job: ValidatedJob, run: Run) -> None:
-        """Gives up the claim that a run may hold on a picture, so that no other run waits for it.
+    def set_aside(self, job: ValidatedJob, run: Run) -> None:
+        """Lets any run of this process archive the picture that a run has got, as nobody knows when that one will.
 
         Args:
             job: The job of the picture.
@@ -186,7 +203,16 @@ class Cashier:
         """
         held = held_claim(self.archive, job.fingerprint)
         if held is not None and held.run == run.id:
-            held.give_up()
+            held.is_idle = True
+
+    def give_up(self, job: ValidatedJob, run: Run) -> None:
+        """Gives up the claim that a run may hold on a picture, so that no other run waits for it.
+
+        Args:
+            job: The job of the picture.
+            run: The run.
+        """
+        give_up(self.archive, job.fingerprint, run.id)
 
     def release_for(self, job: ValidatedJob, run: Run) -> None:
         """Releases a claim left by an earlier try of a run's flow run, which will not archive the picture.
@@ -204,9 +230,8 @@ class Cashier:
         if held is None or held.run != run.id:
             return claim(self.archive, finding.record, job.fingerprint, run)
         try:
-            held.write(lambda record: record.claimed_by(this_process(run), datetime.now(UTC)))
+            held.begin_request(this_process(run))
         except PreconditionFailedError:
-            held.release()
             return None
         return held
 
@@ -269,5 +294,4 @@ class Cashier:
         try:
             held.write(outcome)
         except StoreError as broken:
-            held.record = outcome(held.record)
             log.warning("the outcome of this request could not be written to the archive: %s", broken)

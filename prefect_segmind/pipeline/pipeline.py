@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from prefect_segmind.api.picture import PaidPicture
-from prefect_segmind.archive.record import Attempt, Record, Run, Verdict, past_requests
+from prefect_segmind.archive.leases import not_renewed
+from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, Record, Run, Verdict, past_requests
 from prefect_segmind.errors import OutcomeUnknownError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
@@ -121,6 +122,13 @@ class Pipeline:
             SegmindError: `upload` failed, or the record could not be read or written. Nothing was paid now; the error
                 has the totals of the run's earlier requests, as all others have.
         """
+        generated = self._get(job, upload, run, log)
+        self.cashier.set_aside(generated.job, run)
+        return generated
+
+    def _get(
+        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+    ) -> GeneratedImage:
         try:
             job = self.look_up.as_paid_for(job)
             return self._generate(job, upload, run, log)
@@ -137,7 +145,7 @@ class Pipeline:
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
         self.cashier.release_for(job, run)
-        waits, announced, read_again = 0, False, True
+        waits, waited, announced, warned, read_again = 0, 0.0, False, False, True
         while True:
             finding = self.look_up.look_up(job, run, log, read_again=read_again)
             read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
@@ -159,13 +167,19 @@ class Pipeline:
                 attempts = finding.attempts if finding.record else entry.attempts
                 return self._generated(job, run, "recovered", path, entry.paid, attempts)
             elif finding.verdict is Verdict.REFUSE:
+                if not self.look_up.is_unchanged(job, finding):
+                    continue  # the run that held it has just told its outcome
                 raise self._refusal(job, finding)
             elif not announced:
                 log.info("waiting: another run is paying for %s at this moment", job.name)
                 announced = True
+            elif not warned and waited > LEASE_SECONDS and (why := not_renewed(finding.record)):
+                log.warning("still waiting for %s: %s", job.name, why)
+                warned = True
+            pause = min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS)
             with self.gate.parked(job.name):
-                self.gate.pause(min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS))
-            waits += 1
+                self.gate.pause(pause)
+            waits, waited = waits + 1, waited + pause
 
     def _generated(
         self,
@@ -240,7 +254,7 @@ class Pipeline:
             return uploaded
 
         with stage("generate"):
-            generated = self.generate(job, upload, run, log)
+            generated = self._get(job, upload, run, log)
         with stage("archive"):
             archived = self.archiving.archive_picture(generated, flow_run_id)
         if self.publisher is None:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from prefect_segmind.errors import StoreError
 from prefect_segmind.storage.disk_errors import disk_errors
-from prefect_segmind.storage.store import StoredObject, require
+from prefect_segmind.storage.store import Conditions, StoredObject, require
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
@@ -41,6 +41,11 @@ class LocalStore:
     def url(self) -> str:
         """The absolute path of the folder."""
         return str(self.folder)
+
+    @property
+    def conditions(self) -> Conditions:
+        """Always both, because of the lock."""
+        return Conditions(if_absent=True, if_match=True)
 
     @property
     def conditional(self) -> bool:
@@ -74,7 +79,7 @@ class LocalStore:
                     data = file.read()
             except FileNotFoundError:
                 return None
-        return StoredObject(data, hashlib.sha256(data).hexdigest(), max(0.0, time.time() - written))
+        return StoredObject(data, hashlib.sha256(data).hexdigest(), written, self._now)
 
     def put(
         self,
@@ -120,6 +125,24 @@ class LocalStore:
                 key = Path(folder, name).relative_to(self.folder).as_posix()
                 if key.startswith(prefix) and not _is_ours(key):
                     yield key
+
+    def _now(self) -> float:
+        """The time by the clock that dates the files, which may be a file server's: that of a file written just now.
+
+        Where none can be written, no claim can be either, and this machine's clock will do.
+        """
+        draft = (self.folder / LOCK_KEY).with_name(f"{_DRAFT}{uuid4().hex}")
+        try:
+            with draft.open("xb") as file:
+                file.write(b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with suppress(OSError):
+                draft.unlink()
 
     def _path(self, key: str) -> Path:
         path = PurePath(key)

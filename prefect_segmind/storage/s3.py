@@ -23,7 +23,7 @@ from botocore.config import Config
 from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
 from prefect_segmind.storage.s3_errors import LOST, error_code, may_be_the_checksum, s3_errors, status_of
-from prefect_segmind.storage.store import StoredObject, require
+from prefect_segmind.storage.store import Conditions, StoredObject, require
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -352,7 +352,7 @@ class S3Store:
         self._root = f"{prefix.strip('/')}/".lstrip("/")
         self._client = client
         self._probing = threading.Lock()
-        self._conditional: bool | None = None
+        self._conditions: Conditions | None = None
         sign_where_buckets_are(client)
 
     @property
@@ -361,18 +361,24 @@ class S3Store:
         return f"s3://{self._bucket}/{self._root}".rstrip("/")
 
     @property
-    def conditional(self) -> bool:
-        """Whether the server honours `If-None-Match: *`; probed once, by writing `.segmind/conditional-writes`.
+    def conditions(self) -> Conditions:
+        """Whether the server honours `If-None-Match: *` and `If-Match`; probed once, by `.segmind/conditional-writes`.
 
-        Some servers accept the header and ignore it, hence two writes: the second one must be refused.
+        Some servers accept a header and ignore it, hence writes that must be refused; some refuse it always, hence one
+        that must not be.
 
         Raises:
-            StoreError: The server does not answer, or refuses the write for another reason.
+            StoreError: The server does not answer, or refuses a write for another reason.
         """
         with self._probing:
-            if self._conditional is None:
-                self._conditional = self._probe()
-            return self._conditional
+            if self._conditions is None:
+                self._conditions = Conditions(self._probe_if_absent(), self._probe_if_match())
+            return self._conditions
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it honours both."""
+        return all(self.conditions)
 
     @property
     def checksums(self) -> bool:
@@ -401,8 +407,8 @@ class S3Store:
             answer = _get(self._client, self._bucket, self._root + key)
             if answer is None:
                 return None
-            age = max(0.0, _date(answer) - answer["LastModified"].timestamp())
-            return StoredObject(answer["Body"].read(), answer["ETag"], age)
+            now, written = _date(answer), answer["LastModified"].timestamp()
+            return StoredObject(answer["Body"].read(), answer["ETag"], written, lambda: now)
 
     def put(
         self,
@@ -416,8 +422,8 @@ class S3Store:
     ) -> str:
         """Write an object, with its SHA-256 for the server to check; see `Store.put`.
 
-        If the server ignores conditions, they are checked beforehand, and another writer may get in between. The
-        checksum is left out once the server has refused it, and under `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
+        A condition that the server ignores is checked beforehand, and another writer may get in between. The checksum
+        is left out once the server has refused it, and under `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
 
         Raises:
             PreconditionFailedError: The condition does not hold, or another write was in progress.
@@ -425,7 +431,7 @@ class S3Store:
         """
         headers = {} if cache_control is None else {"CacheControl": cache_control}
         if if_absent or if_match is not None:
-            if self.conditional:
+            if self.conditions.if_absent if if_match is None else self.conditions.if_match:
                 headers |= {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": if_match}
             else:
                 require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
@@ -494,17 +500,29 @@ class S3Store:
                     raise
             return _put_without_checksum(self._client, request)
 
-    def _probe(self) -> bool:
-        for _ in range(2):
-            try:
-                self._put(PROBE_KEY, b"asked whether If-None-Match is honoured\n", "text/plain", IfNoneMatch="*")
-            except PreconditionFailedError:
-                return True
-            except StoreError as error:
-                if type(error) is StoreError and error.status in (400, 501):  # the server does not know the header
-                    return False
-                raise
+    def _probe_if_absent(self) -> bool:
+        return any(self._probe(IfNoneMatch="*") is False for _ in range(2))
+
+    def _probe_if_match(self) -> bool:
+        for _ in range(3):  # another process may probe at the same time
+            found = self.get(PROBE_KEY)
+            if found is None:
+                self._probe()
+            elif self._probe(IfMatch=found.etag):
+                return self._probe(IfMatch=f'"{"0" * 32}"') is False
         return False
+
+    def _probe(self, **condition: str) -> bool | None:
+        """Whether the server writes the object of the probe under a condition; None if it does not know the header."""
+        try:
+            self._put(PROBE_KEY, b"asked whether conditions of writes are honoured\n", "text/plain", **condition)
+        except PreconditionFailedError:
+            return False
+        except StoreError as error:
+            if condition and type(error) is StoreError and error.status in (400, 501):
+                return None
+            raise
+        return True
 
 
 def _object(uri: str) -> tuple[str, str]:

@@ -7,10 +7,10 @@ one wins. "Cannot read" is always an error and never looks like "not there".
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,12 +29,50 @@ class StoredObject:
     Attributes:
         data: The content.
         etag: Its version, with which `put(if_match=…)` replaces exactly this content.
-        age: Seconds since it was last written, by the store's own clock; never negative. S3 counts whole seconds.
+        written: When it was last written, in seconds since 1970, by the store's own clock. S3 counts whole seconds.
+        clock: What time it is by that clock; a folder is asked when this is called.
     """
 
     data: bytes
     etag: str
-    age: float
+    written: float = 0.0
+    clock: Callable[[], float] = field(default=time.time, compare=False)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was last written, by the store's own clock; never negative."""
+        return max(0.0, self.clock() - self.written)
+
+
+class Conditions(NamedTuple):
+    """Which conditions of `put` a store checks itself, in one step with the write.
+
+    Attributes:
+        if_absent: Whether it does so for `if_absent`.
+        if_match: Whether it does so for `if_match`.
+    """
+
+    if_absent: bool
+    if_match: bool
+
+    @property
+    def caution(self) -> str | None:
+        """What such a store does not do, and what not to do with it; None if it checks both conditions.
+
+        Example:
+            >>> Conditions(if_absent=False, if_match=False).caution
+            'ignores conditional writes: do not run one job in two processes at once'
+        """
+        if all(self):
+            return None
+        if self.if_absent:
+            return (
+                "honours If-None-Match but not If-Match: a new job is paid for once, also if two processes run it at "
+                "once; but do not run one that has failed, or whose run has died, in two processes at once"
+            )
+        if self.if_match:
+            return "honours If-Match but not If-None-Match: do not run a new job in two processes at once"
+        return "ignores conditional writes: do not run one job in two processes at once"
 
 
 class Store(Protocol):
@@ -46,8 +84,13 @@ class Store(Protocol):
         ...
 
     @property
+    def conditions(self) -> Conditions:
+        """Which conditions of `put` are atomic; the others are checked beforehand."""
+        ...
+
+    @property
     def conditional(self) -> bool:
-        """Whether the conditions of `put` are atomic; otherwise they are checked beforehand."""
+        """Whether both are."""
         ...
 
     @property

@@ -228,7 +228,9 @@ def test_an_interrupt_before_a_request_does_not_speak_of_a_bill(
 def test_an_interrupt_while_the_api_works_tells_what_may_have_been_paid(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*what: Any) -> None:
+        before_sending = what[-1]
+        before_sending()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as now:

@@ -25,6 +25,7 @@ from typing import Any
 
 import boto3
 import pytest
+from httpcore._backends.sync import SyncBackend, SyncStream
 from PIL import Image
 
 from prefect_segmind.api import client
@@ -46,6 +47,7 @@ from prefect_segmind.errors import (
     RunCancelledError,
     SegmindError,
     StoreError,
+    StoreUnreachableError,
     UnprocessableError,
 )
 from prefect_segmind.images.inspection import BrokenPicture
@@ -53,11 +55,13 @@ from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.http import DownloadError
+from prefect_segmind.storage.store import StoredObject
 from tests.support.logs import listening
 from tests.support.moto_server import moto_server
 from tests.support.waiting import until
@@ -320,8 +324,12 @@ def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
         return put(*arguments)
 
     monkeypatch.setattr(Archive, "put_picture", slow)
-    results, asked = [], up_to_upload(photo)
-    threads = [threading.Thread(target=lambda: results.append(archive_picture(generate(*asked)))) for _ in range(4)]
+    results, (job, _) = [], up_to_upload(photo)
+
+    def work(run: str) -> None:
+        results.append(pipeline().produce(job, Run(run), LOG))
+
+    threads = [threading.Thread(target=work, args=(each,)) for each in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -477,12 +485,13 @@ def test_a_run_that_was_interrupted_lets_go_of_its_claim_and_reports_its_request
 ) -> None:
     job, uploaded = up_to_upload(photo)
 
-    def interrupted(*_: object) -> None:
+    def interrupted(self: client.SegmindClient, request: Any, part: Path, before_sending: Callable[[], None]) -> None:
+        before_sending()
         raise KeyboardInterrupt
 
     ledger = Ledger()
     with monkeypatch.context() as now:
-        now.setattr("prefect_segmind.api.client.SegmindClient.generate", interrupted)
+        now.setattr(client.SegmindClient, "generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(job, uploaded, ledger=ledger)
     assert ledger.totals == Totals(1, possibly_billed_usd=Decimal("0.05"))
@@ -561,9 +570,9 @@ def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, mon
         elsewhere.setattr(leases, "host_id", lambda: "another host")
         claimed = leases.claim(archive, None, job.fingerprint, Run("their run"))
     assert claimed is not None
-    claimed.release()
+    leases._claims.clear()
     assert leases.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
-    monkeypatch.setattr(leases, "LEASE_SECONDS", -1.0)
+    monkeypatch.setattr(StoredObject, "age", 61.0)
     assert not leases.held_elsewhere(archive, archive.read(job.fingerprint), "my run")
     assert generate(job, uploaded).possibly_billed_usd == Decimal("0.05")
 
@@ -728,15 +737,15 @@ def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, uploaded = billed_502(sandbox, photo)
-    archive, write = Services().archive, leases.Claim.write
+    archive, begin_request = Services().archive, leases.Claim.begin_request
     lapsed = leases.held_claim(archive, job.fingerprint)
 
-    def late(self: leases.Claim, change: Callable[[Record], Record]) -> Record:
+    def late(self: leases.Claim, holder: Holder) -> None:
         if self is lapsed:
             self.release()
-        return write(self, change)
+        begin_request(self, holder)
 
-    monkeypatch.setattr(leases.Claim, "write", late)
+    monkeypatch.setattr(leases.Claim, "begin_request", late)
     generated = generate(job, uploaded, run="one")
     assert (generated.requests_sent, generated.possibly_billed_usd) == (2, Decimal("0.05"))
     held = leases.held_claim(archive, job.fingerprint)
@@ -823,6 +832,246 @@ def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_l
     assert lives or time.monotonic() - began < leases.RENEW_SECONDS, "a dead process is not waited for"
     archive_picture(got)
     process.wait(30)
+    assert sandbox.ledger.billed == 1
+
+
+def test_a_run_waits_for_a_stopped_process_of_this_host_however_long_and_says_so_once(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KEPT, str(photo)],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == "kept\n"
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(StoredObject, "age", 3600.0)
+    looks, said = iter(range(100)), list[str]()
+
+    def pause(*_: object) -> None:
+        if next(looks) == 30:
+            process.send_signal(signal.SIGCONT)
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.close()
+            process.wait(30)
+
+    monkeypatch.setattr(Gate, "pause", pause)
+    try:
+        assert generate(*up_to_upload(photo), said=said).status == "reused"
+    finally:
+        process.kill()
+        process.wait()
+    told = [each for each in said if f"process {process.pid} of this host holds the claim and is alive" in each]
+    assert len(told) == 1
+    assert sandbox.ledger.billed == 1
+
+
+STOPPED = """
+import os, signal, sys
+from prefect_segmind.archive import leases
+from tests.support.walk import walk
+confirm, real, late = leases.Claim.confirm, leases.clock, 0.0
+def stopped(claim):
+    global late
+    print("claimed", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    late = 3600.0
+    confirm(claim)
+leases.clock = lambda: real() + late
+leases.host_id = lambda: "another host"
+leases.Claim.confirm = stopped
+done = walk(sys.argv[1])
+print(done.status, done.attempts, done.cost_usd, done.possibly_billed_usd)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGSTOP")
+def test_a_run_that_was_stopped_before_it_sent_and_goes_on_after_another_has_paid_sends_nothing(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(photo)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX": str(tmp_path / "another outbox")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    try:
+        assert process.stdout.readline() == "claimed\n"
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        with monkeypatch.context() as later:
+            later.setattr(StoredObject, "age", 61.0)
+            ours = walk(photo)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == "reused 0 0.00 0.00\n"
+    finally:
+        process.kill()
+        process.wait()
+    assert (ours.status, ours.possibly_billed_usd, sandbox.ledger.billed) == ("generated", Decimal("0.05"), 1)
+
+
+class Lost:
+    """A store whose next write of a record fails once it has taken effect."""
+
+    def __init__(self, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+        write = Archive.write
+
+        def lost(self: Archive, record: Record, etag: str | None) -> str:
+            monkeypatch.setattr(Archive, "write", write)
+            write(self, record, etag)
+            raise error
+
+        monkeypatch.setattr(Archive, "write", lost)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreUnreachableError("no answer"),
+        StoreError("the server failed", status=500),
+        AttributeError("botocore's"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_claim_whose_answer_was_lost_is_not_sent_counts_nothing_and_refuses_nobody(
+    sandbox: Sandbox, photo: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    ledger = Ledger()
+    Lost(error, monkeypatch)
+    with pytest.raises(type(error)):
+        generate(job, uploaded, ledger=ledger)
+    assert (ledger.totals, sandbox.ledger.requests) == (Totals(), ())
+    assert recorded(job.fingerprint).record.attempts == ()
+    again = walk(photo, on_unknown="fail")
+    assert (again.status, again.attempts, again.possibly_billed_usd) == ("generated", 1, Decimal("0.00"))
+
+
+def test_a_claim_of_which_nobody_knows_whether_it_is_read_back_is_not_sent_and_refuses_nobody(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a store that ignores conditions, as the sandbox's."""
+    job, uploaded = up_to_upload(photo)
+    read, write = Archive.read, Archive.write
+
+    def unreachable(*_: object) -> None:
+        monkeypatch.setattr(Archive, "read", read)
+        raise StoreUnreachableError("no answer")
+
+    def written(self: Archive, record: Record, etag: str | None) -> str:
+        etag = write(self, record, etag)
+        monkeypatch.setattr(Archive, "write", write)
+        monkeypatch.setattr(Archive, "read", unreachable)
+        return etag
+
+    monkeypatch.setattr(Archive, "write", written)
+    with pytest.raises(StoreUnreachableError):
+        generate(job, uploaded)
+    assert sandbox.ledger.requests == ()
+    assert walk(photo, on_unknown="fail").status == "generated"
+
+
+@pytest.mark.parametrize("error", [StoreUnreachableError("no answer"), KeyboardInterrupt()])
+def test_a_request_that_was_claimed_and_not_sent_is_in_no_ledger_and_no_record(
+    sandbox: Sandbox, photo: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    lost = Attempt(run="long ago", sent_at=datetime.now(UTC))
+    Services().archive.write(Record(fingerprint=job.fingerprint, attempts=(lost,)), None)
+    ledger = Ledger()
+
+    def unconfirmed(_: leases.Claim) -> None:
+        raise error
+
+    with monkeypatch.context() as now:
+        now.setattr(leases.Claim, "confirm", unconfirmed)
+        with pytest.raises(type(error)):
+            generate(job, uploaded, ledger=ledger)
+    assert (ledger.totals.requests_sent, sandbox.ledger.requests) == (0, ())
+    assert recorded(job.fingerprint).record.attempts == (lost,)
+    again = walk(photo)
+    assert (again.attempts, again.possibly_billed_usd) == (1, Decimal("0.05")), "what the dead run may have been billed"
+
+
+def test_the_right_to_send_is_checked_once_the_connection_stands_and_nothing_is_sent_without_it(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = list[str]()
+    connect, write = SyncBackend.connect_tcp, SyncStream.write
+
+    def connecting(*what: Any, **more: Any) -> Any:
+        stream = connect(*what, **more)
+        events.append("connected")
+        return stream
+
+    def sending(*what: Any, **more: Any) -> None:
+        events.append("sent")
+        write(*what, **more)
+
+    job, uploaded = up_to_upload(photo)
+    monkeypatch.setattr(leases.Claim, "confirm", lambda _: events.append("confirmed"))
+    monkeypatch.setattr(SyncBackend, "connect_tcp", connecting)
+    monkeypatch.setattr(SyncStream, "write", sending)
+    generate(job, uploaded)
+    assert events[:3] == ["connected", "confirmed", "sent"]
+    assert events.count("confirmed") == 1
+
+
+def test_a_step_of_the_users_own_that_fails_after_a_picture_is_paid_for_makes_nobody_wait(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    waiting = generate(*up_to_upload(photo))
+    said: list[str] = []
+    again = generate(*up_to_upload(photo), said=said)
+    assert (again.status, again.cost_usd, again.requests_sent) == ("recovered", Decimal(0), 0)
+    assert not any(each.startswith("waiting") for each in said)
+    both = list[ArchivedImage]()  # the first one goes on after all, at the same time
+    threads = [
+        threading.Thread(target=lambda each=each: both.append(archive_picture(each))) for each in (waiting, again)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted((each.status, each.cost_usd) for each in both) == [
+        ("generated", Decimal("0.05")),
+        ("recovered", Decimal("0.00")),
+    ]
+    assert both[0].image == both[1].image
+    assert recorded(again.job.fingerprint).record.state == "done"
+    assert leases.held_claim(Services().archive, again.job.fingerprint) is None
+    assert (walk(photo).status, sandbox.ledger.billed) == ("reused", 1)
+
+
+@pytest.mark.parametrize("on_unknown", ["repay", "fail"])
+def test_a_run_that_looks_while_another_claims_or_ends_waits_and_refuses_nothing(
+    sandbox: Sandbox, photo: Path, on_unknown: OnUnknown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    write, verdicts = Archive.write, list[str]()
+
+    def looked_at(self: Archive, record: Record, etag: str | None) -> str:
+        written = write(self, record, etag)
+        verdicts.append(pipeline(on_unknown=on_unknown).look_up.look_up(job, Run("another"), LOG).verdict)
+        return written
+
+    with monkeypatch.context() as now:
+        now.setattr(Archive, "write", looked_at)
+        archived = archive_picture(generate(job, uploaded))
+    assert archived.status == "generated"
+    assert verdicts == ["wait", "wait", "reuse"]
+    before = recorded(job.fingerprint)
+    unfinished = before.record.model_copy(update={"state": "claimed", "holder": leases.this_process(Run("ended"))})
+    stale, read = [replace(before, record=unfinished, stored=replace(before.stored, etag="before"))], Archive.read
+    monkeypatch.setattr(Archive, "read", lambda *what: stale.pop() if stale else read(*what))
+    assert generate(job, uploaded, on_unknown=on_unknown).status == "reused"
     assert sandbox.ledger.billed == 1
 
 

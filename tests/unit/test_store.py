@@ -18,6 +18,7 @@ from functools import cache
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,7 +47,7 @@ from prefect_segmind.storage import s3
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
-from prefect_segmind.storage.store import Store
+from prefect_segmind.storage.store import Conditions, Store
 from tests.support.moto_server import moto_server
 from tests.support.ports import free_port, listens
 from tests.support.waiting import until
@@ -350,6 +351,37 @@ def test_locks_and_unfinished_files_are_no_objects(tmp_path: Path) -> None:
     assert list(store.keys("")) == ["a/k"]
 
 
+def test_the_age_in_a_folder_goes_by_the_clock_that_dates_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path / "archive")
+    store.put(".segmind/k", b"1", "text/plain")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)  # this machine's, which somebody has set
+    found = store.get(".segmind/k")
+    assert found is not None
+    assert found.age < 60
+    left = sorted(each.name for each in (tmp_path / "archive").rglob("*") if each.is_file())
+    assert left == [".lock", "k"], "nothing is left of asking"
+
+
+@posix
+def test_a_folder_is_asked_for_the_time_only_where_an_age_is_needed_and_only_where_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put(".segmind/k", b"1", "text/plain")
+    opened, fsync = list[int](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: opened.append(descriptor) or fsync(descriptor))  # type: ignore[func-returns-value]
+    found = store.get(".segmind/k")
+    assert found is not None
+    assert opened == []
+    assert found.age < 60
+    assert len(opened) == 1
+    shutil.rmtree(tmp_path / ".segmind")
+    assert found.age < 60
+
+
 def test_the_age_on_disk_is_never_negative(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("k", b"x", "text/plain")
@@ -477,17 +509,79 @@ def test_whether_conditions_are_honoured_is_found_out_once(rclone: tuple[str, Pa
         store = S3Store(BUCKET, "probe", client(endpoint))
         puts: list[Any] = []
         store._client.meta.events.register("before-send.s3.PutObject", lambda request, puts=puts, **_: puts.append(1))
-        assert (store.conditional, store.conditional) == (honoured, honoured)
-        assert len(puts) == 2
-        again = S3Store(BUCKET, "probe", client(endpoint))
-        assert again.conditional is honoured
+        assert (store.conditions, store.conditions) == ((honoured, honoured), (honoured, honoured))
+        assert store.conditional is honoured
+        assert len(puts) == 4, "of each condition one that must not be refused, and one that must be"
+        assert S3Store(BUCKET, "probe", client(endpoint)).conditions == store.conditions
+
+
+def picky_about(endpoint: str, header: str, refusal: tuple[int, str] | None) -> Handle:
+    """Forwards to a server that honours all conditions, but refuses writes with this one, or ignores it."""
+
+    def forward(request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        headers = {name: value for name, value in request.headers.items() if name != "Expect"}
+        if request.command == "PUT" and headers.pop(header, None) is not None and refusal is not None:
+            answer = f"<Error><Code>{refusal[1]}</Code><Message>no</Message></Error>".encode()
+            request.send_response(refusal[0])
+            request.send_header("Content-Length", str(len(answer)))
+            request.end_headers()
+            request.wfile.write(answer)
+            return
+        behind = HTTPConnection(urlsplit(endpoint).netloc)
+        behind.request(request.command, request.path, body, headers)
+        found = behind.getresponse()
+        content = found.read()
+        behind.close()
+        request.send_response_only(found.status)
+        for name, value in found.getheaders():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(content)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("header", "refusal"),
+    [
+        ("If-None-Match", None),
+        ("If-None-Match", (501, "NotImplemented")),
+        ("If-Match", None),
+        ("If-Match", (501, "NotImplemented")),
+        ("If-Match", (412, "PreconditionFailed")),  # always, though it holds
+    ],
+)
+def test_a_server_that_honours_one_condition_and_not_the_other_is_known_as_that_and_is_used_as_that(
+    header: str, refusal: tuple[int, str] | None, moto: str, serve: Callable[[Handle], str], tmp_path: Path
+) -> None:
+    store = S3Store(BUCKET, tmp_path.name, client(serve(picky_about(moto, header, refusal))))
+    assert store.conditions == (header != "If-None-Match", header != "If-Match")
+    assert not store.conditional
+    assert header in str(store.conditions.caution)
+    etag = store.put("k", b"1", "text/plain", if_absent=True)
+    with pytest.raises(PreconditionFailedError):
+        store.put("k", b"2", "text/plain", if_absent=True)
+    later = store.put("k", b"2", "text/plain", if_match=etag)
+    with pytest.raises(PreconditionFailedError):
+        store.put("k", b"3", "text/plain", if_match=etag)
+    assert store.put("k", b"3", "text/plain", if_match=later)
+
+
+def test_what_a_store_does_not_honour_is_said_with_what_not_to_do() -> None:
+    cautions = [Conditions(*each).caution for each in product((True, False), repeat=2)]
+    assert cautions[0] is None
+    assert len(set(cautions)) == 4
+    assert all("two processes at once" in each for each in cautions if each)
 
 
 @pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
-def test_a_server_that_does_not_know_the_condition_does_not_honour_it(
-    status: int, code: str, serve: Callable[[Handle], str]
+def test_a_server_that_does_not_know_the_conditions_does_not_honour_them(
+    status: int, code: str, moto: str, serve: Callable[[Handle], str], tmp_path: Path
 ) -> None:
-    assert not S3Store(BUCKET, "", client(serve(refusing(status, code)))).conditional
+    both = picky_about(serve(picky_about(moto, "If-Match", (status, code))), "If-None-Match", (status, code))
+    store = S3Store(BUCKET, tmp_path.name, client(serve(both)))
+    assert store.conditions == (False, False)
 
 
 def test_a_probe_that_is_denied_is_an_error(serve: Callable[[Handle], str]) -> None:
@@ -906,7 +1000,7 @@ def test_a_claim_that_somebody_else_has_is_lost_on_a_server_that_refuses_checksu
     S3Store(BUCKET, tmp_path.name, client(moto)).put("k", b"theirs", "text/plain")
     server = picky(takes_no_checksums(400, "InvalidArgument"))
     store = S3Store(BUCKET, tmp_path.name, client(server.endpoint))
-    store._conditional = True
+    store._conditions = Conditions(if_absent=True, if_match=True)
     with pytest.raises(PreconditionFailedError):
         store.put("k", b"mine", "text/plain", if_absent=True)
     assert not store.checksums
