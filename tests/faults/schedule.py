@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -247,7 +247,5 @@ class Schedule:
         return ("started", False) if found and not found.is_killed else (None, True)
 
     def _has_arrived(self) -> bool:
-        return any(each.answer.picture in self._files() for each in self.api.seen)
-
-    def _files(self) -> Iterator[bytes]:
-        return iter(self.world.contents())
+        files = self.world.contents()
+        return any(each in files for each in self.api.pictures)

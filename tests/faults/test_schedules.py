@@ -102,7 +102,7 @@ class Processes(RuleBasedStateMachine):
         assert record is not None
         assert (record.state, record.holder) == ("done", None)
         files = schedule.world.contents()
-        assert any(each.answer.picture in files for each in schedule.api.seen)
+        assert any(each in files for each in schedule.api.pictures)
 
     def _process(self, number: int) -> Process:
         process = self.schedule.processes[number]
