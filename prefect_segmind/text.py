@@ -46,6 +46,19 @@ def stripped(text: str) -> str:
     return _ENDS.sub("", text) or text.strip()
 
 
+def printable(text: str) -> str:
+    r"""A text without what controls a terminal, or the direction of writing.
+
+    Args:
+        text: The text, of unknown origin.
+
+    Example:
+        >>> printable("no \x1b[31mcredits\r\n")
+        'no [31mcredits'
+    """
+    return "".join(filter(str.isprintable, text))
+
+
 def composed(text: str) -> str:
     """A text in Unicode's composed form, NFC.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from prefect_segmind.money import Usd
 
 if TYPE_CHECKING:
     from prefect_segmind.images.inspection import Picture
@@ -44,10 +44,10 @@ class PaidPicture(BaseModel):
     height: int
     size_bytes: int
     seed: int
-    cost_usd: Decimal
+    cost_usd: Usd
     cost_source: Literal["x-cost", "list price"]
     request_id: str | None = None
-    paid_at: datetime
+    paid_at: AwareDatetime
     notices: tuple[str, ...] = ()
 
 
@@ -65,12 +65,12 @@ class Answered(BaseModel):
 
     model_config = KEPT_MODEL
 
-    cost_usd: Decimal
+    cost_usd: Usd
     cost_source: Literal["x-cost", "list price"]
     seed: int | None = None
     content_type: str = ""
     request_id: str | None = None
-    at: datetime
+    at: AwareDatetime
 
     def brought(self, picture: Picture, seed: int | None) -> PaidPicture:
         """The facts of the paid picture in the answer.

@@ -10,6 +10,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -27,9 +28,16 @@ from prefect_segmind.errors import (
     redact,
     status_error,
 )
+from prefect_segmind.money import is_plausible
+from prefect_segmind.storage.compression import is_packed, unpacked
+from prefect_segmind.text import printable
 
 SPACE = b"\xef\xbb\xbf \t\r\n"
 """Bytes that may precede JSON: a byte order mark and white space."""
+START_LIMIT = 64_000
+"""The most bytes that are read of a body that should be a few lines: an error, a balance."""
+UNPACKED_LIMIT = 70_000_000
+"""The most bytes that the body of a 200 may unpack to."""
 TEXT_LIMIT = 300
 """The most characters of a provider's error text that a message shows."""
 BEFORE_THE_MODEL = frozenset({501, 505, 511, 521, 523, 525, 526, 530})
@@ -54,11 +62,45 @@ def header(headers: Mapping[str, str], name: str) -> str | None:
     value = next((text.strip() for key, text in headers.items() if key.lower() == name), "")
     if value.startswith("["):
         try:
-            values = json.loads(value)
-        except ValueError:
-            return value
-        value = str(values[-1]).strip() if values and values[-1] is not None else ""
-    return value or None
+            values = json.loads(value[:_HEADER_LIMIT])
+            value = str(values[-1]).strip() if values and values[-1] is not None else ""
+        except (ValueError, RecursionError):
+            pass  # as it is
+    return value[:_HEADER_LIMIT] or None
+
+
+_HEADER_LIMIT = 1000
+"""The most characters of a header's value that are read."""
+
+
+def request_id(headers: Mapping[str, str], secret: str = "") -> str | None:
+    r"""The provider's id of a request, as it may be stored and shown: printable, of a sane length, without the key.
+
+    Args:
+        headers: The headers of the answer.
+        secret: The API key.
+
+    Example:
+        >>> request_id({"x-request-id": "r-1\x1b[2J, for my-own-key"}, "my-own-key")
+        'r-1[2J, for …'
+    """
+    value = printable(header(headers, "x-request-id") or "")
+    return redact(value, secret)[:200] or None
+
+
+def content_type(headers: Mapping[str, str], secret: str = "") -> str:
+    """The content type that an answer claims, without parameters; empty if it has none of the usual form.
+
+    Args:
+        headers: The headers of the answer.
+        secret: The API key.
+
+    Example:
+        >>> content_type({"Content-Type": "Image/PNG; q=1"}), content_type({"Content-Type": "a[link](https://b)"})
+        ('image/png', '')
+    """
+    value = redact(header(headers, "content-type") or "", secret).split(";")[0].strip().lower()
+    return value if re.fullmatch(r"[a-z]{1,20}/[a-z0-9.+-]{1,60}", value) else ""
 
 
 def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
@@ -108,16 +150,50 @@ def error_text(body: bytes, secret: str = "") -> str:
         >>> error_text(b'{"error": "Invalid API key"}'), error_text(b"<html><h1>502 Bad Gateway</h1></html>")
         ('Invalid API key', '502 Bad Gateway')
     """
-    text = body.decode("utf-8", "replace")
+    start = unpacked_start(body)
+    if len(start) == START_LIMIT:
+        start = start[: START_LIMIT - len(secret)]  # which may end with a part of the key
+    text = start.decode("utf-8", "replace")
     try:
         parsed: Any = json.loads(text)
         while isinstance(parsed, dict) and (found := next(filter(_has_text, map(parsed.get, _ERROR_KEYS)), None)):
             parsed = found
         text = parsed if isinstance(parsed, str) else json.dumps(parsed, ensure_ascii=False)
     except (ValueError, RecursionError):
-        text = re.sub(r"(?is)<(script|style|title)\b.*?</\1>|<[a-z/!?][^>]*>", " ", text)
-    text = redact(" ".join(text.split()), secret)
+        text = _without_tags(text)
+    text = redact(printable(" ".join(text.split())), secret)
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
+
+
+def unpacked_start(body: bytes) -> bytes:
+    """The first `START_LIMIT` bytes of a body, unpacked if it is compressed.
+
+    Args:
+        body: The body, or its beginning.
+    """
+    start = body
+    if is_packed(body):
+        start = b""
+        with suppress(ValueError):  # what comes before the damage, or before the end of the beginning
+            for piece in unpacked([body]):
+                start += piece
+                if len(start) > START_LIMIT:
+                    break
+    return start[:START_LIMIT]
+
+
+def _without_tags(html: str) -> str:
+    """The text of HTML, without tags, scripts, styles and the title; in one pass, whatever it is."""
+    shown, hidden, at = [], "", 0
+    for tag in re.finditer(r"<(/?[a-zA-Z]+|[!?])[^<>]*>", html):
+        name = tag[1].lower()
+        if not hidden:
+            shown.append(html[at : tag.start()])
+            hidden = name if name in ("script", "style", "title") else ""
+        elif name == f"/{hidden}":
+            hidden = ""
+        at = tag.end()
+    return " ".join(shown if hidden else [*shown, html[at:]])
 
 
 _ERROR_KEYS = ("error", "detail", "message")
@@ -147,7 +223,7 @@ def answer_error(status: int, headers: Mapping[str, str], body: bytes, *, now: d
         status=status,
         retry_after=wait_asked(headers, now),
         possibly_billed=status in (502, 504) or unnamed,
-        request_id=header(headers, "x-request-id"),
+        request_id=request_id(headers, secret),
     )
 
 
@@ -163,24 +239,64 @@ class Link:
 
 
 def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
-    """Finds the picture or the link in a 200 that is JSON, a URL or a data URI.
+    """Finds the picture or the link in a 200 that is JSON, a URL or a data URI, or is compressed.
 
     Args:
         body: The whole body.
         secret: The API key, which is removed from messages.
 
     Returns:
-        The picture's bytes for base64, a link for a URL, None for a body of any other form.
+        The picture's bytes for base64 or a compressed picture, a link for a URL, None for a body of any other form.
 
     Raises:
         UnsafeImageError: It has `is_image_safe: false` and no picture.
-        NotAnImageError: It is JSON without a picture.
+        NotAnImageError: It is JSON without a picture, or cannot be unpacked.
     """
+    if is_packed(body):
+        body = _unpacked(body)
+        return body if (held := _held(body, secret)) is None else held
+    return _held(body, secret)
+
+
+def is_whole_json(body: bytes) -> bool:
+    """Whether a body, compressed or not, is an object, a list or a string in JSON, to its end.
+
+    Args:
+        body: The body.
+
+    Example:
+        >>> is_whole_json(b'{"url": "https://b.example/k"}'), is_whole_json(b'{"url": "https://b'), is_whole_json(b"12")
+        (True, False, False)
+    """
+    try:
+        body = _unpacked(body) if is_packed(body) else body
+        return body[:64].lstrip(SPACE)[:1] in _JSON_STARTS and json.loads(body) is not None
+    except (NotAnImageError, ValueError, RecursionError):
+        return False
+
+
+def _unpacked(body: bytes) -> bytes:
+    plain = bytearray()
+    try:
+        for piece in unpacked([body]):
+            plain += piece
+            if len(plain) > UNPACKED_LIMIT:
+                raise ValueError(f"it has more than {UNPACKED_LIMIT:,} bytes")
+    except ValueError as error:
+        raise NotAnImageError(
+            f"the API answered 200 with a body that cannot be decompressed: {error} (check the provider's usage page "
+            "before running again)",
+            status=200,
+        ) from None
+    return bytes(plain)
+
+
+def _held(body: bytes, secret: str) -> bytes | Link | None:
     start = body[:64].lstrip(SPACE)
     if re.match(rb"(?i)https?://|data:image/", start):
         text = body.decode("utf-8-sig", "replace").strip()
         return _decoded(text) if re.fullmatch(r"(?is)https?://\S+|data:image/.*", text) else None
-    if start[:1] not in (b"{", b"[", b'"'):
+    if start[:1] not in _JSON_STARTS:
         return None
     try:
         parts = list(_parts(json.loads(body)))
@@ -202,6 +318,7 @@ def picture_or_link(body: bytes, secret: str = "") -> bytes | Link | None:
     raise NotAnImageError("the API answered 200 with JSON whose picture is neither a URL nor base64", status=200)
 
 
+_JSON_STARTS = (b"{", b"[", b'"')
 _SMALLEST = 32
 """The fewest bytes that may be a picture."""
 _PICTURE_KEYS = (
@@ -252,4 +369,4 @@ def read_cost(text: str | None) -> Decimal | None:
         cost = Decimal(text.strip()) if text else None
     except InvalidOperation:
         return None
-    return cost if cost is not None and cost.is_finite() and not cost.is_signed() and cost < 1000 else None
+    return cost if cost is not None and is_plausible(cost) and not cost.is_signed() and cost < 1000 else None

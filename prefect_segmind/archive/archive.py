@@ -91,6 +91,8 @@ class Archive:
             "may be paid once more)"
         )
         found = read_model(self.store, record_key(fingerprint), Record, remedy)
+        if found and found[0].fingerprint != fingerprint:
+            raise StoreError(f"{self.store.uri(record_key(fingerprint))} is the record of another picture; {remedy}")
         return RecordRead(*found) if found else None
 
     def write(self, record: Record, etag: str | None) -> str:

@@ -2,8 +2,8 @@
 archive has it. Each archive has its own outbox, as it has its own records.
 
 A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
-`{fingerprint}.{run}.part`. Where the system supports it, space for an answer is reserved before the request is sent, so
-that a full disk costs nothing.
+`{fingerprint}.{run}.part`, which is as long as what has arrived, whatever ends the run. Where the system supports it,
+space for an answer is reserved before the request is sent, in `….space` beside it, so that a full disk costs nothing.
 
 An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
 readable by the user only, since a link in it may be signed; the facts in its headers are in `….answer.json`.
@@ -11,11 +11,9 @@ readable by the user only, since a link in it may be signed; the facts in its he
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,11 +31,12 @@ from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
+from prefect_segmind.storage.reserved_file import SPACE_SUFFIX, release, reserve
 
 RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
-_NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
+_NO_PICTURES = (".json", ".facts", ".part", SPACE_SUFFIX, ".found", ".answer")
 _KEPT = (".answer", ".answer.json")
 _REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
@@ -102,20 +101,18 @@ class Outbox:
         self.check()
         part = self._part(fingerprint, run)
         try:
-            with self._disk_errors(), part.open("wb") as file:
-                part.chmod(0o600)
-                _reserve(file.fileno())
-        except OutboxError:
-            _discard(part)
-            raise
-        try:
+            with self._disk_errors():
+                reserve(part, RESERVED_BYTES)
             yield part
         except BaseException as error:
             with suppress(OSError):  # the failure counts, not that its remains cannot be removed
                 if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
                     part.unlink(missing_ok=True)
             raise
-        _discard(part)
+        else:
+            _discard(part)
+        finally:
+            release(part)
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
@@ -294,12 +291,14 @@ class Outbox:
         return None
 
     def fingerprints(self) -> set[str]:
-        """The fingerprints of all pictures in the outbox, by the names of the files; none is read.
+        """The fingerprints of all pictures in the outbox, by the names of the files; only what interrupted runs had
+        received is read.
 
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        return {_fingerprint(each) for each in self._all() if each.suffix not in _NO_PICTURES or _arrived(each)}
+        files = self._all()
+        return {_fingerprint(each) for each in files if each.suffix not in _NO_PICTURES or _has_picture(each)}
 
     def unread(self) -> set[str]:
         """The fingerprints of jobs with answers in the outbox that could not be read as a picture.
@@ -318,14 +317,7 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        for body in self.answers(fingerprint):
-            with suppress(OSError, ApiError, BrokenPicture):
-                data = body.read_bytes()
-                held = picture_or_link(data)
-                if not isinstance(held, Link):
-                    picture_of(data if held is None else held)
-                    return True
-        return False
+        return any(map(_is_readable, self.answers(fingerprint)))
 
     def remove(self, fingerprint: str) -> None:
         """Remove a picture that the archive has; a file that cannot be removed does no harm.
@@ -357,11 +349,36 @@ class Outbox:
 
 
 def _arrived(file: Path) -> bool:
-    """Whether a file is an answer that may be whole: cut to its length, no longer as reserved."""
+    """Whether a file is what has arrived of an answer, which may be whole."""
     try:
-        return file.suffix == ".part" and file.is_file() and file.stat().st_size not in (0, RESERVED_BYTES)
+        if file.suffix != ".part" or not file.is_file():
+            return False
+        size = file.stat().st_size
+        return size > 0 and not (size == RESERVED_BYTES and _ends_in_zeros(file))
     except FileNotFoundError:  # renamed by its run at this moment
         return False
+
+
+def _ends_in_zeros(file: Path) -> bool:
+    """Whether it ends in reserved space, which the version before had within the file."""
+    with file.open("rb") as content:
+        content.seek(-4096, os.SEEK_END)
+        return not any(content.read())
+
+
+def _has_picture(file: Path) -> bool:
+    return _arrived(file) and _is_readable(file)
+
+
+def _is_readable(body: Path) -> bool:
+    """Whether the body of an answer holds a picture that can be read; a link is not followed."""
+    with suppress(OSError, ApiError, BrokenPicture):
+        data = body.read_bytes()
+        held = picture_or_link(data)
+        if not isinstance(held, Link):
+            picture_of(data if held is None else held)
+            return True
+    return False
 
 
 def _fingerprint(file: Path) -> str:
@@ -390,13 +407,3 @@ def _facts_of(body: Path) -> Answered | None:
     with suppress(OSError, ValidationError):
         return Answered.model_validate_json(_facts_path(body).read_bytes())
     return None
-
-
-def _reserve(descriptor: int) -> None:
-    """Reserve the space for an answer, where the system supports it."""
-    if sys.platform == "linux":
-        try:
-            os.posix_fallocate(descriptor, 0, RESERVED_BYTES)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # some file systems cannot
-                raise

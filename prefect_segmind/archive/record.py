@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Literal, NamedTuple, Required, TypedDict, Unpack
+from typing import Annotated, Literal, NamedTuple, Required, TypedDict, Unpack
 
-from pydantic import BaseModel, model_validator
+from pydantic import AwareDatetime, BaseModel, Field, FiniteFloat, model_validator
 
 from prefect_segmind.api.picture import KEPT_MODEL, PaidPicture
 from prefect_segmind.limits.ledger import NOTHING, PastRequest, RequestId, Totals
 from prefect_segmind.limits.retry import UNKNOWN_RETRIES
+from prefect_segmind.money import Usd
 
 OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
@@ -50,16 +51,16 @@ class Attempt(BaseModel):
     model_config = KEPT_MODEL
 
     run: str
-    sent_at: datetime
+    sent_at: AwareDatetime
     status: int | None = None
     held_all: bool = False
     reason: str | None = None
-    wait_seconds: float | None = None
+    wait_seconds: FiniteFloat | None = None
     possibly_billed: bool | None = None
     reported_by: str | None = None
     kept: str | None = None
     flow_runs: FlowRuns = ()
-    cost_usd: Decimal | None = None
+    cost_usd: Usd | None = None
 
     @property
     def request(self) -> RequestId:
@@ -101,7 +102,7 @@ class Holder(BaseModel):
 
     run: str
     host: str
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**32)]
     started: str
     process: str = ""
     renewals: int = 0

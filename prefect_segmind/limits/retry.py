@@ -103,7 +103,8 @@ def decide(
     asked = error.retry_after or 0.0
     if asked > policy.longest_wait_seconds:
         return Decision(None, f"the server asks to wait {asked:.0f} s, more than {policy.longest_wait_seconds:.0f} s")
-    backoff = min(policy.base_seconds * 2 ** (attempts - 1), policy.longest_backoff_seconds)
+    doublings = min(attempts - 1, 1000)  # a float has room for no more
+    backoff = min(policy.base_seconds * 2.0**doublings, policy.longest_backoff_seconds)
     wait = max(backoff, asked) + backoff * jitter / 4
     if elapsed + wait > policy.longest_run_seconds:
         return Decision(None, f"{policy.longest_run_seconds:.0f} s have passed since the first request")

@@ -145,7 +145,7 @@ class Pipeline:
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
         self.cashier.release_for(job, run)
-        waits, waited, announced, warned, read_again = 0, 0.0, False, False, True
+        wait, waited, announced, warned, read_again = WAIT_SECONDS, 0.0, False, False, True
         while True:
             finding = self.look_up.look_up(job, run, log, read_again=read_again)
             read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
@@ -176,10 +176,9 @@ class Pipeline:
             elif not warned and waited > LEASE_SECONDS and (why := not_renewed(finding.record)):
                 log.warning("still waiting for %s: %s", job.name, why)
                 warned = True
-            pause = min(WAIT_SECONDS * 1.5**waits, LONGEST_WAIT_SECONDS)
             with self.gate.parked(job.name):
-                self.gate.pause(pause)
-            waits, waited = waits + 1, waited + pause
+                self.gate.pause(wait)
+            wait, waited = min(wait * 1.5, LONGEST_WAIT_SECONDS), waited + wait
 
     def _generated(
         self,

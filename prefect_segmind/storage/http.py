@@ -15,6 +15,7 @@ import ipaddress
 import re
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass
 from io import BytesIO
 from typing import IO, Final
@@ -22,7 +23,9 @@ from typing import IO, Final
 import httpx
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.storage.compression import unpacked
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
+from prefect_segmind.storage.http_exchange import Times, exchange, parsed_url, transport
 
 MAX_REDIRECTS: Final = 5
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last 32 bits
@@ -139,16 +142,16 @@ def download_bytes(url: str, *, limit: int, destination: Destination = PUBLIC, t
 
 def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination, deadline: float) -> httpx.URL | None:
     """One hop: where it redirects to, or None once it is written. Tries the permitted addresses of the host in turn."""
-    # The certificates follow the environment (SSL_CERT_FILE). A client for each hop keeps no cookies.
+    # The certificates follow the environment (SSL_CERT_FILE).
     name, failure, retryable = _name(url), "", True
     try:
         certificates, routes = ssl_context(), _routes(url, destination)
     except ConfigurationError as error:
         raise DownloadError(f"{name}: {error}") from None
     for address, proxy in routes:
-        with httpx.Client(trust_env=False, verify=certificates, proxy=proxy) as client:
+        with transport(certificates, proxy) as through:
             try:
-                return _get(client, url, address, sink, limit, deadline)
+                return _get(through, url, address, sink, limit, deadline)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = str(error)  # and on to the next address
                 retryable = "CERTIFICATE_VERIFY_FAILED" not in failure
@@ -158,23 +161,23 @@ def _fetch(url: httpx.URL, sink: IO[bytes], limit: int, destination: Destination
             except httpx.TimeoutException:
                 raise DownloadError(f"{name} took too long", retryable=True) from None
             except httpx.TransportError as error:
-                raise DownloadError(f"{name}: the answer was cut or is not HTTP: {error}", retryable=True) from None
-            except httpx.DecodingError as error:
-                raise DownloadError(f"{name} cannot be decompressed: {error}") from None
+                why = str(error)[:200]
+                raise DownloadError(f"{name}: the answer was cut or is not HTTP: {why}", retryable=True) from None
     raise DownloadError(f"{name} cannot be reached: {failure}", retryable=retryable)
 
 
 def _get(
-    client: httpx.Client, url: httpx.URL, address: str | None, sink: IO[bytes], limit: int, deadline: float
+    through: httpx.HTTPTransport, url: httpx.URL, address: str | None, sink: IO[bytes], limit: int, deadline: float
 ) -> httpx.URL | None:
     remaining = max(0.001, deadline - time.monotonic())
-    with client.stream(
+    with exchange(
+        through,
         "GET",
-        url.copy_with(host=address or url.host, fragment=None),
-        headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
-        timeout=httpx.Timeout(min(30.0, remaining), connect=min(10.0, remaining)),
+        _at(url, address),
+        Times(connect=min(10.0, remaining), read=min(30.0, remaining), total=remaining),
+        headers={"Host": url.netloc.decode("ascii")},
         # TLS asks for, and checks the certificate against, the name and not the address.
-        extensions={"sni_hostname": url.raw_host.decode("ascii")},
+        sni=url.raw_host.decode("ascii"),
     ) as answer:
         if answer.has_redirect_location:
             return _parsed(answer.headers["Location"], url)
@@ -183,16 +186,36 @@ def _get(
             retryable = status in (408, 425, 429) or status >= 500
             raise DownloadError(f"{_name(url)} answered {status}", status=status, retryable=retryable)
         too_large = DownloadError(f"{_name(url)} is larger than {limit / 1_000_000:g} MB", too_large=True)
-        if int(answer.headers.get("Content-Length", "0")) > limit:
+        length = answer.headers.get("Content-Length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > limit):
             raise too_large
-        for chunk in answer.iter_bytes():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            if time.monotonic() > deadline:
-                raise httpx.ReadTimeout("")
-            sink.write(chunk)
+        try:
+            for chunk in _content(answer, url):
+                size += len(chunk)
+                if size > limit:
+                    raise too_large
+                sink.write(chunk)
+        except ValueError as error:
+            raise DownloadError(f"{_name(url)} cannot be decompressed: {error}") from None
     return None
+
+
+def _content(answer: httpx.Response, url: httpx.URL) -> Iterator[bytes]:
+    """The body in small pieces, whatever it unpacks to: some servers compress though we ask them not to."""
+    coding = answer.headers.get("Content-Encoding", "").strip().lower() or "identity"
+    if coding == "identity":
+        return answer.iter_raw()
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise DownloadError(f"{_name(url)} is sent with a Content-Encoding that is not supported; serve it without one")
+    return unpacked(answer.iter_raw())
+
+
+def _at(url: httpx.URL, address: str | None) -> httpx.URL:
+    """The URL to request from an IP address of its host."""
+    try:
+        return url.copy_with(host=address or url.host, fragment=None)
+    except (httpx.InvalidURL, ValueError):  # an IPv6 address with a zone
+        raise DownloadError(f"{_name(url)} leads to {address}, which cannot be requested", refused=True) from None
 
 
 def _routes(url: httpx.URL, destination: Destination) -> list[tuple[str | None, httpx.Proxy | None]]:
@@ -217,7 +240,7 @@ def _resolved(url: httpx.URL) -> list[str]:
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(url.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # of idna too
         passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         raise DownloadError(f"{_name(url)}: the host cannot be resolved: {error}", retryable=passing) from None
     return list(dict.fromkeys(str(each[4][0]) for each in found))
@@ -226,11 +249,10 @@ def _resolved(url: httpx.URL) -> list[str]:
 def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
     """The URL of an address, or of a redirect from `base`; one of another kind is refused."""
     try:
-        url = base.join(location) if base else httpx.URL(location)
-    except httpx.InvalidURL:
-        raise DownloadError("the address is not a URL", refused=True) from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise DownloadError(f"{_name(url)} is not an http(s) address", refused=True)
+        url = parsed_url(location, base)
+    except ValueError as error:
+        where = f"{_name(base)} redirects to an address that is refused" if base else "the address is refused"
+        raise DownloadError(f"{where}: {error}", refused=True) from None
     if url.userinfo:
         raise DownloadError(f"{_name(url)}: credentials in an address are not sent", refused=True)
     return url

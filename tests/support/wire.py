@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import struct
 import threading
 
 
@@ -23,14 +24,17 @@ def http_json(value: object, status: str = "200 OK", **headers: str) -> bytes:
 class Wire:
     """Answers each request with the next of its answers, the last one for ever, and keeps the requests.
 
-    `silent` keeps the connection open after each answer, until the end of the test.
+    `silent` keeps the connection open after each answer, until the end of the test; `drip` is sent behind it again and
+    again, until the client has gone; `reset` breaks the connection off instead of closing it, once its bytes are read.
     """
 
-    def __init__(self, *answers: bytes, silent: bool = False) -> None:
+    def __init__(self, *answers: bytes, silent: bool = False, drip: bytes = b"", reset: bool = False) -> None:
         self.answers = list(answers)
         self.requests: list[str] = []
         self._over = threading.Event()
-        self._silent = silent
+        self._silent, self._drip, self._reset = silent, drip, reset
+        self.gone = threading.Event()  # a client has hung up while it was dripped at
+        self.read = threading.Event()  # to be set when a client has read what is to come before the reset
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -50,6 +54,18 @@ class Wire:
                     continue  # the client has gone
                 if self._silent:
                     self._over.wait(10)
+                try:
+                    while self._drip and not self._over.wait(0.005):
+                        connection.sendall(self._drip)
+                except OSError:
+                    self.gone.set()
+                if self._reset:
+                    self.read.wait(10)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def hang_up(self) -> None:
+        """Closes what it has kept open or dripped at."""
+        self._over.set()
 
     def __enter__(self) -> Wire:
         self._thread.start()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+from copy import deepcopy
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from prefect_segmind.archive.archive import Archive
+from prefect_segmind.api.picture import PaidPicture
+from prefect_segmind.archive.archive import Archive, record_key
+from prefect_segmind.archive.leases import held_elsewhere, this_process
+from prefect_segmind.archive.record import Attempt, Holder, Record, Run, past_requests, verdict
 from prefect_segmind.errors import StoreError
+from prefect_segmind.money import usd
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 
@@ -57,3 +68,92 @@ def test_an_address_cannot_leave_the_archive(archive: Archive, tmp_path: Path) -
     (tmp_path / "secret.png").write_bytes(b"x")
     with pytest.raises(StoreError, match="is not a key"):
         archive.content(f"{archive.store.uri('x')[:-1]}../secret.png")
+
+
+HOSTILE: tuple[object, ...] = (
+    *(None, True, -1, 10**30, 10**4000, 1.5, 1e300, float("inf"), float("nan"), "", "\0", "../../x", "a" * 100_000),
+    *("1e999999", "1e9999999999999", "1e-999999", "NaN", "-Infinity", "2025-01-01T00:00:00", "9999-12-31T23:59:59Z"),
+    *([], {}, [[]], {"a": None}, [["flow", 10**30]], ["flow"], json.loads("[" * 150 + "]" * 150)),
+)
+SEEN = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
+PICTURE = PaidPicture(
+    sha256="cd" * 32, format="PNG", content_type="image/png", extension="png", width=9, height=9, size_bytes=99,
+    seed=4242, cost_usd=Decimal("0.05"), cost_source="x-cost", paid_at=SEEN,
+)  # fmt: skip
+ATTEMPTS = (
+    Attempt(run="one", sent_at=SEEN, status=502, possibly_billed=True, reason="no", wait_seconds=1.0),
+    Attempt(run="two", sent_at=SEEN, possibly_billed=False, cost_usd=Decimal("0.04"), flow_runs=(("flow", 1),)),
+)
+HOLDER = Holder(run="two", host="another", pid=7, started="now", flow_runs=(("flow", 1),))
+RECORDS = (
+    Record(fingerprint="ab" * 32, holder=HOLDER, attempts=ATTEMPTS),
+    Record(fingerprint="ab" * 32, attempts=ATTEMPTS).archived(PICTURE, "a.png", "a.json"),
+)
+
+
+KNOWN = set(Attempt.model_fields)
+"""An unknown field may hold an infinite number, which JSON has not."""
+
+
+@st.composite
+def hostile_records(draw: st.DrawFn) -> bytes:
+    """A record in which another machine, or another version, has put something else in some places."""
+    whole = json.loads(draw(st.sampled_from(RECORDS)).model_dump_json())
+    for _ in range(draw(st.integers(1, 2))):
+        at: Any = whole
+        while True:
+            keys: list[Any] = [*range(len(at))] if isinstance(at, list) else [*at, "of a newer version"]
+            key = draw(st.sampled_from(keys))
+            inner = at[key] if isinstance(at, list) or key in at else None
+            if not (isinstance(inner, dict | list) and inner) or draw(st.integers(0, 3)) == 0:
+                break
+            at = inner
+        at[key] = deepcopy(draw(st.sampled_from(HOSTILE)))
+    return json.dumps(whole).encode()
+
+
+@pytest.mark.parametrize("depth", [200, 1_000, 1_000_000])
+@pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])
+def test_a_record_that_is_too_deep_is_told(
+    opening: str, closing: str, depth: int, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_segmind.storage.store._WAITS_FOR_A_WRITER", ())
+    deep = RECORDS[0].model_dump_json()[:-1] + f', "deep": {opening * depth}1{closing * depth}}}'
+    archive.store.put(record_key("ab" * 32), deep.encode(), "application/json")
+    with pytest.raises(StoreError, match="cannot be read by this version; it records whether a picture is paid"):
+        archive.read("ab" * 32)
+
+
+def test_the_record_of_another_picture_is_not_taken_for_this_one(archive: Archive) -> None:
+    archive.store.put(record_key("cd" * 32), RECORDS[0].model_dump_json().encode(), "application/json")
+    with pytest.raises(StoreError, match="is the record of another picture; it records whether a picture is paid"):
+        archive.read("cd" * 32)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=hostile_records())
+def test_a_record_that_was_written_elsewhere_is_used_as_it_is_or_refused(
+    data: bytes, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_segmind.storage.store._WAITS_FOR_A_WRITER", ())
+    archive.store.put(record_key("ab" * 32), data, "application/json")
+    try:
+        found = archive.read("ab" * 32)
+    except StoreError:
+        return
+    assert found is not None
+    record, run = found.record, Run("me", (("flow", 2),))
+    for each in record.attempts:
+        assert (SEEN - each.sent_at).total_seconds() is not None
+    for past in past_requests(run, record.attempts, Decimal("0.05")):
+        assert len(usd(past.totals.cost_usd + past.totals.possibly_billed_usd)) < 200
+    held = record.holder is not None and held_elsewhere(archive, found, "me")
+    verdict(record, run=run, in_outbox=False, held_elsewhere=held, on_unknown="repay", unreadable=False)
+    written = record.claimed_by(this_process(run), SEEN).renewed().with_outcome(status=200, possibly_billed=True)
+    for version in (written, written.archived(record.picture or PICTURE, "a.png", "a.json")):
+        archive.write(version, None if (now := archive.store.get(record_key("ab" * 32))) is None else now.etag)
+        again = archive.read("ab" * 32)
+        assert again is not None
+        assert [each.model_dump(include=KNOWN) for each in again.record.attempts] == [
+            each.model_dump(include=KNOWN) for each in version.attempts
+        ]

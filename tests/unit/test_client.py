@@ -9,10 +9,12 @@ import pickle
 import random
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from io import BytesIO
@@ -29,10 +31,12 @@ from prefect_segmind.api import client as room
 from prefect_segmind.api.client import SegmindClient, on_loopback
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.api.request import ImageToImageRequest
+from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.credentials import load_credentials
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
 from prefect_segmind.services import Services
+from tests.support.waiting import until
 from tests.support.walk import up_to_upload
 from tests.support.wire import Wire, http, http_json
 
@@ -70,6 +74,12 @@ def failure(part: Path, *answers: bytes, key: str = KEY, **options: Any) -> erro
     return caught.value
 
 
+def set_when_arrived(part: Path, size: int, arrived: threading.Event) -> None:
+    """Sets an event once a file has as many bytes."""
+    until(lambda: part.exists() and part.stat().st_size >= size, every=0.01)
+    arrived.set()
+
+
 class TestTheRequest:
     def test_it_is_what_the_provider_documents(self, part: Path) -> None:
         with Wire(http(PNG)) as server:
@@ -99,7 +109,7 @@ class TestTheRequest:
     ) -> None:
         def contexts() -> list[ssl.SSLContext]:
             made: list[ssl.SSLContext] = []
-            monkeypatch.setattr(httpx, "Client", lambda **options: made.append(options["verify"]))
+            monkeypatch.setattr(httpx, "HTTPTransport", lambda **options: made.append(options["verify"]))
             for url in ("https://api.example/v1", "https://api.example/v1", "http://127.0.0.1:9/v1"):
                 SegmindClient(KEY, url)
             return made
@@ -118,11 +128,30 @@ class TestTheRequest:
 
     @pytest.mark.parametrize(
         "url",
-        ["", "api.segmind.com/v1", "ftp://127.0.0.1/v1", "https:///v1", "http://127.0.0.1:port/v1", "http://[::1"],
+        [
+            "",
+            "api.segmind.com/v1",
+            "ftp://127.0.0.1/v1",
+            "https:///v1",
+            "http://127.0.0.1:port/v1",
+            "http://[::1",
+            "https://xn--a/v1",
+            "mailto:x",
+            "http://127.0.0.1:99999/v1",
+            "https://me:secret@127.0.0.1/v1",
+            "https://127.0.0.1/v1?x=1",
+        ],
     )
     def test_an_address_that_is_none_is_refused_before_anything_is_sent(self, url: str) -> None:
-        with pytest.raises(errors.ConfigurationError, match="SEGMIND_BASE_URL"):
+        with pytest.raises(errors.ConfigurationError, match="SEGMIND_BASE_URL") as caught:
             SegmindClient(KEY, url)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("host", ["a" * 70, "a..b", ".a", "%31"])
+    def test_a_name_that_only_the_system_finds_unusable_costs_nothing(self, host: str, part: Path) -> None:
+        with pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught:
+            ask(f"https://{host}", part)
+        assert not caught.value.possibly_billed
 
     @pytest.mark.parametrize("url", ["http://api.segmind.com/v1", "http://10.0.0.8/v1", "http://127.0.0.1.example/v1"])
     def test_the_key_is_never_sent_in_the_clear_beyond_this_machine(self, url: str) -> None:
@@ -318,7 +347,8 @@ class TestAnswersWithoutAPicture:
             (http_json({"status": "queued"}), errors.NotAnImageError, "queued"),
             (http_json({"image": "not base64!"}), errors.NotAnImageError, "neither a URL nor base64"),
             (http_json({"image": "bm8gcGljdHVyZQ=="}), errors.NotAnImageError, "no picture"),
-            (http(b"no gzip", Content_Encoding="gzip"), errors.NotAnImageError, "decompressed"),
+            (http(b"no gzip", Content_Encoding="gzip"), errors.NotAnImageError, "no gzip"),
+            (http(gzip.compress(PNG)[:-9], Content_Encoding="gzip"), errors.NotAnImageError, "decompressed"),
             (
                 http_json({"data": [{"url": None, "is_image_safe": False}]}),
                 errors.UnsafeImageError,
@@ -344,6 +374,69 @@ class TestAnswersWithoutAPicture:
         told = error.answered.model_dump(exclude={"at", "content_type"})
         assert told == {"cost_usd": Decimal("0.0625"), "cost_source": "x-cost", "seed": 4711, "request_id": "r-9"}
         assert pickle.loads(pickle.dumps(error)).answered == error.answered
+
+    @pytest.mark.parametrize(
+        ("content_type", "body"),
+        [
+            ("image/jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100)),
+            ("image/jxl", b"\xff\x0a" + bytes(range(256))),
+            ("video/mp4", b"\0\0\0\x18ftypisom\0\0\2\0isomiso2\0\0\0\x08mdat"),
+            ("image/svg+xml", b'<svg xmlns="http://www.w3.org/2000/svg"><circle r="9"/></svg>'),
+            ("application/x-unheard-of", b"\1\2\3\4" * 100),
+            ("image/jxl", gzip.compress(b"\xff\x0a" + bytes(range(256)))),
+        ],
+    )
+    def test_what_this_version_cannot_read_is_kept_as_it_came(
+        self, content_type: str, body: bytes, part: Path, tmp_path: Path
+    ) -> None:
+        outbox = Outbox(tmp_path / "outbox", 0)
+        with Wire(http(body, Content_Type=content_type)) as server:
+            with pytest.raises(errors.NotAnImageError) as caught, outbox.receive("ab" * 32, "one") as received:
+                ask(server.url, received)
+            assert caught.value.answered is not None
+            kept = outbox.keep_answer(received, caught.value.answered)
+        assert kept is not None
+        assert kept.read_bytes() == body
+        assert caught.value.answered.content_type == content_type
+        assert not caught.value.possibly_billed
+
+    @pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, gzip", "x\x80"])
+    def test_a_coding_that_is_not_supported_is_kept_as_it_came(self, coding: str, part: Path) -> None:
+        body = gzip.compress(gzip.compress(PNG)) if coding == "gzip, gzip" else b"\x1b\xff\xff" + PNG
+        error = failure(part, http(body, Content_Encoding=coding))
+        assert type(error) is errors.NotAnImageError
+        assert error.answered is not None
+        assert part.read_bytes() == body
+
+    @pytest.mark.parametrize("layers", [1, 2, 3])
+    @pytest.mark.parametrize("status", ["200 OK", "500 No"])
+    def test_a_few_bytes_do_not_become_gigabytes(self, layers: int, status: str, part: Path) -> None:
+        bomb = b"\0" * 300_000_000
+        for _ in range(layers):
+            bomb = gzip.compress(bomb)
+        with Wire(http(bomb, status, Content_Encoding=", ".join(["gzip"] * layers))) as server:
+            code = f"""
+import resource, sys
+from pathlib import Path
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.request import ImageToImageRequest
+from prefect_segmind.errors import ApiError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with SegmindClient({KEY!r}, {server.url!r}) as client:
+    for call in (
+        lambda: client.generate(ImageToImageRequest(image_file="x", prompt="x"), Path(sys.argv[1])),
+        client.credits,
+    ):
+        try:
+            call()
+        except ApiError as error:
+            print(type(error).__name__, end=" ")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000)
+"""
+            command = [sys.executable, "-c", code, str(part)]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        *_, megabytes = said.split()
+        assert int(megabytes) < 250, said
 
     def test_an_answer_that_only_says_it_is_compressed_is_read_as_it_is(self, part: Path) -> None:
         with Wire(http(PNG, Content_Encoding="gzip")) as server:
@@ -386,6 +479,102 @@ class TestAnswersWithoutAPicture:
         assert part.stat().st_size < 1_000_000
 
 
+def pictures() -> dict[str, bytes]:
+    """A picture of each format that an API sends, and such that has a lot behind its pixels."""
+    found = {format: encoded(format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP")}
+    file = BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, "JPEG", progressive=True)
+    found["progressive"] = file.getvalue()
+    file = BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, "WEBP", lossless=True, exif=b"Exif\0\0" + bytes(300))
+    found["WEBP with EXIF"] = file.getvalue()
+    return found
+
+
+PICTURES = pictures()
+
+
+class TestWhatHadArrived:
+    """A connection that breaks costs a picture only if the picture was not there yet."""
+
+    @pytest.mark.parametrize("format", PICTURES)
+    @pytest.mark.parametrize(
+        "how",
+        ["a length that is one too high", "the last chunk is missing", "silence", "a reset", "no length, silence"],
+    )
+    def test_a_whole_picture_is_used_and_it_is_told(self, how: str, format: str, part: Path) -> None:
+        picture = PICTURES[format]
+        too_long = http(picture, length=len(picture) + 1, x_cost="0.04")
+        chunk = f"{len(picture):x}\r\n".encode() + picture + b"\r\n"
+        answer = {
+            "the last chunk is missing": b"HTTP/1.1 200 OK\r\nx-cost: 0.04\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + chunk,
+            "no length, silence": b"HTTP/1.1 200 OK\r\nx-cost: 0.04\r\n\r\n" + picture,
+        }.get(how, too_long)
+        with Wire(answer, silent="silence" in how, reset=how == "a reset") as server:
+            if how == "a reset":
+                threading.Thread(target=set_when_arrived, args=(part, len(picture), server.read)).start()
+            paid = ask(server.url, part, read_timeout=0.5)
+        assert part.read_bytes() == picture
+        assert (paid.width, paid.cost_usd) == (40, Decimal("0.04"))
+        assert any("the connection broke when the answer had arrived whole" in each for each in paid.notices)
+
+    @pytest.mark.parametrize("form", ["base64", "link", "packed"])
+    def test_whole_json_is_used_too(self, form: str, part: Path) -> None:
+        with Wire(b"") as server:
+            value = {"output": f"{server.url}/a.png"} if form == "link" else {"image": TEXT}
+            body = json.dumps(value).encode()
+            body = gzip.compress(body) if form == "packed" else body
+            server.answers = [http(body, length=len(body) + 1), http(PNG)]
+            paid = ask(server.url, part)
+        assert part.read_bytes() == PNG
+        assert len(paid.notices) == 1
+
+    def test_whole_json_without_a_picture_is_paid_and_kept(self, part: Path) -> None:
+        body = json.dumps({"data": [{"url": None, "is_image_safe": False}]}).encode()
+        error = failure(part, http(body, length=len(body) + 1))
+        assert type(error) is errors.UnsafeImageError
+        assert (error.possibly_billed, error.answered is None) == (False, False)
+        assert part.read_bytes() == body
+
+    @pytest.mark.parametrize("format", PICTURES)
+    def test_a_picture_that_lacks_but_a_byte_is_cut(self, format: str, part: Path) -> None:
+        for missing in (1, 2, 3, 9, len(PICTURES[format]) // 2):
+            data = PICTURES[format][:-missing]
+            error = failure(part, http(data, length=len(data) + missing))
+            assert type(error) is errors.AnswerCutError, missing
+            assert (error.possibly_billed, error.answered) == (True, None)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b'{"output": "https://cdn.example/a.pn',
+            b'{"image": "' + TEXT.encode(),
+            b"https://cdn.example/a.png",
+            f"data:image/png;base64,{TEXT[:-4]}".encode(),
+            gzip.compress(PNG)[:-20],
+            b"<html>whole</html>",
+            b"12",
+        ],
+    )
+    def test_what_may_go_on_is_cut(self, body: bytes, part: Path) -> None:
+        error = failure(part, http(body, length=len(body) + 1))
+        assert type(error) is errors.AnswerCutError
+        assert error.possibly_billed
+
+    def test_each_piece_is_on_the_disk_before_the_next_one_comes(self, part: Path) -> None:
+        with Wire(http(PNG, length=len(PNG) + 1), silent=True) as server:
+            asking = threading.Thread(target=ask, args=(server.url, part), kwargs={"read_timeout": 5.0})
+            asking.start()
+            arrived = threading.Event()
+            set_when_arrived(part, len(PNG), arrived)
+            assert arrived.is_set()
+            assert part.read_bytes() == PNG, "while the server has not closed the connection yet"
+            server.hang_up()
+            asking.join()
+
+
 class TestConnections:
     def test_half_a_body_may_have_been_billed(self, part: Path) -> None:
         error = failure(part, http(PNG[:2000], length=len(PNG)))
@@ -406,6 +595,122 @@ class TestConnections:
         with Wire(begun, silent=True) as server, pytest.raises(errors.AnswerCutError, match="took too long") as caught:
             ask(server.url, part, read_timeout=0.2)
         assert caught.value.possibly_billed
+
+    @pytest.mark.parametrize(
+        ("begun", "drip"),
+        [
+            (b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+            (b"HTTP/1.1 200 OK\r\n", b"X: a\r\n"),
+            (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+            (b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
+            (http(PNG[:2000], length=10**6), b"a"),
+            (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
+            (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ", b"a"),
+        ],
+    )
+    def test_an_answer_that_drips_ends_and_may_have_been_billed(self, begun: bytes, drip: bytes, part: Path) -> None:
+        with Wire(begun, drip=drip) as server:
+            with pytest.raises(errors.AnswerCutError, match=r"took too long: it was not over after 0\.5 s") as caught:
+                ask(server.url, part, total_timeout=0.5)
+            assert server.gone.wait(10), "and the connection with it"
+        assert caught.value.possibly_billed
+
+    @pytest.mark.parametrize("status", ["401 No", "502 Bad Gateway"])
+    def test_an_error_that_drips_is_judged_by_its_status(self, status: str, part: Path) -> None:
+        with Wire(http(b'{"error": "', status, length=10**6), drip=b"a") as server:
+            with pytest.raises(errors.ApiError, match="the API answered") as caught:
+                ask(server.url, part, total_timeout=0.5)
+            assert server.gone.wait(10)
+        assert caught.value.status == int(status[:3])
+        assert caught.value.possibly_billed is (status == "502 Bad Gateway")
+
+    def test_credits_that_drip_end_too(self) -> None:
+        with Wire(http(b'{"credits": 1', length=10**6), drip=b"0") as server:
+            with (
+                SegmindClient(KEY, server.url, total_timeout=0.5) as client,
+                pytest.raises(errors.AnswerCutError, match="took too long") as caught,
+            ):
+                client.credits()
+            assert server.gone.wait(10)
+        assert not caught.value.possibly_billed
+
+    def test_tls_that_drips_ends_and_costs_nothing(self, part: Path) -> None:
+        # A record of TLS whose length is never reached.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            over = threading.Event()
+
+            def drip() -> None:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    connection.sendall(b"\x16\x03\x03\x3f\xff")
+                    while not over.wait(0.005):
+                        connection.sendall(b"\x02")
+
+            thread = threading.Thread(target=drip)
+            thread.start()
+            with pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught:
+                ask(f"https://127.0.0.1:{listener.getsockname()[1]}", part, total_timeout=0.5)
+            over.set()
+            thread.join()
+        assert not caught.value.possibly_billed
+
+    @pytest.mark.parametrize(
+        ("begun", "drip"), [(b"", b""), (b"HTTP/1.1 200 OK\r\nX: ", b"a"), (b"nonsense\r\n\r\n", b"")]
+    )
+    def test_a_proxy_that_leads_nowhere_costs_nothing(
+        self, begun: bytes, drip: bytes, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Wire(begun, silent=not drip, drip=drip) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+            with pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught:
+                ask("https://api.invalid", part, read_timeout=0.5, total_timeout=1.0)
+        assert proxy.requests[0].startswith("CONNECT api.invalid:443 ")
+        assert not caught.value.possibly_billed
+
+    def test_a_request_that_did_not_leave_whole_costs_nothing(self, part: Path) -> None:
+        huge = REQUEST.model_copy(update={"prompt": "x" * 50_000_000})
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def hang_up() -> None:
+                connection, _ = listener.accept()
+                connection.recv(1000)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+
+            thread = threading.Thread(target=hang_up)
+            thread.start()
+            with (
+                SegmindClient(KEY, f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as client,
+                pytest.raises(errors.ApiUnreachableError, match="cannot be reached") as caught,
+            ):
+                client.generate(huge, part)
+            thread.join()
+        assert not caught.value.possibly_billed
+
+    def test_what_forbids_the_request_just_before_it_is_sent_is_raised_as_it_is(self, part: Path) -> None:
+        for kind in (errors.PreconditionFailedError, KeyboardInterrupt, ValueError, OverflowError):
+
+            def forbid(kind: type[BaseException] = kind) -> None:
+                raise kind("not now")
+
+            with (
+                Wire(http(PNG)) as server,
+                SegmindClient(KEY, f"{server.url}/v1") as client,
+                pytest.raises(kind, match="not now"),
+            ):
+                client.generate(REQUEST, part, forbid)
+            assert not any("POST" in each for each in server.requests)
+
+    def test_it_is_asked_once_whether_to_send_when_the_connection_stands(self, part: Path) -> None:
+        asked: list[int] = []
+        with Wire(http(PNG)) as server, SegmindClient(KEY, f"{server.url}/v1") as client:
+            client.generate(REQUEST, part, lambda: asked.append(len(server.requests)))
+        assert asked == [0]
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+        with SegmindClient(KEY, url) as client, pytest.raises(errors.ApiUnreachableError):
+            client.generate(REQUEST, part, lambda: asked.append(1))
+        assert asked == [0]
 
     def test_nobody_listening_costs_nothing(self, part: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as gone:
@@ -499,6 +804,14 @@ class TestLinks:
         assert part.read_bytes() == PNG
         assert [each.split()[0] for each in server.requests] == ["POST", "GET", "GET"]
 
+    def test_a_linked_picture_that_had_arrived_whole_when_its_connection_broke_is_used(
+        self, server: Wire, part: Path
+    ) -> None:
+        server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(PNG, length=len(PNG) + 1)]
+        ask(server.url, part)
+        assert part.read_bytes() == PNG
+        assert [each.split()[0] for each in server.requests] == ["POST", "GET"]
+
     def test_a_linked_picture_has_a_limit_too(self, server: Wire, part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "ANSWER_LIMIT", 1000)
         server.answers = [http_json({"image_url": f"{server.url}/a.png"}), http(PNG)]
@@ -576,7 +889,7 @@ class TestCredits:
         [
             (b"", errors.AnswerCutError),
             (http(b'{"credits"', length=99), errors.AnswerCutError),
-            (http(b"no gzip", Content_Encoding="gzip"), errors.NotAnImageError),
+            (http(b"no gzip", Content_Encoding="gzip"), errors.ApiUnreachableError),
             (http_json({"error": "busy"}, "503 Busy"), errors.OverloadedError),
         ],
     )

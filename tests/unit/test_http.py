@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind.storage.http import Destination, DownloadError, download, download_bytes
+from tests.support.wire import Wire
 
 LOOPBACK = Destination(allow_loopback=True)
 LIMIT = 1_000_000
@@ -148,6 +149,17 @@ class TestDownloading:
         with Server(answer(gzip.compress(PICTURE), Content_Encoding="gzip")) as server:
             assert download_bytes(server.url, limit=LIMIT, destination=LOOPBACK) == PICTURE
 
+    @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "\x80"])
+    def test_a_coding_that_is_not_supported_is_refused(self, coding: str) -> None:
+        with Server(answer(gzip.compress(gzip.compress(PICTURE)), Content_Encoding=coding)) as server:
+            assert "Content-Encoding that is not supported" in str(failure(server.url))
+
+    @pytest.mark.parametrize("length", ["9" * 5000, "-1", "+5", "5, 5", "5, 6", "0x5", "\x80", "", "1e3"])
+    def test_an_odd_length_is_no_error_of_pythons(self, length: str) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode("latin-1")
+        with Server(head + PICTURE) as server, suppress(DownloadError):
+            download_bytes(server.url, limit=LIMIT, destination=LOOPBACK)
+
     def test_a_sink_that_fails_is_the_callers_os_error(self) -> None:
         class Full(io.BytesIO):
             def write(self, _: object, /) -> int:
@@ -223,11 +235,11 @@ class TestFailing:
         assert error.retryable
         assert "too long" in str(error)
 
-    def test_a_body_that_drips_ends_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        clock = iter(range(0, 10_000, 50))
-        monkeypatch.setattr("prefect_segmind.storage.http.time.monotonic", lambda: float(next(clock)))
-        with Server(answer()) as server:
-            error = failure(server.url, timeout=99)
+    @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nX: ", answer(b"", length=None), answer(b"", length=10**6)])
+    def test_an_answer_that_drips_ends_too(self, begun: bytes) -> None:
+        with Wire(begun, drip=b"a") as server:
+            error = failure(server.url, timeout=0.5)
+            assert server.gone.wait(10), "and the connection with it"
         assert error.retryable
         assert "too long" in str(error)
 
@@ -282,6 +294,32 @@ class TestRedirects:
     def test_to_no_url_are_an_error(self) -> None:
         with Server(answer(b"", "302 Found", Location="http://x:bad/?x=secret")) as server:
             assert failure(server.url).status is None
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "mailto:somebody@example.com?secret",
+            "data:image/png;base64,secret" + "A" * 5000,
+            "javascript:secret",
+            "https://xn--a/?secret",
+            "https://xn--/",
+            "http://127.0.0.1:99999/?secret",
+            "http://127.0.0.1:-1/",
+            "http://127.0.0.1:0/",
+            "http://256.1.1.1/",
+            "http://[::1",
+            "http://\x80\xff/",
+            "\x7f",
+            "http://127.0.0.1" + "1" * 5000,
+            f"https://{'a' * 70}.example/",
+            "https://a..example/",
+        ],
+    )
+    def test_to_what_cannot_be_requested_are_an_error(self, target: str) -> None:
+        with Server(answer(b"", "302 Found", Location=target)) as server:
+            error = failure(server.url)
+            assert len(str(error)) < 300 or len(target) > 300, "nor is the address repeated"
+            assert len(server.requests) == 1
 
     def test_without_a_location_are_an_error(self) -> None:
         with Server(answer(b"", "302 Found")) as server:
@@ -342,10 +380,33 @@ class TestDestination:
         [
             "http://127.0.0.1/a?sig=secret", "http://2130706433/", "http://0x7f.1/", "http://[::1]/", "http://0/",
             "ftp://127.0.0.1/a", "file:///etc/passwd", "http://", "no url", "http://x:bad/", "http://me:secret@8.8.8.8/",
+            "https://xn--a/?secret", "mailto:secret", "data:secret", "http://127.0.0.1:99999/",
         ],
     )  # fmt: skip
     def test_addresses_are_refused_before_anything_is_sent(self, url: str) -> None:
         assert failure(url, Destination()).refused
+
+    def test_an_address_with_a_zone_is_refused_and_no_error_of_httpxs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1%lo", 80, 0, 1))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        assert failure("http://printer.example/", Destination(allow_private=True), timeout=1)
+
+    @settings(deadline=None)
+    @given(
+        st.text()
+        | st.from_regex(r"(https?|data|mailto)://?[^/?#]{0,20}(:[^/]{0,6})?/.{0,20}", fullmatch=True)
+        | st.from_regex(
+            r"https?://(xn--[a-z0-9-]{0,8}\.?){1,3}/", fullmatch=True, alphabet=st.characters(codec="ascii")
+        )
+    )
+    def test_no_address_is_more_than_refused(self, address: str) -> None:
+        def unknown(*_: object, **__: object) -> None:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+        with pytest.MonkeyPatch.context() as network:
+            network.setattr(socket, "getaddrinfo", unknown)
+            with pytest.raises(DownloadError):
+                download_bytes(address, limit=LIMIT)
 
     def test_the_message_names_the_rule(self) -> None:
         assert "only public ones" in str(failure("http://10.0.0.8/a", Destination()))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +18,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
 from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import AnswerCutError, OutboxError
 from prefect_segmind.images.inspection import read_picture
+from tests.support.wire import Wire, http
 
 PRINT = "ab" * 32
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -68,9 +73,10 @@ def names(outbox: Outbox) -> set[str]:
 class TestReceiving:
     def test_space_for_a_picture_is_taken_before_it_is_asked_for(self, outbox: Outbox) -> None:
         with outbox.receive(PRINT, "one") as part:
-            assert part.stat().st_size == (RESERVED_BYTES if sys.platform == "linux" else 0)
+            assert part.stat().st_size == 0, "the file itself is as long as what has come"
             if sys.platform == "linux":
-                assert part.stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
+                assert part.with_suffix(".space").stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
+        assert names(outbox) == set()
 
     def test_a_request_that_brought_no_picture_leaves_nothing_behind(self, outbox: Outbox) -> None:
         with pytest.raises(AnswerCutError):
@@ -276,6 +282,46 @@ class TestFinding:
         assert kept[0] == outbox.folder / f"{PRINT}.png"
         assert kept[0].read_bytes() == drawn()
         assert found(outbox, unfinished=False) == kept
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+    @pytest.mark.parametrize("form", ["bytes", "base64", "link"])
+    @pytest.mark.parametrize("length", [0, RESERVED_BYTES, RESERVED_BYTES + 1, 2 * RESERVED_BYTES])
+    def test_an_answer_of_any_length_that_a_killed_run_had_received_is_found(
+        self, form: str, length: int, outbox: Outbox, tmp_path: Path
+    ) -> None:
+        answer = tmp_path / "answer"
+        with Wire(http(drawn())) as server:
+            coded = {"image": base64.b64encode(drawn()).decode()}
+            whole = {"bytes": drawn(), "base64": json.dumps(coded).encode()}.get(form)
+            whole = whole or json.dumps({"output": f"{server.url}/a.png"}).encode()
+            answer.write_bytes(whole.ljust(length, b"\n"))
+            code = f"""
+import os, signal
+from pathlib import Path
+from prefect_segmind.archive.outbox import Outbox
+from prefect_segmind.storage.reserved_file import replacing
+with Outbox(Path({str(outbox.folder)!r}), 0).receive({PRINT!r}, "one") as part, replacing(part) as write:
+    write(Path({str(answer)!r}).read_bytes())
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+            assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+            with SegmindClient("SG_0123456789abcdef", f"{server.url}/v1") as client:
+                kept = found(outbox) or outbox.read_again(
+                    PRINT, "two", client.read, seed=100, list_price_usd=Decimal("0.05")
+                )
+        assert kept is not None
+        assert read_picture(kept[0]).width == 40
+        outbox.remove(PRINT)
+        assert names(outbox) == set(), "nor does the reserved space stay"
+
+    @pytest.mark.parametrize("data", [drawn()[:-20], b"<html>", b'{"url": "https://'], ids=["picture", "html", "json"])
+    def test_a_plan_counts_on_no_answer_that_arrived_in_part(self, data: bytes, outbox: Outbox) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            failing(outbox, data, KeyboardInterrupt())
+        assert len(names(outbox)) == 1
+        assert outbox.fingerprints() == set()
+        (outbox.folder / f"{PRINT}.0123456789abcdef.part").write_bytes(drawn())
+        assert outbox.fingerprints() == {PRINT}
 
     def test_a_file_that_only_holds_space_is_no_answer(self, outbox: Outbox) -> None:
         outbox.check()

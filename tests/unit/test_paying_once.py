@@ -32,7 +32,7 @@ from prefect_segmind.api import client
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.archive import Archive, RecordRead, record_key
 from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
-from prefect_segmind.archive.record import Attempt, Holder, OnUnknown, Record, Run
+from prefect_segmind.archive.record import Attempt, Holder, OnUnknown, Record, Run, Verdict
 from prefect_segmind.errors import (
     AnswerCutError,
     ArchiveError,
@@ -56,6 +56,8 @@ from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.pipeline.look_up import Finding, LookUp
+from prefect_segmind.pipeline.pipeline import LONGEST_WAIT_SECONDS
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -561,6 +563,24 @@ def test_another_live_run_is_waited_for_and_said_so(sandbox: Sandbox, photo: Pat
     assert second.status == "reused"
     assert said[0].startswith("waiting: another run is paying")
     assert sandbox.ledger.billed == 1
+
+
+def test_another_run_is_waited_for_however_often_one_has_to_look(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, waits = up_to_upload(photo), list[float]()
+
+    def wait(_: Gate, seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2000:
+            raise NotStartedError("enough")
+
+    monkeypatch.setattr(LookUp, "look_up", lambda *_, **__: Finding(Verdict.WAIT))
+    monkeypatch.setattr(Gate, "pause", wait)
+    with pytest.raises(NotStartedError, match="enough"):
+        generate(*asked)
+    assert waits == sorted(waits)
+    assert waits[-1] == LONGEST_WAIT_SECONDS
 
 
 def test_a_lease_of_another_host_dies_by_time(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

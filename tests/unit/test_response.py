@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
+import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -13,7 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_segmind.api.response import TEXT_LIMIT, Link, answer_error, error_text, header, picture_or_link, wait_asked
+from prefect_segmind.api.response import (
+    START_LIMIT,
+    TEXT_LIMIT,
+    Link,
+    answer_error,
+    content_type,
+    error_text,
+    header,
+    is_whole_json,
+    picture_or_link,
+    read_cost,
+    request_id,
+    wait_asked,
+)
 from prefect_segmind.errors import (
     InsufficientCreditsError,
     NotAcceptableError,
@@ -56,6 +71,54 @@ def test_a_header_is_taken_out_of_the_list_it_comes_in(sent, read):
 def test_headers_are_found_in_any_case(kind, name):
     assert header(kind({"other": "1", name: "0.05"}), "x-cost") == "0.05"
     assert header(kind({"other": "1"}), "x-cost") is None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["[" * 100_000, '[{"a":' * 20_000, "[1" + "0" * 5000 + "]", "[" + "[" * 900 + "]" * 900 + "]", "x" * 100_000],
+)
+def test_no_header_is_too_deep_or_too_long_to_be_read(sent):
+    value = header({"x-cost": sent}, "x-cost")
+    assert value is None or len(value) <= 2000
+    assert read_cost(value) is None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["1e-999999", "1e999999", "1e-999999999999", "9e99999999999999999999", "NaN", "sNaN", "-NaN", "Infinity", "-0.05",
+     "1000", "9" * 5000, "0x1", "0.05 USD", "", None],
+)  # fmt: skip
+def test_a_cost_that_cannot_be_one_is_not_known(sent):
+    assert read_cost(sent) is None
+
+
+@pytest.mark.parametrize("key", [KEY, "a-key-of-another-form"])
+def test_an_id_that_repeats_the_key_or_controls_a_terminal_is_told_without_that(key):
+    headers = {"X-Request-Id": f"r-1\x1b[31m\r\x00\u202e{key}\x85" + "x" * 5000}
+    for value in (request_id(headers, key), answer_error(500, headers, b"", now=NOW, secret=key).request_id):
+        assert value is not None
+        assert value.startswith("r-1[31m")
+        assert value.isprintable()
+        assert key not in value
+        assert len(value) == 200
+    assert request_id({"X-Request-Id": "\x00"}) is None
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        ("image/png", "image/png"),
+        ("IMAGE/SVG+XML ; charset=utf-8", "image/svg+xml"),
+        ("application/vnd.x.y-z", "application/vnd.x.y-z"),
+        ("image/" + KEY, ""),
+        ("image/a-key", ""),
+        ("image/[b](https://c)", ""),
+        ("image/" + "x" * 100, ""),
+        ("", ""),
+    ],
+)
+def test_a_content_type_is_one_or_nothing(sent, read):
+    assert content_type({"content-type": sent}, "a-key") == read
 
 
 # --- how long to wait -------------------------------------------------------------------------------------------------
@@ -239,6 +302,19 @@ def test_no_body_breaks_the_reading_of_errors(body):
 def test_not_even_a_body_without_end_does(body):
     assert len(error_text(body)) <= TEXT_LIMIT
     assert picture_or_link(body) is None
+    assert not is_whole_json(body)
+
+
+@pytest.mark.parametrize("part", ["<a", "<script ", "<script>", "</", "<!--", "<style><", "& "])
+def test_a_page_of_nothing_but_beginnings_is_read_in_one_pass(part):
+    assert len(error_text((part * START_LIMIT).encode()[:START_LIMIT])) <= TEXT_LIMIT
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_a_packed_error_is_read_too_and_never_more_of_it_than_its_beginning(pack):
+    assert error_text(pack(b'{"error": "No credits"}')) == "No credits"
+    assert error_text(pack(b"no " * 100_000)).startswith("no no")
+    assert error_text(pack(b"no such model")[:-6]).startswith("no such")
 
 
 # --- the error of an answer -------------------------------------------------------------------------------------------

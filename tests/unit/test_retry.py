@@ -95,6 +95,13 @@ def test_rate_limits_may_be_counted_apart_for_they_are_no_fault_of_the_job():
     assert "after 4 retries" in decide(limited, attempts=5, unknown=0, elapsed=0.0, policy=policy).reason
 
 
+@pytest.mark.parametrize("attempts", [1024, 1025, 1_000_000])
+def test_a_backoff_has_its_limit_however_many_attempts_there_were(attempts):
+    policy = RetryPolicy(retries=attempts)
+    decision = decide(make(RateLimitError), attempts=attempts, unknown=0, elapsed=0.0, policy=policy)
+    assert decision.wait_seconds == policy.longest_backoff_seconds
+
+
 def test_of_all_statuses_five_are_retried():
     now = datetime(2025, 3, 1, tzinfo=UTC)
     answers = {status: answer_error(status, {}, b"", now=now, secret="") for status in range(201, 600)}
