@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 from random import Random
 from zlib import crc32
 
@@ -13,7 +13,7 @@ from tests.faults.tap import GONE, KINDS, OUTAGES, OUTBOX, STORE, WIRE, Fault, O
 from tests.faults.world import THEN, Point, played
 
 POLICIES: tuple[OnUnknown, ...] = ("repay", "fail")
-WALKS = tuple(product(SCENARIOS, POLICIES))
+WALKS = tuple(product(SCENARIOS, POLICIES, THEN))
 PAIRS = 60
 """Pairs of faults for each way to run the plain walk again."""
 
@@ -28,13 +28,12 @@ def single(found: list[Operation]) -> Iterator[Fault]:
     """One fault at each operation, and outages from it on."""
     for number, operation in enumerate(found, 1):
         for kind in KINDS[operation.place]:
-            if not can_fail(operation, kind):
-                continue
-            yield Fault(number, kind)
+            faults = [Fault(number, kind)]
             if not operation.reads and kind != GONE:  # to be gone after one is to be gone before the next
-                yield Fault(number, kind, after=True)
-        if operation.place == STORE or not operation.reads:
-            yield from (Fault(number, kind, lasting=True) for kind in OUTAGES[operation.place])
+                faults.append(Fault(number, kind, after=True))
+            if kind in OUTAGES[operation.place] and (operation.place == STORE or not operation.reads):
+                faults.append(Fault(number, kind, lasting=True))
+            yield from (each for each in faults if can_fail(operation, each))
 
 
 def pairs(found: list[Operation], seed: str) -> Iterator[tuple[Fault, Fault]]:
@@ -48,24 +47,21 @@ def pairs(found: list[Operation], seed: str) -> Iterator[tuple[Fault, Fault]]:
         yield one, Fault(one.number + draw.randint(1, len(found)), kind, after=draw.random() < 0.5)
 
 
-def points(scenario: str, policy: OnUnknown, api: Api, *, everything: bool) -> Iterator[Point]:
-    """The points of one walk: a fixed sample of them, or everything.
+def points(scenario: str, policy: OnUnknown, then: str, api: Api, *, everything: bool) -> Iterator[Point]:
+    """The points of one walk with one way to run the job again: a fixed sample of them, or everything.
 
     Of everything, the plain walk with the policy `repay` has each fault with each way to run the job again, and with
     `fail` with one of them. The longer walks, most of whose operations are the plain one's, have a third of the faults.
     What is left out is chosen by chance, but always the same.
     """
-    found, names = operations(scenario, policy, api), list(THEN)
+    found, ways = operations(scenario, policy, api), list(THEN)
     plain = scenario == "plain"
     for fault in single(found):
         draw = crc32(f"{scenario} {policy} {fault}".encode())
         share = (1 if plain else 3) if everything else (30 if plain else 90)
-        if draw // 7 % share == 0:
-            all_ways = everything and plain and policy == "repay"
-            for name in names if all_ways else [names[draw % len(names)]]:
-                yield Point(scenario, policy, name, (fault,))
+        all_ways = everything and plain and policy == "repay"
+        if draw // 7 % share == 0 and (all_ways or then == ways[draw % len(ways)]):
+            yield Point(scenario, policy, then, (fault,))
     if plain:
-        for name in names:
-            for number, both in enumerate(pairs(found, f"{policy} {name}")):
-                if everything or number < 2:
-                    yield Point(scenario, policy, name, both)
+        for both in islice(pairs(found, f"{policy} {then}"), PAIRS if everything else 2):
+            yield Point(scenario, policy, then, both)

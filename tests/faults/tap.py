@@ -100,13 +100,19 @@ class Operation(NamedTuple):
     creates: bool = False
 
 
-def can_fail(operation: Operation, kind: str) -> bool:
-    """Whether there is such a fault: `access` answers and never fails, and what only reads needs no space."""
-    if kind in ("409", "412"):
+def can_fail(operation: Operation, fault: Fault) -> bool:
+    """Whether there is such a fault.
+
+    Only a conditional write is refused as one, `access` answers and never fails, what only reads needs no space, and a
+    socket that has taken all that was to be sent does not complain of it.
+    """
+    if fault.kind in ("409", "412"):
         return operation.creates
-    if kind in DISK_CODES and (operation.name == "access" or (kind == "ENOSPC" and operation.reads)):
+    if fault.kind in DISK_CODES and (operation.name == "access" or (fault.kind == "ENOSPC" and operation.reads)):
         return False
-    return kind in KINDS[operation.place]
+    if fault.kind in OUTAGES[WIRE] and operation.name == "send" and fault.after:
+        return False
+    return fault.kind in KINDS[operation.place]
 
 
 @dataclass
@@ -171,7 +177,7 @@ class Tap:
         """What fails here: the first operation, from its number on, that can fail like that; after it what lasts."""
         number = len(self.operations)
         for fault in self.faults:
-            if fault.number > number or not can_fail(operation, fault.kind):
+            if fault.number > number or not can_fail(operation, fault):
                 continue
             struck = next((each for known, each in self.struck if known == fault), None)
             if struck is None or (fault.lasting and self.lasts and struck.place == operation.place):
