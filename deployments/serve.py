@@ -25,7 +25,7 @@ AT_ONCE = 4
 """Runs at the same time; each is a process of its own."""
 NEEDED = ("image", "prompt", "name")
 """What an event must have, though the flow has a default for a name."""
-OURS = ("archive", "upload_to", "publish_to", "credentials_block", "on_unknown")
+OURS = ("archive", "upload_to", "publish_to", "credentials_block", "on_unknown", "on_kept")
 """What no event may set: it decides what a picture shows, not where it goes and who pays."""
 
 

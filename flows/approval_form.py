@@ -33,7 +33,7 @@ from prefect_segmind.batch.plan import Plan
 from prefect_segmind.errors import ApprovalTimeoutError, ConfigurationError, RunCancelledError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
-from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
+from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.listener import Question, listener
 from prefect_segmind.reporting.markdown import cell, picture, table
@@ -188,7 +188,7 @@ def description(question: Question, reader: SourceReader, waits: Mapping[str, st
     for source in question.sources:
         try:
             pictures.append(picture(cell(source), reader.read(source), THUMBNAIL_WIDTH))
-        except (SegmindError, UnreadableSource, ValueError):
+        except (SegmindError, ValueError):
             pictures.append(f"{cell(source)}: cannot be read")
     lines = [
         f"### {cell(question.title)}: {plan.generate} picture{'s' * (plan.generate != 1)}, {usd(plan.planned_usd)} USD",

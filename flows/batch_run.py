@@ -15,7 +15,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from prefect_segmind.archive.record import OnUnknown, Run, answers_of_earlier_tries, past_requests
+from prefect_segmind.archive.record import OnKept, OnUnknown, Run, answers_of_earlier_tries, past_requests
 from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
 from prefect_segmind.batch.tally import BatchError, BatchResult, Failure, Tally, planned
 from prefect_segmind.errors import (
@@ -47,6 +47,7 @@ from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
 from prefect_segmind.tasks.failures import TOLD_AT_END
 from prefect_segmind.tasks.interrupts import end_run_on_hangup
+from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.run_context import (
     flow_call,
     refreshed_at,
@@ -73,6 +74,7 @@ class Terms:
         budget_usd: What the run may spend; None for no limit.
         approve_above_usd: A run that may cost more asks a person; the setting if None.
         on_unknown: Whether to send another request after one that may have been billed.
+        on_kept: Whether to pay again for a picture that is paid for and lies in the outbox of another machine.
         fail_run_on_failures: Whether the run is Failed where assets failed or the budget was reached.
         dry_run: Only plan.
 
@@ -87,6 +89,7 @@ class Terms:
     budget_usd: Decimal | None
     approve_above_usd: Decimal | None
     on_unknown: OnUnknown
+    on_kept: OnKept
     fail_run_on_failures: bool
     dry_run: bool
 
@@ -171,6 +174,8 @@ def run_batch(
         batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)
         tally = Tally(batch.plan, failed_jobs, ledger, listener().progressed)
         if not batch.plan.total:
+            if not terms.dry_run:
+                archive_what_is_left_over(services)
             return batch.ended(planned(batch.plan) if terms.dry_run else tally.result())
         apart = [*refused, *batch.skipped_failures()]
         _log_plan(batch.plan)
@@ -192,6 +197,7 @@ def run_batch(
                 run_stopped(stopped, result)
 
         result = _produce(batch, pipeline, tally, services, failed_jobs if keep_failed else None, report)
+        archive_what_is_left_over(services)
         return batch.ended(result, pipeline.gate.stopped, trimmed=approved.trimmed)
 
 
@@ -249,10 +255,12 @@ def _plan(
         outbox=services.outbox,
         price_usd=services.settings.price_usd,
         on_unknown=terms.on_unknown,
+        on_kept=terms.on_kept,
         in_place=archived if skip_archived else None,
         flow_runs=runs,
         call=call,
         unusable=unusable,
+        folds_case=services.publishing is not None and services.publishing.store.folds_case,
     )
     if archived:
         run_logger().info("%s have their picture in the archive already", len(archived))
@@ -304,7 +312,9 @@ def _open_pipeline(terms: Terms, ledger: Ledger, earlier_answers: Iterable[tuple
         log=run_logger(),
     )
     publisher = services.publisher(refreshed_at(), str(flow_run.id))
-    pipeline = services.pipeline(gate, on_unknown=terms.on_unknown, policy=POLICY, publisher=publisher)
+    pipeline = services.pipeline(
+        gate, on_unknown=terms.on_unknown, on_kept=terms.on_kept, policy=POLICY, publisher=publisher
+    )
     warn_once_without_conditional_writes(services.archive)
     return pipeline
 
@@ -356,8 +366,8 @@ def _log_plan(plan: Plan) -> None:
         log.warning("%s asset%s: %s", count, "s" * (count != 1), warning)
     for name, problem in plan.problems[:SHOWN_PROBLEMS]:
         log.warning("%s will fail, unpaid: %s", name, problem, extra=TOLD_AT_END)
-    if plan.fail > SHOWN_PROBLEMS:
-        log.warning("and %s more will fail, unpaid", plan.fail - SHOWN_PROBLEMS, extra=TOLD_AT_END)
+    if (failing := plan.fail + plan.kept) > SHOWN_PROBLEMS:
+        log.warning("and %s more will fail, unpaid", failing - SHOWN_PROBLEMS, extra=TOLD_AT_END)
     for shortfall in plan.shortfalls():
         log.warning(shortfall)
 

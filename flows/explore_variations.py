@@ -14,7 +14,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
@@ -25,7 +25,6 @@ from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
 from prefect_segmind.manifest.model import FoundImage, Row
-from prefect_segmind.pipeline.source import UnreadableSource
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.reporting.markdown import cell, picture
@@ -70,6 +69,7 @@ def explore_variations(
     approve_above_usd: Decimal | None = None,
     dry_run: bool = False,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     credentials_block: str | None = None,
 ) -> Exploration:
     """Makes one image in every combination of styles, weights and seeds, and a contact sheet of them.
@@ -96,6 +96,8 @@ def explore_variations(
         approve_above_usd: A run that may cost more pauses and asks a person; the worker's setting if left out.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Whether to send another request (repay) or not (fail) after one that may have been billed.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:
@@ -108,7 +110,7 @@ def explore_variations(
     """
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
-    terms = Terms(services, *limits, on_unknown, fail_run_on_failures=True, dry_run=dry_run)
+    terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures=True, dry_run=dry_run)
     title = name or name_from_image(image)
     unlisted = services.settings.allow_unlisted_resolution
     base = {
@@ -172,7 +174,7 @@ def _publish_sheet(
 
     source = None
     try:
-        with suppress(SegmindError, UnreadableSource):
+        with suppress(SegmindError):
             source = services.reader.read(image)
         sheet = contact_sheet(
             [style if len(axes["seed"]) == 1 else f"{style}, seed {seed}" for style, seed in rows],

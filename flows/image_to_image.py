@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, Seed, StyleChoice
 from prefect_segmind.jobs.job import name_from_image
 from prefect_segmind.pipeline.archive import ArchivedImage
@@ -39,6 +39,7 @@ def image_to_image(
     publish_to: str | None = None,
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
 ) -> ArchivedImage:
     """Makes one picture of an image and a prompt, pays for it once, and archives it.
 
@@ -65,6 +66,8 @@ def image_to_image(
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
         on_unknown: Whether to send another request (repay) or not (fail) after one, of this run or an earlier one, that
             may have been billed.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
 
     Returns:
         Where the picture is, what this run paid for it, and whether it was made or found.
@@ -78,6 +81,7 @@ def image_to_image(
     )
     _ = services.credentials  # what is not configured fails before anything is done
     services.check()
+    services.check_event_source(image)
     try:
         job = validate_job(
             {
@@ -95,7 +99,7 @@ def image_to_image(
             credentials_block,
         )
         uploaded = upload_image(job, upload_to, credentials_block)
-        generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown)
+        generated = generate_image(job, uploaded, archive, upload_to, credentials_block, on_unknown, on_kept)
         archived = archive_image(generated)
         if publish_to is not None:
             archived = publish_image(archived, publish_to, archive)

@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchResult, Failure
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
@@ -100,6 +100,7 @@ def process_inbox(
     approve_above_usd: Decimal | None = None,
     dry_run: bool = False,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     fail_run_on_failures: bool = False,
     credentials_block: str | None = None,
 ) -> InboxResult:
@@ -137,6 +138,8 @@ def process_inbox(
         approve_above_usd: A run that may cost more pauses and asks a person; the worker's setting if left out.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Whether to send another request (repay) or not (fail) after one that may have been billed.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
         fail_run_on_failures: Whether the run ends as Failed where files failed or the budget was reached; otherwise it
             is Completed, and the result names them.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
@@ -153,7 +156,7 @@ def process_inbox(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
-    terms = Terms(services, *limits, on_unknown, fail_run_on_failures, dry_run)
+    terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures, dry_run)
     if not 0 <= settle_seconds <= 3600:
         raise ConfigurationError(f"settle_seconds: {settle_seconds} is not allowed; allowed is 0 to 3600")
     template = {

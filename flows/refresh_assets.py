@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.dispatch import task_runner
@@ -37,6 +37,7 @@ def refresh_assets(
     approve_above_usd: Decimal | None = None,
     dry_run: bool = False,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     fail_run_on_failures: bool = True,
     credentials_block: str | None = None,
 ) -> BatchResult:
@@ -61,6 +62,8 @@ def refresh_assets(
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Whether to send another request (repay) or not (fail) after one, of this run or an earlier one, that
             may have been billed.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
         fail_run_on_failures: Whether the run ends as Failed where assets failed or the budget was reached; otherwise it
             is Completed, and the result names them.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
@@ -78,7 +81,7 @@ def refresh_assets(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
-    terms = Terms(services, *limits, on_unknown, fail_run_on_failures, dry_run)
+    terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures, dry_run)
     with load_manifest(
         manifest,
         variables,

@@ -11,46 +11,11 @@ from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from prefect_segmind.redaction import redact as redact  # what makes a message takes it from here
+from prefect_segmind.redaction import writable as writable
+
 if TYPE_CHECKING:
     from prefect_segmind.api.picture import Answered
-
-_KEY = re.compile(r"SG_[0-9A-Za-z]{6,}")
-# Of any scheme, its slashes escaped as in JSON or not. A single quote may be part of an address; it ends one if the
-# text closes after it. A question mark in `s3://` belongs to the key.
-_QUERY = re.compile(r"""(?<![sS]3)(:(?:\\?/){2}[^\s?"<>]+)\?(?:[^\s"'<>]|'(?![\s,.;:)\]}>"']|$))*""")
-_USERINFO = re.compile(r"""(:(?:\\?/){2})[^\s/"<>]*@""")
-# Anywhere in a text: an address with a space in it is not recognized.
-_SIGNATURE = re.compile(r"""(?i)((?:signature|security-token|x-\w+-credential|\bsig)=)[^\s&"'<>]+""")
-
-
-def writable(text: str) -> str:
-    r"""A text that can be written anywhere: bytes of a file's name that are not UTF-8 are shown as escapes.
-
-    Args:
-        text: The text.
-
-    Example:
-        >>> writable("caf\udce9.jpg")
-        'caf\\udce9.jpg'
-    """
-    return text.encode(errors="backslashreplace").decode()
-
-
-def redact(text: str, *secrets: str) -> str:
-    """A text without API keys, the given secrets, and the queries and passwords of URLs; it is `writable` too.
-
-    Args:
-        text: The text.
-        secrets: Secrets to leave out.
-
-    Example:
-        >>> redact("GET https://b.example/k?X-Amz-Signature=ab with SG_0123456789abcdef")
-        'GET https://b.example/k?… with SG_…'
-    """
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "…")
-    text = _SIGNATURE.sub(r"\1…", _KEY.sub("SG_…", writable(text)))
-    return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", text))
 
 
 @dataclass(eq=False, repr=False)
@@ -157,6 +122,10 @@ class ArchiveError(StoreError):
 
 class OutcomeUnknownError(SegmindError):
     """An earlier request for this job may have been paid, and `on_unknown="fail"` forbids another."""
+
+
+class KeptElsewhereError(SegmindError):
+    """A picture is paid for and lies in an outbox that this machine cannot read; it is not paid for again."""
 
 
 class ManifestError(InputError):

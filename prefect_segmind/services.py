@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -18,11 +19,13 @@ from prefect.runtime import deployment
 from prefect_segmind.api.client import on_loopback
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
-from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.errors import ConfigurationError, InvalidJobError, OutboxError
+from prefect_segmind.jobs.job import shown
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.pipeline.archive import Archiving
 from prefect_segmind.pipeline.look_up import LookUp
 from prefect_segmind.pipeline.pay import Cashier
@@ -31,9 +34,11 @@ from prefect_segmind.pipeline.publish import Publisher, Publishing, split_publis
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.settings import PREFIX, SegmindSettings, load_settings
+from prefect_segmind.storage.disk_errors import disk_errors
 from prefect_segmind.storage.http_environment import check_environment
 from prefect_segmind.storage.open_store import is_relative, is_s3, open_store
-from prefect_segmind.text import given_text
+from prefect_segmind.storage.store import Store
+from prefect_segmind.text import given_text, stripped
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -103,12 +108,8 @@ class Services:
         return _s3_client(self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
 
     @cached_property
-    def archive(self) -> Archive:
-        """The archive.
-
-        Raises:
-            ConfigurationError: None is named; or, in a run of a deployment, the folder may not outlast the run.
-        """
+    def _named_archive(self) -> Store:
+        """The store of the archive, by the name that was given to it."""
         place = given_text("archive", self._archive) or self.settings.archive
         if not place:
             raise ConfigurationError(
@@ -116,17 +117,33 @@ class Services:
                 "or PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE"
             )
         place = lasting(place, "archive" if self._archive else f"{PREFIX}ARCHIVE")
-        return _archive(place, self.settings.s3_block, self.settings.s3_encryption, _aws_environment())
+        return open_store(place, self.s3 if is_s3(place) else None)
+
+    @cached_property
+    def archive(self) -> Archive:
+        """The archive, by its one address: links to its folder are followed here.
+
+        Raises:
+            ConfigurationError: None is named; or, in a run of a deployment, the folder may not outlast the run.
+        """
+        settings = self.settings
+        return _archive(self._named_archive.url, settings.s3_block, settings.s3_encryption, _aws_environment())
 
     @cached_property
     def outbox(self) -> Outbox:
         """The outbox. Each archive has its own, so that no archive takes the pictures that wait for another.
 
+        Earlier versions had one for each name of a folder; that of the given name is looked into too.
+
         Raises:
             ConfigurationError: As for `archive`; or, in a run of a deployment, the folder may not outlast the run.
         """
-        folder = outbox_folder(self.settings) / hashlib.sha256(self.archive.url.encode()).hexdigest()[:16]
-        return Outbox(folder, self.settings.outbox_min_free_bytes)
+        names = self.archive.url, self._named_archive.uri("x").removesuffix("x").rstrip("/\\")
+        folder, before = (
+            outbox_folder(self.settings) / hashlib.sha256(name.encode()).hexdigest()[:16] for name in names
+        )
+        also = (before,) if before != folder and before.is_dir() else ()
+        return Outbox(folder, self.settings.outbox_min_free_bytes, also)
 
     @cached_property
     def uploads(self) -> Uploads:
@@ -170,6 +187,23 @@ class Services:
         """
         _ = self.outbox, self.publishing
 
+    def check_event_source(self, image: str) -> None:
+        """Checks that the image of a run that an event began is where events may have theirs. Others may be anywhere.
+
+        Args:
+            image: The image as given.
+
+        Raises:
+            InvalidJobError: It is elsewhere.
+        """
+        allowed = self.settings.event_sources
+        starts = tuple(each.strip() for each in allowed.split(","))
+        if allowed != "any" and began_by_event() and not stripped(image).lower().startswith(starts):
+            raise InvalidJobError(
+                f"image: {shown(image)} is not allowed in an event; its image begins with {' or '.join(starts)} "
+                f"({PREFIX}EVENT_SOURCES)"
+            )
+
     def publisher(self, refreshed_at: datetime, run: str) -> Publisher | None:
         """Publishes the pictures of a run; None where `publish_to` is not given.
 
@@ -187,6 +221,7 @@ class Services:
         gate: Gate,
         *,
         on_unknown: OnUnknown = "repay",
+        on_kept: OnKept = "wait",
         policy: RetryPolicy | None = None,
         publisher: Publisher | None = None,
     ) -> Pipeline:
@@ -195,6 +230,7 @@ class Services:
         Args:
             gate: Admits each request, and has the run's ledger.
             on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+            on_kept: Whether a picture is paid for again that lies in an outbox out of reach.
             policy: How often a request is retried; the longest wait for a server is a setting.
             publisher: Publishes the pictures; None to leave them in the archive.
 
@@ -206,7 +242,7 @@ class Services:
         return Pipeline(
             reader=self.reader,
             uploads=self.uploads,
-            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown),
+            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown, on_kept),
             cashier=Cashier(
                 archive=archive,
                 outbox=outbox,
@@ -220,6 +256,24 @@ class Services:
             publisher=publisher,
             price_usd=settings.price_usd,
         )
+
+
+def outboxes(settings: SegmindSettings) -> Iterator[Outbox]:
+    """The outboxes of all archives on this machine.
+
+    Args:
+        settings: The plugin's settings.
+
+    Raises:
+        ConfigurationError: As for `outbox_folder`.
+        OutboxError: The folder cannot be read.
+    """
+    folder = outbox_folder(settings)
+    with disk_errors(f"outbox: {folder} cannot be read", OutboxError):
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for each in found:
+        if re.fullmatch("[0-9a-f]{16}", each.name) and each.is_dir():
+            yield Outbox(each, settings.outbox_min_free_bytes)
 
 
 def outbox_folder(settings: SegmindSettings) -> Path:
@@ -265,6 +319,13 @@ def in_deployment() -> bool:
     return bool(run and run.deployment_id) or deployment.id is not None
 
 
+def began_by_event() -> bool:
+    """Whether an automation began this run, which Prefect's server notes and an event cannot deny."""
+    context = FlowRunContext.get()
+    begun = context.flow_run.created_by if context and context.flow_run else None
+    return begun is not None and begun.type == "AUTOMATION"
+
+
 _Environment = tuple[tuple[str, str], ...]
 
 
@@ -284,6 +345,7 @@ def _s3_client(block: str | None, encryption: str | None, _environment: _Environ
 
 def _client_of(block: str) -> S3Client:
     check_environment()  # Prefect's client reads it, and fails without naming it
+    guard_logs()
     try:
         loaded = Block.load(block, _sync=True)  # type: ignore[call-arg]
         client: S3Client = loaded.get_s3_client()  # type: ignore[union-attr]

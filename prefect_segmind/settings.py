@@ -60,6 +60,7 @@ class SegmindSettings(PrefectBaseSettings):
         price_usd: The expected cost of a picture.
         allow_private_sources: Whether images at private and link-local addresses are read.
         allow_unlisted_resolution: Whether resolutions beyond the 78 are sent.
+        event_sources: How the image of a run that an event began must begin, separated by commas, or `any`.
     """
 
     model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "segmind"))
@@ -84,6 +85,7 @@ class SegmindSettings(PrefectBaseSettings):
     price_usd: Decimal = Field(default=LIST_PRICE_USD, ge=0)
     allow_private_sources: bool = False
     allow_unlisted_resolution: bool = False
+    event_sources: str = "s3://, https://"
 
     @classmethod
     def settings_customise_sources(
@@ -115,6 +117,13 @@ class SegmindSettings(PrefectBaseSettings):
     def _known_encryption(cls, value: str | None) -> str | None:
         if value and not re.fullmatch(r"AES256|aws:kms(:[\w:/-]+)?", value, re.ASCII):
             raise ValueError("allowed is AES256, aws:kms or aws:kms:KEY-ID")
+        return value
+
+    @field_validator("event_sources")
+    @classmethod
+    def _known_sources(cls, value: str) -> str:
+        if value != "any" and not re.fullmatch(r"(s3|https?)://(\s*,\s*(s3|https?)://)*", value):
+            raise ValueError("allowed is any, or s3://, https:// and http://, separated by commas")
         return value
 
     @property

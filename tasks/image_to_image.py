@@ -11,7 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.runtime import flow_run
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
@@ -22,6 +22,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob, validate
 from prefect_segmind.reporting import events
 from prefect_segmind.services import Services
 from prefect_segmind.tasks.failures import failures_reported
+from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided
 from prefect_segmind.tasks.run_context import (
     open_pipeline,
@@ -45,7 +46,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
     Raises:
         InvalidJobError: Fields are wrong; the message has a line for each.
         SourceImageError: The source image cannot be used.
-        StoreError: The source image in S3 cannot be read.
+        StoreError: The source image in S3 or at an address cannot be read at this moment.
     """
     log, services = run_logger(), Services(credentials_block=credentials_block)
     with failures_reported(job, "validate"):
@@ -55,7 +56,7 @@ def validate_job(job: Job | Mapping[str, Any], credentials_block: str | None = N
     for warning in validated.warnings:
         log.warning(warning)
     found = validated.source
-    size = f"{found.width}×{found.height} {found.format}, {found.size_bytes / 1e6:.2f} MB" if found else "not read"
+    size = f"{found.width}×{found.height} {found.format}, {found.size_bytes / 1e6:.2f} MB"
     log.info(
         "%s: %s (%s) to %s, seed %s; %s USD if it is not paid for already",
         *(job.name, job.image, size, validated.parameters["resolution"], validated.seed, usd(validated.price_usd)),
@@ -102,6 +103,7 @@ def generate_image(
     upload_to: str | None = None,
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
 ) -> GeneratedImage:
     """Gets a job's picture, by one request to the API unless it is paid for already.
 
@@ -116,9 +118,12 @@ def generate_image(
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one, of this run or an earlier one,
             that may have been billed.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
 
     Raises:
         ApiError: The request failed, in one of its classes.
+        KeptElsewhereError: It is paid for and lies in the outbox of another machine, and `on_kept` is `wait`.
         OutboxError: The disk is full.
         OutcomeUnknownError: An earlier request may have been billed, and `on_unknown` is `fail`.
         StoreError: The record of the picture cannot be read or written; nothing was paid.
@@ -126,7 +131,7 @@ def generate_image(
     log = run_logger()
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
     with failures_reported(job):
-        generated = open_pipeline(services, on_unknown).generate(job, lambda: uploaded, this_run(), log)
+        generated = open_pipeline(services, on_unknown, on_kept).generate(job, lambda: uploaded, this_run(), log)
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated
@@ -134,7 +139,7 @@ def generate_image(
 
 @task(task_run_name=run_name)
 def archive_image(generated: GeneratedImage) -> ArchivedImage:
-    """Archives a paid picture, its sidecar and its record, and empties the outbox of it.
+    """Archives a paid picture, its sidecar and its record, and empties the outbox of it and of what is left over.
 
     Args:
         generated: The picture.
@@ -147,6 +152,7 @@ def archive_image(generated: GeneratedImage) -> ArchivedImage:
         archived = Archiving(services.archive, services.outbox).archive_picture(generated, flow_run.id)
     events.asset_archived(archived)
     run_logger().info("archived: %s (%s)", archived.image, archived.status)
+    archive_what_is_left_over(services)
     return archived
 
 

@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from prefect.tasks import Task
 
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.errors import NotStartedError
 from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
@@ -22,6 +22,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting import events
 from prefect_segmind.services import Services
 from prefect_segmind.tasks.failures import failures_reported
+from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.retry_delays import ServerPacedDelays, retry_if_decided, retry_in_batch_if_decided
 from prefect_segmind.tasks.run_context import open_pipeline, run_logger, run_name, this_run, with_seed
 
@@ -41,6 +42,7 @@ def produce_asset(
     credentials_block: str | None = None,
     on_unknown: OnUnknown = "repay",
     publish_to: str | None = None,
+    on_kept: OnKept = "wait",
 ) -> ArchivedImage:
     """Validates, uploads, generates, archives and publishes one asset in one task run.
 
@@ -51,6 +53,8 @@ def produce_asset(
         credentials_block: Name of a `SegmindCredentials` block; the settings or the environment if left out.
         on_unknown: Whether to send another request (`repay`) or not (`fail`) after one that may have been billed.
         publish_to: `s3://bucket/live`, a folder or a pattern; not published if left out.
+        on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
+            another machine.
 
     Raises:
         SegmindError: In one of its classes; its `stage` is the stage that failed.
@@ -59,10 +63,12 @@ def produce_asset(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
     with failures_reported(job):
-        pipeline = open_pipeline(services, on_unknown)
+        pipeline = open_pipeline(services, on_unknown, on_kept)
         if isinstance(job, Mapping):
             job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
-        return _produce(job, pipeline)
+        archived = _produce(job, pipeline)
+    archive_what_is_left_over(services)
+    return archived
 
 
 def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | ValidatedJob], ArchivedImage]:

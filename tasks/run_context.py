@@ -17,7 +17,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
 from prefect_segmind.archive.archive import Archive
-from prefect_segmind.archive.record import FlowRuns, OnUnknown, Run
+from prefect_segmind.archive.record import FlowRuns, OnKept, OnUnknown, Run
 from prefect_segmind.jobs.job import Job, name_from_image
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Reporters
@@ -168,12 +168,13 @@ def refreshed_at() -> datetime:
     return (run and (run.expected_start_time or run.created)) or datetime.now(UTC)
 
 
-def open_pipeline(services: Services, on_unknown: OnUnknown) -> Pipeline:
+def open_pipeline(services: Services, on_unknown: OnUnknown, on_kept: OnKept) -> Pipeline:
     """The pipeline of one task: with a gate of its own, the run's ledger, and as many retries as the task has.
 
     Args:
         services: The services of the task.
         on_unknown: Whether to send another request after one that may have been billed.
+        on_kept: Whether to pay again for a picture that lies in an outbox out of reach.
 
     Raises:
         ConfigurationError: There is no key or no archive, or no such place to publish to.
@@ -182,7 +183,7 @@ def open_pipeline(services: Services, on_unknown: OnUnknown) -> Pipeline:
     policy = RetryPolicy(retries=context.task.retries) if context else RetryPolicy()
     publisher = services.publisher(refreshed_at(), flow_run.id)
     gate = Gate(ledger=run_ledger())
-    pipeline = services.pipeline(gate, on_unknown=on_unknown, policy=policy, publisher=publisher)
+    pipeline = services.pipeline(gate, on_unknown=on_unknown, on_kept=on_kept, policy=policy, publisher=publisher)
     warn_once_without_conditional_writes(services.archive)
     return pipeline
 

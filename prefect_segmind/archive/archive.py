@@ -12,15 +12,17 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
-from prefect_segmind.errors import PreconditionFailedError, StoreError
+from prefect_segmind.errors import InvalidJobError, PreconditionFailedError, StoreError
+from prefect_segmind.images.inspection import file_type
 from prefect_segmind.storage.store import Store, StoredObject, read_model
 
+_EXTENSIONS = ("jpg", "png", "webp")
+"""Those of the pictures that the API returns."""
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
 _SIDECAR = re.compile(r"(.+/([0-9a-f]{16}))(?:-[0-9a-f]{16})?\.json")
 
@@ -149,6 +151,47 @@ class Archive:
         beside = {each[-16:] for each in places}
         return Survey(recorded, {each for each in recorded if each[:16] in beside}, places)
 
+    def check_name(self, name: str, fingerprint: str) -> None:
+        """Check, before anything is paid, that a picture can be stored under a job's name.
+
+        Args:
+            name: The job's.
+            fingerprint: The job's.
+
+        Raises:
+            InvalidJobError: Something else has the place.
+        """
+        for extension in ("json", *_EXTENSIONS):
+            if why := self.store.in_the_way(f"{name}/{fingerprint[:16]}.{extension}"):
+                raise InvalidJobError(
+                    f"name: no picture can be stored as {name!r} in this archive: {why}; choose another name, "
+                    "or move away what is there"
+                )
+
+    def by_sidecar(self, record: Record, name: str) -> Record | None:
+        """A record finished from the sidecar of its picture, if the archive has one: it is written before the record.
+
+        Args:
+            record: The record, which is not done.
+            name: Where to look first: the name of the picture's job. If it is not there, the archive is listed.
+
+        Raises:
+            StoreError: The archive cannot be listed or read, or the picture beside the sidecar is gone.
+        """
+        fingerprint = record.fingerprint
+        copy: Record | None = None
+        for prefix in (f"{name}/{fingerprint[:16]}", ""):
+            keys = (key for key in self.store.keys(prefix) if fingerprint[:16] in key and _SIDECAR.fullmatch(key))
+            for key in keys:
+                if (found := self.store.get(key)) and (read := _picture_of(found.data, fingerprint)):
+                    picture, copied = read
+                    done = record.archived(picture, f"{key.removesuffix('json')}{picture.extension}", key)
+                    self.get_picture(done)
+                    if not copied:
+                        return done
+                    copy = done  # which says nothing of the cost
+        return copy
+
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
         """Store a picture under a job's name and never over a different one.
 
@@ -189,8 +232,11 @@ class Archive:
         """
         key = sidecar_key(image_key)
         data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
-        with suppress(PreconditionFailedError):
+        try:
             self.store.put(key, data, "application/json", if_absent=True)
+        except PreconditionFailedError:
+            if self.store.get(key) is None:  # whoever was there first has not written it, or removed it
+                raise
         return key
 
     def get_picture(self, record: Record) -> bytes:
@@ -211,6 +257,20 @@ class Archive:
                 f"{self.store.uri(record_key(record.fingerprint))} to pay once more"
             )
         return found.data
+
+
+def _picture_of(sidecar: bytes, fingerprint: str) -> tuple[PaidPicture, bool] | None:
+    """The facts in the sidecar of a picture, and whether it is a copy; None for another picture's or any other file."""
+    try:
+        held = json.loads(sidecar)
+        if held["fingerprint"] != fingerprint:
+            return None
+        facts = {name: held[name] for name in ("seed", "cost_usd", "cost_source", "request_id", "paid_at")}
+        extension = file_type(held["output"]["format"])[1]
+        picture = PaidPicture.model_validate({**held["output"], **facts, "extension": extension})
+        return picture, bool(held["copied_from"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def sidecar_key(image_key: str) -> str:

@@ -1,9 +1,14 @@
 """The outbox: a folder on this machine that holds a paid picture from the moment its answer has been read until the
 archive has it. Each archive has its own outbox, as it has its own records.
 
-A picture is `{fingerprint}.{ext}`, its facts `{fingerprint}.json`; an answer that is still arriving is
-`{fingerprint}.{run}.part`, which is as long as what has arrived, whatever ends the run. Where the system supports it,
-space for an answer is reserved before the request is sent, in `….space` beside it, so that a full disk costs nothing.
+A picture is `{fingerprint}.{sha256[:16]}.{ext}`, its facts are in the same name with `.json`; earlier versions wrote
+`{fingerprint}.{ext}`. Two pictures that were paid for under one fingerprint lie side by side. An answer that is still
+arriving is `{fingerprint}.{run}.part`, which is as long as what has arrived, whatever ends the run. Where the system
+supports it, space for an answer is reserved before the request is sent, in `….space` beside it, so that a full disk
+costs nothing.
+
+What a request is for is in `{fingerprint}.{run}.asked.json`, as long as nothing else says it. (Earlier versions take no
+file for a picture that ends in `.json`.)
 
 An answer that was paid for and could not be read as a picture is `{fingerprint}.{run}.{number}.answer`, as received,
 readable by the user only, since a link in it may be signed; the facts in its headers are in `….answer.json`.
@@ -14,13 +19,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -37,14 +43,42 @@ RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
 _NO_PICTURES = (".json", ".facts", ".part", SPACE_SUFFIX, ".found", ".answer")
-_KEPT = (".answer", ".answer.json")
+_ANSWER = (".answer", ".answer.json")
+_LOOKS = 10
+"""How often the folder is listed again because a file in it has vanished meanwhile."""
 _REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
 Reader = Callable[[Path, Path], Picture]
 """Reads the picture in the body of a 200, the first file; writes it to the second if the body is not the picture."""
 
 
-class OutboxEntry(BaseModel):
+class Asked(BaseModel):
+    """What a request is for: with it, a picture can be archived though nobody asks for its job again.
+
+    All is None for a request of an earlier version.
+
+    Attributes:
+        job: The validated job, as JSON values.
+        source_uri: The location of the source image that was sent.
+        archive: The archive that the picture is for.
+        run: The run that pays.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    job: dict[str, Any] | None = None
+    source_uri: str | None = None
+    archive: str | None = None
+    run: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The name of the job, where it is known."""
+        job = self.job.get("job") if self.job else None
+        return str(job["name"]) if isinstance(job, dict) and "name" in job else None
+
+
+class OutboxEntry(Asked):
     """The facts of a picture in the outbox.
 
     Attributes:
@@ -52,10 +86,31 @@ class OutboxEntry(BaseModel):
         attempts: The requests that were sent for it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     paid: PaidPicture
     attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A file in an outbox that was paid for.
+
+    Attributes:
+        path: The file.
+        fingerprint: The job's.
+        size_bytes: Its size.
+        written: When it was written, UTC.
+        asked: What it is for.
+        cost_usd: What was paid for it; None if that is not known.
+        is_answer: Whether it is an answer that could not be read as a picture.
+    """
+
+    path: Path
+    fingerprint: str
+    size_bytes: int
+    written: datetime
+    asked: Asked
+    cost_usd: Decimal | None
+    is_answer: bool
 
 
 @dataclass(frozen=True)
@@ -65,10 +120,28 @@ class Outbox:
     Attributes:
         folder: Created when it is first needed. In a container it must be on a volume.
         min_free_bytes: The free space without which nothing is paid for.
+        also: More folders that may have pictures for the same archive; nothing new is put there.
     """
 
     folder: Path
     min_free_bytes: int = 100_000_000
+    also: tuple[Path, ...] = ()
+
+    def reaching(self, fingerprint: str, kept: Iterable[str]) -> Outbox:
+        """The outbox, and the other folders that a record names, as far as this machine can read them.
+
+        Args:
+            fingerprint: The record's; a file whose name does not begin with it is not taken.
+            kept: Paths and hosts, as in `Attempt.kept`.
+        """
+        folders = []
+        for each in kept:
+            path = path_and_host(each)[0]
+            with suppress(OSError, ValueError):
+                theirs = path.is_absolute() and path.name.startswith(f"{fingerprint}.") and path.is_file()
+                if theirs and os.access(path, os.R_OK) and os.access(path.parent, os.R_OK | os.X_OK):
+                    folders.append(path.parent)
+        return replace(self, also=(*self.also, *folders)) if folders else self
 
     def check(self) -> None:
         """Create the folder, and check that it can take a picture.
@@ -85,7 +158,7 @@ class Outbox:
             raise self._unusable("it cannot be written")
 
     @contextmanager
-    def receive(self, fingerprint: str, run: str) -> Iterator[Path]:
+    def receive(self, fingerprint: str, run: str, asked: Asked | None = None) -> Iterator[Path]:
         """Yield the file for the answer to the next request, with its space reserved.
 
         It is removed if the API has answered with an error, or its answer was cut. After anything else, an interrupt
@@ -94,6 +167,7 @@ class Outbox:
         Args:
             fingerprint: The job's.
             run: The run that sends the request.
+            asked: What it is for.
 
         Raises:
             OutboxError: The space cannot be reserved. Nothing was paid.
@@ -103,6 +177,8 @@ class Outbox:
         try:
             with self._disk_errors():
                 reserve(part, RESERVED_BYTES)
+                if asked:
+                    _write(_asked_path(part), asked)
             yield part
         except BaseException as error:
             with suppress(OSError):  # the failure counts, not that its remains cannot be removed
@@ -113,6 +189,8 @@ class Outbox:
             _discard(part)
         finally:
             release(part)
+            if not part.exists() and not part.with_suffix(".1.answer").exists():
+                _discard(_asked_path(part))
 
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
@@ -128,19 +206,22 @@ class Outbox:
         Raises:
             OutboxError: The disk failed under a picture that was paid for.
         """
-        path = self.folder / f"{fingerprint}.{entry.paid.extension}"
+        path = part.with_name(f"{fingerprint}.{entry.paid.sha256[:16]}.{entry.paid.extension}")
         try:
-            sync(part)
-            part.replace(path)
-            sync(self.folder)
+            with suppress(FileNotFoundError):  # another run of the same job may have renamed it
+                sync(part)
+                part.replace(path)
+            sync(path)
+            sync(path.parent)
         except OSError as error:
             failure = f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}"
             raise OutboxError(failure, status=200, possibly_billed=True) from error
         with suppress(OSError):  # the picture is safe, and is found without its facts too
             facts = part.with_suffix(".facts")
-            facts.write_text(entry.model_dump_json(indent=2), encoding="utf-8")
+            _write(facts, entry)
             sync(facts)
             facts.replace(path.with_suffix(".json"))
+            _discard(_asked_path(part))
         return path
 
     def keep_answer(self, part: Path, answered: Answered) -> Path | None:
@@ -173,12 +254,10 @@ class Outbox:
         sync(file)
         path = next(path for number in count(1) if not (path := file.with_suffix(f".{number}.answer")).exists())
         file.rename(path)
-        sync(self.folder)
+        sync(path.parent)
         with suppress(OSError):  # the answer is safe, and is read without its facts too
             if answered is not None:
-                facts = _facts_path(path)
-                facts.touch(0o600)
-                facts.write_text(answered.model_dump_json(indent=2), encoding="utf-8")
+                _write(_facts_path(path), answered)
         return path
 
     def answers(self, fingerprint: str) -> list[Path]:
@@ -209,9 +288,9 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        found = self._part(fingerprint, run).with_suffix(".found")
         received = list(filter(_arrived, self._listed(fingerprint)))
         for body in (*self.answers(fingerprint), *received):
+            found = body.with_name(self._part(fingerprint, run).with_suffix(".found").name)
             try:
                 found.unlink(missing_ok=True)
                 picture = read(body, found)
@@ -227,7 +306,7 @@ class Outbox:
                 raise self._unusable(f"{body.name} cannot be read: {reason(error)}") from error
             try:
                 answered = _facts_of(body) or _assumed(body, list_price_usd)
-                entry = OutboxEntry(paid=answered.brought(picture, seed))
+                entry = OutboxEntry(paid=answered.brought(picture, seed), **_asked(body).model_dump())
                 path = self.keep(fingerprint, found if found.exists() else body, entry)
             except (FileNotFoundError, OutboxError):
                 if body.exists():
@@ -265,30 +344,59 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
-        files = self._listed(fingerprint)
-        paths = [each for each in files if each.suffix not in _NO_PICTURES]
+        for _ in range(_LOOKS):
+            with suppress(FileNotFoundError):  # another run has renamed or archived it: look again
+                return self._find(self._listed(fingerprint), fingerprint, seed, list_price_usd, unfinished)
+        raise self._unusable(f"the files of {fingerprint} change all the time; run again")
+
+    def _find(
+        self, files: list[Path], fingerprint: str, seed: int, list_price_usd: Decimal, unfinished: bool
+    ) -> tuple[Path, OutboxEntry] | None:
+        """As `find`, in these files; raises FileNotFoundError if one of them has vanished."""
+        paths = sorted(filter(_is_picture, files), key=lambda each: (each.stat().st_mtime, each.name))
+        broken: OutboxError | None = None
         for path in (*paths, *(filter(_arrived, files) if unfinished else ())):
             try:
                 picture = read_picture(path)
                 assumed = _assumed(path, list_price_usd)
             except FileNotFoundError:
-                continue  # its run has renamed it, or the archive has it by now
+                raise
             except OSError as error:
                 raise self._unusable(f"{path.name} cannot be read: {reason(error)}") from error
             except BrokenPicture as error:
-                if path.suffix == ".part":
-                    continue
-                raise OutboxError(
-                    f"outbox: {path} was paid for and {error}; restore it, or move it away to pay once more"
-                ) from error
-            with suppress(OSError, ValidationError):
-                known = OutboxEntry.model_validate_json((self.folder / f"{fingerprint}.json").read_bytes())
-                if known.paid.sha256 == picture.sha256:
-                    return path, known
+                if path in paths:
+                    broken = broken or OutboxError(
+                        f"outbox: {path} was paid for and {error}; restore it, or move it away and pay once more "
+                        '(on_kept="repay")'
+                    )
+                continue
+            if known := _known(files, picture.sha256):
+                return path, known
             notices = ("recovered after a crash: its cost and request id are not known",)
-            entry = OutboxEntry(paid=assumed.brought(picture, seed).model_copy(update={"notices": notices}))
-            return (path if path in paths else self.keep(fingerprint, path, entry)), entry
+            paid = assumed.brought(picture, seed).model_copy(update={"notices": notices})
+            entry = OutboxEntry(paid=paid, **_asked(path).model_dump())
+            try:
+                return (path if path in paths else self.keep(fingerprint, path, entry)), entry
+            except OutboxError:
+                if path.exists():
+                    raise
+                raise FileNotFoundError(path) from None
+        if broken:
+            raise broken
         return None
+
+    def others(self, fingerprint: str, sha256: str) -> list[Path]:
+        """Further pictures that were paid for under the same fingerprint, and are not archived.
+
+        Args:
+            fingerprint: The job's.
+            sha256: The SHA-256 of its picture that is archived, or is about to be.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        found = (each for each in self._listed(fingerprint) if _is_picture(each) or _arrived(each))
+        return sorted(each for each in found if _is_another(each, sha256))
 
     def fingerprints(self) -> set[str]:
         """The fingerprints of all pictures in the outbox, by the names of the files; only what interrupted runs had
@@ -297,8 +405,24 @@ class Outbox:
         Raises:
             OutboxError: The outbox cannot be read.
         """
-        files = self._all()
-        return {_fingerprint(each) for each in files if each.suffix not in _NO_PICTURES or _has_picture(each)}
+        return {_fingerprint(each) for each in self._all() if _is_picture(each) or _has_picture(each)}
+
+    def waiting(self) -> list[Waiting]:
+        """All pictures and answers in the outbox, the oldest first; what interrupted runs had received is among them.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        found: list[Waiting] = []
+        jobs: dict[str, list[Path]] = {}
+        for each in self._all():
+            jobs.setdefault(_fingerprint(each), []).append(each)
+        for fingerprint, files in jobs.items():
+            for each in files:
+                if each.suffix == ".answer" or _is_picture(each) or _has_picture(each):
+                    with suppress(OSError):  # it is archived by now
+                        found.append(_waiting(each, fingerprint, files))
+        return sorted(found, key=lambda each: (each.written, each.path))
 
     def unread(self) -> set[str]:
         """The fingerprints of jobs with answers in the outbox that could not be read as a picture.
@@ -319,24 +443,30 @@ class Outbox:
         """
         return any(map(_is_readable, self.answers(fingerprint)))
 
-    def remove(self, fingerprint: str) -> None:
-        """Remove a picture that the archive has; a file that cannot be removed does no harm.
+    def remove(self, fingerprint: str, sha256: str) -> None:
+        """Remove a picture that the archive has, and what unfinished requests for it have left.
 
-        Answers without a picture stay: they were paid for, and only a person can judge them.
+        Another picture that was paid for stays, and so do answers without a picture: only a person can judge them. A
+        file that cannot be removed does no harm.
 
         Args:
             fingerprint: The job's.
+            sha256: The SHA-256 of the picture in the archive.
         """
         with suppress(OutboxError):
-            _discard(*(each for each in self._listed(fingerprint) if not each.name.endswith(_KEPT)))
+            files = self._listed(fingerprint)
+            stay = {each for each in files if each.name.endswith(_ANSWER)} | {*self.others(fingerprint, sha256)}
+            stay |= {about for each in stay for about in (each.with_suffix(".json"), _asked_path(each))}
+            _discard(*(each for each in files if each not in stay))
 
     def _part(self, fingerprint: str, run: str) -> Path:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
     def _all(self) -> list[Path]:
         """All files. `glob` would silently find none in an unreadable folder."""
+        folders = {os.path.realpath(each): each for each in (*self.also, self.folder)}
         with self._disk_errors(": it cannot be read"):
-            return list(self.folder.iterdir()) if self.folder.is_dir() else []
+            return [file for each in folders.values() if each.is_dir() for file in each.iterdir()]
 
     def _listed(self, fingerprint: str) -> list[Path]:
         return [each for each in self._all() if each.name.startswith(f"{fingerprint}.")]
@@ -357,6 +487,89 @@ def _arrived(file: Path) -> bool:
         return size > 0 and not (size == RESERVED_BYTES and _ends_in_zeros(file))
     except FileNotFoundError:  # renamed by its run at this moment
         return False
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a file is a picture, by its name; a file of an earlier version has no hash in its name."""
+    return file.suffix not in _NO_PICTURES
+
+
+def _is_another(file: Path, sha256: str) -> bool:
+    """Whether a file holds another paid picture than this one, or a link to a picture.
+
+    Args:
+        file: A picture, or an answer that has arrived.
+        sha256: The SHA-256 of the picture.
+    """
+    if file.suffixes[-2:-1] == [f".{sha256[:16]}"]:
+        return False
+    try:
+        data = file.read_bytes()
+        if _is_picture(file):
+            return hashlib.sha256(data).hexdigest() != sha256
+        held = picture_or_link(data)
+        return isinstance(held, Link) or picture_of(data if held is None else held).sha256 != sha256
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return _is_picture(file)
+    except (ApiError, BrokenPicture):  # in an answer: no picture has come in it
+        return False
+
+
+def _known(files: Iterable[Path], sha256: str) -> OutboxEntry | None:
+    """The facts of a picture, if they were written; those of a run that died before it renamed them too."""
+    for each in files:
+        if each.suffix in (".json", ".facts") and not each.name.endswith(_ANSWER):
+            with suppress(OSError, ValidationError):
+                known = OutboxEntry.model_validate_json(each.read_bytes())
+                if known.paid.sha256 == sha256:
+                    return known
+    return None
+
+
+def _waiting(file: Path, fingerprint: str, files: Iterable[Path]) -> Waiting:
+    """What is known of a file that was paid for, by the files of its job; raises OSError if it has vanished."""
+    about = file.stat()
+    known = file, fingerprint, about.st_size, datetime.fromtimestamp(about.st_mtime, UTC)
+    if file.suffix == ".answer":
+        answered = _facts_of(file)
+        return Waiting(*known, _asked(file), answered.cost_usd if answered else None, is_answer=True)
+    entry = _known(files, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Waiting(*known, entry or _asked(file), entry.paid.cost_usd if entry else None, is_answer=False)
+
+
+def _asked_path(file: Path) -> Path:
+    """Where it is written what the request is for that has brought an answer."""
+    return file.with_name(".".join([*file.name.split(".")[:2], "asked", "json"]))
+
+
+def _asked(file: Path) -> Asked:
+    """What the request was for that has brought an answer, as far as it was written."""
+    with suppress(OSError, ValidationError):
+        return Asked.model_validate_json(_asked_path(file).read_bytes())
+    return Asked()
+
+
+def _write(path: Path, facts: BaseModel) -> None:
+    """Write facts for the user alone."""
+    path.touch(0o600)
+    path.write_text(facts.model_dump_json(indent=2), encoding="utf-8")
+
+
+def path_and_host(kept: str) -> tuple[Path, str]:
+    """The two parts of a place in `Attempt.kept`.
+
+    Args:
+        kept: The place.
+
+    Example:
+        >>> path, host = path_and_host("/srv/outbox/a on b/ab.jpg on worker-1")
+        >>> path.as_posix(), host
+        ('/srv/outbox/a on b/ab.jpg', 'worker-1')
+    """
+    path, _, host = kept.rpartition(" on ")
+    return Path(path), host
 
 
 def _ends_in_zeros(file: Path) -> bool:

@@ -22,9 +22,15 @@ from prefect_segmind.money import Usd
 OnUnknown = Literal["repay", "fail"]
 """What to do where an earlier request may have been paid but its picture was never seen."""
 
+OnKept = Literal["wait", "repay"]
+"""What to do where a picture is paid for and lies in an outbox that this machine cannot read."""
+
 LEASE_SECONDS = 60.0
 """How long a claim holds after the record was last written, by the store's own clock, unless its holder is known to be
 alive or dead."""
+
+RUN_ENDED = "the run ended before it had the answer"
+"""The reason in an attempt whose run died: nobody knows what became of it."""
 
 FlowRuns = tuple[tuple[str, int], ...]
 """A flow run and its parents, the outermost first, each with the number of its try: Prefect's `run_count`."""
@@ -66,6 +72,11 @@ class Attempt(BaseModel):
     def request(self) -> RequestId:
         """What identifies it in a ledger."""
         return RequestId(self.run, self.sent_at)
+
+    @property
+    def kept_picture(self) -> str | None:
+        """Where the picture is that it was certainly paid for and has returned; None if there is none."""
+        return None if self.reason else self.kept
 
     @property
     def paid_for_nothing(self) -> bool:
@@ -177,16 +188,32 @@ class Record(BaseModel):
             raise ValueError("a record that is done names its picture")
         return self
 
+    @property
+    def kept_picture(self) -> str | None:
+        """Where the last picture is that was certainly paid for and is not archived; None if there is none."""
+        if self.state == "done":
+            return None
+        return next((each.kept_picture for each in reversed(self.attempts) if each.kept_picture), None)
+
+    def may_be_archived_by_another(self, run: Run) -> bool:
+        """Whether another run may have archived the picture and died before it could write that into the record.
+
+        Args:
+            run: The run that asks; when it has sent the last request, it has looked before.
+        """
+        if self.state == "done" or not self.attempts or self.attempts[-1].run == run.id:
+            return False
+        return any(
+            each.kept_picture or each.possibly_billed is None or each.reason == RUN_ENDED for each in self.attempts
+        )
+
     def outcome_unknown(self, run: Run) -> bool:
-        """Whether another run has paid, or may have paid, for a picture that this machine does not have.
+        """Whether another run has paid, or may have paid, for a picture that nobody has seen.
 
         Args:
             run: The run that asks.
         """
-        return any(
-            not run.owns(each) and (each.kept or each.paid_for_nothing or each.possibly_billed is not False)
-            for each in self.attempts
-        )
+        return any(not run.owns(each) and (each.paid_for_nothing or _unknown(each)) for each in self.attempts)
 
     def claimed_by(self, holder: Holder, now: datetime) -> Record:
         """The record as the holder writes it just before its next request.
@@ -200,7 +227,7 @@ class Record(BaseModel):
         """
         dead = self.holder.run if self.holder and self.holder.run != holder.run else None
         reported = {"reported_by": holder.run}
-        lost = reported | {"possibly_billed": True, "reason": "the run ended before it had the answer"}
+        lost = reported | {"possibly_billed": True, "reason": RUN_ENDED}
 
         def taken_over(attempt: Attempt) -> Attempt:
             if attempt.possibly_billed is None:
@@ -245,6 +272,11 @@ class Record(BaseModel):
         )
         done = {"state": "done", "holder": None, "attempts": attempts}
         return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
+
+
+def _unknown(attempt: Attempt) -> bool:
+    """Whether a request may have been billed without returning a picture that somebody could read."""
+    return not attempt.kept_picture and (attempt.kept is not None or attempt.possibly_billed is not False)
 
 
 def past_requests(run: Run, attempts: tuple[Attempt, ...], price_usd: Decimal) -> Iterator[PastRequest]:
@@ -300,6 +332,7 @@ class Verdict(StrEnum):
     RECOVER = "recover"
     WAIT = "wait"
     REFUSE = "refuse"
+    KEPT = "kept elsewhere"
     PAY = "pay"
 
 
@@ -310,6 +343,7 @@ def verdict(
     in_outbox: bool,
     held_elsewhere: bool,
     on_unknown: OnUnknown,
+    on_kept: OnKept = "wait",
     unreadable: bool = False,
 ) -> Verdict:
     """Decide whether to pay for a job. Pure: the caller has read the record and the outbox.
@@ -320,6 +354,7 @@ def verdict(
         in_outbox: Whether the paid picture is in this machine's outbox, and no live run here is about to archive it.
         held_elsewhere: Whether another live run holds the claim.
         on_unknown: The policy for requests that were or may have been paid without returning a picture.
+        on_kept: The policy for a picture that is paid for and lies in an outbox out of reach.
         unreadable: Whether the outbox has a paid answer that cannot be read as a picture.
 
     Example:
@@ -332,12 +367,16 @@ def verdict(
         return Verdict.RECOVER
     if record is not None and held_elsewhere:
         return Verdict.WAIT
+    if record is not None and record.kept_picture and on_kept == "wait":
+        return Verdict.KEPT
     if on_unknown == "fail" and (unreadable or (record is not None and record.outcome_unknown(run))):
         return Verdict.REFUSE
     if record is None:
         return Verdict.PAY
     # After each request of its own a run decides by itself; here count the other requests of its flow run.
     own = [each for each in record.attempts if each.run != run.id and run.owns(each)]
-    unknown = sum(1 for each in own if each.kept or each.possibly_billed is not False)  # on another disk, or never seen
+    kept = sum(1 for each in own if each.kept_picture)  # on another disk
+    unknown = sum(1 for each in own if _unknown(each))  # never seen
     spent = any(each.paid_for_nothing for each in own)  # another request would return the same
-    return Verdict.REFUSE if spent or unknown > (UNKNOWN_RETRIES if on_unknown == "repay" else 0) else Verdict.PAY
+    too_many = kept + unknown > UNKNOWN_RETRIES or (unknown > 0 and on_unknown == "fail")
+    return Verdict.REFUSE if spent or too_many else Verdict.PAY

@@ -12,13 +12,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.archive.archive import Archive, Survey
+from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import FlowRuns, OnUnknown, Record, Run, Verdict, verdict
+from prefect_segmind.archive.record import FlowRuns, OnKept, OnUnknown, Record, Run, Verdict, verdict
 from prefect_segmind.errors import SegmindError, SourceImageError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
+from prefect_segmind.pipeline.look_up import KEPT_REMEDY, kept_elsewhere
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, inspect_source, resolve, with_drawn_seed
 from prefect_segmind.storage.spool import Spool
@@ -39,14 +40,27 @@ REFUSED = (
 )
 """The problem of a job that may not be paid for again."""
 
-Need = Literal["generate", "reuse", "recover", "wait", "fail"]
+Need = Literal["generate", "reuse", "recover", "wait", "kept elsewhere", "fail"]
 _NEEDS: dict[Verdict, Need] = {
     Verdict.PAY: "generate",
     Verdict.REUSE: "reuse",
     Verdict.RECOVER: "recover",
     Verdict.WAIT: "wait",
+    Verdict.KEPT: "kept elsewhere",
     Verdict.REFUSE: "fail",
 }
+
+
+_FAILING = (Verdict.REFUSE, Verdict.KEPT)
+
+
+def is_about_payment(problem: str) -> bool:
+    """Whether a problem is that a picture is or may be paid for already, and not that its job cannot be used.
+
+    Args:
+        problem: The problem of a planned job.
+    """
+    return problem == REFUSED or problem.endswith(KEPT_REMEDY)
 
 
 class PlannedJob(BaseModel):
@@ -55,8 +69,9 @@ class PlannedJob(BaseModel):
     Attributes:
         name: The name of the job.
         needs: `generate`: its picture is to be paid for. `reuse`: it is in the archive, or another job of this run
-            makes it. `recover`: it is in the outbox, paid for. `wait`: another run is paying for it. `fail`: the job
-            will fail, unpaid.
+            makes it. `recover`: it is in the outbox, paid for. `wait`: another run is paying for it. `kept
+            elsewhere`: it is paid for and lies in the outbox of another machine; the job will fail, unpaid. `fail`: the
+            job will fail, unpaid.
         usd: What this run would pay for it.
         problem: Why it will fail; None if it will not.
     """
@@ -82,6 +97,12 @@ class PlannedJob(BaseModel):
 _KEPT_ANSWER = "was paid for before; its answer is kept in the outbox and read again before anything is paid"
 
 
+_SAME_BUT_FOR_CASE = (
+    "the name is that of another asset but for upper and lower case, which the disk takes for one: both go into one "
+    "folder of the archive, and the address of the one published last is that of both"
+)
+
+
 class Plan(BaseModel):
     """What a run of a batch will do and cost.
 
@@ -91,7 +112,8 @@ class Plan(BaseModel):
         reuse: Jobs whose picture is in the archive, or is made by another job of this run.
         recover: Pictures that are in the outbox, paid for.
         wait: Pictures that another run is paying for at this moment.
-        fail: Jobs that will fail, unpaid: their image cannot be used, or `on_unknown` forbids another payment.
+        kept: Jobs that will fail, unpaid, because their picture is paid for and lies in the outbox of another machine.
+        fail: Other jobs that will fail, unpaid: their image cannot be used, or `on_unknown` forbids another payment.
         price_usd: The price of one picture.
         budget_usd: What the run may spend; None for no limit.
         credits_usd: The account's credits; None if they are not known.
@@ -107,6 +129,7 @@ class Plan(BaseModel):
     reuse: int
     recover: int
     wait: int
+    kept: int = 0
     fail: int
     price_usd: Decimal
     budget_usd: Decimal | None = None
@@ -162,6 +185,7 @@ class Plan(BaseModel):
             ("reuse", self.reuse, "in the archive or made by another asset of this run"),
             ("recover", self.recover, "paid for and waiting in the outbox"),
             ("wait", self.wait, "another run is paying for them"),
+            ("kept elsewhere", self.kept, "paid for and in the outbox of another machine, nothing is paid for them"),
             ("fail", self.fail, "nothing is paid for them"),
         )
         facts |= {title: f"{count}, {text}" for title, count, text in details if count}
@@ -191,10 +215,12 @@ def make_plan(
     outbox: Outbox,
     price_usd: Decimal,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     in_place: set[str] | None = None,
     flow_runs: FlowRuns = (),
     call: str = "",
     unusable: dict[str, str] | None = None,
+    folds_case: bool = False,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -206,12 +232,14 @@ def make_plan(
         outbox: The outbox, with pictures that are not archived yet.
         price_usd: The price of a picture.
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+        on_kept: Whether a picture is paid for again that is paid for and lies in an outbox out of reach.
         in_place: Receives the `place` of each picture that is archived under the very name that is asked for, unless it
             is still in the outbox too: nothing is left to do for it.
         flow_runs: The flow run that is planned for, which may have sent requests before.
         call: Its name in all its tries, and in those of the flow runs around it, by which its seeds are drawn.
         unusable: Receives name and reason of each job whose image cannot be used as it is, but not of those whose image
             cannot be read at this moment.
+        folds_case: Whether the pictures are published where names that differ only in case are one.
 
     Returns:
         The plan.
@@ -224,12 +252,14 @@ def make_plan(
     warnings: Counter[str] = Counter()
     problems: list[tuple[str, str]] = []
     draw_by = f"{call} " if call else None
+    one_case, folded_names = folds_case or archive.store.folds_case, set[str]()
     for job, found in _inspected(jobs, reader):
         drawn = with_drawn_seed(job, draw_by and draw_by + job.name)
         try:
             if isinstance(found, SegmindError):
                 raise type(found)(str(found))
             entry = resolve(drawn, found, price_usd=price_usd)
+            archive.check_name(entry.name, entry.fingerprint)
         except SegmindError as error:
             if unusable is not None and isinstance(error, SourceImageError):
                 unusable[job.name] = str(error)
@@ -238,10 +268,13 @@ def make_plan(
             entries.append(drawn)
         else:
             wanted[entry.fingerprint] += 1
-            if was := entry.earlier:
-                earlier[was.fingerprint] = entry.fingerprint
+            earlier |= {was.fingerprint: entry.fingerprint for was in entry.earlier}
             if len(warnings) < 1000:
                 warnings.update(entry.warnings)
+            if one_case and (folded := entry.name.casefold()) in folded_names:
+                warnings[_SAME_BUT_FOR_CASE] += 1
+            elif one_case:
+                folded_names.add(folded)
             entries.append(entry)
     needs = Counter({Verdict.REFUSE: len(jobs) - wanted.total()})  # those that cannot be validated
     survey = archive.survey(wanted.keys() | earlier.keys())
@@ -253,7 +286,7 @@ def make_plan(
                 known.fingerprint in done and known.place in survey.places for known in each.known_as
             ):
                 in_place.add(each.place)
-    known_as: dict[str, str] = {}  # pictures that were paid for before their texts had one spelling
+    known_as: dict[str, str] = {}  # what earlier versions have paid for under another fingerprint
     for before, now in earlier.items():
         if now in wanted and now not in survey.recorded | kept and before in survey.recorded | kept:
             wanted[before] += wanted.pop(now)
@@ -263,27 +296,62 @@ def make_plan(
     kept |= {each for each in unread if outbox.is_readable(each)}
     if unread := unread - kept:  # no link is followed here: what it would cost to pay again is in the plan
         warnings[_KEPT_ANSWER] += sum(wanted[each] for each in unread)
-    verdicts = dict(_verdicts(wanted, survey, kept, unread, archive, on_unknown, flow_runs))
+    out_of_reach: dict[str, str] = {}
+
+    def look(fingerprint: str) -> tuple[str, Verdict]:
+        found = archive.read(fingerprint)
+        record = found.record if found else None
+        need = verdict(
+            record,
+            run=Run("", flow_runs),
+            in_outbox=(fingerprint in kept or _within_reach(outbox, record))
+            and not held_on_this_host(archive, found, ""),
+            held_elsewhere=held_elsewhere(archive, found, ""),
+            on_unknown=on_unknown,
+            on_kept=on_kept,
+            unreadable=fingerprint in unread,
+        )
+        if need is Verdict.KEPT and record and record.kept_picture:
+            out_of_reach[fingerprint] = record.kept_picture
+        return fingerprint, need
+
+    verdicts = dict.fromkeys(survey.archived, Verdict.REUSE)
+    for new in wanted.keys() - survey.recorded:
+        refused = new in unread and on_unknown == "fail"
+        verdicts[new] = Verdict.RECOVER if new in kept else Verdict.REFUSE if refused else Verdict.PAY
+    with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
+        verdicts |= pool.map(look, survey.recorded - survey.archived)
     for fingerprint, need in verdicts.items():
         needs[need] += 1
         # The other jobs for the same picture find it archived.
-        needs[need if need is Verdict.REFUSE else Verdict.REUSE] += wanted[fingerprint] - 1
+        needs[need if need in _FAILING else Verdict.REUSE] += wanted[fingerprint] - 1
     verdicts |= {now: verdicts[before] for now, before in known_as.items()}
+    out_of_reach |= {now: out_of_reach[before] for now, before in known_as.items() if before in out_of_reach}
     left = (each for each in entries if not (in_place and isinstance(each, ValidatedJob) and each.place in in_place))
-    listed = tuple(_listed(islice(left, LISTED), verdicts, problems, price_usd))
-    problems += [(each.name, REFUSED) for each in listed if each.problem == REFUSED]
+    unusable_jobs = [*problems]
+    listed = tuple(_listed(islice(left, LISTED), verdicts, unusable_jobs, out_of_reach, price_usd))
+    problems += [(each.name, each.problem) for each in listed if each.problem and is_about_payment(each.problem)]
     return Plan(
         total=len(jobs),
         generate=needs[Verdict.PAY],
         reuse=needs[Verdict.REUSE],
         recover=needs[Verdict.RECOVER],
         wait=needs[Verdict.WAIT],
+        kept=needs[Verdict.KEPT],
         fail=needs[Verdict.REFUSE],
         price_usd=price_usd,
         warnings=tuple(warnings.most_common(10)),
         problems=tuple(problems[:LISTED]),
         jobs=listed,
     )
+
+
+def _within_reach(outbox: Outbox, record: Record | None) -> bool:
+    """Whether the picture lies in another outbox that its record names and this machine can read."""
+    if record is None or not record.kept_picture:
+        return False
+    places = (each.kept_picture for each in record.attempts if each.kept_picture)
+    return outbox.reaching(record.fingerprint, places) != outbox
 
 
 def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: FlowRuns) -> dict[str, Record]:
@@ -314,6 +382,7 @@ def _listed(
     entries: Iterable[Job | ValidatedJob],
     verdicts: Mapping[str, Verdict],
     problems: Iterable[tuple[str, str]],
+    out_of_reach: Mapping[str, str],
     price_usd: Decimal,
 ) -> Iterator[PlannedJob]:
     """What each of the first jobs needs; of several for the same picture, the first one pays for it.
@@ -322,6 +391,7 @@ def _listed(
         entries: The jobs; each one that is not validated has the next of the problems.
         verdicts: What is to be done for each picture.
         problems: Names and reasons of the jobs that cannot be validated, in their order.
+        out_of_reach: Where each picture is kept that is kept elsewhere.
         price_usd: The price of one picture.
     """
     why, taken = iter(problems), set[str]()
@@ -329,15 +399,15 @@ def _listed(
         if isinstance(each, Job):
             yield PlannedJob(name=each.name, needs="fail", problem=next(why)[1])
             continue
-        need = _NEEDS[verdicts[each.fingerprint]]
-        if each.fingerprint in taken and need != "fail":
+        need, problem = _NEEDS[verdicts[each.fingerprint]], None
+        if need == "fail":
+            problem = REFUSED
+        elif need == "kept elsewhere":
+            problem = f"{kept_elsewhere(each.name, out_of_reach[each.fingerprint])}; {KEPT_REMEDY}"
+        elif each.fingerprint in taken:
             need = "reuse"
-        yield PlannedJob(
-            name=each.name,
-            needs=need,
-            usd=price_usd if need == "generate" else Decimal("0.00"),
-            problem=REFUSED if need == "fail" else None,
-        )
+        usd_now = price_usd if need == "generate" else Decimal("0.00")
+        yield PlannedJob(name=each.name, needs=need, usd=usd_now, problem=problem)
         taken.add(each.fingerprint)
 
 
@@ -364,36 +434,3 @@ def _inspected(jobs: Spool[Job], reader: SourceReader) -> Iterator[tuple[Job, In
                 yield first, source.result()
         for job, source in waiting:
             yield job, source.result()
-
-
-def _verdicts(
-    wanted: Counter[str],
-    survey: Survey,
-    kept: set[str],
-    unread: set[str],
-    archive: Archive,
-    on_unknown: OnUnknown,
-    flow_runs: FlowRuns,
-) -> Iterator[tuple[str, Verdict]]:
-    """What is to be done for each picture. Only records of pictures that are not archived yet are read."""
-    recorded, archived, _ = survey
-
-    def look(fingerprint: str) -> tuple[str, Verdict]:
-        found = archive.read(fingerprint)
-        need = verdict(
-            found.record if found else None,
-            run=Run("", flow_runs),
-            in_outbox=fingerprint in kept and not held_on_this_host(archive, found, ""),
-            held_elsewhere=held_elsewhere(archive, found, ""),
-            on_unknown=on_unknown,
-            unreadable=fingerprint in unread,
-        )
-        return fingerprint, need
-
-    yield from ((each, Verdict.REUSE) for each in archived)
-    for each in wanted:
-        if each not in recorded:
-            refused = each in unread and on_unknown == "fail"
-            yield each, Verdict.RECOVER if each in kept else Verdict.REFUSE if refused else Verdict.PAY
-    with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
-        yield from pool.map(look, recorded - archived)

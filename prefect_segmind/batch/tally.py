@@ -14,7 +14,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.batch.plan import REFUSED, Plan, PlannedJob
+from prefect_segmind.batch.plan import Plan, PlannedJob, is_about_payment
 from prefect_segmind.errors import NotStartedError, SegmindError, redact
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.ledger import Ledger
@@ -326,13 +326,13 @@ def planned(plan: Plan) -> BatchResult:
         generated=plan.generate,
         reused=plan.reuse + plan.wait,
         recovered=plan.recover,
-        failed=plan.fail,
+        failed=plan.fail + plan.kept,
         not_started=0,
         cost_usd=Decimal("0.00"),
         possibly_billed_usd=Decimal("0.00"),
         planned_usd=plan.planned_usd,
         failures=tuple(
-            Failure(name=name, stage="generate" if problem == REFUSED else "validate", error=problem)
+            Failure(name=name, stage="generate" if is_about_payment(problem) else "validate", error=problem)
             for name, problem in plan.problems
         ),
         dry_run=True,

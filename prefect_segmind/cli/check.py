@@ -19,6 +19,7 @@ from prefect_segmind.api.client import on_loopback
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.money import usd
 from prefect_segmind.services import Services, outbox_folder
 from prefect_segmind.settings import PREFIX, load_settings
@@ -108,6 +109,7 @@ def _archive(place: str | None) -> CheckResult:
 
 def _get_signed(url: str) -> httpx.Response:
     """Gets a signed address, which no message may show."""
+    guard_logs()
     proxy = None if on_loopback(url) else proxy_for(url)
     try:
         with httpx.Client(trust_env=False, proxy=proxy, verify=ssl_context(), timeout=10) as client:

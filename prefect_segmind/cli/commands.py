@@ -17,7 +17,7 @@ from rich.progress import TimeElapsedColumn
 
 from prefect_segmind._version import __version__
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
-from prefect_segmind.archive.record import OnUnknown
+from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchError
 from prefect_segmind.cli.arguments import money, number, pairs, typed
 from prefect_segmind.cli.check import CheckResult, all_checks
@@ -26,6 +26,7 @@ from prefect_segmind.cli.listeners import BatchRun, Run, live
 from prefect_segmind.cli.output import (
     BAD_INPUT,
     DONE,
+    FAILED,
     INTERRUPTS,
     batch,
     batch_facts,
@@ -124,6 +125,7 @@ def generate(
     publish_to: str | None = None,
     block: str | None = None,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     output: Output | None = None,
 ) -> int:
     """Make one picture of an image and a prompt, and archive it. The same command again pays nothing.
@@ -144,6 +146,7 @@ def generate(
         publish_to: Copy the picture to an address that stays: s3://bucket/live gives live/{name}.png.
         block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
+        on_kept: Wait or pay once more (repay) for a picture that is paid for and lies in another machine's outbox.
         output: Output options.
     """
     output = output or Output()
@@ -173,6 +176,7 @@ def generate(
                 publish_to=publish_to,
                 credentials_block=block,
                 on_unknown=on_unknown,
+                on_kept=on_kept,
             )
             archived = cast(ArchivedImage, made)
     except (Exception, *INTERRUPTS) as error:
@@ -202,6 +206,7 @@ def refresh(
     yes: Annotated[bool, Parameter(name=("--yes", "-y"), negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     variables: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     defaults: Annotated[tuple[str, ...], Parameter(name="--default", negative="")] = (),
     output: Output | None = None,
@@ -221,6 +226,7 @@ def refresh(
         yes: Do not ask, whatever it costs.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
+        on_kept: Wait or pay once more (repay) for a picture that is paid for and lies in another machine's outbox.
         variables: key=value, for the manifest's templates; may be given several times.
         defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
         output: Output options.
@@ -244,6 +250,7 @@ def refresh(
                 approve_above_usd=money("approve_above_usd", approve_above_usd),
                 dry_run=dry_run,
                 on_unknown=on_unknown,
+                on_kept=on_kept,
             )
     except (Exception, *INTERRUPTS) as error:
         # After a retry of the flow Prefect may raise what an earlier try has ended with.
@@ -263,6 +270,33 @@ def refresh(
     else:
         print_facts(Console(), (dry_run_facts(result) if dry_run else batch_facts(result)) | run.facts())
     return DONE
+
+
+@app.command
+def outbox(*, archive: Annotated[bool, Parameter(negative="")] = False, output: Output | None = None) -> int:
+    """List what was paid for on this machine and is not archived yet: pictures, and answers without a picture.
+
+    Args:
+        archive: Archive the pictures too, each under the name of its job; that costs nothing.
+        output: Output options.
+    """
+    from prefect_segmind.cli.outbox import look
+
+    output = output or Output()
+    _prepare_for_interrupts()
+    try:
+        check_environment()
+        found = look(archive=archive)
+    except (Exception, *INTERRUPTS) as error:
+        if output.json:
+            print_json({"files": [], "error": message(error)})
+        return show_failure(error, output.verbose)
+    if output.json:
+        print_json({"files": [each.model_dump(mode="json") for each in found]})
+    else:
+        facts = {str(number): each.sentence() for number, each in enumerate(found, start=1)}
+        print_facts(Console(), facts or {"outbox": "nothing waits to be archived"})
+    return FAILED if any(each.problem for each in found) else DONE
 
 
 @app.command

@@ -193,7 +193,7 @@ def dry_run_facts(result: BatchResult) -> dict[str, str]:
     facts |= {f"job {number}": each.sentence() for number, each in enumerate(shown, start=1)}
     if result.total > len(shown):
         facts["and"] = f"{result.total - len(shown)} more"
-    listed = sum(each.needs == "fail" for each in shown)
+    listed = sum(each.needs in ("fail", "kept elsewhere") for each in shown)
     failing = [each for each in result.failures if each.name not in {job.name for job in shown}]
     for number, failure in enumerate(failing[:SHOWN_FAILURES], start=1):
         facts[f"fails {number}"] = f"{failure.name}: {failure.error}"

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from prefect_segmind.images.conversion import thumbnail
 from prefect_segmind.images.inspection import MAX_RATIO, BrokenPicture
+from prefect_segmind.images.memory import MEMORY, bytes_to_make
 
 MAX_SIDE: Final = 4000
 """The longer side of a sheet in pixels, unless its cells would become too small to be of use."""
@@ -86,7 +87,9 @@ def contact_sheet(
         return _Sheet(unit, ratio, names, headings, _plain(title), None if original is None else (own or [ratio])[0])
 
     fitting = bisect(_UNITS, MAX_SIDE, key=lambda unit: max(sheet(unit).size))
-    return sheet(_UNITS[max(0, fitting - 1)]).draw(grid, original)
+    chosen = sheet(_UNITS[max(0, fitting - 1)])
+    with MEMORY.taken(bytes_to_make(chosen.size[0] * chosen.size[1])):
+        return chosen.draw(grid, original)
 
 
 class _Sheet:

@@ -20,6 +20,7 @@ from prefect_segmind.images.inspection import (
     MAX_PIXELS,
     MAX_RATIO,
     SourceImage,
+    decoded_pixels,
     decoding,
     exif_orientation,
     file_type,
@@ -27,6 +28,7 @@ from prefect_segmind.images.inspection import (
     load_picture,
     open_picture,
 )
+from prefect_segmind.images.memory import MEMORY, bytes_to_convert, bytes_to_decode, bytes_to_make
 
 _PROFILE_MODES: Final = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # colour spaces in an ICC profile's header
 # How to turn a picture with one of the orientations 2 to 8 of the EXIF standard.
@@ -78,8 +80,10 @@ def prepare(data: bytes, source: SourceImage) -> PreparedImage:
     """
     if not source.changes:
         return PreparedImage(data, *file_type(source.format), source.sha256)
-    image = load_picture(open_picture(data), data)
-    with decoding(data):
+    image = open_picture(data)
+    needed = bytes_to_decode(image, decoded_pixels(image, data), data) + bytes_to_convert(image)
+    with MEMORY.taken(needed + bytes_to_make(min(image.width * image.height, MAX_PIXELS))), decoding(data):
+        load_picture(image, data)
         upright = upright_srgb(image, fitted_size(image.size, MAX_PIXELS))
         file, format = _encode(upright)
         while len(file) > MAX_BYTES:
@@ -104,11 +108,12 @@ def thumbnail(data: bytes, max_width: int = 380) -> bytes:
         BrokenPicture: It does not decode.
     """
     image = open_picture(data)
+    pixels = decoded_pixels(image, data)
     with decoding(data):
         # A JPEG is then decoded at an eighth to a half of its size, and of a HEIF the thumbnail that suffices.
         image.draft(None, (max_width, max_width))
-    load_picture(image, data)
-    with decoding(data):
+    with MEMORY.taken(bytes_to_decode(image, pixels, data) + bytes_to_convert(image)), decoding(data):
+        load_picture(image, data)
         width, height = image.size if exif_orientation(image) < 5 else image.size[::-1]
         scale = min(1.0, max_width / width, MAX_RATIO * max_width / height)
         small = upright_srgb(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.errors import SourceImageError
 from prefect_segmind.images.container import full_pages, is_truncated, split_png, strip_metadata
+from prefect_segmind.images.memory import MEMORY, bytes_to_decode
 
 MAX_BYTES: Final = 10_000_000
 """The largest file that the API accepts, according to the provider's documentation."""
@@ -139,18 +140,19 @@ def inspect(data: bytes, label: str, *, allow_extreme_ratio: bool = False) -> So
         if _has_several(image, data):
             remedy = "save the picture to use as PNG or JPEG"
             raise BrokenPicture(f"is animated or has several pages ({image.format})", remedy)
-        load_picture(image, data)
+        facts = _facts(image, data)
+        with _checked_whole(image, data):
+            orientation = exif_orientation(image)
+            width, height = (facts["width"], facts["height"])[:: 1 if orientation < 5 else -1]
+            changes = tuple(_changes(image, data, (width, height), orientation))
     except BrokenPicture as broken:
         raise SourceImageError(f"image: {label} {broken}; {broken.remedy}") from None
-    orientation = exif_orientation(image)
-    width, height = image.size if orientation < 5 else image.size[::-1]
     if max(width, height) > MAX_RATIO * min(width, height) and not allow_extreme_ratio:
         raise SourceImageError(
             f"image: {label} has {width}×{height} pixels, and the model's side ratios end at 1:3 and 3:1; "
             "crop it, or set allow_extreme_ratio to let the model crop it"
         )
-    facts: dict[str, Any] = {**_facts(image, data), "width": width, "height": height}
-    return SourceImage(**facts, changes=tuple(_changes(image, data, (width, height), orientation)))
+    return SourceImage(**{**facts, "width": width, "height": height}, changes=changes)
 
 
 def read_picture(path: Path) -> Picture:
@@ -184,12 +186,32 @@ def picture_of(data: bytes) -> Picture:
     image = open_picture(data)
     facts = _facts(image, data)
     content_type, extension = file_type(facts["format"])
-    if facts["format"] in ("JPEG", "MPO"):
+    with _checked_whole(image, data):
+        pass
+    return Picture(**facts, content_type=content_type, extension=extension)
+
+
+@contextmanager
+def _checked_whole(image: ImageFile.ImageFile, data: bytes) -> Iterator[None]:
+    """Decodes all the data of an opened picture, and keeps the memory for it taken until the end of the block."""
+    pixels = decoded_pixels(image, data)
+    if image.format in ("JPEG", "MPO"):
         with decoding(data):
             # All of its data is still read, so that damage shows, but at an eighth of the size.
             image.draft(None, (1, 1))
-    load_picture(image, data)
-    return Picture(**facts, content_type=content_type, extension=extension)
+    with MEMORY.taken(bytes_to_decode(image, pixels, data)):
+        load_picture(image, data)
+        yield
+
+
+def decoded_pixels(image: ImageFile.ImageFile, data: bytes) -> int:
+    """The number of pixels that are decoded of a picture.
+
+    Args:
+        image: The picture, as `open_picture` returns it.
+        data: The file.
+    """
+    return max(width * height for width, height in (image.size, *_coded_sizes(image, data)))
 
 
 def _facts(image: ImageFile.ImageFile, data: bytes) -> dict[str, Any]:

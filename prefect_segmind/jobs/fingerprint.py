@@ -26,7 +26,7 @@ def fingerprint(source: str, parameters: Mapping[str, object]) -> str:
     """SHA-256, in hex, of everything that changes the picture.
 
     Args:
-        source: SHA-256 of the source image's content, or of its URL where it cannot be read.
+        source: SHA-256 of the source image's content; earlier versions took that of its URL where it could not be read.
         parameters: Every parameter of the request but `image_file`, the seed included. Not the attempt, the host, the
             key or the job's name: they do not change the picture.
 

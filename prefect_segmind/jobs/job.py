@@ -9,7 +9,7 @@ from enum import Enum
 from functools import cached_property
 from pathlib import PurePath, PurePosixPath
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,7 @@ from prefect_segmind.api.request import (
 )
 from prefect_segmind.api.resolutions import AUTO, DEFAULT_RESOLUTION, similar_resolution
 from prefect_segmind.errors import InvalidJobError, redact
+from prefect_segmind.jobs.address import SecretAddress, UnclearAddress, check_address
 from prefect_segmind.text import BLANK, Spelled, as_written, spelled, stripped
 
 ALLOWED = {
@@ -58,7 +59,12 @@ LONGEST_NAME = 120
 _NAME_BYTES = 200  # file systems allow 255 in a segment
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
 _STEM_ENDS = re.compile(rf"\A(?:{BLANK}|[.-])+|(?:{BLANK}|[.-])+\Z")
-_SIGNATURE = re.compile(r"(?i).*(signature|token|sig)|key-pair-id")
+_SCHEME = re.compile(r"(?i)(?:https?|s3):")
+_SECRET = "holds a secret, which the run's parameters would keep; give the s3:// address instead"
+_UNCLEAR = (
+    "may hold a secret in its query or fragment, which the run's parameters would keep; only plain parameters are "
+    "taken, such as ?w=800&q=80&v=3: leave the others out, or give a file or an s3:// address instead"
+)
 
 
 def _safe_name(name: str) -> str:
@@ -75,19 +81,25 @@ def _image_location(image: object) -> object:
     if not isinstance(text, str):
         raise ValueError("not a text")
     if "://" not in text:
+        if _SCHEME.match(text):
+            raise ValueError("unsupported address")
         return text
     scheme, _, rest = text.partition("://")
     if (scheme := scheme.lower()) == "s3":
         host, _, path = rest.partition("/")
-        secret = "@" in host
+        if "@" in host:
+            raise ValueError(_SECRET)
     else:
         parts = urlsplit(text)
         host, path = parts.netloc, parts.path.strip("/")
-        secret = "@" in host or any(_SIGNATURE.fullmatch(name) for name, _ in parse_qsl(parts.query))
+        try:
+            check_address(text)
+        except SecretAddress:
+            raise ValueError(_SECRET) from None
+        except UnclearAddress:
+            raise ValueError(_UNCLEAR) from None
     if scheme not in ("s3", "http", "https") or not host or not path:
         raise ValueError("unsupported address")
-    if secret:
-        raise ValueError("holds a secret, which the run's parameters would keep; give the s3:// address instead")
     return f"{scheme}://{rest}"
 
 
@@ -278,8 +290,10 @@ def describe_mistake(field: str, mistake: ErrorDetails, allowed: str | None = No
         return f"{field}: missing; needed is {allowed}"
     value = mistake["input"]
     given = shown(repr(value.value if isinstance(value, Enum) else value))
-    if "secret" in mistake["msg"]:
-        return f"{field}: {given} {mistake['msg'].removeprefix('Value error, ')}"
+    if (problem := mistake["msg"].removeprefix("Value error, ")) in (_SECRET, _UNCLEAR):
+        scheme, _, rest = str(value).partition("://")
+        host = re.split(r"[/?#]", rest)[0].rpartition("@")[2]
+        return f"{field}: {shown(repr(f'{scheme}://{host}/…'))} {problem}"
     near = nearest_value(field, value)
     return f"{field}: {given} is not allowed; allowed is {allowed}." + (f" Did you mean {near}?" if near else "")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,9 @@ from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.sidecar import sidecar
 from prefect_segmind.storage.disk_errors import reason
+
+_WAITS = (0.0, 0.1, 0.3, 1.0, 2.0)
+"""Seconds before a record is read and written again that another run has written meanwhile."""
 
 
 class ArchivedImage(BaseModel):
@@ -132,7 +136,7 @@ class Archiving:
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
         self._record_done(held if held and held.run == generated.run else None, before, archived)
-        self.outbox.remove(fingerprint)
+        replace(self.outbox, also=(*self.outbox.also, path.parent)).remove(fingerprint, picture.sha256)
         return self._result(generated, image, beside_key)
 
     def _record_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
@@ -143,15 +147,17 @@ class Archiving:
                 return
             except PreconditionFailedError:
                 held.release()  # the claim was lost meanwhile
-        while True:
+        for wait in (*_WAITS, None):
             found = self.archive.read(before.fingerprint)
             if found is not None and found.record.state == "done":
                 return
             try:
                 self.archive.write(archived(found.record if found else before), found.etag if found else None)
                 return
-            except PreconditionFailedError:
-                continue  # another run came in between: look again
+            except PreconditionFailedError:  # another run came in between: look again
+                if wait is None:
+                    raise
+                time.sleep(wait)
 
     def _reuse(self, generated: GeneratedImage, flow_run_id: str | None) -> ArchivedImage:
         found = self.archive.read(generated.job.fingerprint)
@@ -165,7 +171,7 @@ class Archiving:
             image = self.archive.put_picture(generated.name, record.fingerprint, picture, data)
             copied_from = self.archive.store.uri(found.record.image)
             beside_key = self.archive.put_sidecar(image, sidecar(generated, record, flow_run_id, copied_from))
-        self.outbox.remove(record.fingerprint)
+        self.outbox.remove(record.fingerprint, picture.sha256)
         return self._result(generated, image, beside_key)
 
     def _result(self, generated: GeneratedImage, image: str, beside: str) -> ArchivedImage:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +14,18 @@ from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive, RecordRead
 from prefect_segmind.archive.leases import held_claim, held_elsewhere, held_on_this_host, settle
-from prefect_segmind.archive.outbox import Outbox, OutboxEntry
-from prefect_segmind.archive.record import Attempt, OnUnknown, Run, Verdict, past_requests, verdict
-from prefect_segmind.errors import ApiError
+from prefect_segmind.archive.outbox import Outbox, OutboxEntry, path_and_host
+from prefect_segmind.archive.record import Attempt, OnKept, OnUnknown, Run, Verdict, past_requests, verdict
+from prefect_segmind.errors import ApiError, OutboxError, PreconditionFailedError
 from prefect_segmind.images.inspection import Picture
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.pipeline.validate import ValidatedJob
+
+KEPT_REMEDY = (
+    'nothing is paid again: run the same job there, or "prefect-segmind outbox --archive", or bring the file back; '
+    'on_kept="repay" pays once more'
+)
+"""What to do about a picture that is kept elsewhere."""
 
 
 class Finding(NamedTuple):
@@ -54,18 +62,33 @@ class Finding(NamedTuple):
         Returns:
             The description, for a message; None if there was no such request.
         """
+        if self.record and (kept := self.record.record.kept_picture):
+            return kept_elsewhere(name, kept)
         if self.unreadable:
             places = ", ".join(map(str, self.unreadable))
             return f"{name} was paid for, and the answer cannot be read as a picture: {places}"
-        if kept := next((each for each in reversed(self.attempts) if each.kept), None):
-            what = "the answer, which could not be read as a picture," if kept.reason else "its picture"
-            return f"{name} was paid for, and {what} is in {kept.kept}, out of reach (run the same job there)"
+        if kept := next((each.kept for each in reversed(self.attempts) if each.kept), None):
+            what = "the answer, which could not be read as a picture,"
+            return f"{name} was paid for, and {what} is in {kept}, out of reach (run the same job there)"
         if any(each.paid_for_nothing for each in self.attempts):
             return f"{name} was paid for, and the answer was empty"
         if lost := next((each for each in reversed(self.attempts) if each.possibly_billed is not False), None):
             why = f" ({lost.reason})" if lost.reason else ""
             return f"an earlier request for {name} may have been billed without bringing a picture{why}"
         return None
+
+
+def kept_elsewhere(name: str, kept: str) -> str:
+    """Describes a picture that was paid for and that this machine cannot read.
+
+    Args:
+        name: The name of its job.
+        kept: Its path and host, as in `Attempt.kept`.
+    """
+    path, host = path_and_host(kept)
+    if host == socket.gethostname():
+        return f"{name} was paid for, and its picture was in {path} on this machine and is gone"
+    return f"{name} was paid for, and its picture is in {path} on {host}, out of reach"
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,7 @@ class LookUp:
         open_client: Makes the client that reads kept answers again.
         ledger: Receives the earlier requests that this run has to report.
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
+        on_kept: Whether a picture is paid for again that is paid for and lies in an outbox out of reach.
     """
 
     archive: Archive
@@ -85,9 +109,10 @@ class LookUp:
     open_client: Callable[[], SegmindClient]
     ledger: Ledger
     on_unknown: OnUnknown = "repay"
+    on_kept: OnKept = "wait"
 
     def as_paid_for(self, job: ValidatedJob) -> ValidatedJob:
-        """The job under the fingerprint that it had in an earlier version, if it has been paid for under that one.
+        """The job under a fingerprint that it had in an earlier version, if it has been paid for under that one.
 
         Args:
             job: The job.
@@ -95,12 +120,15 @@ class LookUp:
         Raises:
             StoreError: A record cannot be read.
         """
-        earlier = job.earlier
-        if earlier is None or self.archive.read(job.fingerprint):
+        if not job.earlier or self.archive.read(job.fingerprint):
             return job
-        found = self.archive.read(earlier.fingerprint)
-        paid = found and (found.record.state == "done" or found.record.outcome_unknown(Run("")))
-        return earlier if paid or self._in_outbox(earlier, unfinished=True) else job
+        return next(filter(self._is_paid_for, job.earlier), job)
+
+    def _is_paid_for(self, job: ValidatedJob) -> bool:
+        found = self.archive.read(job.fingerprint)
+        record = found.record if found else None
+        paid = record and (record.state == "done" or record.kept_picture or record.outcome_unknown(Run("")))
+        return bool(paid or _in_outbox(self.outbox, job, unfinished=True))
 
     def look_up(self, job: ValidatedJob, run: Run, log: logging.Logger, *, read_again: bool = True) -> Finding:
         """Finds out what is to be done for a job now.
@@ -120,20 +148,31 @@ class LookUp:
         found = self._read(job, run)
         elsewhere = held_elsewhere(self.archive, found, run.id)
         done = found is not None and found.record.state == "done"
-        kept = None if done else self._in_outbox(job, unfinished=not elsewhere)
+        outbox = self.outbox
+        if found and not (done or elsewhere):  # another outbox of this machine, or a volume that machines share
+            places = (each.kept for each in found.record.attempts if each.kept)
+            outbox = outbox.reaching(job.fingerprint, places)
+        kept = None if done else _in_outbox(outbox, job, unfinished=not elsewhere)
         if read_again and not (done or kept or elsewhere):
             # Another run may have read the same answer meanwhile, and put its picture there.
-            kept = self._read_again(job, run, log) or self._in_outbox(job, unfinished=True)
-        unreadable = () if done or kept or elsewhere else tuple(self.outbox.answers(job.fingerprint))
+            kept = self._read_again(outbox, job, run, log) or _in_outbox(outbox, job, unfinished=True)
+        if found and not (done or kept or elsewhere) and found.record.may_be_archived_by_another(run):
+            found = self._finished(job, found, log)
+            done = found.record.state == "done"
+        unreadable = () if done or kept or elsewhere else tuple(outbox.answers(job.fingerprint))
         what = verdict(
             found.record if found else None,
             run=run,
             in_outbox=kept is not None and not held_on_this_host(self.archive, found, run.id),
             held_elsewhere=elsewhere,
             on_unknown=self.on_unknown,
+            on_kept=self.on_kept,
             unreadable=bool(unreadable),
         )
-        return Finding(what, found, kept, unreadable)
+        finding = Finding(what, found, kept, unreadable)
+        if (picture := kept[1].paid if kept else finding.archived) and not elsewhere:
+            _report_others(job, outbox, picture, log)
+        return finding
 
     def is_unchanged(self, job: ValidatedJob, finding: Finding) -> bool:
         """Whether the record is still as it was found: no other run has claimed or archived the picture meanwhile.
@@ -161,10 +200,31 @@ class LookUp:
         self.ledger.carry(job.fingerprint, past, run.id)
         return found
 
-    def _in_outbox(self, job: ValidatedJob, *, unfinished: bool) -> tuple[Path, OutboxEntry] | None:
-        return self.outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=unfinished)
+    def _finished(self, job: ValidatedJob, found: RecordRead, log: logging.Logger) -> RecordRead:
+        """The record of a run that died between the sidecar and the record, finished from the sidecar.
 
-    def _read_again(self, job: ValidatedJob, run: Run, log: logging.Logger) -> tuple[Path, OutboxEntry] | None:
+        Args:
+            job: The job.
+            found: Its record.
+            log: Logs that it was found.
+
+        Returns:
+            The record as it is now; unchanged if the archive has no sidecar of the picture.
+
+        Raises:
+            StoreError: The archive cannot be listed, or the picture beside the sidecar is gone.
+        """
+        record = self.archive.by_sidecar(found.record, job.name)
+        if record is None:
+            return found
+        with suppress(PreconditionFailedError):  # another run has written it meanwhile
+            self.archive.write(record, found.etag)
+            log.info("%s was archived by a run that ended before it could write that into the record", job.name)
+        return self.archive.read(job.fingerprint) or found
+
+    def _read_again(
+        self, outbox: Outbox, job: ValidatedJob, run: Run, log: logging.Logger
+    ) -> tuple[Path, OutboxEntry] | None:
         """The picture in an answer that could not be read before: by now its link, or a newer version, may work."""
 
         def read(body: Path, found: Path) -> Picture:
@@ -175,4 +235,17 @@ class LookUp:
                 log.info("read again, %s still does not hold a picture: %s", body, error)
                 raise
 
-        return self.outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
+        return outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
+
+
+def _report_others(job: ValidatedJob, outbox: Outbox, picture: PaidPicture, log: logging.Logger) -> None:
+    with suppress(OutboxError):  # what is archived needs no outbox
+        for path in outbox.others(job.fingerprint, picture.sha256):
+            log.warning(
+                "%s was paid for more than once: another picture of it stays in the outbox until you move it, %s",
+                *(job.name, path),
+            )
+
+
+def _in_outbox(outbox: Outbox, job: ValidatedJob, *, unfinished: bool) -> tuple[Path, OutboxEntry] | None:
+    return outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=unfinished)

@@ -18,7 +18,7 @@ from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import Claim, claim, give_up, held_claim, this_process
-from prefect_segmind.archive.outbox import Outbox, OutboxEntry
+from prefect_segmind.archive.outbox import Asked, Outbox, OutboxEntry
 from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run, past_requests
 from prefect_segmind.errors import ApiError, Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.limits.admission import Gate
@@ -131,9 +131,11 @@ class Cashier:
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             StoreError: The record cannot be written; nothing was paid.
         """
+        about = job.model_dump(mode="json")
+        asked = Asked(job=about, source_uri=uploaded.uri, archive=self.archive.url, run=run.id)
         with (
             self.gate.admit(job.price_usd, job.name) as admission,
-            self.outbox.receive(job.fingerprint, run.id) as part,
+            self.outbox.receive(job.fingerprint, run.id, asked) as part,
             self.open_client() as client,
         ):
             request = job.request(self.address(uploaded.uri))
@@ -160,7 +162,7 @@ class Cashier:
             try:
                 paid = client.generate(request, part, before_sending)
                 admission.paid(paid.cost_usd, paid.paid_at)
-                entry = OutboxEntry(paid=paid, attempts=held.record.attempts)
+                entry = OutboxEntry(paid=paid, attempts=held.record.attempts, **asked.model_dump())
                 path = self.outbox.keep(job.fingerprint, part, entry)
             except BaseException as error:
                 if admission.request is None and not isinstance(error, ApiError):

@@ -15,12 +15,12 @@ from typing import Literal
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.leases import not_renewed
 from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, Record, Run, Verdict, past_requests
-from prefect_segmind.errors import OutcomeUnknownError, SegmindError
+from prefect_segmind.errors import KeptElsewhereError, OutcomeUnknownError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
-from prefect_segmind.pipeline.look_up import Finding, LookUp
+from prefect_segmind.pipeline.look_up import KEPT_REMEDY, Finding, LookUp
 from prefect_segmind.pipeline.pay import Cashier, GeneratedImage
 from prefect_segmind.pipeline.publish import Publisher
 from prefect_segmind.pipeline.source import SourceReader
@@ -115,6 +115,8 @@ class Pipeline:
 
         Raises:
             ApiError: The request failed; its `decision` says whether and when to try again.
+            InvalidJobError: Nothing can be archived under the name of the job.
+            KeptElsewhereError: It is paid for and lies in an outbox out of reach, and `on_kept` is `wait`.
             NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`; or as many of this
@@ -152,6 +154,7 @@ class Pipeline:
             if finding.verdict is Verdict.PAY:
                 with self.gate.first(job.fingerprint) as first:
                     if first:
+                        self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
                         if paid := self.cashier.pay(job, uploaded, finding, run, log):
                             return self._generated(job, run, "generated", *paid, uploaded.uri)
@@ -166,10 +169,10 @@ class Pipeline:
                 self.gate.picture(entry.paid.paid_at)
                 attempts = finding.attempts if finding.record else entry.attempts
                 return self._generated(job, run, "recovered", path, entry.paid, attempts)
-            elif finding.verdict is Verdict.REFUSE:
-                if not self.look_up.is_unchanged(job, finding):
-                    continue  # the run that held it has just told its outcome
-                raise self._refusal(job, finding)
+            elif finding.verdict in (Verdict.REFUSE, Verdict.KEPT):
+                if self.look_up.is_unchanged(job, finding):
+                    raise self._refusal(job, finding)
+                continue  # another run has archived it, or pays for it, since the record was read
             elif not announced:
                 log.info("waiting: another run is paying for %s at this moment", job.name)
                 announced = True
@@ -207,8 +210,11 @@ class Pipeline:
             **self.ledger.account(job.fingerprint, run.id)._asdict(),
         )
 
-    def _refusal(self, job: ValidatedJob, finding: Finding) -> OutcomeUnknownError:
-        by_policy = self.look_up.on_unknown == "fail"
+    def _refusal(self, job: ValidatedJob, finding: Finding) -> SegmindError:
+        if finding.verdict is Verdict.KEPT:
+            return KeptElsewhereError(f"{finding.unresolved(job.name)}; {KEPT_REMEDY}")
+        seen = finding.record is not None and finding.record.record.kept_picture is not None
+        by_policy = self.look_up.on_unknown == "fail" and not seen
         forbidden = 'on_unknown is "fail"' if by_policy else "this flow run sends no more for it"
         allowed = 'on_unknown="repay"' if by_policy else "a new run"
         return OutcomeUnknownError(

@@ -31,12 +31,13 @@ def sidecar(
         The JSON object.
     """
     job, picture = generated.job, generated.picture
+    by_content = job.source_sha256 == job.source.sha256  # an earlier version may have paid for what was at the address
     return {
         "schema_version": 1,
         "fingerprint": job.fingerprint,
         "job": job.job.model_dump(mode="json"),
         "request": {"image_file": generated.source_uri, **job.parameters},
-        "source": job.source.model_dump(mode="json") if job.source else {"sha256_of_url": job.source_sha256},
+        "source": job.source.model_dump(mode="json") if by_content else {"sha256_of_url": job.source_sha256},
         "output": picture.model_dump(mode="json", include=_OF_OUTPUT),
         "seed": picture.seed,
         "cost_usd": "0.00" if copied_from else usd(picture.cost_usd),

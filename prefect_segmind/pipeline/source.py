@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefect_segmind.errors import SourceImageError, StoreError, redact
+from prefect_segmind.errors import SourceImageError, StoreError
 from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download_bytes
 from prefect_segmind.storage.open_store import is_s3
@@ -22,8 +23,10 @@ LOCAL_LIMIT = 250_000_000
 """The most bytes of a local file that are read; no photo has more."""
 
 
-class UnreadableSource(Exception):
-    """An http source does not answer this machine; the provider may still be able to GET it."""
+_WAITS = (0.5, 2.0)
+"""Seconds before an http source that did not answer is asked again."""
+_PATIENCE = 20.0
+"""Seconds after which it is not asked again."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,7 @@ class SourceReader:
 
         Raises:
             SourceImageError: It is missing, a folder, unreadable, too large, or at an address that is refused.
-            UnreadableSource: It is an http source that does not answer with 200.
-            StoreError: S3 refuses or does not answer.
+            StoreError: S3 refuses or does not answer, or an http source fails in a way that may pass.
         """
         if is_s3(image):
             from prefect_segmind.storage import s3
@@ -87,17 +89,31 @@ class SourceReader:
         return _read_file(image)
 
     def _read_http(self, url: str) -> bytes:
+        """Reads an http source, again where a failure may pass: what a picture is must not depend on the weather."""
         destination = Destination(allow_private=self.allow_private, allow_loopback=self.allow_loopback)
-        try:
-            return download_bytes(url, limit=REMOTE_LIMIT, destination=destination)
-        except DownloadError as error:
-            if error.refused:
-                raise SourceImageError(
-                    f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true to allow it)"
-                ) from None
-            if error.too_large:
-                raise SourceImageError(f"image: {error}; the provider takes 10 MB, make it smaller") from None
-            raise UnreadableSource(redact(str(error))) from None
+        began = time.monotonic()
+        for wait in (*_WAITS, None):
+            try:
+                return download_bytes(url, limit=REMOTE_LIMIT, destination=destination)
+            except DownloadError as error:
+                if error.refused:
+                    raise SourceImageError(
+                        f"image: {error} (set PREFECT_INTEGRATIONS_SEGMIND_ALLOW_PRIVATE_SOURCES=true to allow it)"
+                    ) from None
+                if error.too_large:
+                    raise SourceImageError(f"image: {error}; the provider takes 10 MB, make it smaller") from None
+                if not error.retryable:
+                    raise SourceImageError(
+                        f"image: {error}; the job is identified by the image's content, which must be readable from "
+                        "here: check the address, or give the file or an s3:// address"
+                    ) from None
+                if wait is None or time.monotonic() - began > _PATIENCE:
+                    raise StoreError(
+                        f"image: {error}, asked more than once; run again later, or give the file or an s3:// address",
+                        status=error.status,
+                    ) from None
+                time.sleep(wait)
+        raise AssertionError  # the last round returns or raises
 
 
 def _read_file(image: str) -> bytes:

@@ -25,8 +25,8 @@ class UploadedImage(BaseModel):
 
     Attributes:
         uri: `s3://bucket/prefix/{sha256}.{ext}`, or the source's own `s3://` or `http(s)://` address.
-        sha256: The SHA-256 of the file there; None if it could not be read.
-        size_bytes: The size of the file there; None if it could not be read.
+        sha256: The SHA-256 of the file there.
+        size_bytes: The size of the file there.
         uploaded: Whether it was written just now; False if the same content was there already.
         warnings: What people should know before a picture of it is paid for.
     """
@@ -34,8 +34,8 @@ class UploadedImage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
-    sha256: str | None
-    size_bytes: int | None
+    sha256: str
+    size_bytes: int
     uploaded: bool
     warnings: tuple[str, ...] = ()
 
@@ -72,11 +72,13 @@ class Uploads:
         """
         image, source = job.job.image, job.source
         remote = is_s3(image) or image.startswith(("http://", "https://"))
-        if source is None or (remote and not source.changes):
-            size = source.size_bytes if source else None
-            sha256 = source.sha256 if source else None
+        if remote and not source.changes:
             return UploadedImage(
-                uri=image, sha256=sha256, size_bytes=size, uploaded=False, warnings=self._short_lived(image)
+                uri=image,
+                sha256=source.sha256,
+                size_bytes=source.size_bytes,
+                uploaded=False,
+                warnings=self._short_lived(image),
             )
         place = self.checked_place()
         data = reader.read(image)

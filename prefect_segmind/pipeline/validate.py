@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -12,12 +13,11 @@ from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.api.resolutions import AUTO, crop_loss, nearest_resolution
-from prefect_segmind.errors import SourceImageError
 from prefect_segmind.images.inspection import SourceImage, inspect
 from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import LIST_PRICE_USD
-from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
+from prefect_segmind.pipeline.source import SourceReader
 
 CROP_WARNING = 0.10
 """The share of a source's area that may be cropped away without a warning."""
@@ -28,8 +28,8 @@ class ValidatedJob(BaseModel):
 
     Attributes:
         job: The job as it was asked for.
-        source: The inspected source image; None if it could not be read.
-        source_sha256: The SHA-256 of its content, or of its URL if it could not be read.
+        source: The inspected source image.
+        source_sha256: The SHA-256 of its content; for a job in `earlier`, it may be that of its URL.
         parameters: Every parameter of the request except `image_file`, with seed and resolution resolved.
         fingerprint: The SHA-256 that identifies the picture.
         price_usd: The expected price.
@@ -39,7 +39,7 @@ class ValidatedJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     job: Job
-    source: SourceImage | None
+    source: SourceImage
     source_sha256: str
     parameters: dict[str, Any]
     fingerprint: str
@@ -62,24 +62,30 @@ class ValidatedJob(BaseModel):
         return int(self.parameters["seed"])
 
     @property
-    def earlier(self) -> ValidatedJob | None:
-        """The job with its texts as they were written, as earlier versions sent them; None if that is the same.
+    def earlier(self) -> tuple[ValidatedJob, ...]:
+        """The job as earlier versions may have known it: its picture may have been paid for then, as one of these.
 
-        Its picture may have been paid for then, under that fingerprint and with that seed.
+        They took texts as they were written, and an image at an http(s) address that they could not read by the
+        SHA-256 of that address.
         """
-        if not self.job.written:
-            return None
-        parameters = {**self.parameters, **self.job.written}
+        sources = [self.source_sha256]
+        if self.job.image.startswith(("http://", "https://")) and self.job.resolution != AUTO:
+            sources.append(hashlib.sha256(self.job.image.encode()).hexdigest())
+        texts = [{}, self.job.written] if self.job.written else [{}]
+        return tuple(self._known_by(source, written) for source in sources for written in texts)[1:]
+
+    def _known_by(self, source: str, written: Mapping[str, str]) -> ValidatedJob:
+        parameters = {**self.parameters, **written}
         if self.job.seed is None:
             del parameters["seed"]
-            parameters["seed"] = derived_seed(self.source_sha256, parameters)
-        was = fingerprint(self.source_sha256, parameters)
-        return self.model_copy(update={"parameters": parameters, "fingerprint": was})
+            parameters["seed"] = derived_seed(source, parameters)
+        was = fingerprint(source, parameters)
+        return self.model_copy(update={"source_sha256": source, "parameters": parameters, "fingerprint": was})
 
     @property
     def known_as(self) -> tuple[ValidatedJob, ...]:
-        """The job, and `earlier` if there is one."""
-        return tuple(filter(None, (self, self.earlier)))
+        """The job, and as earlier versions may have known it."""
+        return (self, *self.earlier)
 
     def request(self, image_file: str) -> ImageToImageRequest:
         """The request to send.
@@ -96,14 +102,12 @@ class InspectedSource:
     """A source image, apart from the jobs that use it.
 
     Attributes:
-        image: The inspected image; None if it could not be read.
-        sha256: The SHA-256 of its content, or of its URL if it could not be read.
+        image: The inspected image.
         warnings: What people should know before a picture of it is paid for.
         location: Where it was found; None if that is the location given.
     """
 
-    image: SourceImage | None
-    sha256: str
+    image: SourceImage
     warnings: tuple[str, ...] = ()
     location: str | None = None
 
@@ -116,21 +120,14 @@ def inspect_source(image: str, reader: SourceReader, *, allow_extreme_ratio: boo
         reader: Reads it.
         allow_extreme_ratio: Whether side ratios beyond 1:3 and 3:1 are accepted.
 
-    Returns:
-        The image; unread, with a warning, if only the provider may be able to read it.
-
     Raises:
         SourceImageError: It cannot be used; the message says why and what to do.
-        StoreError: It is in S3 and cannot be read.
+        StoreError: It is in S3 or at an address, and cannot be read at this moment.
     """
     location = reader.locate(image)
-    try:
-        found = inspect(reader.read(location), image, allow_extreme_ratio=allow_extreme_ratio)
-    except UnreadableSource as error:
-        warning = f"the image could not be read from here ({error}); it goes to the provider unchecked"
-        return InspectedSource(None, hashlib.sha256(image.encode()).hexdigest(), (warning,))
+    found = inspect(reader.read(location), image, allow_extreme_ratio=allow_extreme_ratio)
     warnings = tuple(f"the image is {change}" for change in found.changes)
-    return InspectedSource(found, found.sha256, warnings, None if location == image else location)
+    return InspectedSource(found, warnings, None if location == image else location)
 
 
 def resolve(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRICE_USD) -> ValidatedJob:
@@ -140,9 +137,6 @@ def resolve(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRIC
         job: The job; a `random` seed is drawn by chance.
         source: Its source image.
         price_usd: The price of a picture.
-
-    Raises:
-        SourceImageError: The resolution is `AUTO`, and the image could not be read.
     """
     if source.location is not None:
         job = job.model_copy(update={"image": source.location})
@@ -152,15 +146,15 @@ def resolve(job: Job, source: InspectedSource, *, price_usd: Decimal = LIST_PRIC
     if job.negative_prompt:
         warnings.append("negative_prompt may be ignored: Ideogram documents it for other versions than 2a")
     if job.seed is None:
-        parameters["seed"] = derived_seed(source.sha256, parameters)
+        parameters["seed"] = derived_seed(source.image.sha256, parameters)
     elif job.seed == "random":
         parameters["seed"] = with_drawn_seed(job).seed
     return ValidatedJob(
         job=job,
         source=source.image,
-        source_sha256=source.sha256,
+        source_sha256=source.image.sha256,
         parameters=parameters,
-        fingerprint=fingerprint(source.sha256, parameters),
+        fingerprint=fingerprint(source.image.sha256, parameters),
         price_usd=price_usd,
         warnings=tuple(warnings),
     )
@@ -189,17 +183,13 @@ def validate(job: Job, reader: SourceReader, *, price_usd: Decimal = LIST_PRICE_
 
     Raises:
         SourceImageError: The source cannot be used; the message says why and what to do.
-        StoreError: The source is in S3 and cannot be read.
+        StoreError: The source is in S3 or at an address, and cannot be read at this moment.
     """
     source = inspect_source(job.image, reader, allow_extreme_ratio=job.allow_extreme_ratio)
     return resolve(job, source, price_usd=price_usd)
 
 
-def _resolution(job: Job, source: SourceImage | None, warnings: list[str]) -> str:
-    if source is None:
-        if job.resolution == AUTO:
-            raise SourceImageError("resolution: AUTO needs an image that can be read from here; name one of the 78")
-        return job.resolution
+def _resolution(job: Job, source: SourceImage, warnings: list[str]) -> str:
     nearest = nearest_resolution(source.width, source.height).value
     chosen = nearest if job.resolution == AUTO else job.resolution
     lost = crop_loss(source.width, source.height, chosen)

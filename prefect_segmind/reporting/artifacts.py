@@ -51,7 +51,7 @@ def publish_before_after(
     """
 
     def page() -> list[str]:
-        before = reader.read(job.job.image) if job.source else None
+        before = reader.read(job.job.image)
         after = archive.content(archived.image)
         if after is None:
             raise FileNotFoundError(archived.image)

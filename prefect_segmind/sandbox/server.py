@@ -17,9 +17,12 @@ from typing import Literal
 from fastapi import FastAPI, Request
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefect_segmind.api.client import on_loopback
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION, Resolution
 from prefect_segmind.sandbox import answers
 from prefect_segmind.sandbox.drawing.picture import make_picture, make_sketch
@@ -240,6 +243,30 @@ class SandboxApi:
         return response
 
 
+class OnlyFromHere:
+    """Refuses what a page in a browser has sent, be it by its own name for this machine or across origins.
+
+    The control endpoints need no key. The S3 server has no such check and needs none: it takes signed requests only,
+    and a signature covers the host.
+
+    Args:
+        app: The ASGI application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on if its `Host` and its `Origin`, if it has one, are loopback; else answers with 403."""
+        headers = Headers(scope=scope)
+        app = self._app
+        if not on_loopback(f"http://{headers.get('host', '')}"):
+            app = answers.error(403, "the sandbox answers requests to this machine only: 127.0.0.1, localhost")
+        elif not on_loopback(headers.get("origin", "http://localhost")):
+            app = answers.error(403, "the sandbox answers no page of another origin")
+        await app(scope, receive, send)
+
+
 def create_app(api: SandboxApi) -> FastAPI:
     """The ASGI application: the two endpoints of the API, result links, and the sandbox's controls.
 
@@ -248,6 +275,7 @@ def create_app(api: SandboxApi) -> FastAPI:
     """
     # No documentation pages: they load scripts from another host.
     app = FastAPI(openapi_url=None)
+    app.add_middleware(OnlyFromHere)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

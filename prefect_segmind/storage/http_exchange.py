@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from prefect_segmind._version import __version__
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.text import printable
 
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
@@ -74,6 +75,7 @@ def transport(certificates: Any, proxy: httpx.Proxy | None) -> httpx.HTTPTranspo
         certificates: The `ssl.SSLContext`.
         proxy: The proxy, if any.
     """
+    guard_logs()
     limits = httpx.Limits(max_keepalive_connections=0)
     return httpx.HTTPTransport(verify=certificates, proxy=proxy, trust_env=False, limits=limits)
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from uuid import uuid4
 
 from prefect_segmind.errors import StoreError
-from prefect_segmind.storage.disk_errors import disk_errors
+from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.store import Conditions, StoredObject, require
 
 LOCK_KEY = ".segmind/.lock"
@@ -31,7 +31,7 @@ class LocalStore:
         folder: Created by the first write; a relative path starts at the working directory.
 
     Attributes:
-        folder: Its absolute path.
+        folder: Its absolute path, as it was named.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,8 +39,8 @@ class LocalStore:
 
     @property
     def url(self) -> str:
-        """The absolute path of the folder."""
-        return str(self.folder)
+        """The absolute path of the folder, without symbolic links: one folder has one address."""
+        return os.path.realpath(self.folder)
 
     @property
     def conditions(self) -> Conditions:
@@ -111,6 +111,30 @@ class LocalStore:
             for folder in (path.parent, *above_new):
                 sync(folder)
         return hashlib.sha256(data).hexdigest()
+
+    @property
+    def folds_case(self) -> bool:
+        """Whether the disk takes another spelling of a folder that is there for the same; see `Store.folds_case`."""
+        folder = Path(self.url, LOCK_KEY).parent
+        while not (folder.exists() and folder.name.swapcase() != folder.name) and folder.name:
+            folder = folder.parent
+        try:
+            return bool(folder.name) and folder.with_name(folder.name.swapcase()).samefile(folder)
+        except OSError:
+            return False
+
+    def in_the_way(self, key: str) -> str | None:
+        """A file where the key needs a folder, a folder where it needs a file, or a name too long for the disk."""
+        path = self._path(key)
+        try:
+            for above in path.parents:
+                if os.path.lexists(above):
+                    if not above.is_dir():
+                        return f"{above} is no folder"
+                    break
+            return f"{path} is a folder" if path.is_dir() else None
+        except OSError as error:
+            return f"{path} cannot be used: {reason(error)}"
 
     def holds(self, key: str, data: bytes) -> bool:
         """Whether the file has this content; see `Store.holds`."""

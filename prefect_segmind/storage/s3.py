@@ -10,6 +10,7 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from botocore.config import Config
 
 from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
+from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.storage.s3_errors import LOST, error_code, may_be_the_checksum, s3_errors, status_of
 from prefect_segmind.storage.store import Conditions, StoredObject, require
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectRequestTypeDef, PutObjectRequestTypeDef
 
+_CONFLICT_WAITS = (0.1, 0.3, 1.0, 2.0)
+"""Seconds before a write is tried again that the server refused because of another one in progress."""
 PROBE_KEY = ".segmind/conditional-writes"
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _creating = threading.Lock()
@@ -59,6 +63,7 @@ def s3_client() -> S3Client:
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
         response_checksum_validation="when_required",  # see `ask_for_no_checksums`
     )
+    guard_logs()
     with _creating, s3_errors("make an S3 client"):
         session = boto3.session.Session()  # sessions, unlike clients, are not thread-safe
         client = session.client("s3", config=settings)
@@ -426,7 +431,7 @@ class S3Store:
         is left out once the server has refused it, and under `AWS_REQUEST_CHECKSUM_CALCULATION=when_required`.
 
         Raises:
-            PreconditionFailedError: The condition does not hold, or another write was in progress.
+            PreconditionFailedError: The condition does not hold.
             StoreError: It cannot be written; the subclass says why.
         """
         headers = {} if cache_control is None else {"CacheControl": cache_control}
@@ -435,14 +440,31 @@ class S3Store:
                 headers |= {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": if_match}
             else:
                 require(self.get(key), self.uri(key), if_absent=if_absent, if_match=if_match)
-        try:
-            return self._put(key, data, content_type, **headers)
-        except PreconditionFailedError:
-            # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
-            found = self.get(key)
-            if found is not None and found.data == data:
-                return found.etag
-            raise
+        for wait in (*_CONFLICT_WAITS, None):
+            try:
+                return self._put(key, data, content_type, **headers)
+            except PreconditionFailedError as error:
+                # botocore repeats a put whose answer was lost, and the repeat is refused because of our own object.
+                found = self.get(key)
+                if found is not None and found.data == data:
+                    return found.etag
+                # A 409 says only that another write was in progress, which may have come to nothing.
+                holds = found is None if if_match is None else found is not None and found.etag == if_match
+                if error.status != 409 or not holds:
+                    raise
+                if wait is None:
+                    raise StoreError(f"{error}, again and again; run again later", status=409) from None
+                time.sleep(wait)
+        raise AssertionError  # the last round returns or raises
+
+    @property
+    def folds_case(self) -> bool:
+        """Never: the keys of a bucket are taken byte by byte."""
+        return False
+
+    def in_the_way(self, key: str) -> str | None:
+        """Nothing is: a bucket has no folders."""
+        return None
 
     def holds(self, key: str, data: bytes) -> bool:
         """Whether the object has this content, by HEAD: the size must agree, and the SHA-256 and ETag if known.

@@ -80,7 +80,7 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """`s3://bucket/prefix`, or the absolute path of the folder."""
+        """`s3://bucket/prefix`, or the absolute path of the folder: the same however the place was named."""
         ...
 
     @property
@@ -139,6 +139,22 @@ class Store(Protocol):
 
         Raises:
             PreconditionFailedError: The condition does not hold; nothing was written.
+        """
+        ...
+
+    @property
+    def folds_case(self) -> bool:
+        """Whether keys that differ only in upper and lower case are one, as on the disks of some systems."""
+        ...
+
+    def in_the_way(self, key: str) -> str | None:
+        """What keeps an object from being written under a key: in a folder, a file whose name has to be a folder's.
+
+        Args:
+            key: The key.
+
+        Returns:
+            The obstacle in words, such as `/srv/pictures/hero is a file`; None if there is none.
         """
         ...
 

@@ -236,6 +236,8 @@ class Tap:
                 return self.through(Operation(WIRE, "connect", reads=False), do)
 
             def sending(stream: Any, data: bytes, timeout: float | None = None) -> None:
+                if not data:  # the end of a body: nothing is sent
+                    return
                 exchange = open_exchanges[id(stream)]
 
                 exchange.sent = True

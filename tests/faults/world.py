@@ -47,7 +47,7 @@ from tests.faults.tap import ENDS, GONE, Exchange, Fault, Operation, Tap, Tapped
 MEMORY = Path("/dev/shm")
 RUNS = 5
 """The most runs until a picture is there: one that needs more never comes to an end."""
-SOURCE = InspectedSource(SourceImage(format="PNG", width=1024, height=1024, size_bytes=1, sha256="0" * 64), "0" * 64)
+SOURCE = InspectedSource(SourceImage(format="PNG", width=1024, height=1024, size_bytes=1, sha256="0" * 64))
 """An image that the provider reads where it is: uploads go through no tap."""
 LOG = logging.Logger("tests.faults")
 LOG.addHandler(logging.NullHandler())

@@ -246,11 +246,14 @@ def send(team: Team, **payload: Any) -> str:
     if payload:
         command = re.sub(r'"payload": \{.*?\}', lambda _: f'"payload": {json.dumps(payload)}', command, flags=re.S)
         command = re.sub(r'"id": "[0-9a-f-]{36}"', f'"id": "{event_id}"', command)
+    command = command.replace("s3://my-bucket", "s3://segmind")
     team.shell(command.rstrip() + " --fail --silent --show-error --retry 9")
     return event_id
 
 
 def an_event_makes_the_picture_that_it_asks_for(sandbox: Sandbox, team: Team) -> None:
+    photo = team.clone / "deployments" / "photos" / "mug.jpg"
+    Services().s3.put_object(Bucket="segmind", Key="photos/mug.jpg", Body=photo.read_bytes())
     sandbox.play(Answer(status=429, reset_in=1), prompt="in the snow")
     send(team)
     (run,) = team.until(lambda: team.runs("image-to-image/on-asset-changed") or None)
@@ -273,10 +276,11 @@ def the_same_event_makes_no_other_picture(sandbox: Sandbox, team: Team) -> None:
 
 
 def what_is_wrong_with_an_event_is_a_failed_run_that_names_it(team: Team) -> None:
-    good = {"name": "shop/bad", "image": "deployments/photos/mug.jpg", "prompt": "a mug"}
+    good = {"name": "shop/bad", "image": "s3://segmind/photos/mug.jpg", "prompt": "a mug"}
     wrong = {
         "image_weight": {**good, "image_weight": "heavy"},
-        "name": {"image": "deployments/photos/mug.jpg", "prompt": "a mug"},
+        "name": {"image": "s3://segmind/photos/mug.jpg", "prompt": "a mug"},
+        "image": {**good, "image": "deployments/photos/mug.jpg"},
     }
     known = {each["id"] for each in team.runs("image-to-image/on-asset-changed")}
     for payload in wrong.values():

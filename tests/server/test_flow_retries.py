@@ -457,7 +457,7 @@ def test_a_budget_holds_in_all_tries_for_pictures_that_are_known_by_an_older_spe
         job, _ = up_to_upload(photo, prompt=each["prompt"], name=each["name"])
         assert job.earlier
         lost = Attempt(run="long ago", sent_at=datetime.now(UTC), status=502, reason="lost", possibly_billed=True)
-        before = Record(fingerprint=job.earlier.fingerprint, attempts=(lost,))
+        before = Record(fingerprint=job.earlier[0].fingerprint, attempts=(lost,))
         Services().archive.write(before, None)
     sandbox.play(*[LOST] * 12)
     result = run(str(manifest), 2, max_concurrency=1, budget_usd=Decimal("0.10"))

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sqlite3
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
@@ -29,6 +30,7 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_HOME
 from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
@@ -189,6 +191,39 @@ def test_two_gateway_errors_end_the_run_and_say_what_may_have_been_paid(sandbox:
     with pytest.raises(BadGatewayError.__mro__[1]) as error:
         run(photo).result()
     assert (error.value.requests_sent, error.value.possibly_billed_usd) == (2, Decimal("0.10"))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("begun_by", "image", "allowed"),
+    [
+        ("an event", "{photo}", None),
+        ("an event", " s3:/segmind/mug.jpg", None),
+        ("an event", "http://127.0.0.1/mug.jpg", None),
+        ("an event", "s3://segmind/none.jpg", "http://,https://"),
+        ("an event", "{photo}", "any"),
+        ("an event", "S3://segmind/none.jpg", None),
+        ("a person", "{photo}", None),
+    ],
+)
+def test_only_an_event_is_bound_to_the_sources_for_events(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, begun_by: str, image: str, allowed: str | None
+) -> None:
+    refused = begun_by == "an event" and allowed != "any" and not image.startswith("S3:")
+    if allowed:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_EVENT_SOURCES", allowed)
+    name = b64encode(b"segmind - asset changed").decode()
+    headers = {"Prefect-Automation-ID": str(uuid4()), "Prefect-Automation-Name": name}
+    parameters = {"image": image.format(photo=photo), "prompt": "a red mug", "name": "mug"}
+    with get_client(sync_client=True) as client:
+        made = client.create_flow_run(image_to_image, parameters=parameters)
+        if begun_by == "an event":  # as Prefect's automations ask for a run
+            body = {"flow_id": str(made.flow_id), "parameters": parameters, "state": {"type": "PENDING"}}
+            answer = client.request("POST", "/flow_runs/", json=body, headers=headers)
+            made = client.read_flow_run(UUID(answer.json()["id"]))
+    state: Any = run_flow(image_to_image, flow_run=made, parameters=parameters, return_type="state")
+    message = f"is not allowed in an event; its image begins with {'http://' if allowed else 's3://'} or https://"
+    assert (message in str(state.message)) is refused
+    assert not (refused and sandbox.ledger.requests)
 
 
 def test_all_mistakes_of_a_job_are_told_at_once_and_nothing_is_uploaded(sandbox: Sandbox, photo: Path) -> None:

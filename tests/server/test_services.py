@@ -40,6 +40,7 @@ class TestSettings:
             "grace_seconds": 5.0, "allow_private_sources": True, "allow_unlisted_resolution": True,
             "approve_above_usd": Decimal("5.00"), "approval_timeout_seconds": 60,
             "publish_cache_control": "no-cache", "s3_encryption": "aws:kms:alias/pictures", "stop_after_unusable": 5,
+            "event_sources": "any",
         }  # fmt: skip
         assert set(given) == set(SegmindSettings.model_fields), "each has its place in this test"
         for name, value in given.items():

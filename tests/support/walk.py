@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefect_segmind.archive.record import OnUnknown, Run
+from prefect_segmind.archive.record import OnKept, OnUnknown, Run
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
@@ -35,12 +35,15 @@ def pipeline(
     archive: str | None = None,
     *,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     ledger: Ledger | None = None,
     policy: RetryPolicy | None = None,
     gate: Gate | None = None,
 ) -> Pipeline:
     """What takes jobs through all stages; a run of its own."""
-    return Services(archive=archive).pipeline(gate or Gate(ledger=ledger), on_unknown=on_unknown, policy=policy)
+    return Services(archive=archive).pipeline(
+        gate or Gate(ledger=ledger), on_unknown=on_unknown, on_kept=on_kept, policy=policy
+    )
 
 
 def with_gate(opened: Pipeline, gate: Gate | None = None) -> Pipeline:
@@ -55,12 +58,13 @@ def generate(
     run: str | None = None,
     archive: str | None = None,
     on_unknown: OnUnknown = "repay",
+    on_kept: OnKept = "wait",
     said: list[str] | None = None,
     ledger: Ledger | None = None,
 ) -> GeneratedImage:
     """One request; a failed one is raised as it is."""
     log = logging.Logger("tests.walk") if said is None else listening(said)
-    opened = pipeline(archive, on_unknown=on_unknown, ledger=ledger)
+    opened = pipeline(archive, on_unknown=on_unknown, on_kept=on_kept, ledger=ledger)
     return opened.generate(job, lambda: uploaded, Run(run or uuid.uuid4().hex), log)
 
 
@@ -69,5 +73,7 @@ def archive_picture(generated: GeneratedImage) -> ArchivedImage:
     return Archiving(services.archive, services.outbox).archive_picture(generated)
 
 
-def walk(image: str | Path, *, on_unknown: OnUnknown = "repay", **fields: Any) -> ArchivedImage:
-    return archive_picture(generate(*up_to_upload(image, **fields), on_unknown=on_unknown))
+def walk(
+    image: str | Path, *, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", **fields: Any
+) -> ArchivedImage:
+    return archive_picture(generate(*up_to_upload(image, **fields), on_unknown=on_unknown, on_kept=on_kept))

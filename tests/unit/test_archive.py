@@ -19,7 +19,7 @@ from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive, record_key
 from prefect_segmind.archive.leases import held_elsewhere, this_process
 from prefect_segmind.archive.record import Attempt, Holder, Record, Run, past_requests, verdict
-from prefect_segmind.errors import StoreError
+from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.money import usd
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
@@ -62,6 +62,23 @@ def test_no_request_is_sent_for_the_address_of_another_place(url: str, uri: str)
     client = boto3.client("s3", "eu-west-1", endpoint_url="http://127.0.0.1:1")
     with pytest.raises(StoreError, match=f"{re.escape(uri)} is not in the archive {re.escape(url)}"):
         Archive(open_store(url, client)).content(uri)
+
+
+class Refusing(LocalStore):
+    """A folder that refuses every write on a condition, whether it holds or not."""
+
+    def put(self, key: str, data: bytes, content_type: str, *, if_absent: bool = False, **more: Any) -> str:
+        if if_absent:
+            raise PreconditionFailedError("another write was in progress")
+        return super().put(key, data, content_type, **more)
+
+
+def test_a_sidecar_that_was_refused_and_is_not_there_is_an_error(tmp_path: Path) -> None:
+    archive = Archive(Refusing(tmp_path))
+    with pytest.raises(StoreError):
+        archive.put_sidecar("hero/ab.png", {})
+    archive.store.put("hero/ab.json", b"{}", "application/json")
+    assert archive.put_sidecar("hero/ab.png", {"another": 1}) == "hero/ab.json"
 
 
 def test_an_address_cannot_leave_the_archive(archive: Archive, tmp_path: Path) -> None:

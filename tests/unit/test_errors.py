@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import html
 import inspect
+import json
 import pickle
+import re
 import string
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from urllib.parse import quote, unquote
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -271,3 +276,74 @@ def test_what_is_no_secret_is_left_alone(text):
 
 def test_secrets_of_another_form_are_taken_out_where_they_are_named():
     assert redact("the key hunter2 of me", "hunter2", "") == "the key … of me"
+
+
+CODINGS: dict[str, Callable[[str], str]] = {
+    "percent": lambda text: quote(text, safe=""),
+    "percent, small": lambda text: re.sub("%..", lambda match: match[0].lower(), quote(text, safe="")),
+    "percent twice": lambda text: quote(quote(text, safe=""), safe=""),
+    "every character": lambda text: "".join(f"%{byte:02X}" for byte in text.encode()),
+    "JSON": lambda text: json.dumps(text),
+    "JSON in JSON": lambda text: json.dumps({"body": json.dumps({"url": text})}),
+    "escapes of JSON": lambda text: "".join(each if each.isalnum() else f"\\u{ord(each):04x}" for each in text),
+    "slashes of JSON": lambda text: text.replace("/", "\\/").replace("&", "\\u0026"),
+    "HTML": lambda text: f'<a href="{html.escape(text)}">',
+    "HTML twice": lambda text: html.escape(html.escape(text)),
+    "numbers of HTML": lambda text: "".join(each if each.isalnum() else f"&#{ord(each)};" for each in text),
+    "percent in HTML": lambda text: "".join(f"&#x25;{byte:02x}" for byte in text.encode()),
+    "small": str.lower,
+    "capitals": str.upper,
+    "bytes": lambda text: repr(text.encode()),
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("https://b.example/k?w=1&X-Amz-Signature=0123abcdef", "0123abcdef"),
+        ("https://b.example/k?sig=ab%20hunter2%26hunter2", "hunter2"),
+        ("https://user:hunter2@b.example/k", "hunter2"),
+        ("bad value X-Amz-Signature=0123abcdef&x=1", "0123abcdef"),
+        ("bad value ?w=1&sig=0123abcdef", "0123abcdef"),
+        ('"access_token": "hunter2"', "hunter2"),
+        ("{'x-api-key': 'hunter2'}", "hunter2"),
+        ("the key SG_0123456789abcdef is", "0123456789abcdef"),
+        ("the key is my own key/of+mine", "of+mine"),
+        ("a eyJhbGciOi.eyJzdWIiOiIx.c2lnbmF0 b", "eyJzdWIiOiIx"),
+    ],
+)
+def test_no_secret_is_echoed_in_any_coding(text: str, secret: str, coding: str) -> None:
+    if "eyJ" in text and coding in ("small", "capitals"):
+        return  # then it is no token, and of no use
+    redacted = redact(f"the answer: {CODINGS[coding](text)} and more", "own key/of+mine")
+    for _ in range(4):
+        assert secret not in redacted.lower()
+        redacted = html.unescape(unquote(re.sub(r"\\+u00(..)", r"%\1", redacted.replace("\\/", "/"))))
+    assert "the answer" in redacted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "api_key: missing; set SEGMIND_API_KEY",
+        "https://b.example/50%25%20off.jpg cannot be read",
+        "the templates {{ a }} &amp; {% b %} use key=value and s=1, e=2",
+        "C:\\u0041\\photos\\x41.jpg",
+        "the tokens: none; a password is asked for",
+        "100% of it, 5%20",
+    ],
+)
+def test_a_text_that_only_looks_coded_is_left_alone(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("tail", ["", "="])
+@pytest.mark.parametrize(
+    "unit",
+    ["://", "a://b?", "https://a?x'", "?'", "://a@", "%25", "%2525", "\\u0026", "&amp;amp;", "x-amz-", "&sig", "token ",
+     "sig=", "authorization ", 'authorization\\"', "eyJabcdefg", "eyJabcdefg.", "sg_", "SG_a", "s3://", "\\/", " "],
+)  # fmt: skip
+def test_the_time_to_redact_a_text_grows_as_its_length(unit: str, tail: str) -> None:
+    # The square of this length would take a quarter of an hour, and pytest's time-out end the test.
+    redact(unit * (500_000 // len(unit)) + tail, "SG_0123456789abcdef")

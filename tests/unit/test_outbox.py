@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,11 +21,11 @@ import pytest
 from PIL import Image
 
 from prefect_segmind.api.client import SegmindClient
-from prefect_segmind.api.picture import PaidPicture
-from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.api.picture import Answered, PaidPicture
+from prefect_segmind.archive.outbox import RESERVED_BYTES, Asked, Outbox, OutboxEntry
 from prefect_segmind.archive.record import Attempt
 from prefect_segmind.errors import AnswerCutError, OutboxError
-from prefect_segmind.images.inspection import read_picture
+from prefect_segmind.images.inspection import Picture, read_picture
 from tests.support.wire import Wire, http
 
 PRINT = "ab" * 32
@@ -34,6 +36,9 @@ def drawn(format: str = "PNG", colour: str = "red") -> bytes:
     file = BytesIO()
     Image.new("RGB", (40, 30), colour).save(file, format)
     return file.getvalue()
+
+
+SHA256 = hashlib.sha256(drawn()).hexdigest()
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ class TestReceiving:
     def test_a_kept_picture_lies_there_with_its_facts_and_nothing_else(self, outbox: Outbox) -> None:
         path, _ = received(outbox)
         assert path.read_bytes() == drawn()
-        assert names(outbox) == {f"{PRINT}.png", f"{PRINT}.json"}
+        assert names(outbox) == {f"{PRINT}.{SHA256[:16]}.png", f"{PRINT}.{SHA256[:16]}.json"}
 
     def test_too_little_free_space_is_told_before_anything_is_paid(self, outbox: Outbox) -> None:
         small = Outbox(outbox.folder, 10**18)
@@ -156,7 +161,7 @@ except OutboxError as error:
         monkeypatch.setattr(Path, "iterdir", refuse)
         with pytest.raises(OutboxError, match="it cannot be read: Permission denied; nothing was paid"):
             found(outbox)
-        outbox.remove(PRINT)
+        outbox.remove(PRINT, SHA256)
 
     def test_a_folder_that_may_not_be_written_is_told_before_anything_is_paid(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +181,7 @@ except OutboxError as error:
 class TestKeeping:
     def test_a_picture_that_cannot_be_made_durable_is_possibly_billed_and_named(self, outbox: Outbox) -> None:
         outbox.check()
-        (outbox.folder / f"{PRINT}.png").mkdir()  # the name is taken, and by what cannot be replaced
+        (outbox.folder / f"{PRINT}.{SHA256[:16]}.png").mkdir()  # the name is taken, and by what cannot be replaced
         with pytest.raises(OutboxError, match="could not be made durable") as caught:
             received(outbox)
         (part,) = outbox.folder.glob("*.part")
@@ -190,10 +195,10 @@ class TestKeeping:
     ) -> None:
         real = os.open
 
-        def refuse(path: Path, flags: int) -> int:  # folders cannot be opened on Windows
+        def refuse(path: Path, flags: int, mode: int = 0o777) -> int:  # folders cannot be opened on Windows
             if Path(path).is_dir() is (what == "folder"):
                 raise PermissionError(errno.EACCES, "Permission denied")
-            return real(path, flags)
+            return real(path, flags, mode)
 
         outbox.check()
         monkeypatch.setattr("prefect_segmind.archive.outbox.os.open", refuse)
@@ -205,7 +210,7 @@ class TestKeeping:
 
     def test_a_picture_is_safe_though_its_facts_could_not_be_noted(self, outbox: Outbox) -> None:
         outbox.check()
-        (outbox.folder / f"{PRINT}.json").mkdir()
+        (outbox.folder / f"{PRINT}.{SHA256[:16]}.json").mkdir()
         path, _ = received(outbox)
         assert path.read_bytes() == drawn()
         kept = found(outbox)
@@ -257,7 +262,7 @@ class TestFinding:
     def test_a_damaged_picture_is_told_and_not_paid_for_again_behind_your_back(self, outbox: Outbox) -> None:
         path, _ = received(outbox)
         path.write_bytes(drawn()[:40])
-        with pytest.raises(OutboxError, match=r"was paid for and .*; restore it, or move it away to pay once more"):
+        with pytest.raises(OutboxError, match=r"was paid for and .*; restore it, or move it away and pay once more"):
             found(outbox)
 
     def test_an_outbox_that_cannot_be_read_is_never_taken_for_an_empty_one(
@@ -279,7 +284,7 @@ class TestFinding:
         assert found(outbox, unfinished=False) is None
         kept = found(outbox)
         assert kept is not None
-        assert kept[0] == outbox.folder / f"{PRINT}.png"
+        assert kept[0] == outbox.folder / f"{PRINT}.{SHA256[:16]}.png"
         assert kept[0].read_bytes() == drawn()
         assert found(outbox, unfinished=False) == kept
 
@@ -311,7 +316,7 @@ with Outbox(Path({str(outbox.folder)!r}), 0).receive({PRINT!r}, "one") as part, 
                 )
         assert kept is not None
         assert read_picture(kept[0]).width == 40
-        outbox.remove(PRINT)
+        outbox.remove(PRINT, kept[1].paid.sha256)
         assert names(outbox) == set(), "nor does the reserved space stay"
 
     @pytest.mark.parametrize("data", [drawn()[:-20], b"<html>", b'{"url": "https://'], ids=["picture", "html", "json"])
@@ -336,17 +341,214 @@ with Outbox(Path({str(outbox.folder)!r}), 0).receive({PRINT!r}, "one") as part, 
         assert found(outbox) is None
 
 
+def put(outbox: Outbox, name: str, data: bytes) -> Path:
+    outbox.folder.mkdir(parents=True, exist_ok=True)
+    path = outbox.folder / name
+    path.write_bytes(data)
+    return path
+
+
+class TestWhatARequestIsFor:
+    ASKED = Asked(job={"job": {"name": "hero"}}, archive="/srv/pictures", run="one", source_uri="s3://b/k")
+
+    def received(self, outbox: Outbox, error: BaseException | None = None, data: bytes = drawn()) -> None:
+        with outbox.receive(PRINT, "one", self.ASKED) as part:
+            part.write_bytes(data)
+            if error:
+                raise error
+            outbox.keep(PRINT, part, OutboxEntry(paid=entry(part).paid, **self.ASKED.model_dump()))
+
+    def test_is_beside_a_picture_and_nowhere_else(self, outbox: Outbox) -> None:
+        self.received(outbox)
+        (waiting,) = outbox.waiting()
+        assert (waiting.asked.name, waiting.asked.archive, waiting.cost_usd) == (
+            "hero",
+            "/srv/pictures",
+            Decimal("0.04"),
+        )
+        assert len(names(outbox)) == 2
+
+    def test_is_beside_what_an_interrupted_run_had_received_and_goes_with_it(self, outbox: Outbox) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            self.received(outbox, KeyboardInterrupt())
+        (waiting,) = outbox.waiting()
+        assert (waiting.asked, waiting.cost_usd) == (self.ASKED, None)
+        kept = found(outbox)
+        assert kept is not None
+        assert (kept[1].name, kept[1].archive, kept[1].run) == ("hero", "/srv/pictures", "one")
+        assert len(names(outbox)) == 2
+        outbox.remove(PRINT, SHA256)
+        assert names(outbox) == set()
+
+    def test_is_beside_an_answer_as_long_as_that_is_kept(self, outbox: Outbox) -> None:
+        known = Answered(cost_usd=Decimal("0.04"), cost_source="x-cost", at=NOW)
+        with outbox.receive(PRINT, "one", self.ASKED) as part:
+            part.write_bytes(b"<html>")
+            outbox.keep_answer(part, known)
+        outbox.remove(PRINT, SHA256)
+        (waiting,) = outbox.waiting()
+        assert (waiting.asked, waiting.cost_usd, waiting.is_answer) == (self.ASKED, Decimal("0.04"), True)
+        assert {stat.S_IMODE(each.stat().st_mode) for each in outbox.folder.iterdir()} == {0o600}
+
+    def test_is_gone_where_nothing_was_paid(self, outbox: Outbox) -> None:
+        with pytest.raises(AnswerCutError):
+            self.received(outbox, AnswerCutError("cut"))
+        with pytest.raises(KeyboardInterrupt):
+            self.received(outbox, KeyboardInterrupt(), b"")
+        assert names(outbox) == set()
+
+
+class TestTwoPicturesOfOneJob:
+    def test_both_are_kept_and_the_first_is_found(self, outbox: Outbox) -> None:
+        first, known = received(outbox)
+        os.utime(first, (1, 1))
+        second, _ = received(outbox, drawn(colour="blue"))
+        assert first != second
+        assert (first.read_bytes(), second.read_bytes()) == (drawn(), drawn(colour="blue"))
+        assert found(outbox) == (first, known)
+        assert outbox.others(PRINT, known.paid.sha256) == [second]
+
+    def test_what_is_removed_is_what_was_archived(self, outbox: Outbox) -> None:
+        _, known = received(outbox)
+        second, other = received(outbox, drawn(colour="blue"))
+        outbox.remove(PRINT, known.paid.sha256)
+        assert names(outbox) == {second.name, second.with_suffix(".json").name}
+        assert found(outbox) == (second, other)
+        outbox.remove(PRINT, other.paid.sha256)
+        assert names(outbox) == set()
+
+    def test_a_picture_under_the_name_of_an_earlier_version_is_found_and_never_overwritten(
+        self, outbox: Outbox
+    ) -> None:
+        path, known = received(outbox)
+        old = path.rename(outbox.folder / f"{PRINT}.png")
+        path.with_suffix(".json").rename(old.with_suffix(".json"))
+        os.utime(old, (1, 1))
+        assert found(outbox) == (old, known)
+        _, other = received(outbox, drawn(colour="blue"))
+        assert found(outbox) == (old, known)
+        outbox.remove(PRINT, other.paid.sha256)
+        assert names(outbox) == {old.name, old.with_suffix(".json").name}
+        outbox.remove(PRINT, known.paid.sha256)
+        assert names(outbox) == set()
+
+    @pytest.mark.parametrize("body", [drawn(colour="blue"), b'{"image_url": "https://cdn.example/a.png"}'])
+    def test_a_whole_answer_of_an_interrupted_run_is_another_picture_too(self, body: bytes, outbox: Outbox) -> None:
+        part = put(outbox, f"{PRINT}.0123456789abcdef.part", body)
+        outbox.remove(PRINT, SHA256)
+        assert part.read_bytes() == body
+        assert outbox.others(PRINT, SHA256) == [part]
+
+    def test_of_a_damaged_and_a_whole_picture_the_whole_one_is_found(self, outbox: Outbox) -> None:
+        put(outbox, f"{PRINT}.png", drawn()[:40])
+        path, known = received(outbox)
+        assert found(outbox) == (path, known)
+
+
+class TestMoreFolders:
+    def test_a_picture_in_another_folder_is_found_there_and_removed_there(self, outbox: Outbox) -> None:
+        path, known = received(outbox)
+        other = Outbox(outbox.folder.with_name("other"), also=(outbox.folder,))
+        assert found(other) == (path, known)
+        assert other.fingerprints() == {PRINT}
+        other.remove(PRINT, SHA256)
+        assert names(outbox) == set()
+
+    def test_a_folder_under_two_names_is_one(self, outbox: Outbox, tmp_path: Path) -> None:
+        path, _ = received(outbox)
+        link = tmp_path / "link"
+        link.symlink_to(outbox.folder)
+        twice = Outbox(outbox.folder, also=(link,))
+        assert twice.others(PRINT, "another") == [path]
+
+    def test_the_folders_that_a_record_names_are_taken_where_they_can_be_read(self, outbox: Outbox) -> None:
+        path, known = received(outbox)
+        there = Outbox(outbox.folder.with_name("other"))
+        assert found(there.reaching(PRINT, [f"{path} on another-host"])) == (path, known)
+        gone, relative, odd = f"{path.parent / PRINT}.gif on here", f"{path.name} on here", "\0 on here"
+        assert there.reaching(PRINT, [gone, relative, odd, str(path)]) is there
+        assert there.reaching("cd" * 32, [f"{path} on here"]) is there, "another picture's name"
+
+    def test_a_link_to_the_folder_of_a_record_reaches_what_it_leads_to(self, outbox: Outbox, tmp_path: Path) -> None:
+        path, known = received(outbox)
+        (tmp_path / "mounted").symlink_to(outbox.folder)
+        kept = f"{tmp_path / 'mounted' / path.name} on another-host"
+        kept_here = found(Outbox(tmp_path / "mine").reaching(PRINT, [kept]))
+        assert kept_here is not None
+        assert (kept_here[0].name, kept_here[1]) == (path.name, known)
+
+
+class TestOthersAtWork:
+    def test_a_file_that_another_run_renames_between_the_listing_and_the_reading_is_found_under_its_new_name(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        part = put(outbox, f"{PRINT}.0123456789abcdef.part", drawn())
+        real, asked = read_picture, [1]
+
+        def renamed_meanwhile(path: Path) -> Picture:
+            if asked and asked.pop():
+                outbox.keep(PRINT, part, entry(part))
+            return real(path)
+
+        monkeypatch.setattr("prefect_segmind.archive.outbox.read_picture", renamed_meanwhile)
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[0].name == f"{PRINT}.{SHA256[:16]}.png"
+
+    def test_a_file_that_another_run_renames_between_the_reading_and_the_renaming_is_no_error(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        part = put(outbox, f"{PRINT}.0123456789abcdef.part", drawn())
+        known, asked = entry(part), [1]
+
+        def renamed_meanwhile(path: Path) -> Picture:
+            picture = read_picture(path)
+            if asked and asked.pop():
+                outbox.keep(PRINT, part, known)
+            return picture
+
+        monkeypatch.setattr("prefect_segmind.archive.outbox.read_picture", renamed_meanwhile)
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[0].name == f"{PRINT}.{SHA256[:16]}.png"
+
+    def test_a_file_that_another_run_archives_meanwhile_is_not_there_and_no_error(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        part = put(outbox, f"{PRINT}.0123456789abcdef.part", drawn())
+
+        def archived_meanwhile(path: Path) -> Picture:
+            picture = read_picture(path)
+            part.unlink()
+            return picture
+
+        monkeypatch.setattr("prefect_segmind.archive.outbox.read_picture", archived_meanwhile)
+        assert found(outbox) is None
+
+    def test_a_listing_whose_files_vanish_is_a_listing_without_them(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        received(outbox)
+        gone = outbox.folder / f"{PRINT}.0123456789abcdef.part"
+        listed = [*outbox.folder.iterdir(), gone, gone.with_suffix(".1.answer"), outbox.folder / f"{'cd' * 32}.png"]
+        monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))
+        assert outbox.fingerprints() == {PRINT, "cd" * 32}
+        assert outbox.unread() == {PRINT}
+        assert not outbox.is_readable(PRINT)
+        assert outbox.others(PRINT, SHA256) == []
+
+
 def test_an_emptied_outbox_keeps_the_pictures_of_others(outbox: Outbox) -> None:
     path, _ = received(outbox)
     other = path.with_name(f"{'cd' * 32}.png")
     other.write_bytes(drawn())
     (outbox.folder / f"{PRINT}.0123456789abcdef.part").write_bytes(b"half")
-    outbox.remove(PRINT)
+    outbox.remove(PRINT, SHA256)
     assert names(outbox) == {other.name}
 
 
 def test_what_cannot_be_removed_from_the_outbox_does_no_harm_to_a_picture_that_is_archived(outbox: Outbox) -> None:
     path, _ = received(outbox)
     (outbox.folder / f"{PRINT}.folder").mkdir()
-    outbox.remove(PRINT)
+    outbox.remove(PRINT, SHA256)
     assert not path.exists()

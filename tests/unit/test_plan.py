@@ -18,9 +18,10 @@ from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import this_process
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import Holder, OnUnknown, Record, Run
+from prefect_segmind.archive.record import Holder, OnKept, OnUnknown, Record, Run
 from prefect_segmind.batch import plan as plan_module
 from prefect_segmind.batch.plan import Plan, make_plan
+from prefect_segmind.batch.tally import planned
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
@@ -90,8 +91,14 @@ class House:
     def claimed(self, seed: int, holder: Holder) -> None:
         self.archive.write(Record(fingerprint=self.fingerprint(seed)).claimed_by(holder, NOW), None)
 
+    def kept(self, seed: int, place: Path) -> None:
+        claimed = Record(fingerprint=self.fingerprint(seed)).claimed_by(this_process(Run("dead")), NOW)
+        self.archive.write(
+            claimed.with_outcome(possibly_billed=False, kept=f"{place} on another-machine").given_up(), None
+        )
+
     def plan(
-        self, *jobs: Job, on_unknown: OnUnknown = "repay", in_place: set[str] | None = None
+        self, *jobs: Job, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", in_place: set[str] | None = None
     ) -> tuple[Plan, list[Job | ValidatedJob]]:
         self.reader.read_images.clear()
         self.store.asked.clear()
@@ -106,6 +113,7 @@ class House:
                 outbox=self.outbox,
                 price_usd=Decimal("0.05"),
                 on_unknown=on_unknown,
+                on_kept=on_kept,
                 in_place=in_place,
             )
             return plan, list(entries)
@@ -117,7 +125,7 @@ def house(tmp_path: Path, photo: Path) -> House:
 
 
 def counts(plan: Plan) -> dict[str, int]:
-    found = plan.model_dump(include={"generate", "reuse", "recover", "wait", "fail"})
+    found = plan.model_dump(include={"generate", "reuse", "recover", "wait", "kept", "fail"})
     return {what: count for what, count in found.items() if count}
 
 
@@ -212,6 +220,34 @@ def test_each_job_is_named_with_what_it_needs_and_what_this_run_would_pay_for_it
     assert dict(plan.problems) == problems
 
 
+@pytest.mark.parametrize("on_unknown", ["repay", "fail"])
+def test_a_picture_in_the_outbox_of_another_machine_is_named_and_not_paid_for_again(
+    house: House, tmp_path: Path, on_unknown: OnUnknown
+) -> None:
+    there, here = tmp_path / "out of reach", tmp_path / "within reach"
+    here.mkdir()
+    for seed, folder in ((100, there), (101, here)):
+        house.kept(seed, folder / f"{house.fingerprint(seed)}.jpg")
+    (here / f"{house.fingerprint(101)}.jpg").write_bytes(house.photo.read_bytes())
+    jobs = house.job(100), house.job(101), house.job(100, "twice"), house.job(102)
+    plan, _ = house.plan(*jobs, on_unknown=on_unknown)
+    assert counts(plan) == {"kept": 2, "recover": 1, "generate": 1}
+    assert plan.planned_usd == Decimal("0.05")
+    found = {each.name: (each.needs, str(each.usd)) for each in plan.jobs}
+    assert found["mug/100"] == found["twice"] == ("kept elsewhere", "0.00")
+    for name, problem in plan.problems:
+        assert problem.startswith(f"{name} was paid for, and its picture is in {there}")
+        assert "on another-machine" in problem
+    assert [name for name, _ in plan.problems] == ["mug/100", "twice"]
+    assert "2, paid for and in the outbox of another machine" in plan.facts()["kept elsewhere"]
+    assert (planned(plan).failed, {each.stage for each in planned(plan).failures}) == (2, {"generate"})
+    assert counts(house.plan(*jobs, on_unknown=on_unknown, on_kept="repay")[0]) == {
+        "recover": 1,
+        "generate": 2,
+        "reuse": 1,
+    }
+
+
 def test_a_plan_of_very_many_jobs_names_the_first_of_them_and_counts_all(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +271,26 @@ def test_an_image_that_cannot_be_used_fails_its_own_job_and_no_other(house: Hous
     assert counts(plan) == {"fail": 2, "generate": 1}
     assert [name for name, _ in plan.problems] == ["lost", "text"]
     assert [type(each) for each in entries] == [Job, ValidatedJob, Job]
+
+
+def test_a_name_that_the_archive_cannot_hold_fails_its_own_job_and_no_other(house: House, tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "taken").write_bytes(b"somebody's own")
+    plan, entries = house.plan(house.job(100, "taken/below"), house.job(101))
+    assert counts(plan) == {"fail": 1, "generate": 1}
+    assert plan.planned_usd == Decimal("0.05")
+    assert "taken is no folder; choose another name" in dict(plan.problems)["taken/below"]
+    assert [type(each) for each in entries] == [Job, ValidatedJob]
+
+
+def test_names_that_differ_only_in_case_are_told_where_the_disk_takes_them_for_one(
+    house: House, tmp_path: Path
+) -> None:
+    jobs = house.job(100, "hero/Summer"), house.job(101, "hero/summer"), house.job(102, "hero/winter")
+    assert not any("upper and lower case" in warning for warning, _ in house.plan(*jobs)[0].warnings)
+    (tmp_path / "archive").mkdir(exist_ok=True)
+    (tmp_path / "ARCHIVE").symlink_to("archive")  # as such a disk shows it
+    assert [count for warning, count in house.plan(*jobs)[0].warnings if "upper and lower case" in warning] == [1]
 
 
 def test_a_drawn_seed_is_the_same_in_the_plan_and_in_the_run(house: House) -> None:
@@ -293,8 +349,7 @@ def test_an_archive_that_does_not_exist_yet_is_an_empty_one(house: House, tmp_pa
 
 def test_what_was_paid_for_under_another_spelling_is_reused(house: House) -> None:
     spaced = Job(name="mug", image=str(house.photo), prompt="a red mug ")
-    was = validate(spaced, house.reader).earlier
-    assert was
+    (was,) = validate(spaced, house.reader).earlier
     key = f"mug/{was.fingerprint[:16]}.jpg"
     house.archive.put_sidecar(key, {})
     house.archive.write(Record(fingerprint=was.fingerprint).archived(PICTURE, key, key.replace(".jpg", ".json")), None)

@@ -6,6 +6,7 @@ import itertools
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import reduce
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -124,6 +125,25 @@ def test_an_unknown_outcome_is_one_of_another_run(record):
     found = RECORDS[record]
     assert found is not None
     assert found.outcome_unknown(Run("me")) is (record in UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "may_be"),
+    [
+        ([], False),
+        ([sent("other")], True),
+        ([sent("other", False, kept="there")], True),
+        ([sent("other", False, kept="there", reason="no picture")], False),
+        ([sent("other", True, reason="the run ended before it had the answer")], True),
+        ([sent("other", True, reason="AnswerCutError: cut")], False),
+        ([sent("other", False, status=429)], False),
+        ([sent("other"), sent("me", True)], False),
+        ([sent("me")], False),
+    ],
+)
+def test_the_archive_is_searched_only_where_another_run_may_have_died_when_it_had_archived(attempts, may_be):
+    assert claimed(*attempts).may_be_archived_by_another(Run("me")) is may_be
+    assert not DONE.may_be_archived_by_another(Run("another"))
 
 
 def test_every_run_but_the_own_is_another_run():
@@ -326,15 +346,40 @@ def test_a_flow_run_sends_one_more_after_one_that_may_be_billed_whatever_has_it_
         assert verdict(record, run=Run("me", (("a new run", 1),)), **known) is Verdict.PAY
 
 
+@pytest.mark.parametrize("on_unknown", ["fail", "repay"])
+@pytest.mark.parametrize("flow_runs", [(), (("flow", 1),), (("another", 1),)])
+def test_what_is_known_to_be_paid_is_not_paid_again_by_the_policy_for_what_is_unknown(on_unknown, flow_runs):
+    record = claimed(sent("one", False, flow_runs=flow_runs, cost_usd=PRICE, kept="there"))
+    known: dict[str, Any] = {"run": AGAIN, "in_outbox": False, "held_elsewhere": False, "on_unknown": on_unknown}
+    assert verdict(record, **known) is Verdict.KEPT
+    assert verdict(record, **{**known, "held_elsewhere": True}) is Verdict.WAIT
+    assert verdict(record, **known, on_kept="repay") is Verdict.PAY
+    lost = record.model_copy(update={"attempts": (*record.attempts, sent("two", True))})
+    assert verdict(lost, **known) is Verdict.KEPT
+
+
+def test_an_answer_that_nobody_could_read_and_another_machine_keeps_is_left_to_the_policy():
+    record = claimed(sent("one", False, cost_usd=PRICE, kept="there", reason="no picture"))
+    known: dict[str, Any] = {"run": AGAIN, "in_outbox": False, "held_elsewhere": False}
+    assert verdict(record, **known, on_unknown="repay") is Verdict.PAY
+    assert verdict(record, **known, on_unknown="fail") is Verdict.REFUSE
+
+
 @pytest.mark.parametrize(
-    ("pictures", "on_unknown", "what"),
-    [(1, "fail", Verdict.REFUSE), (1, "repay", Verdict.PAY), (2, "repay", Verdict.REFUSE)],
+    ("pictures", "lost", "on_unknown", "what"),
+    [
+        (1, 0, "fail", Verdict.PAY),
+        (1, 0, "repay", Verdict.PAY),
+        (2, 0, "repay", Verdict.REFUSE),
+        (2, 0, "fail", Verdict.REFUSE),
+        (1, 1, "repay", Verdict.REFUSE),
+        (1, 1, "fail", Verdict.REFUSE),
+    ],
 )
-def test_a_picture_of_an_earlier_try_that_is_out_of_reach_counts_like_one_that_was_never_seen(
-    pictures, on_unknown, what
-):
+def test_a_flow_run_pays_again_once_for_a_picture_out_of_reach_even_where_it_may(pictures, lost, on_unknown, what):
     kept = [sent(f"task {n}", False, flow_runs=FIRST, cost_usd=PRICE, kept="there") for n in range(pictures)]
-    known = {"in_outbox": False, "held_elsewhere": False, "on_unknown": on_unknown}
+    kept += [sent("task", True, flow_runs=FIRST)] * lost
+    known = {"in_outbox": False, "held_elsewhere": False, "on_unknown": on_unknown, "on_kept": "repay"}
     assert verdict(claimed(*kept), run=AGAIN, **known) is what
     assert verdict(claimed(*kept), run=AGAIN, **{**known, "in_outbox": True}) is Verdict.RECOVER
 

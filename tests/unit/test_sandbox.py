@@ -338,6 +338,62 @@ def test_the_image_is_fetched_by_one_get(sandbox: Sandbox, source: str) -> None:
     assert Source.asked == ["GET /mug.jpg?X-Amz-Signature=ab%2Bc"]
 
 
+FOREIGN_HOSTS = ["evil.example", "evil.example:8787", "127.0.0.1.evil.example", "192.168.0.9", "0.0.0.0", ""]
+
+
+@pytest.mark.parametrize("host", FOREIGN_HOSTS)
+def test_a_request_by_another_name_for_this_machine_is_refused(sandbox: Sandbox, host: str) -> None:
+    address = sandbox.base_url.removesuffix("/v1")
+    calls = [("POST", "/sandbox/reset"), ("GET", "/sandbox/ledger"), ("GET", "/v1/get-user-credits"), ("GET", "/x")]
+    for method, path in calls:
+        refused = HTTP.request(method, address + path, headers={"Host": host, "x-api-key": sandbox.api_key})
+        assert refused.status_code == 403
+        assert "this machine" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://evil.example:8787", "null", "file://"])
+def test_a_page_of_another_origin_can_neither_script_nor_reset_nor_ask_for_a_picture(
+    sandbox: Sandbox, source: str, origin: str
+) -> None:
+    address = sandbox.base_url.removesuffix("/v1")
+    ask(sandbox, source)
+    before = sandbox.ledger.billed
+    simple = {"Origin": origin, "Content-Type": "text/plain", "x-api-key": sandbox.api_key}
+    for path in ("/sandbox/reset", "/sandbox/script", f"/v1/{MODEL}"):
+        assert HTTP.post(address + path, content=b'{"answers": [{"status": 429}]}', headers=simple).status_code == 403
+    assert sandbox.ledger.billed == before > 0
+    assert ask(sandbox, source).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST", "[::1]"])
+def test_a_request_of_this_machine_is_answered(sandbox: Sandbox, name: str) -> None:
+    port = httpx.URL(sandbox.base_url).port
+    address = f"{sandbox.base_url.removesuffix('/v1')}/sandbox/ledger"
+    for headers in ({"Host": f"{name}:{port}"}, {"Host": name, "Origin": f"http://{name}:3000"}):
+        assert HTTP.get(address, headers=headers).status_code == 200
+
+
+def test_s3_answers_nothing_that_is_not_signed_for_its_own_name(tmp_path: Path) -> None:
+    with S3Server(tmp_path / "store", buckets=["segmind"]) as s3:
+        (tmp_path / "store" / "segmind" / "k.txt").write_text("hidden")
+        client = boto3.client(
+            "s3",
+            endpoint_url=s3.endpoint_url,
+            aws_access_key_id=s3.access_key,
+            aws_secret_access_key=s3.secret_key,
+            region_name="us-east-1",
+            config=Config(signature_version="s3v4"),
+        )
+        signed = client.generate_presigned_url("get_object", Params={"Bucket": "segmind", "Key": "k.txt"})
+        assert HTTP.get(signed).text == "hidden"
+        asked = [HTTP.get(signed, headers={"Host": host}) for host in FOREIGN_HOSTS if host]
+        asked += [
+            HTTP.request(method, f"{s3.endpoint_url}/segmind/k.txt") for method in ("GET", "PUT", "DELETE", "POST")
+        ]
+        assert [(each.status_code >= 400, "hidden" in each.text) for each in asked] == [(True, False)] * len(asked)
+        assert (tmp_path / "store" / "segmind" / "k.txt").read_text() == "hidden"
+
+
 def test_only_this_machine_counts_as_loopback() -> None:
     assert all(on_loopback(f"http://{host}/a") for host in ("127.0.0.1", "127.9.9.9", "[::1]", "localhost"))
     others = ("", "0.0.0.0", "8.8.8.8", "localhost.", "example.com")

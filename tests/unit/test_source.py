@@ -11,7 +11,7 @@ import pytest
 
 from prefect_segmind.errors import SourceImageError, StoreError
 from prefect_segmind.pipeline import source
-from prefect_segmind.pipeline.source import SourceReader, UnreadableSource
+from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.services import Services
 from tests.support.wire import Wire, http
@@ -96,23 +96,56 @@ class TestS3:
             Services().reader.read("s3://segmind/large.jpg")
 
 
+FAILURES = [http(b"", "503 Service Unavailable"), http(b"", "429 Too Many Requests"), http(b"x", length=9), b""]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_WAITS", (0.0, 0.0))
+
+
 class TestAddresses:
     def test_are_read(self, photo_bytes: bytes) -> None:
         with Wire(http(photo_bytes)) as server:
             assert READER.read(f"{server.url}/mug.jpg") == photo_bytes
 
-    @pytest.mark.parametrize("answer", [http(b"", "404 Not Found"), http(b"x", length=9), b""])
-    def test_one_that_does_not_answer_us_may_still_answer_the_provider(self, answer: bytes) -> None:
-        with Wire(answer) as server, pytest.raises(UnreadableSource) as caught:
-            READER.read(f"{server.url}/mug.jpg?token=secret")
+    @pytest.mark.parametrize("failure", FAILURES)
+    @pytest.mark.usefixtures("impatient")
+    def test_one_that_fails_in_a_way_that_may_pass_is_asked_again(self, failure: bytes, photo_bytes: bytes) -> None:
+        with Wire(failure, failure, http(photo_bytes)) as server:
+            assert READER.read(f"{server.url}/mug.jpg") == photo_bytes
+        assert len(server.requests) == 3
+
+    @pytest.mark.parametrize("failure", FAILURES)
+    @pytest.mark.usefixtures("impatient")
+    def test_one_that_goes_on_failing_is_an_error_and_no_mistake_of_the_job(self, failure: bytes) -> None:
+        with (
+            Wire(failure) as server,
+            pytest.raises(StoreError, match="asked more than once; run again") as caught,
+        ):
+            READER.read(f"{server.url}/mug.jpg?size=secret")
         assert "secret" not in str(caught.value)
         assert server.url in str(caught.value)
+        assert len(server.requests) == 3
 
-    def test_nobody_listening_is_the_same(self) -> None:
+    @pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "404 Not Found", "410 Gone"])
+    def test_one_that_this_machine_may_not_read_is_a_mistake_of_the_job(self, status: str) -> None:
+        with Wire(http(b"", status)) as server, pytest.raises(SourceImageError, match="must be readable from here"):
+            READER.read(f"{server.url}/mug.jpg")
+        assert len(server.requests) == 1
+
+    @pytest.mark.usefixtures("impatient")
+    def test_nobody_listening_may_pass(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as gone:
             url = f"http://127.0.0.1:{gone.getsockname()[1]}/mug.jpg"
-        with pytest.raises(UnreadableSource, match="cannot be reached"):
+        with pytest.raises(StoreError, match="cannot be reached"):
             READER.read(url)
+
+    def test_one_that_lets_wait_for_long_is_not_asked_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(source, "_PATIENCE", -1.0)
+        with Wire(http(b"", "503 Service Unavailable")) as server, pytest.raises(StoreError):
+            READER.read(f"{server.url}/mug.jpg")
+        assert len(server.requests) == 1
 
     @pytest.mark.parametrize("url", ["http://10.0.0.8/mug.jpg", "http://169.254.169.254/latest/meta-data"])
     def test_a_private_one_is_refused_and_the_setting_that_allows_it_named(self, url: str) -> None:

@@ -624,13 +624,121 @@ def test_a_won_claim_whose_answer_was_lost_is_won(moto: str, serve: Callable[[Ha
     assert store.holds("claim", b"mine, renewed")
 
 
-def test_a_conflict_of_writes_is_a_condition_lost(serve: Callable[[Handle], str]) -> None:
-    def handle(request: BaseHTTPRequestHandler) -> None:
-        refusal = (409, "ConditionalRequestConflict") if request.command == "PUT" else (404, "NoSuchKey")
-        refusing(*refusal)(request)
+def test_a_folder_has_one_address_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(tmp_path)
+    names = ["real", "./real/", "link", "link/", "link/../real", str(tmp_path / "link"), real.as_uri()]
+    assert {open_store(each).url for each in names} == {str(real)}
+    assert open_store("link").uri("a.png") == str(tmp_path / "link" / "a.png"), "an object is named as asked for"
+    assert open_store("new/deep").url == str(tmp_path / "new" / "deep"), "though it does not exist yet"
 
+
+def test_what_is_in_the_way_of_a_file_is_known_before_it_is_written(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "archive")
+    for key in ("a/b.png", "a/b/c.png", "new/deep/c.png"):
+        assert store.in_the_way(key) is None
+    store.put("a/b.png", b"x", "image/png")
+    (tmp_path / "archive" / "broken").symlink_to("nowhere")
+    obstacles = {
+        "a/b.png/c.png": "archive/a/b.png is no folder",
+        "a/b.png/deep/c.png": "archive/a/b.png is no folder",
+        "broken/c.png": "archive/broken is no folder",
+        "a": "archive/a is a folder",
+        f"{'x' * 300}/c.png": "File name too long",
+    }
+    for key, why in obstacles.items():
+        assert why in (store.in_the_way(key) or ""), key
+        with pytest.raises(StoreError):
+            store.put(key, b"x", "image/png")
+    (tmp_path / "file").write_bytes(b"")
+    assert "file is no folder" in (LocalStore(tmp_path / "file" / "archive").in_the_way("a.png") or "")
+    assert S3Store(BUCKET, "", client("http://127.0.0.1:9")).in_the_way("a.png/b.png") is None
+
+
+def test_a_disk_that_takes_names_that_differ_only_in_case_for_one_is_known(tmp_path: Path) -> None:
+    assert not LocalStore(tmp_path / "archive").folds_case
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "ARCHIVE").symlink_to("archive")  # as such a disk shows it
+    assert LocalStore(tmp_path / "archive").folds_case
+    assert not S3Store(BUCKET, "", client("http://127.0.0.1:9")).folds_case
+
+
+def test_a_bucket_has_one_address_however_it_is_named() -> None:
+    names = ["s3://bucket/p", "s3://bucket/p/", "S3://bucket/p", "s3://bucket//p//"]
+    assert {open_store(each, client("http://127.0.0.1:9")).url for each in names} == {"s3://bucket/p"}
+    assert {open_store(each, client("http://127.0.0.1:9")).url for each in ("s3://bucket", "s3://bucket/")} == {
+        "s3://bucket"
+    }
+
+
+class Conflicts:
+    """A server that refuses the next writes of `k` because of another write in progress."""
+
+    def __init__(self, refused: int, object: bytes | None = None) -> None:
+        self.refused, self.object, self.asked = refused, object, 0
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        if request.command == "PUT" and request.path.endswith("/k"):
+            self.asked += 1
+            if self.asked <= self.refused:
+                return refusing(409, "ConditionalRequestConflict")(request)
+            self.object = request.rfile.read(int(request.headers["Content-Length"]))
+        elif request.command == "PUT":
+            return refusing(412, "PreconditionFailed")(request)
+        elif self.object is None:
+            return refusing(404, "NoSuchKey")(request)
+        request.send_response(200)
+        body = b"" if request.command == "PUT" else self.object or b""
+        headers = {"ETag": '"e"', "Content-Length": str(len(body)), "Last-Modified": "Wed, 01 Jan 2020 00:00:00 GMT"}
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+        return None
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefect_segmind.storage.s3._CONFLICT_WAITS", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("if_match", [None, '"e"'])
+def test_a_write_that_another_one_in_progress_keeps_out_is_tried_again_while_its_condition_holds(
+    serve: Callable[[Handle], str], if_match: str | None
+) -> None:
+    server = Conflicts(2, None if if_match is None else b"before")
+    store = S3Store(BUCKET, "", client(serve(lambda request: server.answer(request))))
+    assert store.put("k", b"x", "text/plain", if_absent=if_match is None, if_match=if_match) == '"e"'
+    assert (server.asked, server.object) == (3, b"x")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("if_match", [None, '"another"'])
+def test_a_write_that_another_one_in_progress_has_come_before_has_lost(
+    serve: Callable[[Handle], str], if_match: str | None
+) -> None:
+    server = Conflicts(1, b"theirs")
     with pytest.raises(PreconditionFailedError):
-        S3Store(BUCKET, "", client(serve(handle))).put("k", b"x", "text/plain", if_absent=True)
+        S3Store(BUCKET, "", client(serve(lambda request: server.answer(request)))).put(
+            "k", b"x", "text/plain", if_absent=if_match is None, if_match=if_match
+        )
+    assert server.object == b"theirs"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_write_that_others_keep_out_for_good_is_an_error_and_not_a_condition_lost(
+    serve: Callable[[Handle], str],
+) -> None:
+    server = Conflicts(9)
+    with pytest.raises(StoreError, match="again and again") as error:
+        S3Store(BUCKET, "", client(serve(lambda request: server.answer(request)))).put(
+            "k", b"x", "text/plain", if_absent=True
+        )
+    assert not isinstance(error.value, PreconditionFailedError)
+    assert (server.asked, server.object) == (3, None)
 
 
 def test_the_age_goes_by_the_clock_of_the_server(serve: Callable[[Handle], str]) -> None:

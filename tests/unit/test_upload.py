@@ -162,11 +162,6 @@ class TestRemoteSources:
         assert uploaded.size_bytes == photo.stat().st_size
         assert uploads.address(url) == url
 
-    def test_an_address_that_we_cannot_read_is_passed_on_unmeasured(self) -> None:
-        with Wire(http(b"", "403 Forbidden")) as server:
-            uploaded = Uploads(no_s3).upload(validated(f"{server.url}/mug.jpg"), HERE)  # type: ignore[arg-type]
-        assert (uploaded.sha256, uploaded.size_bytes, uploaded.uploaded) == (None, None, False)
-
 
 class TestAddresses:
     def test_a_signed_one_lives_for_the_set_seconds_and_anybody_can_get_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from decimal import Decimal
 from io import BytesIO
@@ -13,7 +14,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from prefect_segmind.api.request import ImageToImageRequest
-from prefect_segmind.errors import SourceImageError
+from prefect_segmind.errors import SegmindError, SourceImageError
+from prefect_segmind.jobs.fingerprint import derived_seed, fingerprint
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.validate import ValidatedJob, validate
@@ -129,18 +131,37 @@ class TestFingerprint:
 
 
 class TestSourcesThatCannotBeRead:
-    def test_are_warned_about_and_told_apart_by_their_address(self) -> None:
-        with Wire(http(b"", "403 Forbidden")) as server:
-            one, two = validated(f"{server.url}/1.jpg"), validated(f"{server.url}/2.jpg")
-            again = validated(f"{server.url}/1.jpg")
-        assert one.source is None
-        why = f"{server.url}/1.jpg answered 403"
-        assert one.warnings == (f"the image could not be read from here ({why}); it goes to the provider unchecked",)
-        assert one.fingerprint == again.fingerprint != two.fingerprint
+    @pytest.mark.parametrize("status", ["403 Forbidden", "503 Service Unavailable"])
+    def test_are_an_error_and_never_told_apart_by_their_address(
+        self, status: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("prefect_segmind.pipeline.source._WAITS", ())
+        with Wire(http(b"", status)) as server, pytest.raises(SegmindError, match=f"answered {status[:3]}"):
+            validated(f"{server.url}/1.jpg")
 
-    def test_cannot_be_measured_so_auto_is_refused(self) -> None:
-        with Wire(http(b"", "403 Forbidden")) as server, pytest.raises(SourceImageError, match="AUTO needs an image"):
-            validated(f"{server.url}/1.jpg", resolution="AUTO")
+    def test_one_that_fails_once_is_the_same_picture(self, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("prefect_segmind.pipeline.source._WAITS", (0.0,))
+        with Wire(http(b"", "503 Service Unavailable"), http(photo.read_bytes())) as server:
+            assert validated(f"{server.url}/1.jpg").fingerprint == validated(photo).fingerprint
+
+    @pytest.mark.parametrize("fields", [{}, {"seed": 4711}])
+    def test_are_known_by_the_address_under_which_an_earlier_version_may_have_paid_for_them(
+        self, photo: Path, fields: dict[str, Any]
+    ) -> None:
+        with Wire(http(photo.read_bytes())) as server:
+            url = f"{server.url}/1.jpg"
+            job = validated(url, **fields)
+            spaced = validated(url, prompt="a red mug ", **fields)
+            auto = validated(url, resolution="AUTO", **fields)
+        address = hashlib.sha256(url.encode()).hexdigest()
+        parameters = {name: value for name, value in job.parameters.items() if name != "seed"}
+        seed = fields.get("seed") or derived_seed(address, parameters)
+        (was,) = job.earlier
+        assert was.fingerprint == fingerprint(address, {**parameters, "seed": seed})
+        assert (was.seed, was.source, was.source_sha256) == (seed, job.source, address)
+        assert [each.parameters["prompt"] for each in spaced.earlier] == ["a red mug ", "a red mug", "a red mug "]
+        assert len({each.fingerprint for each in spaced.known_as}) == 4
+        assert auto.earlier == validated(photo, **fields).earlier == (), "which could not be without reading it"
 
     def test_one_that_holds_no_picture_is_refused(self) -> None:
         with Wire(http(b"<html>")) as server, pytest.raises(SourceImageError, match="is not an image"):

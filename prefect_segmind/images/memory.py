@@ -1,0 +1,97 @@
+"""The memory of decoded pictures: one budget for the whole process, as a small file may hold a huge picture."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from PIL import Image
+
+_PER_PIXEL: Final = {"WEBP": 16, "AVIF": 12, "HEIF": 12}  # bytes, measured: their decoders keep copies
+_PILLOWS: Final = 4  # of every other format, and of everything that Pillow makes of a picture
+_LOOK_SECONDS: Final = 0.5  # so that a thread that waits can be interrupted
+
+
+class Budget:
+    """A number of bytes that threads share. Whoever waits longest is next, so a large picture waits for a few others.
+
+    A thread that has taken some must not take more before it gives them back: it could wait for itself.
+
+    Args:
+        size: In bytes.
+
+    Example:
+        >>> with Budget(1_000).taken(5_000):  # more than there is: alone
+        ...     pass
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._changed = threading.Condition()
+        self._waiting = deque[object]()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Waits until there is room, and takes it until the end of the block.
+
+        Args:
+            size: In bytes; the whole budget if it is more.
+        """
+        size, ticket, held = min(size, self._size), object(), 0
+        try:
+            with self._changed:
+                self._waiting.append(ticket)
+                try:
+                    while self._waiting[0] is not ticket or self._free < size:
+                        self._changed.wait(_LOOK_SECONDS)
+                    self._free, held = self._free - size, size
+                finally:
+                    self._waiting.remove(ticket)
+                    self._changed.notify_all()
+            yield
+        finally:
+            with self._changed:
+                self._free += held
+                self._changed.notify_all()
+
+
+MEMORY: Final = Budget(1_000_000_000)
+"""The budget of the process. Inspecting, decoding, converting and reducing a picture take from it, each once."""
+
+
+def bytes_to_decode(image: Image.Image, pixels: int, data: bytes) -> int:
+    """About how much memory it takes to decode an opened picture.
+
+    Args:
+        image: The picture, as `draft` has set it.
+        pixels: The number of its pixels in the file, which `draft` reduces.
+        data: The file.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return pixels * _PER_PIXEL.get(image.format or "", _PILLOWS)
+    # The coefficients of a JPEG of several scans, as every progressive one, are kept as a whole. In data of pixels the
+    # mark of a scan does not occur.
+    several = "progressive" in image.info or data.count(b"\xff\xda") > 1
+    return image.width * image.height * _PILLOWS + several * pixels * 2 * len(image.getbands())
+
+
+def bytes_to_convert(image: Image.Image) -> int:
+    """About how much memory it takes to convert a decoded picture to plain channels of 8 bits, before it is reduced.
+
+    Args:
+        image: The picture, decoded or opened.
+    """
+    plain = image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data
+    return 0 if plain else image.width * image.height * 2 * _PILLOWS
+
+
+def bytes_to_make(pixels: int) -> int:
+    """About how much memory it takes to make a picture, convert its colours, turn and encode it.
+
+    Args:
+        pixels: The number of its pixels.
+    """
+    return pixels * 3 * _PILLOWS
