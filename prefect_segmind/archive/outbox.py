@@ -345,8 +345,9 @@ class Outbox:
             OutboxError: The outbox cannot be read, or the picture in it is damaged; neither is taken for "not there".
         """
         for _ in range(_LOOKS):
-            with suppress(FileNotFoundError):  # another run has renamed or archived it: look again
+            with self._disk_errors(": it cannot be read"), suppress(FileNotFoundError):
                 return self._find(self._listed(fingerprint), fingerprint, seed, list_price_usd, unfinished)
+            # Another run has renamed or archived a file: look again.
         raise self._unusable(f"the files of {fingerprint} change all the time; run again")
 
     def _find(
@@ -479,14 +480,19 @@ class Outbox:
 
 
 def _arrived(file: Path) -> bool:
-    """Whether a file is what has arrived of an answer, which may be whole."""
-    try:
-        if file.suffix != ".part" or not file.is_file():
-            return False
-        size = file.stat().st_size
-        return size > 0 and not (size == RESERVED_BYTES and _ends_in_zeros(file))
-    except FileNotFoundError:  # renamed by its run at this moment
+    """Whether a file is what has arrived of an answer, which may be whole.
+
+    Raises:
+        OutboxError: The file cannot be read, which is not taken for "nothing has arrived".
+    """
+    if file.suffix != ".part":
         return False
+    with disk_errors(f"outbox: {file} cannot be read", OutboxError, _REMEDY):
+        try:
+            size = file.stat().st_size if file.is_file() else 0
+            return size > 0 and not (size == RESERVED_BYTES and _ends_in_zeros(file))
+        except FileNotFoundError:  # renamed by its run at this moment
+            return False
 
 
 def _is_picture(file: Path) -> bool:

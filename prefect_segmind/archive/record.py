@@ -258,20 +258,31 @@ class Record(BaseModel):
         holder = self.holder and self.holder.model_copy(update={"renewals": self.holder.renewals + 1})
         return self.model_copy(update={"holder": holder})
 
-    def archived(self, picture: PaidPicture, image: str, sidecar: str) -> Record:
+    def archived(self, picture: PaidPicture, image: str, sidecar: str, *, paid_by: str | None = None) -> Record:
         """The record once the picture is in the archive. The request without an outcome is the one that returned it.
+
+        One of a run that ended before it could tell the outcome is not in doubt any more either.
 
         Args:
             picture: The facts of the picture.
             image: Its key.
             sidecar: The key of its sidecar.
+            paid_by: The run whose request has returned it, where that is known.
         """
         returned = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
-        attempts = tuple(
-            each.model_copy(update=returned) if each.possibly_billed is None else each for each in self.attempts
-        )
+        open_ones = [each for each in self.attempts if each.possibly_billed is None]
+        in_doubt = [each for each in self.attempts if each.run == paid_by and each.possibly_billed]
+        if not open_ones and in_doubt and not any(each.run == paid_by and _returned(each) for each in self.attempts):
+            open_ones = in_doubt[-1:]
+            returned |= {"reason": None, "reported_by": None, "kept": None}
+        attempts = tuple(each.model_copy(update=returned) if each in open_ones else each for each in self.attempts)
         done = {"state": "done", "holder": None, "attempts": attempts}
         return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
+
+
+def _returned(attempt: Attempt) -> bool:
+    """Whether a request is known to have returned the picture."""
+    return attempt.status == 200 and attempt.reason is None
 
 
 def _unknown(attempt: Attempt) -> bool:

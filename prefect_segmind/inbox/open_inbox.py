@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_segmind.errors import ConfigurationError
@@ -38,6 +39,6 @@ def open_inbox(place: str, s3: Callable[[], S3Client], *, done: str = "done", fa
             from prefect_segmind.inbox.bucket import BucketInbox  # boto3 takes a second to import
 
             return BucketInbox(place, s3, done, failed)
-        return FolderInbox(place, found_path(open_store(place).url), done, failed)
+        return FolderInbox(place, found_path(str(Path(open_store(place).uri("x")).parent)), done, failed)
     except ConfigurationError as error:
         raise ConfigurationError(f"inbox: {error}") from None

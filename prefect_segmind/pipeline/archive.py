@@ -94,14 +94,14 @@ class Archiving:
         if held is not None and held.run == generated.run:
             held.is_idle = False
         try:
-            if generated.path is None or not generated.path.exists():
+            if generated.path is None:
                 return self._reuse(generated, flow_run_id)
             return self._archive(generated, generated.path, flow_run_id, held)
         except SegmindError as error:
             safe = (
                 f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again on this "
                 "machine when the archive is back, and it is archived without another payment"
-                if generated.path and generated.path.exists()
+                if generated.path and _may_be_there(generated.path)
                 else f"this run paid {usd(generated.cost_usd)} USD"
             )
             raise ArchiveError(
@@ -132,7 +132,7 @@ class Archiving:
         before = Record(fingerprint=fingerprint, attempts=generated.attempts)
 
         def archived(record: Record) -> Record:
-            return record.archived(picture, image, beside_key)
+            return record.archived(picture, image, beside_key, paid_by=generated.paid_by)
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
         self._record_done(held if held and held.run == generated.run else None, before, archived)
@@ -184,3 +184,11 @@ class Archiving:
             **generated.picture.model_dump(include={"sha256", "width", "height", "seed"}),
             **generated.model_dump(include={"status", "cost_usd", "possibly_billed_usd"}),
         )
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether a file is there; also True where the disk cannot tell."""
+    try:
+        return path.exists()
+    except OSError:
+        return True

@@ -100,6 +100,7 @@ def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | N
         status="recovered",
         path=path,
         picture=entry.paid,
+        paid_by=entry.run,
         attempts=record.attempts if record else entry.attempts,
         requests_sent=0,
         cost_usd=Decimal("0.00"),

@@ -168,7 +168,7 @@ class Pipeline:
                 path, entry = finding.kept
                 self.gate.picture(entry.paid.paid_at)
                 attempts = finding.attempts if finding.record else entry.attempts
-                return self._generated(job, run, "recovered", path, entry.paid, attempts)
+                return self._generated(job, run, "recovered", path, entry.paid, attempts, paid_by=entry.run)
             elif finding.verdict in (Verdict.REFUSE, Verdict.KEPT):
                 if self.look_up.is_unchanged(job, finding):
                     raise self._refusal(job, finding)
@@ -192,8 +192,10 @@ class Pipeline:
         picture: PaidPicture,
         attempts: tuple[Attempt, ...],
         source_uri: str | None = None,
+        paid_by: str | None = None,
     ) -> GeneratedImage:
-        known = Record(fingerprint=job.fingerprint, attempts=attempts).archived(picture, "-", "-").attempts
+        record = Record(fingerprint=job.fingerprint, attempts=attempts)
+        known = record.archived(picture, "-", "-", paid_by=paid_by).attempts
         self.ledger.carry(job.fingerprint, past_requests(run, known, job.price_usd), run.id)
         brought = next((each for each in reversed(known) if each.status == 200 and each.reason is None), None)
         if brought and run.follows(brought.flow_runs):
@@ -206,6 +208,7 @@ class Pipeline:
             status=status,
             path=path,
             picture=picture,
+            paid_by=paid_by,
             attempts=attempts,
             **self.ledger.account(job.fingerprint, run.id)._asdict(),
         )

@@ -313,6 +313,32 @@ def test_an_interrupt_after_the_answer_leaves_the_picture_for_the_next_run(
     again = walk(photo)
     assert (again.status, again.cost_usd, again.possibly_billed_usd) == ("recovered", Decimal(0), Decimal(0))
     assert sandbox.ledger.billed == 1
+    (sent,) = recorded(again.fingerprint).record.attempts
+    assert (sent.status, sent.possibly_billed, sent.cost_usd, sent.reason) == (200, False, Decimal("0.05"), None)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
+def test_an_outbox_whose_files_cannot_be_looked_at_is_an_error_of_ours_and_no_payment(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    part = generated.path.rename(generated.path.with_name(f"{generated.job.fingerprint}.0123456789abcdef.part"))
+    leases._claims.clear()
+    real = Path.stat
+
+    def failing(self: Path, **options: Any) -> os.stat_result:
+        if self in (part, generated.path):
+            raise OSError(error, os.strerror(error))
+        return real(self, **options)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "stat", failing)
+        with pytest.raises(OutboxError, match="cannot be read"):
+            walk(photo)
+        with pytest.raises(ArchiveError):
+            archive_picture(generated)
+    assert (walk(photo).status, sandbox.ledger.billed) == ("recovered", 1)
 
 
 def test_an_archive_under_another_name_is_the_same_archive_with_the_same_outbox(

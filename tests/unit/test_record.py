@@ -146,6 +146,25 @@ def test_the_archive_is_searched_only_where_another_run_may_have_died_when_it_ha
     assert not DONE.may_be_archived_by_another(Run("another"))
 
 
+def test_a_request_whose_picture_is_archived_is_in_doubt_no_more():
+    doubted = claimed(
+        sent("other", True, reason="cut"), sent("me", True, reason="ended", reported_by="me", kept="there")
+    )
+    first, second = doubted.archived(PICTURE, "hero/x.png", "hero/x.json", paid_by="me").attempts
+    assert (first.possibly_billed, first.reason, first.cost_usd) == (True, "cut", None)
+    assert (second.possibly_billed, second.reason, second.status, second.cost_usd) == (
+        False,
+        None,
+        200,
+        PICTURE.cost_usd,
+    )
+    assert (second.reported_by, second.kept) == (None, None)
+    for paid_by in (None, "another"):
+        assert doubted.archived(PICTURE, "x.png", "x.json", paid_by=paid_by).attempts == doubted.attempts
+    known = claimed(sent("me", True, reason="cut"), sent("me", False, status=200, cost_usd=PRICE))
+    assert known.archived(PICTURE, "x.png", "x.json", paid_by="me").attempts == known.attempts
+
+
 def test_every_run_but_the_own_is_another_run():
     record = claimed(sent("me", True))
     assert not record.outcome_unknown(Run("me"))
