@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -31,7 +32,7 @@ from prefect_segmind.errors import (
     redact,
 )
 from prefect_segmind.flows.approval_form import approve
-from prefect_segmind.flows.dispatch import POLICY, dispatch
+from prefect_segmind.flows.dispatch import POLICY, dispatch, in_time
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
@@ -279,24 +280,35 @@ def _produce(
     failed_jobs: Spool[Job] | None,
     report: Callable[[BatchResult], None],
 ) -> BatchResult:
-    """Produces the assets of a batch; however that ends, the listener gets the result and the log the totals."""
+    """Produces the assets of a batch; however that ends, the listener gets the result and the log the totals.
+
+    They are told before anything else is tried that the archive or Prefect's server may keep waiting.
+    """
 
     def end() -> BatchResult:
         tally.close()
-        failed_manifest = None if failed_jobs is None else _keep_failed(failed_jobs, services)
-        result = tally.result(failed_manifest, pipeline.gate.stopped, batch.wanted())
+        result = tally.result(None, pipeline.gate.stopped, batch.wanted())
         listener().ended(pipeline.ledger, result)
         return result
 
-    result: BatchResult | None = None
+    def keep_and_report(result: BatchResult) -> BatchResult:
+        if failed_jobs is not None and (kept := _keep_failed(failed_jobs, services)):
+            result = result.model_copy(update={"failed_manifest": kept})
+            listener().ended(pipeline.ledger, result)
+        report(result)
+        return result
+
+    ended: BatchResult | None = None
     try:
         dispatch(batch.wanted(), pipeline, tally, services.settings.grace_seconds)
-        result = end()
-        report(result)
+        ended = end()
+        return keep_and_report(ended)
     except BaseException:
-        run_logger().warning((result or end()).sentence(), extra=TOLD_AT_END)
+        told = ended or end()
+        run_logger().warning(told.sentence(), extra=TOLD_AT_END)
+        if ended is None:
+            in_time(partial(keep_and_report, told))
         raise
-    return result
 
 
 def _open_pipeline(terms: Terms, ledger: Ledger, earlier_answers: Iterable[tuple[datetime, bool]]) -> Pipeline:

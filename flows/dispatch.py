@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
-from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import Task
 
 from prefect_segmind.batch.tally import Tally
 from prefect_segmind.errors import RunCancelledError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
+from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import ValidatedJob
+from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.tasks.interrupts import ended_by
 from prefect_segmind.tasks.produce_asset import task_of_batch
 
@@ -32,19 +33,16 @@ WATCH_SECONDS = 10.0
 
 POLICY = RetryPolicy(rate_limit_retries=20)
 """A rate limit concerns all assets of a batch, so those that it meets are retried more often."""
-THREADS = 4096
-"""More than are ever needed: threads are made on demand, and the gate bounds how many assets are under way."""
-
-
-def task_runner() -> ThreadPoolTaskRunner[Any]:
-    """The task runner of the flows of many pictures."""
-    return ThreadPoolTaskRunner(max_workers=THREADS)
+LAST_SECONDS = 2.0
+"""How long the end of a run waits for each thing that Prefect's server or the archive may be slow to take."""
 
 
 def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: Tally, grace_seconds: float) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
 
-    When interrupted, it sends nothing new, and waits for what is in flight to be archived.
+    When interrupted, it sends nothing new, and waits for what is in flight to be archived, no longer than the grace.
+    Each asset has a thread of its own, which does not keep the process from ending after that. (Prefect's task runners
+    join theirs, however long a request takes.) Where the process goes on, so do they.
 
     Args:
         entries: The assets, in their order.
@@ -59,7 +57,7 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
                 if not gate.enter(entry.name):
                     break
                 tally.start(entry)
-                produce.submit(entry).add_done_callback(partial(_end, entry, gate, tally))
+                _start(partial(_produce, entry, produce, gate, tally), f"segmind-{entry.name}")
             tally.wait()
         except BaseException as error:
             gate.stop(RunCancelledError(f"the run was ended by {ended_by(error) or 'an error'}"))
@@ -70,10 +68,34 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
             raise
 
 
-def _end(entry: Job | ValidatedJob, gate: Gate, tally: Tally, future: PrefectFuture[Any]) -> None:
-    """Counts the outcome of an asset, in the thread that worked on it."""
+def in_time(work: Callable[[], object], seconds: float = LAST_SECONDS) -> None:
+    """Does something that is not worth waiting for longer; where it fails, the run does not.
+
+    Args:
+        work: What to do; it goes on in a thread of its own after that, until the process ends.
+        seconds: How long to wait at most.
+    """
+
+    def attempt() -> None:
+        with suppress(Exception):
+            work()
+
+    _start(attempt, "segmind-end").join(seconds)
+
+
+def _start(work: Callable[[], object], name: str) -> threading.Thread:
+    thread = threading.Thread(target=copy_context().run, args=(work,), name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _produce(
+    entry: Job | ValidatedJob, produce: Task[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
+) -> None:
+    """Works on an asset, and counts its outcome."""
+    outcome: object
     try:
-        outcome = future.result(raise_on_failure=False)
+        outcome = produce(entry, return_state=True).result(raise_on_failure=False)
     except BaseException as error:  # noqa: BLE001
         outcome = error
     try:
@@ -86,13 +108,12 @@ def _end(entry: Job | ValidatedJob, gate: Gate, tally: Tally, future: PrefectFut
 def _watched(gate: Gate, tally: Tally) -> Iterator[None]:
     """Reports the progress of the run in the log and in an artifact, and stops the gate when it is cancelled."""
     ended = threading.Event()
-    watch = threading.Thread(target=copy_context().run, args=(_watch, gate, tally, ended), name="segmind-watch")
-    watch.start()
+    watch = _start(partial(_watch, gate, tally, ended), "segmind-watch")
     try:
         yield
     finally:
         ended.set()
-        watch.join()
+        watch.join(LAST_SECONDS)
 
 
 def _watch(gate: Gate, tally: Tally, ended: threading.Event) -> None:
@@ -106,7 +127,7 @@ def _watch(gate: Gate, tally: Tally, ended: threading.Event) -> None:
             if progress.sentence() != last and (not over or artifact):
                 last, percent = progress.sentence(), 100 * progress.done / max(1, progress.total)
                 if artifact is None:
-                    key = f"{flow_run.flow_name}-{str(run_id)[:8]}"
+                    key = artifact_key(f"{flow_run.flow_name} {str(run_id)[:8]}", "progress")
                     artifact = cast(UUID, create_progress_artifact(percent, key, last))
                 else:
                     update_progress_artifact(artifact, percent, description=last)

@@ -18,7 +18,6 @@ from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
-from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.images.contact_sheet import MAX_LABELS, contact_sheet
 from prefect_segmind.jobs.job import name_from_image, parse_job
@@ -49,7 +48,7 @@ def _flow_run_name() -> str:
     return run_name(f"explore-variations {values.get('name') or name_from_image(str(values.get('image')))}")
 
 
-@flow(name="explore-variations", flow_run_name=_flow_run_name, task_runner=task_runner())  # type: ignore[arg-type]
+@flow(name="explore-variations", flow_run_name=_flow_run_name)
 def explore_variations(
     image: str,
     prompt: str,

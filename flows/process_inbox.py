@@ -15,7 +15,6 @@ from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchResult, Failure
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
-from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
 from prefect_segmind.inbox.inbox import InboxFile, Look, Memory
 from prefect_segmind.inbox.open_inbox import open_inbox
@@ -74,7 +73,6 @@ class _Bad(NamedTuple):
 @flow(
     name="process-inbox",
     flow_run_name=lambda: run_name(f"process-inbox {flow_run.parameters.get('inbox')}"),
-    task_runner=task_runner(),  # type: ignore[arg-type]
 )
 def process_inbox(
     inbox: str,

@@ -13,7 +13,6 @@ from prefect.runtime import flow_run
 from prefect_segmind.archive.record import OnKept, OnUnknown
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
-from prefect_segmind.flows.dispatch import task_runner
 from prefect_segmind.manifest.loading import load_manifest
 from prefect_segmind.reporting.listener import listener
 from prefect_segmind.services import Services
@@ -23,7 +22,7 @@ def _flow_run_name() -> str:
     return run_name(f"refresh-assets {PurePosixPath(str(flow_run.parameters.get('manifest'))).stem}")
 
 
-@flow(name="refresh-assets", flow_run_name=_flow_run_name, task_runner=task_runner())  # type: ignore[arg-type]
+@flow(name="refresh-assets", flow_run_name=_flow_run_name)
 def refresh_assets(
     manifest: str,
     archive: str | None = None,

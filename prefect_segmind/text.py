@@ -10,6 +10,7 @@ from prefect_segmind.errors import ConfigurationError
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """Characters that no address, setting or name may contain."""
 BLANK = r"[\s\u200b\u200e\u200f\u202a\u2060\ufeff]"  # the invisible ones are easily copied with a text
+_CONTROLS_TERMINAL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ENDS = re.compile(rf"\A{BLANK}+|{BLANK}+\Z")
 
 
@@ -122,3 +123,16 @@ def given_text(field: str, text: str | None) -> str | None:
     if CONTROL.search(clean):
         raise ConfigurationError(f"{field}: {clean!r} contains a control character; write it again")
     return clean or None
+
+
+def visible(text: str) -> str:
+    r"""A text for people, in which what would steer a terminal or turn the direction of reading is shown as an escape.
+
+    Args:
+        text: The text.
+
+    Example:
+        >>> visible("mug\u202egpj.exe")
+        'mug\\u202egpj.exe'
+    """
+    return _CONTROLS_TERMINAL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -10,12 +10,30 @@ from prefect.logging import get_run_logger
 
 from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
 from prefect_segmind.limits.retry import holds_all
+from prefect_segmind.money import usd
 from prefect_segmind.reporting import events
-from prefect_segmind.tasks.interrupts import end_run_on_hangup
-from prefect_segmind.tasks.run_context import job_name
+from prefect_segmind.tasks.interrupts import end_run_on_hangup, ended_by
+from prefect_segmind.tasks.run_context import job_name, run_ledger
 
 TOLD_AT_END = {"told_at_end": True}
 """Marks a log line that a command repeats at its end, so that its terminal shows it only there."""
+
+
+@contextmanager
+def totals_of_interrupts_told() -> Iterator[None]:
+    """Logs what the run has paid, and what it may have been billed, if it is interrupted inside."""
+    try:
+        yield
+    except BaseException as error:
+        by, totals = ended_by(error), run_ledger().totals
+        if by and totals.requests_sent:
+            get_run_logger().warning(
+                "ended by %s: this run has paid %s USD, and may have been billed %s USD more; the same job run again "
+                "finds what had arrived, unpaid",
+                *(by, usd(totals.cost_usd), usd(totals.possibly_billed_usd)),
+                extra=TOLD_AT_END,
+            )
+        raise
 
 
 @contextmanager
@@ -31,7 +49,11 @@ def failures_reported(job: object, stage: str = "generate", *, in_batch: bool = 
     """
     end_run_on_hangup()
     try:
-        yield
+        if in_batch:
+            yield
+        else:
+            with totals_of_interrupts_told():
+                yield
     except SegmindError as error:
         name = job_name(job)
         if error.decision:

@@ -201,7 +201,8 @@ class Tally:
         self._under_way: dict[str, Job | ValidatedJob] = {}
         self._closed = False
         self._started = time.monotonic()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself: an interrupt cannot come between it and its `with`
+        self._changed = threading.Condition(self._lock)
 
     def start(self, entry: Job | ValidatedJob) -> None:
         """Records that an asset is under way.
@@ -209,7 +210,7 @@ class Tally:
         Args:
             entry: The asset.
         """
-        with self._changed:
+        with self._lock:
             self._under_way[entry.name] = entry
             progress = self.progress
         self._report(progress)
@@ -221,7 +222,7 @@ class Tally:
             entry: The asset.
             result: An `ArchivedImage`, or the exception that it ended with.
         """
-        with self._changed:
+        with self._lock:
             if self._closed or self._under_way.pop(entry.name, None) is None:
                 return
             if isinstance(result, ArchivedImage):
@@ -236,7 +237,7 @@ class Tally:
     def close(self) -> None:
         """Counts the assets that are still under way as failed, and nothing after that."""
         late = SegmindError("the run ended before this asset; run it again: a picture that still arrives is recovered")
-        with self._changed:
+        with self._lock:
             for entry in self._under_way.values():
                 self._fail(entry, late)
             self._under_way.clear()
@@ -251,13 +252,13 @@ class Tally:
         Returns:
             Whether no asset is under way.
         """
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: not self._under_way, seconds)
 
     @property
     def progress(self) -> Progress:
         """The progress of the run now."""
-        with self._changed:
+        with self._lock:
             seconds = time.monotonic() - self._started
             return Progress(self._plan.total, self._counts.copy(), self._ledger.spent_usd, seconds)
 
@@ -274,7 +275,7 @@ class Tally:
             stopped: The error that ended the run early, if one did.
             entries: All jobs of the run, to name those that were not started.
         """
-        with self._changed:
+        with self._lock:
             counts, spent = self._counts, self._ledger.totals
             not_started = self._plan.total - self.progress.done
             ended = {each.name for each in self._images} | {each.name for each in self._failures}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
+from rich.text import Text
 
 from prefect_segmind._version import __version__
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION
@@ -92,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
         if "--json" in arguments:
             wrong = InputError(text)
             print_json(batch_failure(wrong) if arguments[0] == "refresh" else failure("", wrong))
-        people.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        people.print(text, style="red", soft_wrap=True)
         people.print("See prefect-segmind --help.")
         return BAD_INPUT
     except Exception as error:
@@ -370,7 +371,7 @@ def check(*, block: str | None = None, archive: str | None = None, upload_to: st
         except Exception as error:
             found, code = CheckResult(message(error), "bad"), exit_code(error)
         colour = {"ok": "green", "mind": "yellow", "bad": "red"}[found.mark]
-        console.print(f"[{colour}]{found.mark:<4}[/] [bold]{title}[/]: ", end="")
-        console.print(found.text, markup=False, highlight=False, soft_wrap=True)
+        line = Text.assemble((f"{found.mark:<4}", colour), " ", (title, "bold"), ": ", found.text)
+        console.print(line, soft_wrap=True)
         codes.append(code)
     return max(codes)

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from prefect_segmind.cli.output import address_in_ui
 from prefect_segmind.cli.terminal import print_facts
@@ -78,7 +79,7 @@ def serve(sandbox: Sandbox, console: Console) -> None:
             *(f"export {name}={shlex.quote(value)}" for name, value in sandbox.environment().items()),
         )
         for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(line), soft_wrap=True)
         sys.stdout.flush()
         try:
             threading.Event().wait()

@@ -12,7 +12,6 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -27,6 +26,7 @@ from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.money import usd
 from prefect_segmind.reporting.listener import Listener, Question
+from prefect_segmind.text import visible
 
 
 class _Left(TimeRemainingColumn):
@@ -35,6 +35,14 @@ class _Left(TimeRemainingColumn):
     def render(self, task: Task) -> Text:
         """The time with the word `left`; nothing before the total is known."""
         return Text() if task.total is None else super().render(task).append(" left")
+
+
+class _Line(ProgressColumn):
+    """The text of the line, as it is."""
+
+    def render(self, task: Task) -> Text:
+        """The text."""
+        return Text(visible(task.fields["line"]))
 
 
 def live(console: Console, line: str, *columns: ProgressColumn) -> Progress:
@@ -47,7 +55,7 @@ def live(console: Console, line: str, *columns: ProgressColumn) -> Progress:
     """
     bar = Progress(
         SpinnerColumn("line"),
-        TextColumn("{task.fields[line]}", markup=False),
+        _Line(),
         *columns,
         console=console,
         transient=True,

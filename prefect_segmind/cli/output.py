@@ -29,6 +29,7 @@ from prefect_segmind.limits.ledger import NOTHING, Ledger, Totals
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.tasks.interrupts import ended_by
+from prefect_segmind.text import visible
 
 DONE, FAILED, BAD_INPUT, ACCOUNT_REFUSED, NO_MONEY = range(5)
 INTERRUPTED = 130
@@ -144,16 +145,16 @@ def show_failure(
     """
     if verbose:
         people.print_exception()
-    people.print(message(error, totals), style="red", markup=False, highlight=False, soft_wrap=True)
+    people.print(visible(message(error, totals)), style="red", soft_wrap=True)
     if isinstance(error, SegmindError) and error.decision:
-        people.print(f"Not sent again: {error.decision.reason}.", markup=False, highlight=False)
+        people.print(f"Not sent again: {error.decision.reason}.")
     if totals.cost_usd or totals.possibly_billed_usd:
         paid, possibly = usd(totals.cost_usd), usd(totals.possibly_billed_usd)
-        people.print(f"Paid: {paid} USD; possibly billed: {possibly} USD.", highlight=False)
+        people.print(f"Paid: {paid} USD; possibly billed: {possibly} USD.")
     elif isinstance(error, SegmindError):
         people.print("This run paid nothing.")
     for title, text in facts.items():
-        people.print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
+        people.print(f"{title}: {text}", soft_wrap=True)
     return exit_code(error)
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 
 from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
+from rich.text import Text
 
-people = Console(stderr=True)
-"""Prints everything but the result, so that the live line stays below the other lines."""
+from prefect_segmind.text import visible
+
+people = Console(stderr=True, markup=False, emoji=False, highlight=False)
+"""Prints everything but the result, so that the live line stays below the other lines; texts as they are."""
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -27,7 +30,7 @@ class CommandConsole(PrefectConsoleHandler):
         """Prints a line of the log."""
         colour = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
         try:
-            people.print(self.format(record), style=colour, markup=False, highlight=False, soft_wrap=True)
+            people.print(self.format(record), style=colour, soft_wrap=True)
         except Exception:  # noqa: BLE001
             self.handleError(record)
 
@@ -62,5 +65,5 @@ def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     """
     width = max(map(len, facts))
     for title, text in facts.items():
-        console.print(f"[bold]{title:>{width}}[/]  ", end="")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        line = Text.assemble((visible(f"{title:>{width}}"), "bold"), "  ", visible(text))
+        console.print(line, soft_wrap=True)

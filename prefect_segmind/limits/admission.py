@@ -67,8 +67,8 @@ class Admission:
             request: What identifies it in the ledger.
         """
         if self.request is None:
-            self.picture, self.request = picture, request
-            self.gate._record_sent(self)
+            self.picture = picture
+            self.gate._record_sent(self, request)
 
     def paid(self, cost_usd: Decimal, at: datetime | None = None) -> None:
         """Records that the answer holds a picture, and lets another request take this one's place.
@@ -169,6 +169,7 @@ class Gate:
         self._parked = 0
         self._wanted: set[str] = set()  # pictures that an asset of the run is about to pay for
         self._held_until = -math.inf
+        self._said_alone = False
 
     @property
     def stopped(self) -> SegmindError | None:
@@ -338,7 +339,8 @@ class Gate:
                         self._stop_if_unusable("earlier tries of this run got them; a new run begins anew")
                     elif fit is Fit.NEVER:
                         self._stop_by_budget()
-                    elif fit is Fit.LATER or self._admitted >= self._max_concurrency:
+                    elif fit is not Fit.NOW or self._admitted >= self._max_concurrency:
+                        self._say_why(fit)
                         turn.wait()
                     elif delay > 0:
                         turn.wait(min(delay, threading.TIMEOUT_MAX))
@@ -350,6 +352,12 @@ class Gate:
             finally:
                 self._queue.remove(waiting)
                 self._next()
+
+    def _say_why(self, fit: Fit) -> None:
+        """Logs, once, that a budget has the requests go one by one at first."""
+        if fit is Fit.ALONE and not self._said_alone:
+            self._said_alone = True
+            self._log.info("the budget needs the cost of a picture: requests go one by one until an answer names it")
 
     def _next(self) -> None:
         """Wakes the first in the queue."""
@@ -389,8 +397,10 @@ class Gate:
                 )
             )
 
-    def _record_sent(self, admission: Admission) -> None:
+    def _record_sent(self, admission: Admission, request: RequestId) -> None:
         with self._lock:
+            self.ledger.send(admission.reserved_usd, admission.picture, request)
+            admission.request = request
             self._in_flight += 1
             self._pace.sent(admission.ticket, monotonic())
             self._next()

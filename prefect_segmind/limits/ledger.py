@@ -20,6 +20,7 @@ class Fit(Enum):
     """Whether the limit of a ledger has room for a price."""
 
     NOW = "it fits beside all that is spent and in flight"
+    ALONE = "no answer has named a cost yet, and a request is in flight that may bring one"
     LATER = "it fits if what is in flight, or kept for others, turns out not to be billed"
     NEVER = "what is spent, or may have been, leaves too little: this is final"
 
@@ -81,12 +82,23 @@ class _Entry(NamedTuple):
     is_own: bool
 
 
+class _Sums(NamedTuple):
+    charged: Totals = Totals()
+    reported: Totals = Totals()
+    in_flight_usd: Decimal = NOTHING
+    dearest_usd: Decimal = NOTHING
+
+
 class Ledger:
     """What a run has spent, has in flight, and may have spent where an outcome is unknown. Threads may share it.
 
-    What is spent, in flight and possibly billed never exceeds the limit together, as long as no answer costs more than
-    was reserved for it. A price that rises is noticed with the first answer that names it; what is in flight at that
-    moment may exceed the limit by the rise.
+    Whenever a request is admitted, what is spent, in flight and possibly billed is within the limit together. So the
+    limit is exceeded only by what those that are in flight at the last admission cost more than was reserved for them:
+    the price of the dearest answer so far, or the list price. Under a limit requests go one by one until an answer has
+    named a cost, so that a list price that is too low costs the difference once, and not once for all that would be in
+    flight. An answer without a cost counts as one at the list price.
+
+    An interrupt at any line leaves it with sums that tell no less than what was sent.
 
     Args:
         limit_usd: What the run may spend; None for no limit.
@@ -94,14 +106,16 @@ class Ledger:
 
     Attributes:
         limit_usd: As above; it may be set later, before the first request.
-        in_flight_usd: Reserved for requests that have no outcome yet.
 
     Example:
         >>> ledger = Ledger(Decimal("0.10"))
         >>> ledger.reserve(Decimal("0.05"))
         >>> ledger.fit(Decimal("0.05")).name, ledger.fit(Decimal("0.10")).name, ledger.fit(Decimal("0.15")).name
-        ('NOW', 'LATER', 'NEVER')
+        ('ALONE', 'LATER', 'NEVER')
         >>> request = RequestId("a task run", datetime(2026, 11, 26, tzinfo=UTC))
+        >>> ledger.send(Decimal("0.05"), "a fingerprint", request)
+        >>> ledger.totals.possibly_billed_usd
+        Decimal('0.05')
         >>> ledger.settle(Decimal("0.05"), "a fingerprint", request, Totals(1, Decimal("0.04")))
         >>> ledger.account("a fingerprint", "a task run").cost_usd, ledger.fit(Decimal("0.06")).name
         (Decimal('0.04'), 'NOW')
@@ -109,29 +123,30 @@ class Ledger:
 
     def __init__(self, limit_usd: Decimal | None = None, reporters: Reporters | None = None) -> None:
         self.limit_usd = limit_usd
-        self.in_flight_usd = NOTHING
         self._reporters: Reporters = {} if reporters is None else reporters
-        self._charged = Totals()
-        self._reported = Totals()
-        self._dearest = NOTHING
+        self._sums = _Sums()  # replaced as a whole: an interrupt finds the old ones or the new ones
         self._pictures: dict[str, dict[RequestId, _Entry]] = {}
         self._lock = threading.RLock()
 
     @property
     def spent_usd(self) -> Decimal:
         """What the run, in all its tries, has certainly paid."""
-        return self._charged.cost_usd
+        return self._sums.charged.cost_usd
 
     @property
     def unknown_usd(self) -> Decimal:
         """What its requests of unknown outcome may have cost."""
-        return self._charged.possibly_billed_usd
+        return self._sums.charged.possibly_billed_usd
+
+    @property
+    def in_flight_usd(self) -> Decimal:
+        """What is reserved for requests that have no outcome yet."""
+        return self._sums.in_flight_usd
 
     @property
     def totals(self) -> Totals:
-        """Everything that the run has to report; what is in flight may be billed."""
-        with self._lock:
-            return self._reported.plus(Totals(0, NOTHING, self.in_flight_usd))
+        """Everything that the run has to report; what is sent and not answered may be billed."""
+        return self._sums.reported
 
     @property
     def pictures(self) -> frozenset[str]:
@@ -145,7 +160,7 @@ class Ledger:
         Args:
             list_price: In USD.
         """
-        return max(list_price, self._dearest)
+        return max(list_price, self._sums.dearest_usd)
 
     def fit(self, price: Decimal, kept: Decimal = Decimal(0)) -> Fit:
         """Whether there is room for a price.
@@ -160,7 +175,9 @@ class Ledger:
             left = self.limit_usd - self.spent_usd - self.unknown_usd
             if price > left:
                 return Fit.NEVER
-            return Fit.NOW if price <= left - self.in_flight_usd - kept else Fit.LATER
+            if price > left - self.in_flight_usd - kept:
+                return Fit.LATER
+            return Fit.ALONE if self.in_flight_usd and not self._sums.dearest_usd else Fit.NOW
 
     def reserve(self, price: Decimal) -> None:
         """Sets an amount aside for a request that is about to be sent.
@@ -174,7 +191,7 @@ class Ledger:
         with self._lock:
             if self.fit(price) is not Fit.NOW:
                 raise ValueError(f"there is no room for {price} USD")
-            self.in_flight_usd += price
+            self._sums = self._sums._replace(in_flight_usd=self.in_flight_usd + price)
 
     def release(self, price: Decimal) -> None:
         """Ends a reservation for a request that was never sent.
@@ -188,7 +205,21 @@ class Ledger:
         with self._lock:
             if price > self.in_flight_usd:
                 raise ValueError(f"{price} USD are not in flight")
-            self.in_flight_usd -= price
+            self._sums = self._sums._replace(in_flight_usd=self.in_flight_usd - price)
+
+    def send(self, price: Decimal, picture: str, request: RequestId) -> None:
+        """Enters a request that is about to be sent: until it is settled it is reported as possibly billed.
+
+        Args:
+            price: The amount reserved for it in USD.
+            picture: The fingerprint of the picture.
+            request: What identifies the request.
+        """
+        with self._lock:
+            self._reporters[request] = self
+            sent = Totals(1, NOTHING, price)
+            # Against the limit it counts as in flight.
+            self._enter(picture, request, _Entry(sent, Totals(1), request.run, is_own=True))
 
     def settle(self, price: Decimal, picture: str, request: RequestId, outcome: Totals) -> None:
         """Ends a reservation with the outcome of its request.
@@ -203,10 +234,10 @@ class Ledger:
             ValueError: So much was never reserved.
         """
         with self._lock:
-            self.release(price)
+            if price > self.in_flight_usd:
+                raise ValueError(f"{price} USD are not in flight")
             self._reporters[request] = self
-            self._enter(picture, request, _Entry(outcome, outcome, request.run, is_own=True))
-            self._dearest = max(self._dearest, outcome.cost_usd)
+            self._enter(picture, request, _Entry(outcome, outcome, request.run, is_own=True), ended_usd=price)
 
     def not_sent(self, picture: str, request: RequestId) -> None:
         """Enters that a request was never sent, whatever the record of the picture says of it.
@@ -279,15 +310,16 @@ class Ledger:
             entry = self._pictures.get(picture, {}).get(request)
             return entry is not None and entry.reported_by == run
 
-    def _enter(self, picture: str, request: RequestId, entry: _Entry) -> None:
-        entries = self._pictures.setdefault(picture, {})
-        before = entries.get(request)
-        changes: tuple[tuple[_Entry | None, Literal[1, -1]], ...] = ((before, -1), (entry, 1))
+    def _enter(self, picture: str, request: RequestId, entry: _Entry, ended_usd: Decimal = NOTHING) -> None:
+        """Replaces the entry of a request, and the sums with it; ends a reservation for it."""
+        entries, (charged, reported, in_flight, dearest) = self._pictures.setdefault(picture, {}), self._sums
+        changes: tuple[tuple[_Entry | None, Literal[1, -1]], ...] = ((entries.get(request), -1), (entry, 1))
         for each, sign in changes:
             if each is not None:
-                self._charged = self._charged.plus(each.charged, sign)
+                charged = charged.plus(each.charged, sign)
             if each is not None and each.reported_by is not None:
-                self._reported = self._reported.plus(each.totals, sign)
+                reported = reported.plus(each.totals, sign)
+        self._sums = _Sums(charged, reported, in_flight - ended_usd, max(dearest, entry.charged.cost_usd))
         entries[request] = entry
 
 

@@ -161,6 +161,7 @@ class Cashier:
                 enter()
                 held.sending()
 
+            paid, path = None, part
             try:
                 paid = client.generate(request, part, before_sending)
                 admission.paid(paid.cost_usd, paid.paid_at)
@@ -174,6 +175,10 @@ class Cashier:
                         raise
                     self.gate.ledger.not_sent(job.fingerprint, request_id)
                     return None
+                if paid is not None:  # whatever it is that fails now, the picture is here and paid for
+                    self._write_outcome(held, _answered(paid, path), log)
+                    held.give_up()
+                    raise
                 enter()  # unless it was sent: it was tried
                 if not isinstance(error, SegmindError):
                     self._fail(run, held, SegmindError(f"ended by {type(error).__name__}", possibly_billed=True), log)
@@ -187,12 +192,7 @@ class Cashier:
                     admission.unusable(failed)
                 decision = self._fail(run, held, error, log, kept)
                 raise failed.with_facts(decision=decision) from error.__cause__
-        kept_at = f"{path} on {socket.gethostname()}"
-
-        def answered(record: Record) -> Record:
-            return record.with_outcome(status=200, possibly_billed=False, kept=kept_at, cost_usd=paid.cost_usd)
-
-        self._write_outcome(held, answered, log)
+        self._write_outcome(held, _answered(paid, path), log)
         held.hold(ARCHIVE_SECONDS)
         for notice in paid.notices:
             log.info(notice)
@@ -299,3 +299,9 @@ class Cashier:
             held.write(outcome)
         except StoreError as broken:
             log.warning("the outcome of this request could not be written to the archive: %s", broken)
+
+
+def _answered(paid: PaidPicture, path: Path) -> Callable[[Record], Record]:
+    """The outcome of a request that has brought a picture, which waits in the outbox."""
+    kept = f"{path} on {socket.gethostname()}"
+    return lambda record: record.with_outcome(status=200, possibly_billed=False, kept=kept, cost_usd=paid.cost_usd)

@@ -19,6 +19,7 @@ from prefect_segmind.errors import KeptElsewhereError, OutcomeUnknownError, Segm
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import KEPT_REMEDY, Finding, LookUp
 from prefect_segmind.pipeline.pay import Cashier, GeneratedImage
@@ -164,8 +165,9 @@ class Pipeline:
             elif finding.verdict is Verdict.RECOVER and finding.kept:
                 if not self.look_up.is_unchanged(job, finding):
                     continue  # the run that paid for it has just claimed or archived it
-                log.info("recovered: %s was paid for and is in the outbox; nothing to pay", job.name)
                 path, entry = finding.kept
+                cost = usd(entry.paid.cost_usd)
+                log.info("recovered: %s was paid for (%s USD) and is in the outbox; nothing to pay", job.name, cost)
                 self.gate.picture(entry.paid.paid_at)
                 attempts = finding.attempts if finding.record else entry.attempts
                 return self._generated(job, run, "recovered", path, entry.paid, attempts, paid_by=entry.run)
@@ -261,10 +263,16 @@ class Pipeline:
                 log.warning(warning)
             return uploaded
 
-        with stage("generate"):
-            generated = self._get(job, upload, run, log)
-        with stage("archive"):
-            archived = self.archiving.archive_picture(generated, flow_run_id)
+        try:
+            with stage("generate"):
+                generated = self._get(job, upload, run, log)
+            with stage("archive"):
+                archived = self.archiving.archive_picture(generated, flow_run_id)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt between the stages too: nobody is to wait for this run
+            self.cashier.give_up(job, run)
+            raise
         if self.publisher is None:
             return archived
         with stage("publish"):

@@ -57,7 +57,7 @@ def publish_before_after(
             raise FileNotFoundError(archived.image)
         return _before_after(job, archived, generated, before, after)
 
-    _publish(page, artifact_key(archived.name), f"{archived.name}, before and after")
+    _publish(page, artifact_key(archived.name), f"{cell(archived.name)}, before and after")
 
 
 def _before_after(

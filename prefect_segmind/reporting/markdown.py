@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from prefect_segmind.images.conversion import equal_thumbnails, thumbnail
+from prefect_segmind.text import visible
 
 _UNBROKEN = re.compile(r"[^-]{70,}")
 """Text without a place for a line break, which Prefect's UI cuts off at its edge."""
@@ -18,8 +19,11 @@ _UNBROKEN = re.compile(r"[^-]{70,}")
 
 def cell(text: str) -> str:
     """Text escaped for a table cell; a long word can be broken across lines, and is still copied whole."""
-    words = (word if word.startswith("http") else _UNBROKEN.sub(_breakable, word) for word in text.split())
-    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", " ".join(words)).replace("\0", "<wbr>")
+    shown = visible(" ".join(text.split()))
+    words = (word if word.startswith("http") else _UNBROKEN.sub(_breakable, word) for word in shown.split(" "))
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#!&~$])", r"\\\1", " ".join(words))
+    # What only at the beginning of a line makes a list or a heading.
+    return re.sub(r"\A(\d*)([-+=.)])(?=[\s=-]|\Z)", r"\1\\\2", escaped).replace("\0", "<wbr>")
 
 
 def _breakable(found: re.Match[str]) -> str:

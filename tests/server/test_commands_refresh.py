@@ -7,6 +7,7 @@ import json
 import re
 import signal
 from collections import Counter
+from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from prefect_segmind.batch.tally import BatchError, BatchResult, Progress, plann
 from prefect_segmind.cli import commands, output
 from prefect_segmind.cli.listeners import BatchRun
 from prefect_segmind.flows import refresh_assets
-from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.limits.ledger import Ledger, RequestId
 from prefect_segmind.reporting import artifacts
 from prefect_segmind.reporting.listener import listener
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -237,7 +238,8 @@ def test_an_interrupt_is_told_as_one_even_if_prefect_fails_on_top_of_it(
     def interrupted(**options: Any) -> None:
         result: BatchResult = refresh_assets(**options)
         ledger = Ledger()
-        ledger.reserve(Decimal("0.10"))  # it may be billed
+        ledger.reserve(Decimal("0.10"))
+        ledger.send(Decimal("0.10"), "a picture", RequestId("a run", datetime.now(UTC)))  # it may be billed
         listener().ended(ledger, result.model_copy(update={"cost_usd": Decimal("0.10")}))
         try:
             raise interrupt(signal.SIGTERM)

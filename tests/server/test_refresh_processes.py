@@ -179,6 +179,39 @@ def test_interrupted_it_sends_nothing_new_and_archives_what_is_in_flight(
     assert len(pictures()) == sandbox.ledger.billed
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_the_grace_ends_in_time_though_answers_are_still_to_come(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_GRACE_SECONDS", "1")
+    sandbox.play(*[Answer(delay=600)] * 8)  # later than the end of the process is waited for
+    process = start(campaign(photo, 8), "--max-concurrency", "4")
+    wait_until(lambda: len(sandbox.ledger.requests) >= 4, process)
+    process.send_signal(how)
+    code, told, _ = ended(process)
+    assert code == 130
+    assert (told["cost_usd"], told["possibly_billed_usd"]) == ("0.00", "0.20")
+    assert (told["failed"], told["not_started"]) == (4, 4)
+    assert told["failed_manifest"]
+
+
+def test_the_grace_ends_in_time_in_a_flow_without_a_command_too(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_GRACE_SECONDS", "1")
+    sandbox.play(*[Answer(delay=600)] * 8)
+    script = photo.parent / "script.py"
+    script.write_text(OWN_PROCESS)
+    process = subprocess.Popen(
+        [sys.executable, str(script), "batch", str(campaign(photo, 8))], stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: len(sandbox.ledger.requests) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGTERM
+    assert "4 failed, 4 not started; paid 0.00 USD, possibly 0.20 USD more" in log
+
+
 def test_a_terminal_that_goes_away_ends_a_run_in_order(sandbox: Sandbox, photo: Path) -> None:
     """A dropped ssh: SIGHUP, and no stream to write to any more."""
     manifest = campaign(photo, 60)

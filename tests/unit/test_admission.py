@@ -338,6 +338,38 @@ def test_a_budget_that_may_yet_have_room_is_waited_for(start):
     assert money(gate) == (PRICE, 0, 0)
 
 
+@pytest.mark.parametrize("unpaid", [UnprocessableError("refused"), GatewayTimeoutError("late", possibly_billed=True)])
+def test_a_budget_with_a_list_price_below_the_real_one_is_not_overspent(start, unpaid):
+    said: list[str] = []
+    gate = Gate(ledger=Ledger(Decimal("0.48")), log=listening(said))
+    sixteen: list[Any] = []
+
+    def others_come(_: Admission) -> None:
+        sixteen.extend(start(pay, gate, Decimal("0.10")) for _ in range(16))
+        waiting(gate, 16)
+        assert gate.in_flight == 1
+
+    with pytest.raises(type(unpaid)):
+        send(gate, unpaid, others_come)
+    wait(sixteen)
+    assert gate.ledger.spent_usd == Decimal("0.40")
+    assert gate.ledger.spent_usd + gate.ledger.unknown_usd <= Decimal("0.48")
+    assert len([line for line in said if "one by one" in line]) == 1
+
+
+def test_without_a_budget_nothing_waits_for_the_first_cost(start):
+    gate, together = Gate(max_concurrency=8), threading.Barrier(8)
+
+    def work() -> None:
+        with gate.admit(PRICE) as admission:
+            sent(admission)
+            together.wait(30)
+            admission.paid(PRICE)
+
+    for each in [start(work) for _ in range(8)]:
+        each.result()
+
+
 def test_a_price_that_rises_is_reserved_from_then_on():
     gate = Gate(ledger=Ledger(Decimal("0.20")))
     pay(gate, Decimal("0.15"))
@@ -423,7 +455,8 @@ def test_an_asset_that_waits_for_another_run_keeps_nobody_from_the_budget(fates,
 
 
 def test_a_budget_that_has_room_is_spent_at_once_by_all_that_it_has_room_for(start):
-    gate = Gate(max_concurrency=8, ledger=Ledger(3 * PRICE))
+    gate = Gate(max_concurrency=8, ledger=Ledger(4 * PRICE))
+    pay(gate)  # its cost is known from here on
     together = threading.Barrier(4)
 
     def work(asset: str) -> None:

@@ -109,7 +109,7 @@ def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
             assert fit is Fit.NEVER
         if fit is Fit.NEVER:
             refused_for_ever = price if refused_for_ever is None else min(price, refused_for_ever)
-        elif fit is Fit.LATER:
+        elif fit is not Fit.NOW:
             assert reserved
         else:
             ledger.reserve(price)
@@ -124,6 +124,90 @@ def test_the_limit_holds_in_any_order_of_events_and_never_is_final(limit, data):
                 ledger.release(ended) if how == "release" else settle(ledger, ended, unknown=ended)
             assert total(ledger) <= limit
         assert ledger.in_flight_usd == sum(reserved)
+
+
+def test_under_a_limit_requests_go_one_by_one_until_an_answer_names_a_cost():
+    ledger = Ledger(Decimal("1.00"))
+    for unpaid in (Totals(1), Totals(1, possibly_billed_usd=PRICE)):
+        ledger.reserve(PRICE)
+        assert ledger.fit(PRICE) is Fit.ALONE
+        ledger.settle(PRICE, "a picture", request(), unpaid)
+        assert ledger.fit(PRICE) is Fit.NOW, "its end lets the next one go, which may tell more"
+    ledger.reserve(PRICE)
+    settle(ledger, PRICE, paid=Decimal("0.08"))
+    ledger.reserve(ledger.price_of(PRICE))
+    assert ledger.fit(ledger.price_of(PRICE)) is Fit.NOW
+
+
+def test_a_cost_that_an_earlier_try_has_seen_need_not_be_found_out_again():
+    ledger, paid = Ledger(Decimal("1.00")), Totals(1, cost_usd=Decimal("0.08"))
+    ledger.carry("a picture", [PastRequest(request(), paid, paid)], "a run")
+    ledger.reserve(ledger.price_of(PRICE))
+    assert ledger.fit(ledger.price_of(PRICE)) is Fit.NOW
+    assert ledger.price_of(PRICE) == Decimal("0.08")
+
+
+def spend(ledger: Ledger, costs: Iterable[Decimal | None], concurrency: int, data: st.DataObject) -> Decimal:
+    """Sends as much as the ledger lets go; of each request the cost is given, or that its outcome stays unknown.
+
+    Returns:
+        What those in flight at the last admission cost more than was reserved for them.
+    """
+    in_flight: list[tuple[Decimal, Decimal | None]] = []
+    rise = Decimal(0)
+
+    def end() -> None:
+        reserved, cost = in_flight.pop(data.draw(st.integers(0, len(in_flight) - 1)))
+        if cost is None:
+            settle(ledger, reserved, unknown=reserved)
+        else:
+            settle(ledger, reserved, paid=cost)
+
+    for cost in costs:
+        while in_flight and (len(in_flight) >= concurrency or ledger.fit(ledger.price_of(PRICE)) is not Fit.NOW):
+            end()
+        price = ledger.price_of(PRICE)
+        if ledger.fit(price) is not Fit.NOW:
+            break
+        ledger.reserve(price)
+        in_flight.append((price, cost))
+        rise = sum((max(Decimal(0), (each or Decimal(0)) - reserved) for reserved, each in in_flight), Decimal(0))
+    while in_flight:
+        end()
+    return rise
+
+
+OUTCOMES = st.none() | st.decimals(0, "0.2", places=4)
+
+
+@settings(deadline=None)
+@given(
+    limit=st.decimals(0, 2, places=4),
+    costs=st.lists(OUTCOMES, max_size=40),
+    concurrency=st.integers(1, 16),
+    data=st.data(),
+)
+def test_a_limit_is_exceeded_by_no_more_than_the_rise_of_what_was_in_flight_at_the_last_admission(
+    limit, costs, concurrency, data
+):
+    ledger = Ledger(limit)
+    rise = spend(ledger, costs, concurrency, data)
+    assert ledger.spent_usd + ledger.unknown_usd <= limit + rise
+
+
+@settings(deadline=None)
+@given(
+    limit=st.decimals(0, 2, places=4),
+    cost=st.decimals("0.0501", "0.5", places=4),
+    unknown=st.lists(st.booleans(), min_size=60, max_size=60),
+    concurrency=st.integers(1, 16),
+    data=st.data(),
+)
+def test_a_list_price_below_the_real_one_costs_the_difference_once(limit, cost, unknown, concurrency, data):
+    ledger = Ledger(limit)
+    spend(ledger, (None if each else cost for each in unknown), concurrency, data)
+    assert ledger.spent_usd + ledger.unknown_usd <= max(limit, limit + cost - PRICE)
+    assert ledger.totals.requests_sent == 60 or ledger.fit(ledger.price_of(PRICE)) is Fit.NEVER
 
 
 # What is reported, and by whom.
@@ -196,10 +280,16 @@ def test_what_another_try_never_asks_for_is_reported_too():
     assert (another.totals, ledger.totals, ledger.spent_usd) == (paid, Totals(), PRICE)
 
 
-def test_what_is_in_flight_may_be_billed():
-    ledger = Ledger()
+def test_what_is_in_flight_may_be_billed_and_what_is_only_reserved_may_not():
+    ledger, mine = Ledger(PRICE), request()
     ledger.reserve(PRICE)
-    assert ledger.totals.possibly_billed_usd == PRICE
+    assert ledger.totals == Totals()
+    ledger.send(PRICE, "a picture", mine)
+    assert ledger.totals == ledger.account("a picture", mine.run) == Totals(1, possibly_billed_usd=PRICE)
+    assert (ledger.unknown_usd, ledger.in_flight_usd) == (0, PRICE), "it may yet come back"
+    ledger.settle(PRICE, "a picture", mine, Totals(1))
+    assert ledger.totals == Totals(1)
+    assert ledger.fit(PRICE) is Fit.NOW
 
 
 # Ledger and records together: a flow that calls two others is retried, in the same process or in another.

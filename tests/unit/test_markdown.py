@@ -8,14 +8,54 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from PIL import Image
 
-from prefect_segmind.reporting.markdown import before_and_after, cell
+from prefect_segmind.reporting.markdown import before_and_after, cell, table
 from prefect_segmind.sandbox import sample_photo
+from prefect_segmind.text import visible
 
 
 def test_text_stays_text() -> None:
     assert cell("a | b_c\n<b>*x*") == r"a \| b\_c \<b\>\*x\*"
+
+
+NASTY = (
+    "a[/]",
+    "[red]",
+    "[bold",
+    "|",
+    "`x`",
+    "a\nb",
+    "<script>alert(1)</script>",
+    "x" * 200,
+    "mug\u202egpj",
+    "{name}",
+    "%s",
+)
+TEXTS = st.text() | st.text(alphabet="[]()`*_~<>&|#!-+=.:;{}$\\/\"' \n\u202e1a") | st.sampled_from(NASTY)
+
+
+@settings(deadline=None, max_examples=300)
+@given(TEXTS)
+def test_any_text_is_shown_literally(text: str) -> None:
+    shown = visible(" ".join(text.split()))
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    pages = {
+        "a: ": [f"- **a**: {cell(text)}"],
+        "": [f"- {cell(text)}"],
+        "a": table({"a": text}),
+        "a ": [f"# a {cell(text)}"],
+    }
+    for before, lines in pages.items():
+        tokens = [each for each in page.parse("\n".join(lines)) if each.type == "inline"]
+        inner = [child for each in tokens for child in each.children or ()]
+        assert {each.type for each in inner} <= {"text", "text_special", "strong_open", "strong_close", "html_inline"}
+        assert {each.content for each in inner if each.type == "html_inline"} <= {"<wbr>"}
+        told = "".join(each.content for each in inner if each.type != "html_inline")
+        assert told.strip() == (before + shown).strip()
 
 
 def test_what_is_too_long_for_a_line_may_be_broken_and_is_copied_whole() -> None:

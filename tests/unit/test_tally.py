@@ -90,6 +90,7 @@ def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: P
         for price in (Decimal("0.05"), Decimal("0.04"), Decimal("0.03")):
             ledger.reserve(price)
         not_archived, between_two = Totals(1, cost_usd=Decimal("0.04")), Totals(1, possibly_billed_usd=Decimal("0.03"))
+        ledger.send(Decimal("0.05"), "another picture", RequestId("a run", datetime.now(UTC)))
         for outcome in (not_archived, between_two):
             request = RequestId("a run", datetime.now(UTC))
             ledger.settle(outcome.cost_usd + outcome.possibly_billed_usd, "a picture", request, outcome)
