@@ -157,8 +157,14 @@ class SegmindClient:
                     self._raise_unless_200(answer)
                     self._receive(answer, part)
             except httpx.TransportError as error:
-                if answer is None or not _is_whole(part):
+                if answer is None:
                     raise
+                try:
+                    whole = _is_whole(part.read_bytes())
+                except OSError as unreadable:  # it may be whole, and stays
+                    raise _unusable(part, unreadable, "read from") from unreadable
+                if not whole:
+                    raise self._cut(error).with_facts(status=200, request_id=self._request_id(answer)) from None
                 broken = error
         picture = self._picture(answer, self._answered(answer), request.seed, part)
         if broken is None:
@@ -257,7 +263,7 @@ class SegmindClient:
                         )
                     write(chunk)
         except OSError as error:
-            raise _unwritable(part, error) from error
+            raise _unusable(part, error) from error
 
     def _request_id(self, answer: httpx.Response) -> str | None:
         return request_id(answer.headers, self._key)
@@ -284,7 +290,7 @@ class SegmindClient:
         except OSError as error:
             with suppress(OSError):
                 found.unlink(missing_ok=True)
-            raise _unwritable(part, error).with_facts(answered=answered, possibly_billed=False) from error
+            raise _unusable(part, error).with_facts(answered=answered, possibly_billed=False) from error
         except ApiError as error:
             raise error.with_facts(answered=answered, request_id=answered.request_id) from None
         return answered.brought(picture, seed)
@@ -317,23 +323,26 @@ class SegmindClient:
     @contextmanager
     def _translated(self, billable: bool = True) -> Iterator[None]:
         """Turns the failures of httpx into errors of this package, which never show an address with its query."""
-        host = self._host
         try:
             yield
         except ApiError as error:
             error.possibly_billed &= billable
             raise
         except NOT_SENT as error:
+            why = self._shown(error)
             raise ApiUnreachableError(
-                f"{host} cannot be reached: {self._shown(error)} (check SEGMIND_BASE_URL, the network and any proxy)"
+                f"{self._host} cannot be reached: {why} (check SEGMIND_BASE_URL, the network and any proxy)"
             ) from None
         except httpx.TransportError as error:
-            what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
-            raise AnswerCutError(
-                f"the answer of {host} {what}: {self._shown(error)}"
-                + (" (the provider's usage page shows whether it was billed)" if billable else ""),
-                possibly_billed=billable,
-            ) from None
+            raise self._cut(error, billable) from None
+
+    def _cut(self, error: httpx.TransportError, billable: bool = True) -> AnswerCutError:
+        what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
+        return AnswerCutError(
+            f"the answer of {self._host} {what}: {self._shown(error)}"
+            + (" (the provider's usage page shows whether it was billed)" if billable else ""),
+            possibly_billed=billable,
+        )
 
     def _shown(self, error: httpx.TransportError) -> str:
         """The message of an error; it may quote what the peer has sent, which may repeat the key."""
@@ -367,20 +376,19 @@ def _start(answer: httpx.Response) -> bytes:
     return bytes(body[:START_LIMIT])
 
 
-def _is_whole(part: Path) -> bool:
+def _is_whole(body: bytes) -> bool:
     """Whether the body of a 200 is whole by its content: JSON to its end, or a picture with its end that decodes.
 
     Without that proof a body whose connection broke counts as cut.
     """
+    if is_whole_json(body):
+        return True
     try:
-        body = part.read_bytes()
-        if is_whole_json(body):
-            return True
         held = picture_or_link(body)
-        if isinstance(held, Link):
-            return False  # a text without an end mark: half of an address is an address
-    except (OSError, ApiError):
+    except ApiError:
         return False
+    if isinstance(held, Link):
+        return False  # a text without an end mark: half of an address is an address
     return _is_whole_picture(body if held is None else held)
 
 
@@ -419,9 +427,9 @@ def _shown(broken: BrokenPicture, data: bytes, key: str) -> str:
     return f"the file {broken}"
 
 
-def _unwritable(part: Path, error: OSError) -> OutboxError:
+def _unusable(part: Path, error: OSError, what: str = "written to") -> OutboxError:
     return OutboxError(
-        f"outbox: the answered picture could not be written to {part.parent}: {reason(error)} (free space there)",
+        f"outbox: the answered picture could not be {what} {part.parent}: {reason(error)} (free space there)",
         status=200,
         possibly_billed=True,
     )

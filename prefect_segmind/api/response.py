@@ -179,6 +179,7 @@ def unpacked_start(body: bytes) -> bytes:
                 start += piece
                 if len(start) > START_LIMIT:
                     break
+        start = start or body  # which only looks so
     return start[:START_LIMIT]
 
 

@@ -430,10 +430,11 @@ def not_renewed(found: RecordRead | None) -> str | None:
     holder = found.record.holder if found else None
     if found is None or holder is None or _is_this_process(holder) or _life_of(holder) is not Life.ALIVE:
         return None
-    if found.age <= 2 * LEASE_SECONDS:
+    age = found.age
+    if age <= 2 * LEASE_SECONDS:
         return None
     return (
-        f"process {holder.pid} of this host holds the claim and is alive, but has not renewed it for {found.age:.0f} s "
+        f"process {holder.pid} of this host holds the claim and is alive, but has not renewed it for {age:.0f} s "
         f"(stopped? continue it with kill -CONT {holder.pid}, or end it)"
     )
 

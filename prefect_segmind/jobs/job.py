@@ -37,11 +37,11 @@ from prefect_segmind.api.request import (
 from prefect_segmind.api.resolutions import AUTO, DEFAULT_RESOLUTION, similar_resolution
 from prefect_segmind.errors import InvalidJobError, redact
 from prefect_segmind.jobs.address import SecretAddress, UnclearAddress, check_address
-from prefect_segmind.text import BLANK, Spelled, as_written, spelled, stripped
+from prefect_segmind.text import BLANK, CONTROL, Spelled, as_written, spelled, stripped
 
 ALLOWED = {
     "name": 'a path of at most 200 bytes whose segments hold no control characters and none of \\ : * ? " < > |, '
-    "begin with no dot and end with neither dot nor space",
+    "begin with no dot, end with neither dot nor space, and are no device of Windows such as con or nul.txt",
     "image": "a local path, s3://bucket/key, or an http(s):// address without credentials or a signature in it",
     "image_file": "a URI that the provider can GET",
     "prompt": "a text that is not blank",
@@ -57,7 +57,11 @@ ALLOWED = {
 LONGEST_NAME = 120
 """The most bytes of an image's stem in a job's name."""
 _NAME_BYTES = 200  # file systems allow 255 in a segment
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]')
+_IMAGE_BYTES = 4096  # no system takes a longer path, and no bucket a longer key
+# Control characters, those that end a line or turn the direction of a text too, and what no disk of Windows takes.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\\:*?"<>|]')
+# Whatever follows the dot: https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+_DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³]) *(?:\.|\Z)")
 _STEM_ENDS = re.compile(rf"\A(?:{BLANK}|[.-])+|(?:{BLANK}|[.-])+\Z")
 _SCHEME = re.compile(r"(?i)(?:https?|s3):")
 _SECRET = "holds a secret, which the run's parameters would keep; give the s3:// address instead"
@@ -69,7 +73,7 @@ _UNCLEAR = (
 
 def _safe_name(name: str) -> str:
     segments = name.split("/")
-    if _UNSAFE.search(name) or any(not s.strip() or s[0] == "." or s[-1] in ". " for s in segments):
+    if _UNSAFE.search(name) or any(not s.strip() or s[0] == "." or s[-1] in ". " or _DEVICE.match(s) for s in segments):
         raise ValueError("unsafe")
     if len(name.encode()) > _NAME_BYTES:
         raise ValueError("too long")
@@ -80,6 +84,8 @@ def _image_location(image: object) -> object:
     text = str(image) if isinstance(image, PurePath) else image
     if not isinstance(text, str):
         raise ValueError("not a text")
+    if "\0" in text or len(text.encode(errors="replace")) > _IMAGE_BYTES:
+        raise ValueError("no path and no address")
     if "://" not in text:
         if _SCHEME.match(text):
             raise ValueError("unsupported address")
@@ -90,6 +96,8 @@ def _image_location(image: object) -> object:
         if "@" in host:
             raise ValueError(_SECRET)
     else:
+        if CONTROL.search(text):
+            raise ValueError("unsupported address")
         parts = urlsplit(text)
         host, path = parts.netloc, parts.path.strip("/")
         try:
@@ -198,6 +206,8 @@ def name_from_image(image: str) -> str:
         'Summer mug'
         >>> name_from_image("C:\\photos\\.hidden.png")
         'hidden'
+        >>> name_from_image("con.jpg")
+        'image-con'
     """
     stem = PurePosixPath(_path_of(image)).stem
     name, was = _safe_stem(spelled(stem)), _safe_stem(stem)
@@ -206,7 +216,8 @@ def name_from_image(image: str) -> str:
 
 def _safe_stem(stem: str) -> str:
     safe = _STEM_ENDS.sub("", _UNSAFE.sub("-", stem)).encode(errors="ignore")
-    return _STEM_ENDS.sub("", safe[:LONGEST_NAME].decode(errors="ignore")) or "image"
+    stem = _STEM_ENDS.sub("", safe[:LONGEST_NAME].decode(errors="ignore")) or "image"
+    return f"image-{stem}" if _DEVICE.match(stem) else stem
 
 
 def suffix_from_image(image: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -137,7 +137,7 @@ class Images:
         if image.startswith("~"):
             try:
                 return str(Path(image).expanduser())
-            except RuntimeError as error:  # the home of an unknown user
+            except (RuntimeError, ValueError) as error:  # the home of an unknown user, or of no user's name
                 raise InvalidJobError(f"{image!r} is not a path: {error}") from None
         if not self._bucket or Path(image).is_absolute():
             return str(self._folder / image)
@@ -228,15 +228,25 @@ def _safe_segment(segment: str) -> str:
 def _wanted(pattern: str) -> re.Pattern[str]:
     """A regular expression for a pattern, to match NFC names.
 
-    `*` and `?` match within a segment, `**` any number of segments; hidden names never match.
+    `*` and `?` match within a segment, `**` any number of segments; hidden names never match. It never backtracks over
+    more than one star: what stands between two of them may as well match where it first does, as what follows then has
+    all the rest. So a match takes time in proportion to the name, however many stars there are.
     """
-    parts: list[str] = []
     segments = composed(pattern).split("/")
-    for number, segment in enumerate(segments, start=1):
-        last = number == len(segments)
-        if segment == "**":
-            parts.append(r"(?!\.)[^/]*(?:/(?!\.)[^/]*)*" if last else r"(?:(?!\.)[^/]*/)*")
-        else:
-            text = re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
-            parts.append(rf"(?!\.){text}" + ("" if last else "/"))
-    return re.compile("".join(parts), re.DOTALL)
+    parts = [list(group) for deep, group in groupby(segments, lambda each: each == "**") if not deep]
+    if "**" not in segments:
+        return re.compile("/".join(map(_segment, segments)), re.DOTALL)
+    folders = r"(?:(?!\.)[^/]*/)"
+    first, last = segments[0] != "**", segments[-1] != "**"
+    text = "".join(f"{_segment(each)}/" for each in parts.pop(0)) if first else ""
+    end = "/".join(map(_segment, parts.pop())) if last and parts else r"(?!\.)[^/]*"
+    text += "".join(f"(?>{folders}*?{''.join(f'{_segment(each)}/' for each in part)})" for part in parts)
+    return re.compile(f"{text}{folders}*{end}", re.DOTALL)
+
+
+def _segment(pattern: str) -> str:
+    """A regular expression for one segment of a path."""
+    first, *between = (re.escape(each).replace(r"\?", "[^/]") for each in re.split(r"\*+", pattern))
+    if not between:
+        return rf"(?!\.){first}"
+    return rf"(?!\.){first}{''.join(f'(?>[^/]*?{each})' for each in between[:-1])}[^/]*{between[-1]}"

@@ -1,4 +1,4 @@
-"""Templates in a manifest's texts: Jinja2's sandbox, with undefined names as mistakes."""
+"""Templates in a manifest's texts: Jinja2's sandbox with limits, and with undefined names as mistakes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.nodes import Node
 
+from prefect_segmind.manifest.template_limits import LONGEST, LimitedSandbox, TooLarge, measured, metered
+
+_MISSING = 20  # names of variables that are not given, in one template
 _MARK = re.compile(r"\{[{%#]")
 
 
@@ -75,9 +78,9 @@ def meant(value: object) -> Any:
     return value.value if isinstance(value, Written) else value
 
 
-def _sandbox() -> SandboxedEnvironment:
-    """Jinja's sandbox; `is none`, `is boolean` and the like, and `tojson`, take a scalar's plain value."""
-    made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+def _sandbox() -> LimitedSandbox:
+    """The sandbox; `is none`, `is boolean` and the like, and `tojson`, take a scalar's plain value."""
+    made = LimitedSandbox(undefined=StrictUndefined, keep_trailing_newline=True)
 
     def of_meaning(test: Callable[..., bool]) -> Callable[[Any], bool]:
         return lambda value: test(meant(value))
@@ -85,6 +88,7 @@ def _sandbox() -> SandboxedEnvironment:
     for name in ("none", "boolean", "true", "false", "integer", "number"):
         made.tests[name] = of_meaning(cast(Callable[..., bool], made.tests[name]))
     made.policies["json.dumps_function"] = _json
+    made.limit()
     return made
 
 
@@ -122,7 +126,7 @@ def template_names(text: str) -> frozenset[str]:
     if not _MARK.search(text):
         return frozenset()
     try:
-        return _compiled(text)[1]
+        return _compiled(text).names
     except TemplateMistake:
         return frozenset()
 
@@ -143,19 +147,28 @@ def render(text: str, variables: Mapping[str, Any]) -> str:
     """
     if not _MARK.search(text):
         return text
-    template, _ = _compiled(text)
+    compiled = _compiled(text)
+    with metered(compiled.nodes):
+        return _rendered(compiled, variables)
+
+
+def _rendered(compiled: _Compiled, variables: Mapping[str, Any]) -> str:
     given = dict(variables)
     missing: list[str] = []
     while True:
         try:
-            rendered = template.render(given)
+            for each in compiled.names & given.keys():
+                measured(given[each])
+            rendered: str = measured(compiled.template.render(given))
         except UndefinedError as error:
             name = re.fullmatch(r"'(\w+)' is undefined", str(error))
             if name is None or name[1] in given:
                 raise _failure(error) from None
             missing.append(name[1])
-            given[name[1]] = ""  # render again, to find the other missing names
-            continue
+            given[name[1]] = ""
+            if len(missing) < _MISSING:
+                continue  # render again, to find the other missing names
+            rendered = ""
         except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
             if not missing:
                 raise _failure(error) from None
@@ -165,12 +178,22 @@ def render(text: str, variables: Mapping[str, Any]) -> str:
         return rendered
 
 
+class _Compiled(NamedTuple):
+    template: Template
+    names: frozenset[str]
+    nodes: int
+
+
 @lru_cache(maxsize=256)
-def _compiled(text: str) -> tuple[Template, frozenset[str]]:
+def _compiled(text: str) -> _Compiled:
+    if len(text) > LONGEST:
+        raise TemplateMistake([f"the template has more than {LONGEST:,} characters"])
     try:
         tree = _SANDBOX.parse(text)
-        names = frozenset(meta.find_undeclared_variables(tree))
-        return Template.from_code(_SANDBOX, _SANDBOX.compile(tree), _SANDBOX.make_globals(None)), names
+        names, count = frozenset(meta.find_undeclared_variables(tree)), sum(1 for _ in tree.find_all(Node))
+        with metered(count):  # what is constant is computed now
+            code = _SANDBOX.compile(_SANDBOX.limited(tree))
+        return _Compiled(Template.from_code(_SANDBOX, code, _SANDBOX.make_globals(None)), names, count)
     except TemplateSyntaxError as error:
         problem = " ".join((error.message or "").split())
         where = f" in its line {error.lineno}" if "\n" in text else ""
@@ -180,6 +203,8 @@ def _compiled(text: str) -> tuple[Template, frozenset[str]]:
 
 
 def _failure(error: Exception) -> TemplateMistake:
+    if isinstance(error, TooLarge):
+        return TemplateMistake([f"the template is refused: {error}; write what it gives into the text or into vars"])
     problem = " ".join(str(error).split())[:200]
     return TemplateMistake([f"the template fails: {type(error).__name__}" + (f": {problem}" if problem else "")])
 

@@ -24,7 +24,7 @@ def found_path(given: str | Path) -> Path:
         The path that exists; the given one if none does.
     """
     path = Path(given)
-    with suppress(RuntimeError):  # the home of an unknown user
+    with suppress(RuntimeError, ValueError):  # the home of an unknown user, or one that cannot be a user's name
         wanted = path.expanduser()
         if is_there(wanted) or (str(wanted).isascii() and "\\" not in str(wanted)):
             return path

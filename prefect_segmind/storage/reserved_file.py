@@ -72,15 +72,21 @@ def replacing(file: Path) -> Iterator[Writer]:
     Raises:
         OSError: It cannot be written; when the disk is full, only after its reserved space was used up too.
     """
+    at = 0
 
     def write(data: bytes) -> None:
+        nonlocal at
         rest = memoryview(data)
         while rest:
             try:
-                rest = rest[raw.write(rest) :]  # of a disk that gets full, a part fits
+                written = raw.write(rest)  # of a disk that gets full, a part fits
             except OSError as error:
                 if error.errno not in _FULL or not release(file):
                     raise
+                raw.seek(at)  # wherever the failure has left it
+            else:
+                rest = rest[written:]
+                at += written
 
     try:
         with file.open("wb", buffering=0) as raw:

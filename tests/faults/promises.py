@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from io import BytesIO
@@ -62,13 +63,20 @@ class Books:
         """Whether the outcome of a request can be known: its answer says it, and has arrived whole."""
         if not request.answer.is_settled:
             return False
+        mine = next(each for each in self._world.tap.exchanges if each.port == request.port)
+        if mine.is_damaged:
+            return False
         body = request.answer.wire.partition(b"\r\n\r\n")[2]
         at_rest = self._world.at_rest
         moments = [*self._world.tap.looks, at_rest.contents if at_rest else [], self._world.contents()]
         if body and any(each.startswith(body) for contents in moments for each in contents):
             return True
-        mine = next(each for each in self._world.tap.exchanges if each.port == request.port)
         return mine.received == request.answer.wire and not mine.is_disturbed
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether a fault on a machine came between an answer and those who would have read it."""
+        return any(each.is_disturbed for each in self._world.tap.exchanges)
 
     @property
     def hidden(self) -> int:
@@ -134,15 +142,20 @@ def _accounts(world: World, books: Books) -> Iterator[str]:
     totals = Totals()
     for ledger in ledgers.values():
         totals = totals.plus(ledger.totals if ledger else Totals())
-    yield from _compared("all runs together tell", totals.cost_usd, totals.possibly_billed_usd, books)
+    yield from _compared("all runs together tell", totals.cost_usd, totals.possibly_billed_usd, books, books.disturbed)
 
 
-def _compared(who: str, cost: Decimal, possibly: Decimal, books: Books) -> Iterator[str]:
+def _compared(who: str, cost: Decimal, possibly: Decimal, books: Books, disturbed: bool = False) -> Iterator[str]:
+    """The amounts are those of the API, to the cent where all is known, and never less than billed.
+
+    A run that something has disturbed on its way from the answer to the outbox tells what it may have cost; the record
+    is settled by whoever finds the picture.
+    """
     billed = PRICE * len(books.billed)
     known = PRICE * (len(books.billed) - len(books.unknowable))
     if cost + possibly < billed or cost > billed:
         yield f"{who} {cost} + {possibly} USD, the API has billed {billed}"
-    elif not (books.doubtful or books.unsure) and (cost != known or possibly):
+    elif not (books.doubtful or books.unsure or disturbed) and (cost != known or possibly):
         yield f"{who} {cost} + {possibly} USD, and it is known that {known} were billed"
 
 
@@ -202,8 +215,8 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
 
 
 def stem(name: str) -> str:
-    """What the files of one picture or answer have in common."""
-    return name.removesuffix(".json").removesuffix(".answer").rpartition(".")[0] or name
+    """What the names of one picture or answer and of its facts have in common."""
+    return re.sub(r"(\.(png|part|answer|json))+$", "", name)
 
 
 def sha256(data: bytes) -> str:

@@ -123,7 +123,8 @@ class Exchange:
         port: Its port.
         sent: Whether it has begun to send.
         follows_link: Whether it only downloads what a link in an answer leads to.
-        is_disturbed: Whether the disk has failed since, or the process has ended.
+        is_disturbed: Whether a fault on this machine came between the answer and those who would have read it.
+        is_damaged: Whether the disk has failed while its answer was written: what is there may not be what came.
         received: What has been handed over to the code.
     """
 
@@ -131,6 +132,7 @@ class Exchange:
     sent: bool = False
     follows_link: bool = False
     is_disturbed: bool = False
+    is_damaged: bool = False
     received: bytes = b""
 
 
@@ -190,8 +192,10 @@ class Tap:
             self.looks.append(self.look())
             self._looking = False
         self.struck.append((fault, operation))
-        if self.exchanges and (operation.place == OUTBOX or fault.kind in ENDS):
-            self.exchanges[-1].is_disturbed = True
+        if self.exchanges:
+            exchange = self.exchanges[-1]
+            exchange.is_disturbed |= operation.place == OUTBOX or fault.kind in ENDS
+            exchange.is_damaged |= fault.kind in DISK_CODES and operation.name in ("write", "truncate", "close")
         if fault.kind == MISTAKE:
             raise Mistake("a programming error of the harness")
         if fault.kind == CTRL_C:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,7 +297,7 @@ class World:
         self.api.settle({each.port for each in self.tap.exchanges})
 
     def _vanish(self, end: int) -> NoReturn:
-        exchanges = [(each.port, each.sent, each.follows_link, each.is_disturbed) for each in self.tap.exchanges]
+        exchanges = [astuple(each)[:-1] for each in self.tap.exchanges]
         seen = {"operations": self.tap.operations, "struck": self.tap.struck, "exchanges": exchanges}
         os.write(end, json.dumps(seen).encode())
         os._exit(9)

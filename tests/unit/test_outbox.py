@@ -243,10 +243,30 @@ class TestFinding:
         assert "recovered after a crash" in paid.notices[0]
         assert kept[1].attempts == ()
 
-    @pytest.mark.parametrize("facts", ["", "{}", "null", "\ud800"])
+    @pytest.mark.parametrize("facts", ["", "{}", "null", "\ud800", "[" * 100_000, '{"paid":' * 100_000])
     def test_broken_facts_do_not_hide_a_picture(self, facts: str, outbox: Outbox) -> None:
         path, _ = received(outbox)
         path.with_suffix(".json").write_bytes(facts.encode("utf-8", "surrogatepass"))
+        kept = found(outbox)
+        assert kept is not None
+        assert kept[1].paid.cost_source == "list price"
+
+    @pytest.mark.parametrize(
+        "facts",
+        [
+            {"cost_usd": "1e999999999"},
+            {"cost_usd": "1e-999999"},
+            {"cost_usd": "NaN"},
+            {"paid_at": "2026-01-02T00:00:00"},
+            {"paid_at": 10**300},
+            {"seed": 1e300},
+            {"sha256": ["x"]},
+        ],
+    )
+    def test_facts_that_cannot_be_are_not_believed(self, facts: dict[str, object], outbox: Outbox) -> None:
+        path, known = received(outbox)
+        written = json.loads(known.model_dump_json())
+        path.with_suffix(".json").write_text(json.dumps({**written, "paid": {**written["paid"], **facts}}))
         kept = found(outbox)
         assert kept is not None
         assert kept[1].paid.cost_source == "list price"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import UserDict
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 
 import pytest
@@ -454,10 +454,63 @@ def test_a_name_is_a_path_of_safe_segments(name):
         "x" * 201,
         "日" * 67,
         5,
+        "con",
+        "a/NUL",
+        "aux.txt",
+        "com1/mug",
+        "LPT³",
+        "Prn .x",
+        "CONIN$",
+        "a\ud800",
+        "mug\u202egpj",
+        "a\u2028b",
     ],
 )
 def test_every_other_name_is_refused(name):
     assert mistake(name=name).startswith("name: ")
+
+
+ODD = st.text(st.characters() | st.sampled_from("/\\.:~*?%#@[] \0\n\ud800\udce9\u202e\u2028"), max_size=40)
+STARTS = [
+    "",
+    "~",
+    "/",
+    "//",
+    "C:\\",
+    "\\\\?\\",
+    "../",
+    "http:",
+    "http://",
+    "https://[",
+    "https://xn--",
+    "file:///",
+    "s3://",
+]
+DEVICES = st.sampled_from(["con", "NUL", "a/aux", "com1.txt", "lpt9 ", "conout$"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.builds("{}{}".format, st.sampled_from(STARTS), ODD | DEVICES), ODD | DEVICES | st.none())
+def test_an_odd_name_or_place_is_a_job_that_every_disk_can_hold_or_a_mistake(image, name):
+    try:
+        made = parse_job({**JOB, "image": image, "name": name})
+    except InvalidJobError:
+        return
+    assert Job.model_validate_json(made.model_dump_json()) == made
+    for segment in made.name.split("/"):
+        assert not PureWindowsPath(segment).is_reserved()
+        assert not set(segment) & set('\\:*?"<>|\0\u202e\u2028')
+        assert 0 < len(segment.encode()) <= 200
+        assert segment.strip(" .")
+
+
+@pytest.mark.parametrize(
+    "image", ["a\0b.jpg", "s3://b/a\0b", "https://b.example/a\nb.jpg", "x" * 4097, "s3://b/" + "日" * 1366]
+)
+def test_what_is_no_path_and_no_address_is_refused(image):
+    line = mistake(image=image, name="mug")
+    assert line.startswith("image: ")
+    assert len(line) < 300
 
 
 def test_folders_for_names_can_be_made_on_any_disk(tmp_path):
@@ -490,6 +543,11 @@ def test_folders_for_names_can_be_made_on_any_disk(tmp_path):
         ("...", "image"),
         ("", "image"),
         ("http://[::1/mug.jpg", "image"),
+        ("con.jpg", "image-con"),
+        ("photos/NUL", "image-NUL"),
+        ("com1.final.jpg", "image-com1.final"),
+        ("console.jpg", "console"),
+        ("mug\u202egpj.exe", "mug-gpj"),
         ("x" * 119 + " yz.jpg", "x" * 119),
         ("日" * 80 + ".jpg", "日" * 40),
     ],

@@ -59,6 +59,25 @@ def test_the_space_is_used_when_the_disk_is_full_otherwise(file: Path, full_disk
     assert file.read_bytes() == b"0123456789"
 
 
+def test_what_a_disk_has_written_before_it_failed_is_not_there_twice(
+    file: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FullDisk.write
+
+    def written_and_failed(disk: FullDisk, data: Any) -> int:
+        had_space = file.with_suffix(".space").exists()
+        count = real(disk, data)
+        if had_space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return count
+
+    monkeypatch.setattr(FullDisk, "write", written_and_failed)
+    reserve(file, 10)
+    with replacing(file) as write:
+        write(b"0123456789")
+    assert file.read_bytes() == b"0123456789"
+
+
 def test_a_disk_that_is_full_all_the_same_is_an_error_and_what_fits_stays(file: Path, full_disk: None) -> None:
     reserve(file, 10)
     with pytest.raises(OSError, match="No space left"), replacing(file) as write:

@@ -41,6 +41,11 @@ class TestLocalFiles:
         monkeypatch.setenv("USERPROFILE", str(photo.parent))
         assert READER.read("~/mug.jpg") == photo_bytes
 
+    @pytest.mark.parametrize("image", ["~\0", "~\ud800/a", "a\0b", "\ud800", "~nobody\udce9/x", "x" * 5000, "/" * 300])
+    def test_of_no_possible_name_are_missing_and_no_error_of_python(self, image: str) -> None:
+        with pytest.raises(SourceImageError):
+            READER.read(READER.locate(image))
+
     def test_a_typing_mistake_is_told_with_the_name_that_was_meant(self, photo: Path) -> None:
         wrong = photo.with_name("mgu.jpg")
         assert refusal(wrong) == f"image: {wrong} does not exist (did you mean mug.jpg?)"
