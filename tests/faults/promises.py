@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from decimal import Decimal
 from io import BytesIO
@@ -215,8 +214,8 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
 
 
 def stem(name: str) -> str:
-    """What the names of one picture or answer and of its facts have in common."""
-    return re.sub(r"(\.(png|part|answer|json))+$", "", name)
+    """What the names of a picture or an answer and of all that is kept beside it have in common."""
+    return ".".join(name.split(".")[:2])
 
 
 def sha256(data: bytes) -> str:
