@@ -240,14 +240,12 @@ class Claim:
 
     def _put(self, record: Record) -> None:
         began = clock()
+        if record not in self._uncertain:  # until it is known to be written, whatever comes in between
+            self._uncertain.append(record)
         try:
             self._etag = self._put_over_own(record)
         except PreconditionFailedError:
             self._end()
-            raise
-        except BaseException:
-            if record not in self._uncertain:
-                self._uncertain.append(record)
             raise
         self.record = self._stored = record
         self._written, self._uncertain = began, []

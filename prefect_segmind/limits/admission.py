@@ -399,9 +399,9 @@ class Gate:
 
     def _record_sent(self, admission: Admission, request: RequestId) -> None:
         with self._lock:
-            self.ledger.send(admission.reserved_usd, admission.picture, request)
-            admission.request = request
             self._in_flight += 1
+            admission.request = request  # first: with an interrupt from here on it counts as sent, in record and ledger
+            self.ledger.send(admission.reserved_usd, admission.picture, request)
             self._pace.sent(admission.ticket, monotonic())
             self._next()
 

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePath
+from typing import IO
 from uuid import uuid4
 
 from prefect_segmind.errors import StoreError
@@ -102,10 +103,14 @@ class LocalStore:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                with self._locked():
-                    if if_absent or if_match is not None:
-                        require(self.get(key), str(path), if_absent=if_absent, if_match=if_match)
-                    _replace(draft, path)
+                with self._lock_file() as lock:
+                    try:
+                        _lock(lock.fileno())
+                        if if_absent or if_match is not None:
+                            require(self.get(key), str(path), if_absent=if_absent, if_match=if_match)
+                        _replace(draft, path)
+                    finally:
+                        _unlock(lock.fileno())  # a process forked meanwhile would keep the lock of a closed file
             finally:
                 draft.unlink(missing_ok=True)
             for folder in (path.parent, *above_new):
@@ -176,16 +181,13 @@ class LocalStore:
             raise StoreError(f"{key!r} is not a key in the folder {self.folder}: use a plain relative path with '/'")
         return self.folder / path
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock_file(self) -> IO[bytes]:
+        """Opens the file that is locked. Its own `with` closes it, and so ends the lock, at whatever line an interrupt
+        comes: whoever handles that may write here too, and would wait for the lock for ever.
+        """
         path = self.folder / LOCK_KEY
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            _lock(file.fileno())
-            try:
-                yield
-            finally:
-                _unlock(file.fileno())  # a process forked meanwhile would keep the lock of a file that is only closed
+        return path.open("a+b")
 
 
 def _is_ours(key: str) -> bool:

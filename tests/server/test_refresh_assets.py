@@ -292,10 +292,12 @@ def test_a_rate_limit_holds_all_back_and_none_fails(
 def test_an_overloaded_provider_is_waited_for_by_all_and_leaves_the_budget_whole(
     sandbox: Sandbox, campaign: Callable[..., str], caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
-    sandbox.play(*[Answer(status=status, reset_in=2, delay=1.0)] * 6)  # all are sent before the first answer
-    result = run(campaign(6), budget_usd=Decimal("0.30"))
-    assert (result.generated, result.cost_usd, result.possibly_billed_usd) == (6, Decimal("0.30"), 0)
-    answered = sandbox.ledger.requests
+    # When the first has named its cost, all others are sent before one is answered.
+    sandbox.play(Answer(), *[Answer(status=status, reset_in=2, delay=1.0)] * 6)
+    result = run(campaign(7), budget_usd=Decimal("0.35"))
+    assert (result.generated, result.cost_usd, result.possibly_billed_usd) == (7, Decimal("0.35"), 0)
+    first, *answered = sandbox.ledger.requests
+    assert first.billed
     assert [each.status for each in answered] == [status] * 6 + [200] * 6
     assert answered[6].time >= max(each.time for each in answered[:6]) + timedelta(seconds=2), "by all of them"
     told = [each.getMessage() for each in caplog.records if "all workers wait" in each.getMessage()]

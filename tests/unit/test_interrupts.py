@@ -89,6 +89,7 @@ class Walk:
         unknown = PRICE * sum(each.possibly_billed is True for each in record.attempts)
         assert record.state == "done", where
         assert known <= billed <= known + unknown, sums
+        assert known == billed or not told.cost_usd, sums
         assert [each.name for each in self.outbox.rglob("*") if each.is_file()] == [], where
         return at
 
