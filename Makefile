@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal --durations 10
 # What `make test-quick` runs; CI runs all but the slow tests once more on the second Python.
 QUICK ?= not slow and not many
-QUICK_TESTS ?= tests/unit prefect_segmind
+QUICK_TESTS ?= tests/unit tests/faults prefect_segmind
 CORE := prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/address.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/template_limits.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/redaction.py,prefect_segmind/text.py
 
-.PHONY: demo test test-quick check clean
+.PHONY: demo test test-quick test-faults check clean
 demo: $(VENV)/.ready
 	$(BIN)/prefect-segmind demo
 
@@ -24,6 +24,10 @@ test: $(VENV)/.ready-dev
 # About a minute: no Prefect server, and none of the tests that try thousands of cases.
 test-quick: $(VENV)/.ready-dev
 	$(PYTEST) -m "$(QUICK)" $(QUICK_TESTS)
+
+# Every point of failure of a picture's walk, and its kin, instead of the sample that `make test` has: minutes, no server.
+test-faults: $(VENV)/.ready-dev
+	FAULTS=all $(PYTEST) tests/faults tests/unit/test_hostile_peers.py
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     worker of pytest-xdist begins with a part of the list of its own, one as long as the other.
     """
     for item in items:
-        if any(item.path.is_relative_to(Path(__file__).parent / each) for each in ("server", "release")):
+        if any(item.path.is_relative_to(Path(__file__).parent / each) for each in ("faults", "server", "release")):
             item.add_marker(pytest.mark.no_cover)
     workers = int(getattr(config, "workerinput", {}).get("workercount", 1))
     slow = [item for item in items if item.get_closest_marker("slow")]

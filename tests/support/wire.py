@@ -48,7 +48,7 @@ class Wire:
                 return
             with connection:
                 try:
-                    self.requests.append(_request(connection))
+                    self.requests.append(read_request(connection))
                     connection.sendall(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
                 except OSError:
                     continue  # the client has gone
@@ -78,7 +78,7 @@ class Wire:
         self._thread.join()
 
 
-def _request(connection: socket.socket) -> str:
+def read_request(connection: socket.socket) -> str:
     """All of a request: closing a connection with unread bytes in it would cut the answer too."""
     data = b""
     while b"\r\n\r\n" not in data and (more := connection.recv(65_536)):
