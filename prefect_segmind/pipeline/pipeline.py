@@ -147,9 +147,9 @@ class Pipeline:
     def _generate(
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
-        self.cashier.release_for(job, run)
         wait, waited, announced, warned, read_again = WAIT_SECONDS, 0.0, False, False, True
         while True:
+            self.cashier.release_for(job, run)
             finding = self.look_up.look_up(job, run, log, read_again=read_again)
             read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
             if finding.verdict is Verdict.PAY:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -1011,6 +1012,25 @@ def test_a_run_that_is_stopped_before_it_tries_again_reports_its_request_and_nob
     assert recorded(job.fingerprint).record.holder is None
     again = walk(photo)
     assert (again.status, again.possibly_billed_usd) == ("generated", Decimal("0.00"))
+
+
+def test_another_try_of_a_flow_run_waits_for_the_request_that_an_earlier_one_has_in_flight(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.script.play(Answer(delay=1.0))
+    job, uploaded = up_to_upload(photo)
+    ledger = Ledger()
+
+    def get(run: Run) -> ArchivedImage:
+        return archive_picture(pipeline(ledger=ledger).generate(job, lambda: uploaded, run, LOG))
+
+    with ThreadPoolExecutor() as pool:
+        earlier = pool.submit(get, Run("task 1", (("flow", 1),)))
+        until(lambda: ledger.totals.requests_sent == 1)
+        ledger.begin_try()
+        again = get(Run("task 2", (("flow", 2),)))
+        assert earlier.result(10).image == again.image
+    assert (sandbox.ledger.billed, ledger.totals) == (1, Totals(1, Decimal("0.05")))
 
 
 def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
