@@ -45,7 +45,7 @@ class GeneratedImage(BaseModel):
             the outbox or `reused` from the archive.
         path: The picture in the outbox; None if it is in the archive.
         picture: Its facts.
-        paid_by: The run whose request has brought it, as the outbox knows it.
+        paid_by: The run whose request has brought it, where that is known.
         attempts: Every request that was ever sent for it.
         requests_sent: The number of them that this run has to report.
         cost_usd: What this run paid for it.

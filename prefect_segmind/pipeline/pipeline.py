@@ -158,7 +158,7 @@ class Pipeline:
                         self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
                         if paid := self.cashier.pay(job, uploaded, finding, run, log):
-                            return self._generated(job, run, "generated", *paid, uploaded.uri)
+                            return self._generated(job, run, "generated", *paid, uploaded.uri, paid_by=run.id)
             elif finding.verdict is Verdict.REUSE and (picture := finding.archived):
                 log.info("reused: %s is paid for and archived already; nothing to pay", job.name)
                 return self._generated(job, run, "reused", None, picture, finding.attempts)
