@@ -192,6 +192,16 @@ class Outbox:
             if not part.exists() and not part.with_suffix(".1.answer").exists():
                 _discard(_asked_path(part))
 
+    def arrived(self, part: Path) -> Path | None:
+        """The file for an answer, if something has arrived in it, which stays when the run is interrupted now.
+
+        Args:
+            part: The file.
+        """
+        with suppress(OutboxError):
+            return part if _arrived(part) else None
+        return part
+
     def keep(self, fingerprint: str, part: Path, entry: OutboxEntry) -> Path:
         """Make a received answer durable: synced to disk and renamed, so that a crash leaves it whole or not at all.
 

@@ -271,9 +271,9 @@ def make_plan(
             earlier |= {was.fingerprint: entry.fingerprint for was in entry.earlier}
             if len(warnings) < 1000:
                 warnings.update(entry.warnings)
-            if one_case and (folded := entry.name.casefold()) in folded_names:
-                warnings[_SAME_BUT_FOR_CASE] += 1
-            elif one_case:
+            if one_case:
+                folded = entry.name.casefold()
+                warnings[_SAME_BUT_FOR_CASE] += folded in folded_names
                 folded_names.add(folded)
             entries.append(entry)
     needs = Counter({Verdict.REFUSE: len(jobs) - wanted.total()})  # those that cannot be validated
@@ -340,7 +340,7 @@ def make_plan(
         kept=needs[Verdict.KEPT],
         fail=needs[Verdict.REFUSE],
         price_usd=price_usd,
-        warnings=tuple(warnings.most_common(10)),
+        warnings=tuple((+warnings).most_common(10)),
         problems=tuple(problems[:LISTED]),
         jobs=listed,
     )

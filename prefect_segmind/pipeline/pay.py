@@ -181,7 +181,8 @@ class Cashier:
                     raise
                 enter()  # unless it was sent: it was tried
                 if not isinstance(error, SegmindError):
-                    self._fail(run, held, SegmindError(f"ended by {type(error).__name__}", possibly_billed=True), log)
+                    ended = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
+                    self._fail(run, held, ended, log, self.outbox.arrived(part))
                     raise
                 failed, kept = error, None
                 if error.answered is not None:
@@ -257,7 +258,7 @@ class Cashier:
             held: Its claim.
             error: The failure.
             log: Logs that the record cannot be written.
-            kept: Where the body of a 200 without a picture is kept.
+            kept: Where the body of a 200 without a picture is kept, or what has arrived of an answer.
         """
         mine = tuple(filter(run.owns, held.record.attempts))
         alike = mine[:-1]

@@ -63,7 +63,7 @@ class Books:
         if not request.answer.is_settled:
             return False
         mine = next(each for each in self._world.tap.exchanges if each.port == request.port)
-        if mine.is_damaged:
+        if mine.is_damaged or (request.answer.picture is None and mine.is_disturbed):
             return False
         body = request.answer.wire.partition(b"\r\n\r\n")[2]
         at_rest = self._world.at_rest
@@ -203,7 +203,8 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
     archived = record.picture.sha256 if record and record.picture else ""
     for name in {FIRST.outbox, THEN[world.point.then].outbox}:
         files = world.outbox(name)
-        others = {stem(each) for each, data in files.items() if data in world.api.pictures and sha256(data) != archived}
+        paid = [*world.api.pictures, *(each.answer.wire.partition(b"\r\n\r\n")[2] for each in books.billed)]
+        others = {stem(each) for each, data in files.items() if data in paid and sha256(data) != archived}
         answers = {stem(each) for each in files if each.endswith(".answer")}
         if len(others) > len(books.billed) - 1:
             yield f"{name} still has {len(others)} other pictures"

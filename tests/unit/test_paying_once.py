@@ -317,6 +317,22 @@ def test_an_interrupt_after_the_answer_leaves_the_picture_for_the_next_run(
     assert (sent.status, sent.possibly_billed, sent.cost_usd, sent.reason) == (200, False, Decimal("0.05"), None)
 
 
+def test_what_had_arrived_when_a_run_was_interrupted_is_found_from_another_outbox(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.api.client.read_picture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(*up_to_upload(photo))
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(tmp_path / "another outbox"))
+    again = walk(photo)
+    assert (again.status, again.cost_usd, sandbox.ledger.billed) == ("recovered", Decimal(0), 1)
+    assert recorded(again.fingerprint).record.attempts[0].possibly_billed is False
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_an_outbox_whose_files_cannot_be_looked_at_is_an_error_of_ours_and_no_payment(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, error: int
