@@ -45,7 +45,7 @@ _PAIR = re.compile(
         |x-(?:amz|goog|oss)-[a-z-]{{1,40}} |\b(?:sig|hmac|hdn(?:ts|ea|tl)|key-pair-id|awsaccesskeyid))
       | [?&;\#{_CODED_END}](?:s[eprtv]?|e|key|auth(?:orization)?|policy|pass|pwd|exp(?:ires)?|session(?:id)?) )
     (?: [=>] | :\s{{0,9}}(?=[0-9a-f]{{32}})
-      | \\{{0,3}}["'{_CODED_END}]\s{{0,9}}[=:]\s{{0,9}}\\{{0,3}}["'{_CODED_END}] ) ([^\s&"'<>]+)"""
+      | \\{{0,3}}["'{_CODED_END}]\s{{0,9}}[=:]\s{{0,9}}\\{{0,3}}["'{_CODED_END}] ) (?!…(?:\W|\Z)) ([^\s&"'<>]+)"""
 )
 # As a header is written, in a list or an object too: its value may have blanks in it.
 _HEADER = re.compile(

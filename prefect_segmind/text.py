@@ -11,7 +11,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """Characters that no address, setting or name may contain."""
 BLANK = r"[\s\u200b\u200e\u200f\u202a\u2060\ufeff]"  # the invisible ones are easily copied with a text
 _CONTROLS_TERMINAL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_ENDS = re.compile(rf"\A{BLANK}+|{BLANK}+\Z")
+# Where blanks begin, so that those inside a text are looked at once and not once from each of them.
+_ENDS = re.compile(rf"\A{BLANK}+|(?<!{BLANK}){BLANK}+\Z")
 
 
 class Spelled(str):

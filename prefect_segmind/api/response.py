@@ -271,12 +271,30 @@ def is_whole_json(body: bytes) -> bool:
     """
     try:
         body = _unpacked(body) if is_packed(body) else body
-        return body[:64].lstrip(SPACE)[:1] in _JSON_STARTS and json.loads(body) is not None
+        _parsed(body)
     except (NotAnImageError, ValueError, RecursionError):
         return False
+    return body[:64].lstrip(SPACE)[:1] in _JSON_STARTS
+
+
+def _parsed(body: bytes) -> Any:
+    """The value of JSON with a sane number of values, which take more memory than their text.
+
+    Raises:
+        ValueError: It is none, or has too many.
+        RecursionError: It is too deep.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ValueError("too many values")
+    return json.loads(body)
 
 
 def _unpacked(body: bytes) -> bytes:
+    """The body unpacked, once.
+
+    Raises:
+        NotAnImageError: It is damaged, ends early, or unpacks to too much.
+    """
     plain = bytearray()
     try:
         for piece in unpacked([body]):
@@ -293,6 +311,7 @@ def _unpacked(body: bytes) -> bytes:
 
 
 def _held(body: bytes, secret: str) -> bytes | Link | None:
+    """What `picture_or_link` finds in a body that is not compressed."""
     start = body[:64].lstrip(SPACE)
     if re.match(rb"(?i)https?://|data:image/", start):
         text = body.decode("utf-8-sig", "replace").strip()
@@ -300,7 +319,7 @@ def _held(body: bytes, secret: str) -> bytes | Link | None:
     if start[:1] not in _JSON_STARTS:
         return None
     try:
-        parts = list(_parts(json.loads(body)))
+        parts = list(_parts(_parsed(body)))
     except (ValueError, RecursionError):
         return None
     values = [each.strip() for each in parts if isinstance(each, str) and each.strip()]
@@ -320,6 +339,8 @@ def _held(body: bytes, secret: str) -> bytes | Link | None:
 
 
 _JSON_STARTS = (b"{", b"[", b'"')
+_MOST_VALUES = 100_000
+"""The most values in JSON that are read."""
 _SMALLEST = 32
 """The fewest bytes that may be a picture."""
 _PICTURE_KEYS = (

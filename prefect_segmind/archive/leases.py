@@ -91,8 +91,8 @@ class Claim:
         self.is_released = False
         self._etag = found.etag if found else None
         self._stored = self.record
-        self._uncertain: list[Record] = []  # written without an answer: any of them may be in the archive
-        self._before: Record | None = None  # the record without its last request, until that is sent
+        self._uncertain: list[Record] = []  # while it is not known which of them is in the archive
+        self._before: Record | None = self.record  # without the last request, until that is sent
         self._left: Record | None = None  # what a released claim has still to write
         self._written = clock()
         self._until = self._written + LEASE_SECONDS
@@ -177,8 +177,8 @@ class Claim:
         with self._lock:
             if self.is_released:
                 return
-            self.is_released = True
             self._left = self._before or self.record.given_up()
+            self.is_released = True
             if self._left == self._stored and not self._uncertain:
                 self._end()
 
@@ -192,7 +192,7 @@ class Claim:
             if self._left is not None:
                 with suppress(PreconditionFailedError):
                     self._put(self._left)
-                self._end()
+            self._end()
 
     @property
     def is_settled(self) -> bool:
@@ -294,15 +294,15 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run
     """
     _start_renewers()
     claimed = Claim(archive, found, fingerprint, run.id)
-    # Before it is written: a thread of this process that reads the record must not take the claim for a dead one. On a
-    # store that ignores conditions this also decides between such threads.
-    with _lock:
-        other = _claims.setdefault((archive.url, fingerprint), claimed)
-    if other is not claimed:
-        if other.is_released:
-            other.settle()
-        return None
     try:
+        # Before it is written: a thread of this process that reads the record must not take the claim for a dead one.
+        # On a store that ignores conditions this also decides between such threads.
+        with _lock:
+            other = _claims.setdefault((archive.url, fingerprint), claimed)
+        if other is not claimed:
+            if other.is_released:
+                other.settle()
+            return None
         claimed.begin_request(this_process(run))
         if not archive.store.conditional:
             # It may have accepted two writers: the one that reads itself back has won.
@@ -403,8 +403,11 @@ def held_elsewhere(archive: Archive, found: RecordRead | None, run: str) -> bool
     if _is_this_process(holder):
         known = _known(archive, found.record.fingerprint)
         return known is not None and known.run != run
-    alive = _life_of(holder)
-    return alive is Life.ALIVE or (alive is Life.UNKNOWN and found.age <= LEASE_SECONDS)
+    state = _life_of(holder)
+    if state is Life.DEAD:
+        return False
+    # Earlier versions drew no id, and might live on without giving up what they could not give up at once.
+    return (state is Life.ALIVE and bool(holder.process)) or found.age <= LEASE_SECONDS
 
 
 def held_on_this_host(archive: Archive, found: RecordRead | None, run: str) -> bool:

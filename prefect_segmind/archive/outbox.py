@@ -4,8 +4,8 @@ archive has it. Each archive has its own outbox, as it has its own records.
 A picture is `{fingerprint}.{sha256[:16]}.{ext}`, its facts are in the same name with `.json`; earlier versions wrote
 `{fingerprint}.{ext}`. Two pictures that were paid for under one fingerprint lie side by side. An answer that is still
 arriving is `{fingerprint}.{run}.part`, which is as long as what has arrived, whatever ends the run. Where the system
-supports it, space for an answer is reserved before the request is sent, in `….space` beside it, so that a full disk
-costs nothing.
+supports it, space for an answer is reserved before the request is sent, in `….space.part` beside it, so that a full
+disk costs nothing.
 
 What a request is for is in `{fingerprint}.{run}.asked.json`, as long as nothing else says it. (Earlier versions take no
 file for a picture that ends in `.json`.)
@@ -37,12 +37,12 @@ from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
-from prefect_segmind.storage.reserved_file import SPACE_SUFFIX, release, reserve
+from prefect_segmind.storage.reserved_file import release, reserve
 
 RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
-_NO_PICTURES = (".json", ".facts", ".part", SPACE_SUFFIX, ".found", ".answer")
+_NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
 _ANSWER = (".answer", ".answer.json")
 _LOOKS = 10
 """How often the folder is listed again because a file in it has vanished meanwhile."""

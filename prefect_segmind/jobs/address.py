@@ -74,7 +74,7 @@ def check_address(address: str) -> None:
 
 def _names(text: str) -> list[str]:
     """The names of all pairs `name=value` in an address."""
-    return re.findall(r"([^?#&;/,~=]+)=", text)
+    return re.findall(r"(?<![^?#&;/,~=])([^?#&;/,~=]+)=", text)
 
 
 def _is_plain_query(query: str) -> bool:

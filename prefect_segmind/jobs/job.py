@@ -62,7 +62,8 @@ _IMAGE_BYTES = 4096  # no system takes a longer path, and no bucket a longer key
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\\:*?"<>|]')
 # Whatever follows the dot: https://learn.microsoft.com/windows/win32/fileio/naming-a-file
 _DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³]) *(?:\.|\Z)")
-_STEM_ENDS = re.compile(rf"\A(?:{BLANK}|[.-])+|(?:{BLANK}|[.-])+\Z")
+_STEM_END = f"{BLANK[:-1]}.-]"
+_STEM_ENDS = re.compile(rf"\A{_STEM_END}+|(?<!{_STEM_END}){_STEM_END}+\Z")
 _SCHEME = re.compile(r"(?i)(?:https?|s3):")
 _SECRET = "holds a secret, which the run's parameters would keep; give the s3:// address instead"
 _UNCLEAR = (

@@ -87,6 +87,7 @@ class _Sums(NamedTuple):
     reported: Totals = Totals()
     in_flight_usd: Decimal = NOTHING
     dearest_usd: Decimal = NOTHING
+    last: tuple[str, RequestId, _Entry] | None = None  # the entry that these sums were made with
 
 
 class Ledger:
@@ -262,6 +263,7 @@ class Ledger:
                 until a task run takes them up.
         """
         with self._lock:
+            self._complete()
             entries = self._pictures.get(picture, {})
             for request, totals, charged in past:
                 known = entries.get(request) or _Entry(totals, charged, "", is_own=False)
@@ -312,15 +314,24 @@ class Ledger:
 
     def _enter(self, picture: str, request: RequestId, entry: _Entry, ended_usd: Decimal = NOTHING) -> None:
         """Replaces the entry of a request, and the sums with it; ends a reservation for it."""
-        entries, (charged, reported, in_flight, dearest) = self._pictures.setdefault(picture, {}), self._sums
-        changes: tuple[tuple[_Entry | None, Literal[1, -1]], ...] = ((entries.get(request), -1), (entry, 1))
+        self._complete()
+        charged, reported, in_flight, dearest, _ = self._sums
+        before = self._pictures.get(picture, {}).get(request)
+        changes: tuple[tuple[_Entry | None, Literal[1, -1]], ...] = ((before, -1), (entry, 1))
         for each, sign in changes:
             if each is not None:
                 charged = charged.plus(each.charged, sign)
             if each is not None and each.reported_by is not None:
                 reported = reported.plus(each.totals, sign)
-        self._sums = _Sums(charged, reported, in_flight - ended_usd, max(dearest, entry.charged.cost_usd))
-        entries[request] = entry
+        dearest = max(dearest, entry.charged.cost_usd)
+        self._sums = _Sums(charged, reported, in_flight - ended_usd, dearest, (picture, request, entry))
+        self._complete()
+
+    def _complete(self) -> None:
+        """Keeps the entry that the sums have, also where an interrupt came in between."""
+        if self._sums.last is not None:
+            picture, request, entry = self._sums.last
+            self._pictures.setdefault(picture, {})[request] = entry
 
 
 Reporters = dict[RequestId, Ledger]

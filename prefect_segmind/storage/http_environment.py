@@ -53,8 +53,9 @@ def proxy_for(url: httpx.URL | str) -> httpx.Proxy | None:
         ConfigurationError: A proxy or an entry of NO_PROXY is malformed, even if it is not for this URL.
 
     Example:
-        >>> os.environ["NO_PROXY"] = "*"
-        >>> proxy_for("https://api.segmind.com/v1") is None
+        >>> from unittest.mock import patch
+        >>> with patch.dict(os.environ, NO_PROXY="*"):
+        ...     proxy_for("https://api.segmind.com/v1") is None
         True
     """
     url, (proxies, direct) = httpx.URL(url), _proxies()

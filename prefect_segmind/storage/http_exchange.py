@@ -109,8 +109,8 @@ def exchange(
             it is, and nothing is sent.
 
     Raises:
-        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if the request was
-            certainly not sent to its end.
+        httpx.TransportError: The exchange failed, while the answer was read too; one of `NOT_SENT` if nothing of the
+            request was sent.
     """
     usual = {
         "Accept": "*/*",
@@ -129,15 +129,18 @@ def exchange(
             except (ValueError, OverflowError) as error:  # a name or a number that only the system finds unusable
                 if error is watch.refusal:
                     raise
-                raise httpx.RemoteProtocolError(str(error)) from error
-            watch.sent = True
+                kind = httpx.RemoteProtocolError if watch.is_connected else httpx.ConnectError
+                raise kind(str(error)) from error
             with closing(answer):
                 yield answer
         except httpx.TransportError as error:
-            if watch.sent and watch.over:
+            if isinstance(error, NOT_SENT):
+                raise type(error)(_shown(error)) from error
+            if watch.asks_proxy:
+                raise httpx.ConnectError(f"the proxy: {_shown(error)}") from error
+            if watch.over:
                 raise httpx.ReadTimeout(f"it was not over after {times.total:g} s") from error
-            kind = type(error) if watch.sent or isinstance(error, NOT_SENT) else httpx.ConnectError
-            raise kind(_shown(error)) from error
+            raise type(error)(_shown(error)) from error
         if watch.over:  # where the peer names no length, a connection that was shut looks like the end
             raise httpx.ReadTimeout(f"it was not over after {times.total:g} s")
 
@@ -148,7 +151,7 @@ def _shown(error: httpx.TransportError) -> str:
 
 
 class _Watch:
-    """Shuts the connection of an exchange when its time is over, and knows whether its request was sent.
+    """Shuts the connection of an exchange when its time is over, and knows how far it has come.
 
     httpx has time-outs for each read alone, which a peer that sends a byte a second never meets. httpcore's `trace`
     extension (https://www.encode.io/httpcore/extensions/#trace) hands out the connection as soon as there is one; a
@@ -157,10 +160,9 @@ class _Watch:
 
     def __init__(self, seconds: float, before_sending: Callable[[], None]) -> None:
         self.over = False
-        self.sent = False
+        self.asks_proxy = False  # by a CONNECT; the request itself follows
         self.refusal: BaseException | None = None
         self._before_sending = before_sending
-        self._is_request = False  # and no CONNECT, which only asks a proxy
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
         self._timer = threading.Timer(seconds, self._end)
@@ -176,17 +178,20 @@ class _Watch:
             if self._socket:
                 self._socket.close()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there has been a connection, to the peer or a proxy."""
+        return self._socket is not None
+
     def trace(self, event: str, info: dict[str, Any]) -> None:
         """Is called by httpcore before and after each of its steps."""
         step = event.partition(".")[2]
         if step == "connect_tcp.complete":
             self._connected(info["return_value"])
         elif step == "send_request_headers.started":
-            self._is_request = info["request"].method != b"CONNECT"
-            if self._is_request:
+            self.asks_proxy = info["request"].method == b"CONNECT"
+            if not self.asks_proxy:
                 self._let_send()
-        elif step in ("send_request_headers.failed", "send_request_body.failed") and self._is_request:
-            self.sent = False  # a peer that has not got all of it can do nothing
 
     def _connected(self, stream: Any) -> None:
         try:
@@ -207,7 +212,6 @@ class _Watch:
             raise
         if self.over:
             raise httpx.ConnectTimeout("the time was over before the request was sent")
-        self.sent = True
 
     def _end(self) -> None:
         with self._lock:

@@ -1,6 +1,6 @@
 """A file for bytes that are still to come, with space on the disk reserved for them.
 
-The space is a file beside it, `….space`: so the file itself is exactly as long as what has come, whatever ends the
+The space is a file beside it, `….space.part`: so the file itself is exactly as long as what has come, whatever ends the
 process. When the disk is full, the space is given up for the bytes that it was reserved for.
 """
 
@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-SPACE_SUFFIX: Final = ".space"
+SPACE_SUFFIX: Final = ".space.part"
+"""Of the file that holds the space. Earlier versions have it in the `.part` itself, and ignore one of that size."""
 _FULL: Final = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _CANNOT_RESERVE: Final = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 

@@ -147,6 +147,7 @@ def test_the_record_of_another_picture_is_not_taken_for_this_one(archive: Archiv
         archive.read("cd" * 32)
 
 
+@pytest.mark.many
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=hostile_records())
 def test_a_record_that_was_written_elsewhere_is_used_as_it_is_or_refused(

@@ -327,6 +327,7 @@ def test_no_secret_is_echoed_in_any_coding(text: str, secret: str, coding: str) 
     "text",
     [
         "api_key: missing; set SEGMIND_API_KEY",
+        'save one with SegmindCredentials(api_key=…).save("marketing")',
         "https://b.example/50%25%20off.jpg cannot be read",
         "the templates {{ a }} &amp; {% b %} use key=value and s=1, e=2",
         "C:\\u0041\\photos\\x41.jpg",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -41,6 +43,14 @@ def holder(archive: Archive, fingerprint: str = "ab" * 32) -> Holder | None:
     found = archive.read(fingerprint)
     assert found is not None
     return found.record.holder
+
+
+def renewed_by_this_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the threads that renew claims, which earlier tests have started, from those of this test."""
+    this, take_turn = threading.current_thread(), leases.Claim.take_turn
+    monkeypatch.setattr(
+        leases.Claim, "take_turn", lambda claim: threading.current_thread() is this and take_turn(claim)
+    )
 
 
 @pytest.fixture
@@ -123,6 +133,7 @@ def test_a_claim_is_given_up_even_if_the_archive_is_down(archive: Archive, monke
 
 
 def test_a_record_that_was_just_written_is_not_written_again(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
     claim = claimed(archive, "ab" * 32)
     assert not claim.take_turn()
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.0)
@@ -313,6 +324,8 @@ def test_proof_of_life_wins_over_age_and_only_where_there_is_none_the_age_decide
             assert held(archive, alive, monkeypatch, age)
             assert not held(archive, alive.model_copy(update={"started": "1"}), monkeypatch, age)
             assert held(archive, alive.model_copy(update={"host": "another"}), monkeypatch, age) is (age == 0)
+            of_an_earlier_version = alive.model_copy(update={"process": ""})
+            assert held(archive, of_an_earlier_version, monkeypatch, age) is (age == 0)
         hidden(monkeypatch, child.pid)
         assert held(archive, alive, monkeypatch, LEASE_SECONDS - 1)
         assert not held(archive, alive, monkeypatch, LEASE_SECONDS + 1)
@@ -470,6 +483,7 @@ def test_a_claim_whose_write_has_failed_counts_nothing_even_if_it_took_effect(
         Holder(run="long ago", host="another", pid=1, started=""), datetime.now(UTC)
     )
     archive.write(lost, None)
+    renewed_by_this_thread_alone(monkeypatch)
     broken(archive, monkeypatch, error, after=after)
     with pytest.raises(type(error)):
         claimed(archive, "ab" * 32)
@@ -488,6 +502,7 @@ def test_a_claim_whose_write_has_failed_counts_nothing_even_if_it_took_effect(
 def test_a_claim_whose_later_write_has_failed_is_still_held_even_if_it_took_effect(
     archive: Archive, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: bool, what: str
 ) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
     claim = claimed(archive, "ab" * 32)
     claim.sending()
     claim.write(lambda record: record.with_outcome(status=429, reason="busy", wait_seconds=1, possibly_billed=False))
@@ -591,6 +606,7 @@ class Clock:
     """A clock that only the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        renewed_by_this_thread_alone(monkeypatch)
         self.now = leases.clock()
         monkeypatch.setattr(leases, "clock", lambda: self.now)
 
@@ -704,3 +720,68 @@ def test_a_process_that_ends_takes_back_the_claim_whose_answer_was_lost(archive:
     found = archive.read("ab" * 32)
     assert found is not None
     assert found.record == Record(fingerprint="ab" * 32)
+
+
+def interrupted_at(line: int, do: Callable[[], object]) -> bool:
+    """Does something, interrupted by Ctrl-C at this line of the claims' code; whether it had so many."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != leases.__file__:
+            return None
+        # A `with` is traced again when it is left, where no signal is handled.
+        if event == "line" and not linecache.getline(leases.__file__, frame.f_lineno).lstrip().startswith("with "):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        do()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+def test_an_interrupt_at_any_line_of_a_claim_leaves_nothing_that_anybody_waits_for(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
+    claimed(archive, "ab" * 32).give_up()  # the threads are running
+    line = 0
+    while interrupted_at(line := line + 1, lambda: claimed(archive, f"{line:064x}")):
+        leases.give_up(archive, f"{line:064x}", "a run")
+        found = archive.read(f"{line:064x}")
+        assert found is None or (found.record.holder, found.record.attempts) == (None, ()), f"line {line}"
+        claim = leases.claim(archive, found, f"{line:064x}", Run("another run"))
+        assert claim is not None, f"line {line}"
+        claim.give_up()
+    assert line > 20
+
+
+def test_an_interrupt_at_any_line_of_giving_up_is_mended_by_the_next_run(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed_by_this_thread_alone(monkeypatch)
+    line = 0
+    while True:
+        line += 1
+        claim = claimed(archive, f"{line:064x}")
+        if not interrupted_at(line, claim.give_up):
+            break
+        leases.give_up(archive, f"{line:064x}", "a run")
+        leases.settle(archive, f"{line:064x}")
+        found = archive.read(f"{line:064x}")
+        assert found is not None
+        assert (found.record.holder, found.record.attempts) == (None, ()), f"line {line}"
+        again = leases.claim(archive, found, f"{line:064x}", Run("another run")) or leases.claim(
+            archive, found, f"{line:064x}", Run("another run")
+        )
+        assert again is not None, f"line {line}"
+        again.give_up()
+    assert line > 10

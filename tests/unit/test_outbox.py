@@ -80,7 +80,7 @@ class TestReceiving:
         with outbox.receive(PRINT, "one") as part:
             assert part.stat().st_size == 0, "the file itself is as long as what has come"
             if sys.platform == "linux":
-                assert part.with_suffix(".space").stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
+                assert part.with_suffix(".space.part").stat().st_blocks * 512 >= RESERVED_BYTES, "and not only promised"
         assert names(outbox) == set()
 
     def test_a_request_that_brought_no_picture_leaves_nothing_behind(self, outbox: Outbox) -> None:
@@ -330,6 +330,9 @@ with Outbox(Path({str(outbox.folder)!r}), 0).receive({PRINT!r}, "one") as part, 
     os.kill(os.getpid(), signal.SIGKILL)
 """
             assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+            left = [each.stat().st_size for each in outbox.folder.glob("*.space.part")]
+            # The version before ignores a `.part` of exactly this size.
+            assert left == ([RESERVED_BYTES] if sys.platform == "linux" else [])
             with SegmindClient("SG_0123456789abcdef", f"{server.url}/v1") as client:
                 kept = found(outbox) or outbox.read_again(
                     PRINT, "two", client.read, seed=100, list_price_usd=Decimal("0.05")

@@ -23,7 +23,9 @@ class FullDisk(io.FileIO):
     room = 5
 
     def write(self, data: Any) -> int:
-        room = self.room + (0 if (space := Path(str(self.name)).with_suffix(".space")).exists() else 10) - self.tell()
+        room = (
+            self.room + (0 if (space := Path(str(self.name)).with_suffix(".space.part")).exists() else 10) - self.tell()
+        )
         if room <= 0:
             raise OSError(errno.ENOSPC, "No space left on device", str(space))
         return super().write(data[:room])
@@ -53,9 +55,9 @@ def test_the_space_is_used_when_the_disk_is_full_otherwise(file: Path, full_disk
     reserve(file, 10)
     with replacing(file) as write:
         write(b"0123")
-        assert file.with_suffix(".space").exists()
+        assert file.with_suffix(".space.part").exists()
         write(b"456789")
-        assert not file.with_suffix(".space").exists()
+        assert not file.with_suffix(".space.part").exists()
     assert file.read_bytes() == b"0123456789"
 
 
@@ -65,7 +67,7 @@ def test_what_a_disk_has_written_before_it_failed_is_not_there_twice(
     real = FullDisk.write
 
     def written_and_failed(disk: FullDisk, data: Any) -> int:
-        had_space = file.with_suffix(".space").exists()
+        had_space = file.with_suffix(".space.part").exists()
         count = real(disk, data)
         if had_space:
             raise OSError(errno.ENOSPC, "No space left on device")

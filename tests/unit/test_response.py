@@ -94,7 +94,7 @@ def test_a_cost_that_cannot_be_one_is_not_known(sent):
 
 @pytest.mark.parametrize("key", [KEY, "a-key-of-another-form"])
 def test_an_id_that_repeats_the_key_or_controls_a_terminal_is_told_without_that(key):
-    headers = {"X-Request-Id": f"r-1\x1b[31m\r\x00\u202e{key}\x85" + "x" * 5000}
+    headers = {"X-Request-Id": f"r-1\x1b[31m\r\x00\u202e{key}\x85 " + "x" * 5000}
     for value in (request_id(headers, key), answer_error(500, headers, b"", now=NOW, secret=key).request_id):
         assert value is not None
         assert value.startswith("r-1[31m")
@@ -301,6 +301,12 @@ def test_no_body_breaks_the_reading_of_errors(body):
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error":' * 100_000, b'{"image":' * 100_000])
 def test_not_even_a_body_without_end_does(body):
     assert len(error_text(body)) <= TEXT_LIMIT
+    assert picture_or_link(body) is None
+    assert not is_whole_json(body)
+
+
+@pytest.mark.parametrize("body", [b"[" + b"{}," * 200_000 + b"{}]", b'{"image": [' + b"[]," * 200_000 + b"[]]}"])
+def test_json_of_more_values_than_any_answer_has_is_not_taken_apart(body):
     assert picture_or_link(body) is None
     assert not is_whole_json(body)
 
