@@ -189,8 +189,9 @@ class Outbox:
             _discard(part)
         finally:
             release(part)
-            if not part.exists() and not part.with_suffix(".1.answer").exists():
-                _discard(_asked_path(part))
+            with suppress(OSError):  # nor does it count that the disk cannot tell what is left
+                if not part.exists() and not part.with_suffix(".1.answer").exists():
+                    _discard(_asked_path(part))
 
     def arrived(self, part: Path) -> Path | None:
         """The file for an answer, if something has arrived in it, which stays when the run is interrupted now.

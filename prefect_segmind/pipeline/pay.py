@@ -193,7 +193,7 @@ class Cashier:
                     admission.unusable(failed)
                 decision = self._fail(run, held, error, log, kept)
                 raise failed.with_facts(decision=decision) from error.__cause__
-        self._write_outcome(held, _answered(paid, path), log)
+            self._write_outcome(held, _answered(paid, path), log)  # before anything else can end the run
         held.hold(ARCHIVE_SECONDS)
         for notice in paid.notices:
             log.info(notice)

@@ -413,6 +413,14 @@ class TestWhatARequestIsFor:
         assert (waiting.asked, waiting.cost_usd, waiting.is_answer) == (self.ASKED, Decimal("0.04"), True)
         assert {stat.S_IMODE(each.stat().st_mode) for each in outbox.folder.iterdir()} == {0o600}
 
+    def test_that_cannot_be_looked_at_hides_no_failure(self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(_: Path) -> bool:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "exists", refuse)
+        with pytest.raises(AnswerCutError):
+            self.received(outbox, AnswerCutError("cut"))
+
     def test_is_gone_where_nothing_was_paid(self, outbox: Outbox) -> None:
         with pytest.raises(AnswerCutError):
             self.received(outbox, AnswerCutError("cut"))

@@ -1718,3 +1718,21 @@ def test_a_disk_that_fails_under_an_answer_loses_nothing(
     assert b"<html>" in part.read_bytes()
     assert str(part) in str(error.value)
     assert any("could not be made durable" in each for each in said)
+
+
+def test_a_picture_is_in_the_record_whatever_ends_the_run_right_after_it_was_kept(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    job, uploaded = up_to_upload(photo)
+    with monkeypatch.context() as now:
+        now.setattr("prefect_segmind.archive.outbox.release", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(job, uploaded)
+    assert (recorded(job.fingerprint).record.kept_picture or "").startswith(str(tmp_path / "outbox"))
+    on_another_machine(tmp_path, monkeypatch)
+    with pytest.raises(KeptElsewhereError):
+        walk(photo)
+    assert sandbox.ledger.billed == 1
