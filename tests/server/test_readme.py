@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from prefect_segmind import image_to_image, process_inbox, refresh_assets
 from prefect_segmind.api.request import ImageToImageRequest
+from prefect_segmind.archive.record import Attempt, Record
 from prefect_segmind.batch import tally
 from prefect_segmind.batch.plan import Plan, PlannedJob
 from prefect_segmind.batch.tally import planned
@@ -38,6 +40,7 @@ from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.sandbox.script import Kind
 from prefect_segmind.services import Services
 from prefect_segmind.settings import PREFIX, SegmindSettings
+from tests.support.walk import up_to_upload
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +61,11 @@ def table(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[0].splitlines()[2:]]
 
 
-def s3_down_after_the_answer(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+Cause = Callable[[Sandbox, pytest.MonkeyPatch, Path], None]
+"""Makes the next run of the command on a photo fail."""
+
+
+def s3_down_after_the_answer(_: Sandbox, monkeypatch: pytest.MonkeyPatch, __: Path) -> None:
     from prefect_segmind.api.client import SegmindClient
 
     generate = SegmindClient.generate
@@ -71,15 +78,29 @@ def s3_down_after_the_answer(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(SegmindClient, "generate", then_s3_is_down)
 
 
-def playing(*answers: Answer) -> Callable[[Sandbox, pytest.MonkeyPatch], None]:
-    return lambda sandbox, _: sandbox.play(*answers)
+def kept_by_another_machine(_: Sandbox, __: pytest.MonkeyPatch, photo: Path) -> None:
+    fingerprint = up_to_upload(photo)[0].fingerprint
+    paid = {"status": 200, "possibly_billed": False, "cost_usd": Decimal("0.05")}
+    kept = Attempt(run="theirs", sent_at=datetime.now(UTC), kept="/outbox/mug.jpg on another-machine", **paid)
+    Services().archive.write(Record(fingerprint=fingerprint, attempts=(kept,)), None)
 
 
-def setting(name: str, value: str) -> Callable[[Sandbox, pytest.MonkeyPatch], None]:
-    return lambda _, monkeypatch: monkeypatch.setenv(name, value)
+def a_file_by_the_name_of_the_job(_: Sandbox, monkeypatch: pytest.MonkeyPatch, photo: Path) -> None:
+    archive = photo.parent / "archive"
+    archive.mkdir()
+    (archive / photo.stem).touch()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(archive))
 
 
-CAUSES: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
+def playing(*answers: Answer) -> Cause:
+    return lambda sandbox, *_: sandbox.play(*answers)
+
+
+def setting(name: str, value: str) -> Cause:
+    return lambda _, monkeypatch, __: monkeypatch.setenv(name, value)
+
+
+CAUSES: dict[str, Cause] = {
     "bad key": setting("SEGMIND_API_KEY", "SG_0000000000000000"),
     "no credits": playing(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}')),
     "rejected parameter": playing(Answer(status=406, body='{"error": "Invalid value for parameter seed"}')),
@@ -97,6 +118,8 @@ CAUSES: dict[str, Callable[[Sandbox, pytest.MonkeyPatch], None]] = {
     "S3 down before the request": setting("AWS_ENDPOINT_URL_S3", CLOSED),
     "S3 down after the answer": s3_down_after_the_answer,
     "disk full in the outbox": setting("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX_MIN_FREE_BYTES", str(10**18)),
+    "picture kept by another machine": kept_by_another_machine,
+    "name that the archive cannot hold": a_file_by_the_name_of_the_job,
 }
 
 
@@ -116,7 +139,7 @@ def test_each_row_of_the_table_of_failures_is_what_happens(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     what, code, seen, paid, _ = row
-    CAUSES[what](sandbox, monkeypatch)
+    CAUSES[what](sandbox, monkeypatch, photo)
     capsys.readouterr()
     assert cli.run(["generate", str(photo), "a red mug", "--json"]) == int(code)
     told = capsys.readouterr()
@@ -405,7 +428,7 @@ def test_the_sandbox_is_told_to_fail_as_shown(sandbox: Sandbox) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_every_target_of_make_that_is_named_is_there() -> None:
     named = sorted(set(re.findall(r"\bmake ([a-z-]+)(?=`|  )", README + PAGES["CONTRIBUTING.md"])))
-    assert named == ["check", "demo", "test", "test-quick"]
+    assert named == ["check", "demo", "test", "test-faults", "test-quick"]
     for target in named:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
