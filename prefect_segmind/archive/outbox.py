@@ -181,7 +181,7 @@ class Outbox:
                     _write(_asked_path(part), asked)
             yield part
         except BaseException as error:
-            with suppress(OSError):  # the failure counts, not that its remains cannot be removed
+            with suppress(OSError, OutboxError):  # the failure counts, not what becomes of its remains
                 if (isinstance(error, ApiError) and error.answered is None) or not _arrived(part):
                     part.unlink(missing_ok=True)
             raise

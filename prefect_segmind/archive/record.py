@@ -273,11 +273,11 @@ class Record(BaseModel):
         returned = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
         senders = [each for each in self.attempts if paid_by in (None, each.run)]
         open_ones = [each for each in senders if each.possibly_billed is None]
-        in_doubt = [each for each in senders if paid_by and each.possibly_billed]
         if paid_by and any(map(_returned, senders)):
             open_ones = []
-        elif in_doubt and not open_ones:
-            open_ones = in_doubt[-1:]
+        elif paid_by and not open_ones:
+            # A 502 is in doubt too, but it is not what has brought the picture.
+            open_ones = [each for each in senders if each.possibly_billed and each.status in (None, 200)][-1:]
             returned |= {"reason": None, "reported_by": None, "kept": None}
         attempts = tuple(each.model_copy(update=returned) if each in open_ones else each for each in self.attempts)
         done = {"state": "done", "holder": None, "attempts": attempts}

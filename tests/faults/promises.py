@@ -6,8 +6,8 @@ or had not arrived whole: in a process that lived on, or on the disk where that 
 
     billed - unknowable - unusable <= 1
 
-A request *may have been billed* in the eyes of the code if it has left whole and no whole answer says otherwise; and,
-for those who come after a process that ended or could not reach the archive, if its claim was written.
+A request *may have been billed* in the eyes of the code if it was begun to be sent and no whole answer says otherwise;
+and, for those who come after a process that ended or could not reach the archive, if its claim was written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Books:
         self.billed = world.api.billed
         self.unknowable = [each for each in self.billed if not self.is_known(each)]
         self.unusable = [each for each in self.billed if self.is_known(each) and each.answer.picture is None]
-        self.doubtful = sum(not self.is_known(each) for each in world.api.seen)
+        known = {each.port for each in world.api.seen if self.is_known(each)}
+        self.doubtful = sum(
+            each.sent and not each.follows_link and each.port not in known for each in world.tap.exchanges
+        )
         self.unsure = sum(
             fault.kind in ENDS
             or (fault.kind == MISTAKE and operation.place == WIRE)
@@ -63,7 +66,7 @@ class Books:
         if not request.answer.is_settled:
             return False
         mine = next(each for each in self._world.tap.exchanges if each.port == request.port)
-        if mine.is_damaged:
+        if mine.is_damaged or (request.answer.picture is None and mine.is_disturbed):
             return False
         body = request.answer.wire.partition(b"\r\n\r\n")[2]
         at_rest = self._world.at_rest
@@ -203,7 +206,8 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
     archived = record.picture.sha256 if record and record.picture else ""
     for name in {FIRST.outbox, THEN[world.point.then].outbox}:
         files = world.outbox(name)
-        others = {stem(each) for each, data in files.items() if data in world.api.pictures and sha256(data) != archived}
+        paid = [*world.api.pictures, *(each.answer.wire.partition(b"\r\n\r\n")[2] for each in books.billed)]
+        others = {stem(each) for each, data in files.items() if data in paid and sha256(data) != archived}
         answers = {stem(each) for each in files if each.endswith(".answer")}
         if len(others) > len(books.billed) - 1:
             yield f"{name} still has {len(others)} other pictures"

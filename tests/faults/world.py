@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -303,7 +303,11 @@ class World:
         os._exit(9)
 
     def _end_process(self) -> None:
-        """What a process knows of its claims ends with it, and nobody renews them."""
+        """A process that comes to its end gives up in the record what it still can; nobody renews its claims."""
+        for claim in list(leases._claims.values()):
+            if claim.is_released:
+                with suppress(SegmindError):
+                    claim.settle()
         leases._claims.clear()
 
     def _elapse(self, seconds: float) -> None:
