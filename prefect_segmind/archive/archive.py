@@ -180,20 +180,27 @@ class Archive:
         """
         fingerprint = record.fingerprint
         copy: Record | None = None
+        gone: StoreError | None = None
         for prefix in (f"{name}/{fingerprint[:16]}", ""):
             keys = (key for key in self.store.keys(prefix) if fingerprint[:16] in key and _SIDECAR.fullmatch(key))
             for key in keys:
                 if (found := self.store.get(key)) and (read := _picture_of(found.data, fingerprint)):
                     picture, copied = read
                     done = record.archived(picture, f"{key.removesuffix('json')}{picture.extension}", key)
-                    self.get_picture(done)
+                    try:
+                        self.get_picture(done)
+                    except StoreError as error:  # another one may be there
+                        gone = gone or error
+                        continue
                     if not copied:
                         return done
                     copy = done  # which says nothing of the cost
+        if gone and not copy:
+            raise gone
         return copy
 
     def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
-        """Store a picture under a job's name and never over a different one.
+        """Store a picture under a job's name and never over a different one, nor beside the sidecar of a different one.
 
         Args:
             name: The job's.
@@ -202,13 +209,16 @@ class Archive:
             data: The picture.
 
         Returns:
-            Its key: `{name}/{fingerprint[:16]}.{ext}`, with the picture's own hash if another picture has that key.
+            Its key: `{name}/{fingerprint[:16]}.{ext}`, with the picture's own hash if that is another one's.
 
         Raises:
             StoreError: It cannot be written, or both keys are taken.
         """
         stem = f"{name}/{fingerprint[:16]}"
         for key in (f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"):
+            beside = self.store.get(sidecar_key(key))
+            if beside is not None and not _describes(beside.data, picture):
+                continue
             try:
                 self.store.put(key, data, picture.content_type, if_absent=True)
             except PreconditionFailedError:
@@ -269,8 +279,16 @@ def _picture_of(sidecar: bytes, fingerprint: str) -> tuple[PaidPicture, bool] | 
         extension = file_type(held["output"]["format"])[1]
         picture = PaidPicture.model_validate({**held["output"], **facts, "extension": extension})
         return picture, bool(held["copied_from"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _describes(sidecar: bytes, picture: PaidPicture) -> bool:
+    """Whether a sidecar is that of a picture, or of a copy."""
+    try:
+        return bool(json.loads(sidecar)["output"]["sha256"] == picture.sha256)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def sidecar_key(image_key: str) -> str:

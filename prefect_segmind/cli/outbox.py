@@ -97,6 +97,8 @@ def _archive(outbox: Outbox, waiting: list[Waiting]) -> LeftOver:
 def _described(waiting: list[Waiting], ends: LeftOver) -> Iterator[InOutbox]:
     for each in waiting:
         archived = ends.archived.get(each.path)
+        if not (archived or each.path.exists()):
+            continue  # the archive had it already, or has it from another run by now
         yield InOutbox(
             path=str(each.path),
             name=each.asked.name,

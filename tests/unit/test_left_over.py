@@ -14,6 +14,7 @@ import pytest
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
 from prefect_segmind.cli.commands import run as command
+from prefect_segmind.cli.outbox import look
 from prefect_segmind.errors import StoreError
 from prefect_segmind.pipeline.archive import Archiving
 from prefect_segmind.pipeline.left_over import LeftOver, archive_left_over
@@ -93,6 +94,16 @@ def test_what_a_run_could_not_remove_any_more_is_removed(sandbox: Sandbox, photo
     before.path.write_bytes(data)
     assert archived() == LeftOver({}, {})
     assert files() == []
+
+
+def test_the_command_does_not_list_what_the_archive_had_already(sandbox: Sandbox, photo: Path) -> None:
+    before = left(photo)
+    assert before.path is not None
+    data = before.path.read_bytes()
+    archive_picture(before)
+    before.path.write_bytes(data)
+    assert [each.path for each in look(archive=False)] == [str(before.path)]
+    assert (look(archive=True), files()) == ([], [])
 
 
 def test_what_the_archive_has_lost_stays_in_the_outbox_and_is_reported(

@@ -792,6 +792,38 @@ def test_a_different_picture_under_the_same_key_is_never_overwritten(sandbox: Sa
     assert archived.sha256[:16] in archived.image
 
 
+@pytest.mark.parametrize("dies", [False, True], ids=["", "and its run dies before the record is done"])
+def test_a_picture_that_was_lost_and_paid_for_again_has_a_sidecar_of_its_own(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    folder = tmp_path / "archive"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(folder))
+    lost = walk(photo)
+    Path(lost.image).unlink()
+    (folder / record_key(lost.fingerprint)).unlink()
+    content = BytesIO()
+    Image.new("RGB", (1024, 1024)).save(content, "JPEG")
+    sandbox.script.play(
+        Answer(kind="not_an_image", body_base64=base64.b64encode(content.getvalue()), content_type="image/jpeg")
+    )
+    paid = generate(*up_to_upload(photo))
+    if dies:
+        with monkeypatch.context() as now:
+            now.setattr(Archiving, "_record_done", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                archive_picture(paid)
+        assert paid.path is not None
+        paid.path.unlink()
+        got = walk(photo)
+    else:
+        got = archive_picture(paid)
+    assert (got.status, got.sha256) == ("reused" if dies else "generated", paid.picture.sha256)
+    for each in (got, lost):
+        assert json.loads(Path(each.sidecar).read_text())["output"]["sha256"] == each.sha256
+    assert hashlib.sha256(Path(got.image).read_bytes()).hexdigest() == got.sha256
+    assert sandbox.ledger.billed == 2
+
+
 def test_a_name_that_the_archive_cannot_hold_is_told_before_anything_is_paid(
     sandbox: Sandbox, photo: Path, tmp_path: Path
 ) -> None:
