@@ -271,7 +271,9 @@ class Record(BaseModel):
         """
         returned = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
         open_ones = [each for each in self.attempts if each.possibly_billed is None]
+        # A 502 is in doubt too, but it is not what has brought the picture.
         in_doubt = [each for each in self.attempts if each.run == paid_by and each.possibly_billed]
+        in_doubt = [each for each in in_doubt if each.status in (None, 200)]
         if not open_ones and in_doubt and not any(each.run == paid_by and _returned(each) for each in self.attempts):
             open_ones = in_doubt[-1:]
             returned |= {"reason": None, "reported_by": None, "kept": None}
