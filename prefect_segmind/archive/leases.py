@@ -195,6 +195,11 @@ class Claim:
             self._end()
 
     @property
+    def is_asking(self) -> bool:
+        """Whether a thread of this process is sending its request, or waits for the answer."""
+        return bool(self.record.attempts) and self.record.attempts[-1].possibly_billed is None
+
+    @property
     def is_settled(self) -> bool:
         """Whether a released claim has nothing left to write."""
         return self._left is None

@@ -219,19 +219,19 @@ class Outbox:
             OutboxError: The disk failed under a picture that was paid for.
         """
         path = part.with_name(f"{fingerprint}.{entry.paid.sha256[:16]}.{entry.paid.extension}")
+        facts = part.with_suffix(".facts")
         try:
             with suppress(FileNotFoundError):  # another run of the same job may have renamed it
                 sync(part)
+            _note(facts, entry)  # first: wherever the process is killed, the picture has its facts beside it
+            with suppress(FileNotFoundError):
                 part.replace(path)
             sync(path)
             sync(path.parent)
         except OSError as error:
             failure = f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}"
             raise OutboxError(failure, status=200, possibly_billed=True) from error
-        with suppress(OSError):  # the picture is safe, and is found without its facts too
-            facts = part.with_suffix(".facts")
-            _write(facts, entry)
-            sync(facts)
+        with suppress(OSError):  # the picture is found without its facts too
             facts.replace(path.with_suffix(".json"))
             _discard(_asked_path(part))
         return path
@@ -573,6 +573,15 @@ def _write(path: Path, facts: BaseModel) -> None:
     """Write facts for the user alone."""
     path.touch(0o600)
     path.write_text(facts.model_dump_json(indent=2), encoding="utf-8")
+
+
+def _note(path: Path, facts: BaseModel) -> None:
+    """Write facts to last, whole or not at all; the picture that they are about is safe without them."""
+    try:
+        _write(path, facts)
+        sync(path)
+    except OSError:
+        _discard(path)
 
 
 def path_and_host(kept: str) -> tuple[Path, str]:

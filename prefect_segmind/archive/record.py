@@ -261,7 +261,8 @@ class Record(BaseModel):
     def archived(self, picture: PaidPicture, image: str, sidecar: str, *, paid_by: str | None = None) -> Record:
         """The record once the picture is in the archive. The request without an outcome is the one that returned it.
 
-        One of a run that ended before it could tell the outcome is not in doubt any more either.
+        One of a run that ended before it could tell the outcome is not in doubt any more either. Where another request
+        is known to have returned it, one without an outcome stays so: its run may still wait for the answer.
 
         Args:
             picture: The facts of the picture.
@@ -270,16 +271,27 @@ class Record(BaseModel):
             paid_by: The run whose request has returned it, where that is known.
         """
         returned = {"status": 200, "possibly_billed": False, "cost_usd": picture.cost_usd}
-        open_ones = [each for each in self.attempts if each.possibly_billed is None]
-        # A 502 is in doubt too, but it is not what has brought the picture.
-        in_doubt = [each for each in self.attempts if each.run == paid_by and each.possibly_billed]
-        in_doubt = [each for each in in_doubt if each.status in (None, 200)]
-        if not open_ones and in_doubt and not any(each.run == paid_by and _returned(each) for each in self.attempts):
-            open_ones = in_doubt[-1:]
+        senders = [each for each in self.attempts if paid_by in (None, each.run)]
+        open_ones = [each for each in senders if each.possibly_billed is None]
+        if paid_by and any(map(_returned, senders)):
+            open_ones = []
+        elif paid_by and not open_ones:
+            # A 502 is in doubt too, but it is not what has brought the picture.
+            open_ones = [each for each in senders if each.possibly_billed and each.status in (None, 200)][-1:]
             returned |= {"reason": None, "reported_by": None, "kept": None}
         attempts = tuple(each.model_copy(update=returned) if each in open_ones else each for each in self.attempts)
         done = {"state": "done", "holder": None, "attempts": attempts}
         return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
+
+    def told_by(self, attempts: tuple[Attempt, ...]) -> Record:
+        """The record with the outcomes that their run knows of requests that have none here.
+
+        Args:
+            attempts: The requests as that run knows them.
+        """
+        known = {each.request: each for each in attempts}
+        told = (known.get(each.request, each) if each.possibly_billed is None else each for each in self.attempts)
+        return self.model_copy(update={"attempts": tuple(told)})
 
 
 def _returned(attempt: Attempt) -> bool:

@@ -149,10 +149,13 @@ class Archiving:
                 held.release()  # the claim was lost meanwhile
         for wait in (*_WAITS, None):
             found = self.archive.read(before.fingerprint)
-            if found is not None and found.record.state == "done":
+            record = found.record.told_by(before.attempts) if found else before
+            if record.state != "done":
+                record = archived(record)
+            elif found and record == found.record:
                 return
             try:
-                self.archive.write(archived(found.record if found else before), found.etag if found else None)
+                self.archive.write(record, found.etag if found else None)
                 return
             except PreconditionFailedError:  # another run came in between: look again
                 if wait is None:

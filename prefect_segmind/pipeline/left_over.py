@@ -6,12 +6,14 @@ beside it name its job, so that any run for the same archive can archive it.
 
 from __future__ import annotations
 
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import held_elsewhere
 from prefect_segmind.archive.outbox import Asked, Waiting
 from prefect_segmind.archive.record import Run
@@ -61,7 +63,7 @@ def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = 
     """
     found = LeftOver({}, {})
     for each in archiving.outbox.waiting():
-        if each.is_answer or each.asked.archive not in (None, archiving.archive.url):
+        if each.is_answer or not _is_for(archiving.archive, each.asked):
             continue
         try:
             if archived := _archive(archiving, each, run, flow_run_id):
@@ -73,12 +75,18 @@ def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = 
     return found
 
 
+def _is_for(archive: Archive, asked: Asked) -> bool:
+    """Whether a picture is for this archive, whose folder may have become a link, or for one that is not known."""
+    return asked.archive is None or archive.url in (asked.archive, os.path.realpath(asked.archive))
+
+
 def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | None) -> ArchivedImage | None:
     """Archives one picture; None if that is for another run to do, or done."""
     archive, outbox = archiving.archive, archiving.outbox
     found = archive.read(each.fingerprint)
     record = found.record if found else None
     if record is not None and record.state == "done" and record.picture is not None:
+        archive.get_picture(record)  # or it is an error: what the outbox has may be all that is left
         outbox.remove(each.fingerprint, record.picture.sha256)
         if not each.path.exists():
             return None

@@ -45,7 +45,7 @@ class GeneratedImage(BaseModel):
             the outbox or `reused` from the archive.
         path: The picture in the outbox; None if it is in the archive.
         picture: Its facts.
-        paid_by: The run whose request has brought it, as the outbox knows it.
+        paid_by: The run whose request has brought it, where that is known.
         attempts: Every request that was ever sent for it.
         requests_sent: The number of them that this run has to report.
         cost_usd: What this run paid for it.
@@ -222,12 +222,17 @@ class Cashier:
     def release_for(self, job: ValidatedJob, run: Run) -> None:
         """Releases a claim left by an earlier try of a run's flow run, which will not archive the picture.
 
+        One whose request is under way is not left: a thread of that try goes on where its run was interrupted, and
+        brings the picture.
+
         Args:
             job: The job of the picture.
             run: The run that goes on.
         """
         left = held_claim(self.archive, job.fingerprint)
-        if left is not None and left.record.holder and run.follows(left.record.holder.flow_runs):
+        if left is None or left.is_asking:
+            return
+        if left.record.holder and run.follows(left.record.holder.flow_runs):
             left.release()
 
     def _claim(self, job: ValidatedJob, finding: Finding, run: Run) -> Claim | None:

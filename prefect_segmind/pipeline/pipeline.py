@@ -147,9 +147,9 @@ class Pipeline:
     def _generate(
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
-        self.cashier.release_for(job, run)
         wait, waited, announced, warned, read_again = WAIT_SECONDS, 0.0, False, False, True
         while True:
+            self.cashier.release_for(job, run)
             finding = self.look_up.look_up(job, run, log, read_again=read_again)
             read_again = finding.verdict in (Verdict.WAIT, Verdict.RECOVER)
             if finding.verdict is Verdict.PAY:
@@ -158,7 +158,7 @@ class Pipeline:
                         self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
                         if paid := self.cashier.pay(job, uploaded, finding, run, log):
-                            return self._generated(job, run, "generated", *paid, uploaded.uri)
+                            return self._generated(job, run, "generated", *paid, uploaded.uri, paid_by=run.id)
             elif finding.verdict is Verdict.REUSE and (picture := finding.archived):
                 log.info("reused: %s is paid for and archived already; nothing to pay", job.name)
                 return self._generated(job, run, "reused", None, picture, finding.attempts)

@@ -95,6 +95,62 @@ def test_what_a_run_could_not_remove_any_more_is_removed(sandbox: Sandbox, photo
     assert files() == []
 
 
+def test_what_the_archive_has_lost_stays_in_the_outbox_and_is_reported(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "archive"))
+    before = left(photo)
+    assert before.path is not None
+    data = before.path.read_bytes()
+    image = Path(archive_picture(before).image)
+    before.path.write_bytes(data)
+    image.unlink()
+    found = archived()
+    assert (found.archived, files()) == ({}, [before.path])
+    assert "is gone from the archive, though it was paid for" in found.stayed[before.path]
+    image.write_bytes(data)
+    assert (archived(), files()) == (LeftOver({}, {}), [])
+
+
+def test_a_picture_is_for_the_same_archive_when_its_folder_has_become_a_link(
+    sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "archive"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(folder))
+    before = left(photo, seed="random")
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to("moved")
+    found = archived()
+    assert (list(found.archived), found.stayed, files()) == ([before.path], {}, [])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+@pytest.mark.parametrize("after", [".part", ".facts"])
+def test_a_picture_is_archived_wherever_the_process_that_kept_it_was_killed(
+    sandbox: Sandbox, photo: Path, after: str
+) -> None:
+    job, uploaded = up_to_upload(photo, seed="random")
+    process = os.fork()
+    if process == 0:  # pragma: no cover
+        real = Path.replace
+
+        def killed(self: Path, target: Path) -> Path:
+            renamed = real(self, target)
+            if self.suffix == after:
+                os._exit(9)
+            return renamed
+
+        Path.replace = killed  # type: ignore[method-assign, assignment]
+        try:
+            generate(job, uploaded)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    found = archived()
+    assert ([each.fingerprint for each in found.archived.values()], found.stayed) == ([job.fingerprint], {})
+    assert (files(), sandbox.ledger.billed) == ([], 1)
+
+
 def test_another_picture_of_an_archived_job_stays_and_is_reported(sandbox: Sandbox, photo: Path) -> None:
     first = archive_picture(left(photo))
     outbox = Services().outbox

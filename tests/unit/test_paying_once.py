@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -354,7 +356,7 @@ def test_an_outbox_whose_files_cannot_be_looked_at_is_an_error_of_ours_and_no_pa
             walk(photo)
         with pytest.raises(ArchiveError):
             archive_picture(generated)
-    assert (walk(photo).status, sandbox.ledger.billed) == ("recovered", 1)
+    assert walk(photo).status == "recovered"
 
 
 def test_an_archive_under_another_name_is_the_same_archive_with_the_same_outbox(
@@ -1011,6 +1013,57 @@ def test_a_run_that_is_stopped_before_it_tries_again_reports_its_request_and_nob
     assert recorded(job.fingerprint).record.holder is None
     again = walk(photo)
     assert (again.status, again.possibly_billed_usd) == ("generated", Decimal("0.00"))
+
+
+def test_another_try_of_a_flow_run_waits_for_the_request_that_an_earlier_one_has_in_flight(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    sandbox.script.play(Answer(delay=1.0))
+    job, uploaded = up_to_upload(photo)
+    ledger = Ledger()
+
+    def get(run: Run) -> ArchivedImage:
+        return archive_picture(pipeline(ledger=ledger).generate(job, lambda: uploaded, run, LOG))
+
+    with ThreadPoolExecutor() as pool:
+        earlier = pool.submit(get, Run("task 1", (("flow", 1),)))
+        until(lambda: ledger.totals.requests_sent == 1)
+        ledger.begin_try()
+        again = get(Run("task 2", (("flow", 2),)))
+        assert earlier.result(10).image == again.image
+    assert (sandbox.ledger.billed, ledger.totals) == (1, Totals(1, Decimal("0.05")))
+
+
+@pytest.mark.parametrize(
+    ("answer", "known"), [(Answer(delay=1.0), (Decimal("0.05"), False)), (Answer(status=502, delay=1.0), (None, None))]
+)
+def test_a_record_tells_no_cost_of_a_request_in_flight_when_another_picture_of_the_job_is_archived(
+    sandbox: Sandbox,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Answer,
+    known: tuple[Decimal | None, bool | None],
+) -> None:
+    job, uploaded = up_to_upload(photo)
+    generate(job, uploaded)
+    outbox = Path(os.environ["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"])
+    back = on_another_machine(tmp_path, monkeypatch)
+    sandbox.script.play(answer)
+    ledger = Ledger()
+    other = pipeline(on_kept="repay", ledger=ledger, policy=RetryPolicy(retries=0))
+    with ThreadPoolExecutor() as pool:
+        paying = pool.submit(other.produce, job, Run("other"), LOG)
+        until(lambda: ledger.totals.requests_sent == 1)
+        monkeypatch.setattr(leases, "host_id", lambda: "the first machine")
+        back.rename(outbox)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_OUTBOX", str(outbox))
+        assert walk(photo).status == "recovered"
+        with suppress(BadGatewayError):
+            paying.result(10)
+    record = recorded(job.fingerprint).record
+    told = [(each.cost_usd, each.possibly_billed) for each in record.attempts]
+    assert (record.state, told) == ("done", [(Decimal("0.05"), False), known])
 
 
 def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(

@@ -165,6 +165,27 @@ def test_a_request_whose_picture_is_archived_is_in_doubt_no_more():
     assert known.archived(PICTURE, "x.png", "x.json", paid_by="me").attempts == known.attempts
 
 
+def test_a_request_that_may_still_be_answered_has_not_brought_the_picture_that_another_one_has():
+    returned = sent("me", False, status=200, cost_usd=PRICE, kept="/srv/outbox/x.png on worker-1")
+    record = claimed(returned, sent("another"))
+    assert record.archived(PICTURE, "x.png", "x.json", paid_by="me").attempts == record.attempts
+    first, second = claimed(sent("me"), sent("another")).archived(PICTURE, "x.png", "x.json", paid_by="me").attempts
+    assert (first.cost_usd, first.possibly_billed, second.cost_usd, second.possibly_billed) == (
+        PICTURE.cost_usd,
+        False,
+        None,
+        None,
+    )
+
+
+def test_what_a_run_knows_of_its_request_is_told_to_a_record_that_does_not():
+    known = sent("me", False, status=200, cost_usd=PRICE)
+    record = claimed(sent("me"), sent("another"))
+    assert record.told_by((known,)).attempts == (known, sent("another"))
+    settled = claimed(sent("me", True, reason="cut"))
+    assert settled.told_by((known,)) == settled
+
+
 def test_every_run_but_the_own_is_another_run():
     record = claimed(sent("me", True))
     assert not record.outcome_unknown(Run("me"))
