@@ -62,7 +62,7 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
         except BaseException as error:
             gate.stop(RunCancelledError(f"the run was ended by {ended_by(error) or 'an error'}"))
             get_run_logger().warning(
-                "nothing new is sent; %s in flight have %.0f s to end", gate.in_flight, grace_seconds
+                "nothing new is sent; requests in flight: %s, with %.0f s to end", gate.in_flight, grace_seconds
             )
             tally.wait(grace_seconds)
             raise

@@ -108,6 +108,7 @@ def explore_variations(
         BatchError: Not all pictures were made; its `result` has the contact sheet of those that were.
     """
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
+    services.check_event_source(image)
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
     terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures=True, dry_run=dry_run)
     title = name or name_from_image(image)

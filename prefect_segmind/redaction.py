@@ -65,7 +65,8 @@ def is_credential(name: str) -> bool:
         (True, True, False)
     """
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return plain in CREDENTIALS or plain.endswith(_ENDINGS) or plain.startswith(_FAMILIES)
+    family = plain.startswith(_FAMILIES) and plain != "xossprocess"  # which resizes
+    return plain in CREDENTIALS or plain.endswith(_ENDINGS) or family
 
 
 def writable(text: str) -> str:

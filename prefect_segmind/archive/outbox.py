@@ -138,8 +138,9 @@ class Outbox:
         for each in kept:
             path = path_and_host(each)[0]
             with suppress(OSError, ValueError):
-                theirs = path.is_absolute() and path.name.startswith(f"{fingerprint}.") and path.is_file()
-                if theirs and os.access(path, os.R_OK) and os.access(path.parent, os.R_OK | os.X_OK):
+                theirs = path.is_absolute() and path.name.startswith(f"{fingerprint}.")
+                # By now it may have another name there: a run that was interrupted had read it.
+                if theirs and any(os.access(each, os.R_OK) for each in path.parent.glob(f"{fingerprint}.*")):
                     folders.append(path.parent)
         return replace(self, also=(*self.also, *folders)) if folders else self
 

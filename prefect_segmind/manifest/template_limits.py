@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import unwrap
 from itertools import islice
+from string import Formatter
 from typing import Any, Final, cast
 
 from jinja2 import StrictUndefined, nodes
@@ -92,7 +93,7 @@ def _units(value: Any) -> int:
             raise TooLarge("it computes a huge number")
         elif isinstance(each, Mapping):
             pending += islice((part for pair in each.items() for part in pair), LARGEST)
-        elif isinstance(each, Iterable) and not isinstance(each, Iterator | range):
+        elif isinstance(each, Iterable) and not isinstance(each, Iterator):
             pending += islice(each, LARGEST)
     return units + len(pending)
 
@@ -169,14 +170,32 @@ def _indented(subject: Any, indent: Any = None) -> int:
     return _units(subject) * (len(indent) if isinstance(indent, str) else _WIDEST if indent else 1)
 
 
-def _formatted(subject: Any, *arguments: Any, **named: Any) -> int:
-    """Of a text with places for values, in either form; a width must be written out, and be narrow."""
+def _percented(subject: Any, *arguments: Any, **named: Any) -> int:
+    """Of a text with places such as `%5d`; a width must be written out, and be narrow."""
     text = str(subject)
-    if re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*\{", text):
+    if re.search(r"%[^a-zA-Z%]*\*|%\([^()]*\)[^a-zA-Z%]*\*|%\([^()]*\(", text):
         raise TooLarge("a width in it is a variable")
-    places = re.findall(r"%[^a-zA-Z%]*|\{[^}]*\}", text)
-    _narrow(*(float(number) for place in places for number in re.findall(r"\d+", place)))
-    return len(places) * (_WIDEST + _units((arguments, named)) * _TO_A_UNIT)
+    places = re.findall(r"%(?:\([^()]*\))?[^a-zA-Z%]*", text)
+    _narrow(*(float(number) for place in places for number in re.findall(r"\d+", place.rpartition(")")[2])))
+    return _filled(len(places), arguments, named)
+
+
+def _braced(subject: Any, *arguments: Any, **named: Any) -> int:
+    """Of a text with places such as `{:5}`; a width must be written out, and be narrow."""
+    forms = [form or "" for _, field, form, _ in Formatter().parse(str(subject)) if field is not None]
+    if any("{" in form for form in forms):
+        raise TooLarge("a width in it is a variable")
+    _narrow(*(float(number) for form in forms for number in re.findall(r"\d+", form)))
+    return _filled(len(forms), arguments, named)
+
+
+def _filled(places: int, *values: Any) -> int:
+    return places * (_WIDEST + _units(values) * _TO_A_UNIT)
+
+
+def _trimmed(subject: Any, characters: Any = None) -> int:
+    _narrow(len(characters) if isinstance(characters, str) else 0)  # each of the text's is looked for among them
+    return 0
 
 
 def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
@@ -187,19 +206,27 @@ def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
 
 _FILTERS: Final[dict[str, Callable[..., int]]] = {
     "batch": _padded, "center": _padded, "round": _padded, "slice": _padded, "truncate": _padded, "indent": _per_line,
-    "wordwrap": _wrapped, "replace": _replaced, "join": _between, "tojson": _indented, "format": _formatted,
-    "sum": _summed,
+    "wordwrap": _wrapped, "replace": _replaced, "join": _between, "tojson": _indented, "format": _percented,
+    "sum": _summed, "trim": _trimmed,
 }  # fmt: skip
+_BY_ITEM: Final = frozenset(
+    re.findall(
+        r"\w+",
+        "batch groupby join list map max min reject rejectattr select selectattr slice sort striptags sum unique",
+    )
+)
+"""Filters that take a text character by character, or for each tag in it once more."""
 _METHODS: Final[dict[str, Callable[..., int]]] = {
     "center": _padded, "ljust": _padded, "rjust": _padded, "zfill": _padded, "replace": _replaced,
-    "format": _formatted, "join": lambda separator, items: _between(items, separator),
+    "format": _braced, "strip": _trimmed, "lstrip": _trimmed, "rstrip": _trimmed,
+    "join": lambda separator, items: _between(items, separator),
 }  # fmt: skip
 _PLAIN_METHODS: Final = frozenset(
     re.findall(
         r"\w+",
         "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
-        "isspace istitle isupper lower lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit "
-        "rstrip split splitlines startswith strip swapcase title upper get items keys values copy is_integer",
+        "isspace istitle isupper lower partition removeprefix removesuffix rfind rindex rpartition rsplit "
+        "split splitlines startswith swapcase title upper get items keys values copy is_integer",
     )
 )
 _VALUES: Final = (str, bytes, int, float, list, tuple, dict, set, frozenset)
@@ -210,7 +237,9 @@ def _fits(characters: int) -> None:
         raise TooLarge("it computes a text that is too large")
 
 
-def _limited(function: Callable[..., Any], estimate: Callable[..., int] | None) -> Callable[..., Any]:
+def _limited(
+    function: Callable[..., Any], estimate: Callable[..., int] | None, *, by_item: bool = False
+) -> Callable[..., Any]:
     """A filter or a test whose arguments and result are counted."""
 
     @wraps(function)  # with what it says of its first argument
@@ -218,6 +247,9 @@ def _limited(function: Callable[..., Any], estimate: Callable[..., int] | None) 
         given = arguments[isinstance(arguments[0], Context | EvalContext | Environment) :]
         for each in (*given, *named.values()):
             _charge(_units(each))
+        if by_item and isinstance(given[0], str | bytes):
+            _fits(len(given[0]) * _TO_A_UNIT)
+            _charge(len(given[0]))
         if estimate is not None:
             _fits(estimate(*given, **named))
         return measured(function(*arguments, **named))
@@ -263,7 +295,9 @@ class LimitedSandbox(SandboxedEnvironment):
 
     def limit(self) -> None:
         """Counts what filters and tests compute; called once, when all of them are there."""
-        self.filters = {name: _limited(each, _FILTERS.get(name)) for name, each in self.filters.items()}
+        self.filters = {
+            name: _limited(each, _FILTERS.get(name), by_item=name in _BY_ITEM) for name, each in self.filters.items()
+        }
         self.filters |= {"_counted": _counted, "_measured": measured, "_joined": _joined}
         self.tests = {name: _limited(cast(Callable[..., Any], each), None) for name, each in self.tests.items()}
 
@@ -287,7 +321,7 @@ class LimitedSandbox(SandboxedEnvironment):
             if left.bit_length() * right > _BITS:
                 raise TooLarge("it computes a huge number")
         elif operator == "%" and isinstance(left, str | bytes):
-            _fits(_formatted(left, right))
+            _fits(_percented(left, right))
         return measured(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, function: Any, /, *arguments: Any, **named: Any) -> Any:
@@ -295,6 +329,8 @@ class LimitedSandbox(SandboxedEnvironment):
         _charge(_METER.get().step)
         if isinstance(subject := getattr(unwrap(function), "__self__", None), _VALUES):
             name = function.__name__
+            for each in (subject, *arguments):
+                _charge(_units(each) if isinstance(each, str | bytes) else 1)
             if estimate := _METHODS.get(name):
                 _fits(estimate(subject, *arguments, **named))
             elif name not in _PLAIN_METHODS:

@@ -2,9 +2,10 @@
 
 The words are these. A request is *unknowable* if it was billed and nobody can know it: its answer does not say (a 502),
 or had not arrived whole: in a process that lived on, or on the disk where that failed or the process was gone. It is
-*unusable* if its whole answer brings no picture. Then:
+*unusable* if its whole answer brings no picture. It is *hidden* if it lies on another disk only, and its run ended, or
+that disk failed, before the record could say so. Then:
 
-    billed - unknowable - unusable <= 1
+    billed - unknowable - unusable - hidden <= 1
 
 A request *may have been billed* in the eyes of the code if it was begun to be sent and no whole answer says otherwise;
 and, for those who come after a process that ended or could not reach the archive, if its claim was written.
@@ -77,16 +78,20 @@ class Books:
 
     @property
     def disturbed(self) -> bool:
-        """Whether a fault on a machine came between an answer and those who would have read it."""
-        return any(each.is_disturbed for each in self._world.tap.exchanges)
+        """Whether a fault on a machine came between an answer and those who would have read it, or noted it."""
+        by_mistake = any(fault.kind == MISTAKE for fault, _ in self._world.tap.struck)
+        return by_mistake or any(each.is_disturbed for each in self._world.tap.exchanges)
 
     @property
     def hidden(self) -> int:
-        """Payments that lie on another disk, and of which the record could not be told."""
-        at_rest = self._world.at_rest
-        elsewhere = THEN[self._world.point.then].outbox != FIRST.outbox
-        told = bool(at_rest and at_rest.record and any(each.kept for each in at_rest.record.attempts))
-        return int(elsewhere and bool(self.unsure) and not told)
+        """Answers that are on another disk only, and of which the record could not be told enough.
+
+        Another machine is to know that they are pictures; one that can read that disk only where they are.
+        """
+        then, at_rest = THEN[self._world.point.then], self._world.at_rest
+        attempts = at_rest.record.attempts if at_rest and at_rest.record else ()
+        told = any(each.kept_picture if then.host != FIRST.host else each.kept for each in attempts)
+        return int(then.outbox != FIRST.outbox and bool(self.disturbed or self.unsure) and not told)
 
 
 def broken(world: World) -> Iterator[str]:
@@ -157,7 +162,7 @@ def _compared(who: str, cost: Decimal, possibly: Decimal, books: Books, disturbe
     known = PRICE * (len(books.billed) - len(books.unknowable))
     if cost + possibly < billed or cost > billed:
         yield f"{who} {cost} + {possibly} USD, the API has billed {billed}"
-    elif not (books.doubtful or books.unsure or disturbed) and (cost != known or possibly):
+    elif not (books.doubtful or books.unsure or books.hidden or disturbed) and (cost != known or possibly):
         yield f"{who} {cost} + {possibly} USD, and it is known that {known} were billed"
 
 
@@ -194,7 +199,7 @@ def _record(world: World, books: Books) -> Iterator[str]:
     if any(each.possibly_billed is None for each in record.attempts):
         yield "the record has a request without an outcome"
     possibly = sum(each.possibly_billed is True for each in record.attempts)
-    if possibly > books.doubtful + books.unsure:
+    if possibly > books.doubtful + books.unsure + books.hidden:
         yield f"the record counts {possibly} requests as possibly billed, {books.doubtful} of them were sent"
     cost = sum((each.cost_usd or Decimal(0) for each in record.attempts), Decimal(0))
     yield from _compared("the record tells", cost, PRICE * possibly, books)
@@ -211,9 +216,12 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
         answers = {stem(each) for each in files if each.endswith(".answer")}
         if len(others) > len(books.billed) - 1:
             yield f"{name} still has {len(others)} other pictures"
-        if len(answers) > len(books.unusable) + books.doubtful:
+        if len(answers) > len(books.unusable) + books.doubtful + books.hidden:
             yield f"{name} keeps {len(answers)} answers of {len(books.unusable)} that were unusable"
-        if left := [each for each in files if stem(each) not in others | answers]:
+        left = [each for each in files if stem(each) not in others | answers]
+        if world.point.kinds & set(ENDS):  # between the removal of a file and that of what describes it
+            left = [each for each in left if not each.endswith(".json")]
+        if left:
             yield f"{name} still has {left}"
 
 

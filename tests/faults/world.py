@@ -235,7 +235,7 @@ class World:
         self.told.append(told)
         self._host, self._waited = then.host, 0.0
         try:
-            with self.tap.open():
+            with self._out_of_reach(then), self.tap.open():
                 told.ended = self._retried(told, Run(told.run, ((flow, number),)), then)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the judge looks at it
             told.ended = error
@@ -245,6 +245,19 @@ class World:
         if told.ledger and told.ledger.pictures:
             told.accounted = told.ledger.account(self.job.fingerprint, told.run)
         self.api.settle({each.port for each in self.tap.exchanges})
+
+    @contextmanager
+    def _out_of_reach(self, then: Then) -> Iterator[None]:
+        """Another machine does not see the outbox of the first one."""
+        theirs, away = self.folder / FIRST.outbox, self.folder / "out of reach"
+        hides = then.host != FIRST.host and theirs.is_dir()
+        if hides:
+            theirs.rename(away)
+        try:
+            yield
+        finally:
+            if hides:
+                away.rename(theirs)
 
     def _retried(self, told: Told, run: Run, then: Then) -> ArchivedImage:
         """The tries of one task run: Prefect tries again where the error's decision says so."""

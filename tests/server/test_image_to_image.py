@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import pytest
-from prefect import flow
+from prefect import Flow, flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -29,7 +29,7 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
 )
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_HOME
 from prefect.utilities.callables import parameter_schema
@@ -39,6 +39,7 @@ from prefect_segmind import (
     ArchivedImage,
     Job,
     archive_image,
+    explore_variations,
     generate_image,
     image_to_image,
     publish_image,
@@ -193,6 +194,20 @@ def test_two_gateway_errors_end_the_run_and_say_what_may_have_been_paid(sandbox:
     assert (error.value.requests_sent, error.value.possibly_billed_usd) == (2, Decimal("0.10"))  # type: ignore[attr-defined]
 
 
+def asked_by_automation(flow: Flow[..., Any], parameters: dict[str, Any]) -> FlowRun:
+    """A run of a flow as Prefect's automations ask for one."""
+    name = b64encode(b"segmind - asset changed").decode()
+    headers = {"Prefect-Automation-ID": str(uuid4()), "Prefect-Automation-Name": name}
+    with get_client(sync_client=True) as client:
+        body = {
+            "flow_id": str(client.create_flow(flow)),
+            "parameters": parameters,
+            "state": {"type": "PENDING"},
+        }
+        answer = client.request("POST", "/flow_runs/", json=body, headers=headers)
+        return client.read_flow_run(UUID(answer.json()["id"]))
+
+
 @pytest.mark.parametrize(
     ("begun_by", "image", "allowed"),
     [
@@ -211,19 +226,20 @@ def test_only_an_event_is_bound_to_the_sources_for_events(
     refused = begun_by == "an event" and allowed != "any" and not image.startswith("S3:")
     if allowed:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_EVENT_SOURCES", allowed)
-    name = b64encode(b"segmind - asset changed").decode()
-    headers = {"Prefect-Automation-ID": str(uuid4()), "Prefect-Automation-Name": name}
     parameters = {"image": image.format(photo=photo), "prompt": "a red mug", "name": "mug"}
-    with get_client(sync_client=True) as client:
-        made = client.create_flow_run(image_to_image, parameters=parameters)
-        if begun_by == "an event":  # as Prefect's automations ask for a run
-            body = {"flow_id": str(made.flow_id), "parameters": parameters, "state": {"type": "PENDING"}}
-            answer = client.request("POST", "/flow_runs/", json=body, headers=headers)
-            made = client.read_flow_run(UUID(answer.json()["id"]))
+    made = asked_by_automation(image_to_image, parameters) if begun_by == "an event" else None
     state: Any = run_flow(image_to_image, flow_run=made, parameters=parameters, return_type="state")
     message = f"is not allowed in an event; its image begins with {'http://' if allowed else 's3://'} or https://"
     assert (message in str(state.message)) is refused
     assert not (refused and sandbox.ledger.requests)
+
+
+def test_variations_are_bound_to_the_sources_for_events_too(sandbox: Sandbox, photo: Path) -> None:
+    parameters = {"image": str(photo), "prompt": "a red mug"}
+    made = asked_by_automation(explore_variations, parameters)
+    state: Any = run_flow(explore_variations, flow_run=made, parameters=parameters, return_type="state")
+    assert "is not allowed in an event" in str(state.message)
+    assert not sandbox.ledger.requests
 
 
 def test_all_mistakes_of_a_job_are_told_at_once_and_nothing_is_uploaded(sandbox: Sandbox, photo: Path) -> None:

@@ -496,9 +496,17 @@ class TestMoreFolders:
         path, known = received(outbox)
         there = Outbox(outbox.folder.with_name("other"))
         assert found(there.reaching(PRINT, [f"{path} on another-host"])) == (path, known)
-        gone, relative, odd = f"{path.parent / PRINT}.gif on here", f"{path.name} on here", "\0 on here"
+        gone = f"{path.parent / 'gone' / PRINT}.gif on here"
+        relative, odd = f"{path.name} on here", "\0 on here"
         assert there.reaching(PRINT, [gone, relative, odd, str(path)]) is there
         assert there.reaching("cd" * 32, [f"{path} on here"]) is there, "another picture's name"
+
+    def test_what_a_record_names_is_found_under_the_name_that_an_interrupted_run_has_given_it(
+        self, outbox: Outbox
+    ) -> None:
+        path, known = received(outbox)
+        answer, there = path.with_suffix(".1.answer"), Outbox(outbox.folder.with_name("other"))
+        assert found(there.reaching(PRINT, [f"{answer} on here"])) == (path, known)
 
     def test_a_link_to_the_folder_of_a_record_reaches_what_it_leads_to(self, outbox: Outbox, tmp_path: Path) -> None:
         path, known = received(outbox)

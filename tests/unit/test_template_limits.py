@@ -80,6 +80,20 @@ HOSTILE = r"""
 {% set s = a * 999 %}{% for i in range(99999) %}{% set t = s.upper() %}{% endfor %}
 {% set x %}{% for i in range(99999) %}{{ a }}{{ a }}{{ a }}{{ a }}{{ a }}{{ a }}{{ a }}{% endfor %}{% endset %}{{ x }}
 {% for i in range(99999) %}{% for k in products %}{% if k.sku == '1' %}{% endif %}{% endfor %}{% endfor %}
+{% for i in range(9999) %}{{ range(40000) | sum }}{% endfor %}
+{% for i in range(9999) %}{{ 'x' in range(40000) }}{% endfor %}
+{{ (a * 3000) | sort | first }}
+{% set s = a * 40 %}{% for i in range(9999) %}{{ s | unique | first }}{% endfor %}
+{% set s = a * 3000 %}{% for i in range(9999) %}{{ s.count('y') }}{% endfor %}
+{% set s = a * 3000 %}{% for i in range(9999) %}{{ s.rstrip('x') }}{% endfor %}
+{{ (a * 3000).strip('y' * 3000000 ~ 'x') }}
+{{ (a * 3000) | trim('y' * 3000000 ~ 'x') }}
+{{ ('<a>' * 999999) | striptags }}
+{{ '%(a)9999999999d' % {'a': 1} }}
+{{ '%((a))9999999999d' % {'(a)': 1} }}
+{{ '%(a)*d' % {'a': 1} }}
+{{ '{0[}]:9999999999}'.format({'}': 1}) }}
+{{ '{0[}]:{1}}'.format({'}': 1}, 9999999999) }}
 {{ xs.append(xs) }}
 {{ lipsum(10**9) }}
 """.strip().splitlines()
@@ -120,6 +134,9 @@ def test_it_is_a_mistake_of_its_asset_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("template", "rendered"),
     [
+        ("{{ '%(a)s in %(b)s (Berlin) 2026' % {'a': 1, 'b': 2} }}", "1 in 2 (Berlin) 2026"),
+        ("{{ '{} of {:>4} (Berlin) 2026'.format('a mug', 7) }}", "a mug of    7 (Berlin) 2026"),
+        ("{{ ' a mug.'.strip().rstrip('.') }}{{ '<b>x</b>' | striptags | trim }}", "a mugx"),
         ("{% for n in range(500) %}{{ n }},{% endfor %}", "".join(f"{n}," for n in range(500))),
         ("{{ products | selectattr('sku', 'eq', '77') | map(attribute='name') | first }}", "product 77"),
         ("{{ products[:2] | map(attribute='name') | join(', ') }}", "product 0, product 1"),
