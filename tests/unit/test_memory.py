@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,3 +174,35 @@ def test_the_memory_for_a_picture_follows_its_pixels_and_not_its_bytes() -> None
         for file, side in ((small, 100), (large, 9000))
     ]
     assert needed[1] == needed[0] * 8100
+
+
+IN_TURN = """
+import resource, threading
+from io import BytesIO
+from PIL import Image
+from prefect_segmind.images.inspection import picture_of
+
+canvas, turn = BytesIO(), threading.Lock()
+Image.new("RGB", (5000, 5000)).save(canvas, "PNG")
+all_have_had_it = threading.Barrier(12)
+
+
+def work():
+    with turn:
+        picture_of(canvas.getvalue())
+    all_have_had_it.wait()
+
+
+threads = [threading.Thread(target=work) for _ in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count in other units")
+def test_a_thread_keeps_no_memory_of_a_picture_that_it_has_decoded() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_TURN], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 400  # one picture has 100 MB, and twelve have 1,200
