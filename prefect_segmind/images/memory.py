@@ -13,7 +13,8 @@ from PIL import Image, _imaging
 _PER_PIXEL: Final = {"WEBP": 16, "AVIF": 12, "HEIF": 12}  # bytes, measured: their decoders keep copies
 _PILLOWS: Final = 4  # of every other format, and of everything that Pillow makes of a picture
 # One block for a picture: glibc gives those of more than 32 MB back to the system when they are freed. Pillow's
-# usual ones, of 16 MB, may stay with the thread that had them, so that a dozen threads keep a dozen pictures.
+# usual ones, of 16 MB, may stay with the thread that had them, so that a dozen threads keep a dozen pictures
+# (`Image.core` of https://pillow.readthedocs.io/en/stable/reference/block_allocator.html, by its typed name).
 _imaging.set_block_size(1 << 30)
 _LOOK_SECONDS: Final = 0.5  # so that a thread that waits can be interrupted
 
