@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
-from prefect_segmind.storage.reserved_file import release, reserve
+from prefect_segmind.storage.reserved_file import SPACE_SUFFIX, release, reserve
 
 RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
@@ -46,6 +47,8 @@ _NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
 _ANSWER = (".answer", ".answer.json")
 _LOOKS = 10
 """How often the folder is listed again because a file in it has vanished meanwhile."""
+ABANDONED_SECONDS = 86_400.0
+"""The age of reserved space that no request needs any more."""
 _REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX to another folder)"
 
 Reader = Callable[[Path, Path], Picture]
@@ -436,6 +439,19 @@ class Outbox:
                     with suppress(OSError):  # it is archived by now
                         found.append(_waiting(each, fingerprint, files))
         return sorted(found, key=lambda each: (each.written, each.path))
+
+    def give_up_abandoned_space(self) -> None:
+        """Remove the space that requests had reserved whose process was killed, a day after they began.
+
+        A request has ended long before that. What had arrived of its answer stays.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        for each in self._all():
+            with suppress(OSError):  # its run has removed it, or cannot
+                if each.name.endswith(SPACE_SUFFIX) and time.time() - each.stat().st_mtime > ABANDONED_SECONDS:
+                    each.unlink()
 
     def unread(self) -> set[str]:
         """The fingerprints of jobs with answers in the outbox that could not be read as a picture.

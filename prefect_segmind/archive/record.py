@@ -283,7 +283,7 @@ class Record(BaseModel):
         done = {"state": "done", "holder": None, "attempts": attempts}
         return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
 
-    def told_by(self, attempts: tuple[Attempt, ...]) -> Record:
+    def with_known_outcomes(self, attempts: tuple[Attempt, ...]) -> Record:
         """The record with the outcomes that their run knows of requests that have none here.
 
         Args:

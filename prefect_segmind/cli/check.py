@@ -19,12 +19,12 @@ from prefect_segmind.api.client import on_loopback
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError
-from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.money import usd
 from prefect_segmind.services import Services, outbox_folder
 from prefect_segmind.settings import PREFIX, load_settings
 from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http_environment import check_environment, proxy_for, ssl_context
+from prefect_segmind.storage.http_exchange import Times, exchange, parsed_url, transport
 from prefect_segmind.storage.open_store import is_relative, open_store
 from prefect_segmind.storage.store import Store
 
@@ -86,10 +86,10 @@ def _upload_place(place: str | None) -> CheckResult:
     store = open_store(uploads.checked_place(), services.s3)
     content = secrets.token_bytes(16)
     store.put(".segmind-check", content, "application/octet-stream")
-    answer = _get_signed(uploads.address(store.uri(".segmind-check")))
-    if answer.content != content:
+    status, found = _get_signed(uploads.address(store.uri(".segmind-check")), len(content))
+    if found != content:
         raise StoreError(
-            f"{uploads.place} can be written, but a signed address answers {answer.status_code}: check the region, the "
+            f"{uploads.place} can be written, but a signed address answers {status}: check the region, the "
             "endpoint and the bucket's policy for GET"
         )
     return CheckResult(f"{uploads.place} can be written{_checked(store)}, and a signed address can be read")
@@ -107,14 +107,16 @@ def _archive(place: str | None) -> CheckResult:
     return CheckResult(f"{works}, but {caution}", "mind")
 
 
-def _get_signed(url: str) -> httpx.Response:
-    """Gets a signed address, which no message may show."""
-    guard_logs()
+def _get_signed(url: str, size: int) -> tuple[int, bytes]:
+    """The status and the first bytes that a signed address answers, which no message may show."""
     proxy = None if on_loopback(url) else proxy_for(url)
     try:
-        with httpx.Client(trust_env=False, proxy=proxy, verify=ssl_context(), timeout=10) as client:
-            return client.get(url)
-    except httpx.HTTPError as error:
+        with (
+            transport(ssl_context(), proxy) as through,
+            exchange(through, "GET", parsed_url(url), Times(connect=10, read=10, total=30), headers={}) as answer,
+        ):
+            return answer.status_code, next(answer.iter_raw(size), b"")
+    except httpx.TransportError as error:
         raise StoreUnreachableError(
             f"a signed address cannot be read ({type(error).__name__}: {error}); check the network and any proxy"
         ) from None

@@ -149,7 +149,7 @@ class Archiving:
                 held.release()  # the claim was lost meanwhile
         for wait in (*_WAITS, None):
             found = self.archive.read(before.fingerprint)
-            record = found.record.told_by(before.attempts) if found else before
+            record = found.record.with_known_outcomes(before.attempts) if found else before
             if record.state != "done":
                 record = archived(record)
             elif found and record == found.record:

@@ -51,7 +51,8 @@ class LeftOver(NamedTuple):
 def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = None) -> LeftOver:
     """Archives the pictures that earlier runs have left in an outbox, each under the name of its own job.
 
-    It pays nothing. A picture that cannot be archived stays where it is; if the archive is out of reach, all do.
+    It pays nothing, and gives up disk space that killed runs had reserved there. A picture that cannot be archived
+    stays where it is; if the archive is out of reach, all do.
 
     Args:
         archiving: The archive and its outbox.
@@ -62,6 +63,7 @@ def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = 
         OutboxError: The outbox cannot be read.
     """
     found = LeftOver({}, {})
+    archiving.outbox.give_up_abandoned_space()
     for each in archiving.outbox.waiting():
         if each.is_answer or not _is_for(archiving.archive, each.asked):
             continue

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_segmind.archive import leases
+from prefect_segmind.archive.outbox import ABANDONED_SECONDS
 from prefect_segmind.archive.record import Run
 from prefect_segmind.cli.commands import run as command
 from prefect_segmind.cli.outbox import look
@@ -21,6 +22,7 @@ from prefect_segmind.pipeline.left_over import LeftOver, archive_left_over
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
+from prefect_segmind.storage.reserved_file import SPACE_SUFFIX
 from tests.support.walk import archive_picture, generate, up_to_upload, walk
 
 
@@ -160,6 +162,19 @@ def test_a_picture_is_archived_wherever_the_process_that_kept_it_was_killed(
     found = archived()
     assert ([each.fingerprint for each in found.archived.values()], found.stayed) == ([job.fingerprint], {})
     assert (files(), sandbox.ledger.billed) == ([], 1)
+
+
+def test_the_space_that_a_killed_run_had_reserved_is_given_up_and_that_of_a_live_one_stays(
+    sandbox: Sandbox,
+) -> None:
+    outbox = Services().outbox
+    with outbox.receive("a" * 64, "killed") as killed, outbox.receive("b" * 64, "live"):
+        before = set(files())
+        (space,) = (each for each in before if each.name.endswith(SPACE_SUFFIX) and each.stem.startswith(killed.stem))
+        a_day_ago = space.stat().st_mtime - ABANDONED_SECONDS - 1
+        os.utime(space, (a_day_ago, a_day_ago))
+        assert archived() == LeftOver({}, {})
+        assert before - set(files()) == {space}
 
 
 def test_another_picture_of_an_archived_job_stays_and_is_reported(sandbox: Sandbox, photo: Path) -> None:

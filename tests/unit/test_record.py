@@ -181,9 +181,9 @@ def test_a_request_that_may_still_be_answered_has_not_brought_the_picture_that_a
 def test_what_a_run_knows_of_its_request_is_told_to_a_record_that_does_not():
     known = sent("me", False, status=200, cost_usd=PRICE)
     record = claimed(sent("me"), sent("another"))
-    assert record.told_by((known,)).attempts == (known, sent("another"))
+    assert record.with_known_outcomes((known,)).attempts == (known, sent("another"))
     settled = claimed(sent("me", True, reason="cut"))
-    assert settled.told_by((known,)) == settled
+    assert settled.with_known_outcomes((known,)) == settled
 
 
 def test_every_run_but_the_own_is_another_run():
