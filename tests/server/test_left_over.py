@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow
 
 from prefect_segmind import BatchError, BatchResult, image_to_image, refresh_assets
 from prefect_segmind.archive import leases
+from prefect_segmind.archive.record import Run
 from prefect_segmind.cli.commands import run as command
 from prefect_segmind.errors import KeptElsewhereError
+from prefect_segmind.pipeline.archive import Archiving
+from prefect_segmind.pipeline.left_over import LeftOver, archive_left_over
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.services import Services
+from prefect_segmind.tasks.produce_asset import produce_asset
 from tests.support.manifests import mugs, write_campaign
 from tests.support.walk import generate, up_to_upload
 
@@ -99,3 +104,28 @@ def test_a_picture_that_another_machine_keeps_fails_its_asset_alone_and_is_paid_
     assert command(["refresh", campaign(photo), "--on-kept", "repay", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert (again["generated"], again["reused"], again["cost_usd"], sandbox.ledger.billed) == (1, 1, "0.05", 3)
+
+
+def test_a_flow_run_looks_once_for_what_is_left_over_however_many_tasks_it_has(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def look(archiving: Archiving, run: Run, flow_run_id: str | None = None) -> LeftOver:
+        looks.append(archiving.archive.url)
+        return archive_left_over(archiving, run, flow_run_id)
+
+    monkeypatch.setattr("prefect_segmind.tasks.left_over.archive_left_over", look)
+
+    @flow
+    def mapped() -> None:
+        jobs = [
+            {"image": str(photo), "prompt": "a red mug", "name": f"mug/{seed}", "seed": seed}
+            for seed in (101, 102, 103)
+        ]
+        produce_asset.map(jobs).result()
+
+    mapped()
+    assert (len(looks), sandbox.ledger.billed) == (1, 3)
+    mapped()
+    assert len(looks) == 2
