@@ -53,6 +53,7 @@ def interrupted_at(number: int, interrupt: Callable[[], BaseException], work: Ca
     def call(frame: FrameType, *_: Any) -> Any:
         return line if found is None and _is_ours(frame) else None
 
+    before = sys.gettrace()
     sys.settrace(call)
     try:
         work()
@@ -60,7 +61,7 @@ def interrupted_at(number: int, interrupt: Callable[[], BaseException], work: Ca
         if found is None:
             raise
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return found
 
 
