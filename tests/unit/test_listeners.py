@@ -19,6 +19,9 @@ from prefect_segmind.cli.terminal import print_facts
 from prefect_segmind.reporting.listener import Question
 from prefect_segmind.text import visible
 
+# Each example has a display with a thread of its own, and to trace all of them takes minutes.
+pytestmark = pytest.mark.no_cover
+
 NASTY = (
     "a[/]",
     "[red]",

@@ -63,6 +63,7 @@ def signatures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+@pytest.mark.no_cover  # thousands of lines are redacted, and to trace that takes a minute
 def test_a_whole_walk_logs_neither_a_key_nor_a_signature(
     sandbox: Sandbox, photo: Path, lines: StringIO, signatures: list[str]
 ) -> None:
