@@ -13,7 +13,6 @@ import pytest
 from prefect import flow
 
 from prefect_segmind import BatchError, BatchResult, image_to_image, refresh_assets
-from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
 from prefect_segmind.cli.commands import run as command
 from prefect_segmind.errors import KeptElsewhereError
@@ -24,16 +23,9 @@ from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.tasks.produce_asset import produce_asset
 from tests.support.manifests import mugs, write_campaign
-from tests.support.walk import generate, up_to_upload
+from tests.support.walk import left
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
-
-
-def left(photo: Path, **fields: Any) -> GeneratedImage:
-    """A picture that a run has paid for, and could not archive before it ended."""
-    generated = generate(*up_to_upload(photo, **fields))
-    leases._claims.clear()
-    return generated
 
 
 def campaign(photo: Path, count: int = 2) -> str:

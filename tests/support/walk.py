@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import OnKept, OnUnknown, Run
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
@@ -77,3 +78,10 @@ def walk(
     image: str | Path, *, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", **fields: Any
 ) -> ArchivedImage:
     return archive_picture(generate(*up_to_upload(image, **fields), on_unknown=on_unknown, on_kept=on_kept))
+
+
+def left(photo: Path, **fields: Any) -> GeneratedImage:
+    """A picture that a run has paid for, and could not archive before it ended."""
+    generated = generate(*up_to_upload(photo, **fields))
+    leases._claims.clear()
+    return generated

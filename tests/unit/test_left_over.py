@@ -23,14 +23,7 @@ from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from prefect_segmind.storage.reserved_file import SPACE_SUFFIX
-from tests.support.walk import archive_picture, generate, up_to_upload, walk
-
-
-def left(photo: Path, **fields: Any) -> GeneratedImage:
-    """A picture that a run has paid for, and could not archive before it ended."""
-    generated = generate(*up_to_upload(photo, **fields))
-    leases._claims.clear()
-    return generated
+from tests.support.walk import archive_picture, generate, left, up_to_upload, walk
 
 
 def archived(run: str = "another") -> LeftOver:

@@ -1170,11 +1170,8 @@ archive_picture(generated)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("lives", "status"), [(True, "reused"), (False, "recovered")])
-def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_lives(
-    sandbox: Sandbox, photo: Path, lives: bool, status: str
-) -> None:
+def process_that_keeps(photo: Path) -> subprocess.Popen[str]:
+    """A process that has a paid picture in the outbox, and archives it once its standard input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", KEPT, str(photo)],
         cwd=Path(__file__).parents[2],
@@ -1182,9 +1179,18 @@ def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_l
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin
     assert process.stdout
     assert process.stdout.readline() == "kept\n"
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lives", "status"), [(True, "reused"), (False, "recovered")])
+def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_lives(
+    sandbox: Sandbox, photo: Path, lives: bool, status: str
+) -> None:
+    process = process_that_keeps(photo)
+    assert process.stdin
     job, uploaded = up_to_upload(photo)
     if lives:
         threading.Timer(2, process.stdin.close).start()
@@ -1205,16 +1211,8 @@ def test_a_picture_in_the_outbox_belongs_to_the_process_that_got_it_while_that_l
 def test_a_run_waits_for_a_stopped_process_of_this_host_however_long_and_says_so_once(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KEPT, str(photo)],
-        cwd=Path(__file__).parents[2],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = process_that_keeps(photo)
     assert process.stdin
-    assert process.stdout
-    assert process.stdout.readline() == "kept\n"
     process.send_signal(signal.SIGSTOP)
     monkeypatch.setattr(StoredObject, "age", 3600.0)
     looks, said = iter(range(100)), list[str]()
