@@ -28,18 +28,15 @@ from tests.support.walk import walk
 def lines() -> Iterator[StringIO]:
     """All that is logged, by every logger at every level."""
     written, root = StringIO(), logging.getLogger()
-    factory, level, handler = logging.getLogRecordFactory(), root.level, logging.StreamHandler(written)
-    quiet = [each for each in map(logging.getLogger, list(root.manager.loggerDict)) if each.level]
-    levels = [each.level for each in quiet]
-    for each in quiet:
-        each.setLevel(logging.DEBUG)
-    root.setLevel(logging.DEBUG)
+    factory, handler = logging.getLogRecordFactory(), logging.StreamHandler(written)
+    levels = {name: logging.getLogger(name).level for name in ["root", *root.manager.loggerDict]}
+    for name in [name for name, level in levels.items() if level]:
+        logging.getLogger(name).setLevel(logging.DEBUG)
     root.addHandler(handler)
     yield written
     root.removeHandler(handler)
-    root.setLevel(level)
-    for each, was in zip(quiet, levels, strict=True):
-        each.setLevel(was)
+    for name in ["root", *root.manager.loggerDict]:  # those too that a test has made or configured
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
     logging.setLogRecordFactory(factory)
 
 
