@@ -292,6 +292,24 @@ def test_what_is_in_flight_may_be_billed_and_what_is_only_reserved_may_not():
     assert ledger.fit(PRICE) is Fit.NOW
 
 
+def test_a_request_that_was_never_sent_counts_nothing_though_the_record_tells_of_it():
+    ledger, mine = Ledger(PRICE), request("a task run")
+    maybe = Totals(1, possibly_billed_usd=PRICE)
+    ledger.carry("a picture", [PastRequest(mine, maybe, maybe)], "a task run")
+    assert ledger.totals == maybe
+    ledger.not_sent("a picture", mine)
+    assert ledger.totals == ledger.account("a picture", "a task run") == Totals()
+    assert ledger.unknown_usd == 0
+
+
+def test_what_was_never_reserved_cannot_be_settled():
+    ledger = Ledger()
+    ledger.reserve(PRICE)
+    with pytest.raises(ValueError, match=r"^0\.06 USD are not in flight$"):
+        ledger.settle(Decimal("0.06"), "a picture", request(), Totals(1))
+    assert (ledger.in_flight_usd, ledger.totals) == (PRICE, Totals())
+
+
 # Ledger and records together: a flow that calls two others is retried, in the same process or in another.
 
 

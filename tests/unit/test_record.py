@@ -279,6 +279,12 @@ def test_a_picture_from_the_outbox_of_a_run_that_died_closes_the_request_that_br
     assert not record.outcome_unknown(Run("me"))
 
 
+def test_a_kept_picture_is_where_the_record_says_until_it_is_archived():
+    record = claimed(sent("one", False, cost_usd=PRICE, kept="here"), sent("two", False, cost_usd=PRICE, kept="there"))
+    assert record.kept_picture == "there"
+    assert record.archived(PICTURE, "x.png", "x.json").kept_picture is None
+
+
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
