@@ -12,6 +12,9 @@ QUICK ?= not slow and not many
 QUICK_TESTS ?= tests/unit tests/faults prefect_segmind
 CORE := prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/address.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/template_limits.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/redaction.py,prefect_segmind/text.py
 
+# The tests start a hundred processes; where this is set, each of them compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-quick test-faults check clean
 demo: $(VENV)/.ready
 	$(BIN)/prefect-segmind demo

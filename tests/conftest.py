@@ -62,7 +62,8 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session")
 def _sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    with Sandbox(tmp_path_factory.mktemp("sandbox"), latency=0.05, credits="1000.00") as sandbox:
+    folder = tmp_path_factory.mktemp("sandbox")
+    with Sandbox(folder, latency=0.05, credits="1000.00", sketch=True) as sandbox:  # for what is drawn: test_sandbox
         yield sandbox
 
 

@@ -31,8 +31,6 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import load_flow_from_entrypoint
-from prefect.server.api.server import create_app
-from prefect.server.events.actions import RunDeployment
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
@@ -127,6 +125,8 @@ def unknown(
 
 def arrive(payload: dict[str, Any]) -> dict[str, Any]:
     """The parameters of the run that Prefect's server makes for an event with such a payload."""
+    from prefect.server.events.actions import RunDeployment  # the server takes seconds to import: only where it is used
+
     trigger = DeploymentEventTrigger.model_validate(BY_NAME["image-to-image/on-asset-changed"]["triggers"][0])
     trigger.set_deployment_id(uuid4())
     parameters: Any = deepcopy(trigger.as_automation().actions[0].parameters)  # type: ignore[union-attr]
@@ -417,6 +417,8 @@ def test_what_the_docs_say_of_prefects_settings_is_so() -> None:
 
 
 def test_a_server_with_a_password_lets_nobody_in_without_it(tmp_path: Path) -> None:
+    from prefect.server.api.server import create_app
+
     with temporary_settings(
         {PREFECT_SERVER_API_AUTH_STRING: "user:password", PREFECT_HOME: tmp_path, PREFECT_UI_ENABLED: False}
     ):

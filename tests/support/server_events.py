@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events import emit_event
 
 from tests.support.waiting import until
@@ -16,15 +16,15 @@ def all_events(tag: str, prefix: str) -> list[dict[str, Any]]:
     resource = {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}
     last = emit_event("end-of-test", {"prefect.resource.id": tag}, related=[resource])
     assert last
-    until(lambda: str(last.id) in [each["id"] for each in _events(tag, "end-of-test")])  # they arrive in order
-    return _events(tag, prefix)
+    with get_client(sync_client=True) as client:
+        until(lambda: str(last.id) in [each["id"] for each in _events(client, tag, "end-of-test")])  # arrive in order
+        return _events(client, tag, prefix)
 
 
-def _events(tag: str, prefix: str) -> list[dict[str, Any]]:
+def _events(client: SyncPrefectClient, tag: str, prefix: str) -> list[dict[str, Any]]:
     wanted = {
         "occurred": {"since": (datetime.now(UTC) - timedelta(hours=1)).isoformat()},
         "event": {"prefix": [prefix]},
         "related": {"id": [f"prefect.tag.{tag}"]},
     }
-    with get_client(sync_client=True) as client:
-        return list(client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"])
+    return list(client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"])

@@ -19,9 +19,6 @@ from prefect_segmind.cli.terminal import print_facts
 from prefect_segmind.reporting.listener import Question
 from prefect_segmind.text import visible
 
-# Each example has a display with a thread of its own, and to trace all of them takes minutes.
-pytestmark = pytest.mark.no_cover
-
 NASTY = (
     "a[/]",
     "[red]",
@@ -54,7 +51,9 @@ def test_the_question_shows_any_name_and_prompt_literally(
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(console, "input", lambda line: written.write(line) and "yes")
     question = Question(name, PLAN, Decimal("0.01"), [(name, prompt)], [name], "/live")
-    assert BatchRun(console, yes=False).ask(question).answer == "go on"
+    run = BatchRun(console, yes=False)
+    with run.bar:
+        assert run.ask(question).answer == "go on"
     assert f"asset {visible(name)}  {visible(prompt)}\n" in written.getvalue()
     assert "Continue? \\[yes/no/limit in USD]" in written.getvalue()
 
