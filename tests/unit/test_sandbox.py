@@ -41,7 +41,8 @@ from tests.support.waiting import until
 
 MODEL = "ideogram-2a-img-2-img"
 SMALL = "RESOLUTION_640_1024"
-HTTP = httpx.Client(timeout=20)
+# Each request has a connection of its own: one that was idle may just be closed by the server.
+HTTP = httpx.Client(timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @pytest.fixture(scope="session")
