@@ -24,7 +24,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100
 	$(BIN)/python -m coverage report --fail-under=92 --skip-covered
 
-# About a minute: no Prefect server, and none of the tests that try thousands of cases.
+# A minute or two: no Prefect server, and none of the tests that try thousands of cases.
 test-quick: $(VENV)/.ready-dev
 	$(PYTEST) -m "$(QUICK)" $(QUICK_TESTS)
 

@@ -683,6 +683,7 @@ THREE = [
 ]
 
 
+@pytest.mark.no_cover  # every order of the calls takes twice as long where each line is traced
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "pictures", "hours"), [*TWO, *THREE])
 def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
@@ -709,6 +710,7 @@ def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
     assert ends
 
 
+@pytest.mark.no_cover  # every order of the calls takes twice as long where each line is traced
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "pictures", "hours"), [("", "AB", [1, 2]), ("X", "AB", [1, 2]), ("X", "ABC", [1, 2, 3])]
@@ -727,6 +729,7 @@ def test_where_all_pictures_differ_an_older_one_is_never_seen_again_even_if_runs
             assert objects[PICTURE] in not_older
 
 
+@pytest.mark.no_cover  # every order of the calls takes twice as long where each line is traced
 @pytest.mark.parametrize(("first", "pictures", "hours"), [*TWO, ("X", "AX", [1, 2])])
 def test_however_runs_die_the_newest_one_run_again_is_there_and_older_ones_stay_out(
     first: str, pictures: str, hours: list[int]
