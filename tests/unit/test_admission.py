@@ -358,7 +358,7 @@ def test_a_budget_with_a_list_price_below_the_real_one_is_not_overspent(start, u
 
 
 def test_without_a_budget_nothing_waits_for_the_first_cost(start):
-    gate, together = Gate(max_concurrency=8), threading.Barrier(8)
+    gate, together = Gate(max_concurrency=8), threading.Barrier(8, timeout=60)
 
     def work() -> None:
         with gate.admit(PRICE) as admission:
@@ -457,7 +457,7 @@ def test_an_asset_that_waits_for_another_run_keeps_nobody_from_the_budget(fates,
 def test_a_budget_that_has_room_is_spent_at_once_by_all_that_it_has_room_for(start):
     gate = Gate(max_concurrency=8, ledger=Ledger(4 * PRICE))
     pay(gate)  # its cost is known from here on
-    together = threading.Barrier(4)
+    together = threading.Barrier(4, timeout=60)
 
     def work(asset: str) -> None:
         with gate.admit(PRICE, asset) as admission:
@@ -500,7 +500,7 @@ def test_an_asset_that_waits_for_the_claim_of_a_later_one_does_not_keep_it_waiti
 def test_there_are_never_more_at_once_than_allowed_and_the_first_comes_first(start):
     gate, lock, most, now = Gate(max_concurrency=3), threading.Lock(), 0, 0
     order: list[int] = []
-    full = threading.Barrier(3)
+    full = threading.Barrier(3, timeout=60)
 
     def work(number: int) -> None:
         nonlocal most, now

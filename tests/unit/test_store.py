@@ -226,7 +226,7 @@ def test_of_racing_threads_exactly_one_wins(place: str, request: pytest.FixtureR
     else:
         store = S3Store(BUCKET, tmp_path.name, client(request.getfixturevalue("moto"), max_pool_connections=racers))
     assert store.conditional
-    start = threading.Barrier(racers)
+    start = threading.Barrier(racers, timeout=60)
 
     def race(racer: int) -> int:
         won = 0
