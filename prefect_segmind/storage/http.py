@@ -28,6 +28,7 @@ from prefect_segmind.storage.http_environment import proxy_for, ssl_context
 from prefect_segmind.storage.http_exchange import Times, exchange, parsed_url, transport
 
 MAX_REDIRECTS: Final = 5
+_SHOWN_LENGTH: Final = 300  # characters of an address in a message
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last 32 bits
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has allocated
 _PROTOCOL_ASSIGNMENTS: Final = ipaddress.IPv4Network("192.0.0.0/24")  # older Pythons know only the first eight
@@ -259,8 +260,9 @@ def _parsed(location: str, base: httpx.URL | None = None) -> httpx.URL:
 
 
 def _name(url: httpx.URL) -> str:
-    """A URL without its query, which may be a signature, and without credentials."""
-    return f"{url.scheme}://{(url.netloc + url.raw_path.partition(b'?')[0]).decode('ascii')}"
+    """A URL for a message: without its query, which may be a signature, without credentials, and not too long."""
+    name = f"{url.scheme}://{(url.netloc + url.raw_path.partition(b'?')[0]).decode('ascii')}"
+    return name if len(name) <= _SHOWN_LENGTH else f"{name[: _SHOWN_LENGTH - 1]}…"
 
 
 def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:

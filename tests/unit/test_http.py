@@ -652,3 +652,9 @@ class TestThroughAProxy:
     ) -> None:
         monkeypatch.setenv(name, value)
         assert f"{name}: " in str(failure("https://8.8.8.8/a?secret", LINKS))
+
+
+def test_an_address_of_any_length_is_an_error_of_one_short_line() -> None:
+    with pytest.raises(DownloadError, match=r"^http://\[?::1\]?:1/\[\[.*…") as caught:
+        download_bytes("http://[::1]:1/" + "[" * 5000, limit=10, destination=Destination())
+    assert len(str(caught.value)) < 400
