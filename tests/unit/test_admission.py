@@ -358,7 +358,7 @@ def test_a_budget_with_a_list_price_below_the_real_one_is_not_overspent(start, u
 
 
 def test_without_a_budget_nothing_waits_for_the_first_cost(start):
-    gate, together = Gate(max_concurrency=8), threading.Barrier(8, timeout=60)
+    gate, together = Gate(max_concurrency=8), threading.Barrier(8)
 
     def work() -> None:
         with gate.admit(PRICE) as admission:
@@ -457,7 +457,7 @@ def test_an_asset_that_waits_for_another_run_keeps_nobody_from_the_budget(fates,
 def test_a_budget_that_has_room_is_spent_at_once_by_all_that_it_has_room_for(start):
     gate = Gate(max_concurrency=8, ledger=Ledger(4 * PRICE))
     pay(gate)  # its cost is known from here on
-    together = threading.Barrier(4, timeout=60)
+    together = threading.Barrier(4)
 
     def work(asset: str) -> None:
         with gate.admit(PRICE, asset) as admission:

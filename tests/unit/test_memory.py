@@ -176,7 +176,7 @@ from prefect_segmind.images.inspection import picture_of
 
 canvas, turn = BytesIO(), threading.Lock()
 Image.new("RGB", (5000, 5000)).save(canvas, "PNG")
-all_have_had_it = threading.Barrier(12)
+all_have_had_it = threading.Barrier(12, timeout=60)
 
 
 def work():

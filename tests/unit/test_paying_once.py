@@ -1612,7 +1612,7 @@ def test_two_runs_that_read_one_kept_answer_at_once_pay_for_nothing(
     """A link may work but once: the one that gets nothing from it looks where the other has put the picture."""
     real = vars(client)["download"]
     asked = answered_while_the_network_is_down(sandbox, photo, monkeypatch)
-    both, followed = threading.Barrier(2, timeout=60), threading.Event()
+    both, followed = threading.Barrier(2), threading.Event()
 
     def once(*arguments: Any, **more: Any) -> object:
         if both.wait(30) == 0:

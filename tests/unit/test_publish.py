@@ -527,7 +527,7 @@ def test_of_many_runs_at_once_the_newest_wins(place: str, request: pytest.Fixtur
         # As any client does, it asks again after a 500: moto answers one where it reads what is just being replaced.
         again: Any = {"max_pool_connections": runs, "retries": {"total_max_attempts": 5}}
         store = S3Store(BUCKET, tmp_path.name, client(request.getfixturevalue("moto"), **again))
-    chance, start = random.Random(0), threading.Barrier(runs, timeout=60)
+    chance, start = random.Random(0), threading.Barrier(runs)
     laps = [[chance.choice([RED, GREEN, BLUE]) for _ in range(runs)] for _ in range(6)]
 
     def run(number: int) -> None:
@@ -689,9 +689,11 @@ THREE = [
     ("X", "AXA", [1, 2, 2]),  # two of the same time, and one that puts back what it has overwritten
     ("X", "ABA", [1, 1, 1]),
 ]
+# Every order of the calls takes twice as long where each line is traced.
+UNTRACED = pytest.mark.no_cover
 
 
-@pytest.mark.no_cover  # every order of the calls takes twice as long where each line is traced
+@UNTRACED
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "pictures", "hours"), [*TWO, *THREE])
 def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
@@ -718,7 +720,7 @@ def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
     assert ends
 
 
-@pytest.mark.no_cover  # every order of the calls takes twice as long where each line is traced
+@UNTRACED
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "pictures", "hours"), [("", "AB", [1, 2]), ("X", "AB", [1, 2]), ("X", "ABC", [1, 2, 3])]
@@ -737,7 +739,7 @@ def test_where_all_pictures_differ_an_older_one_is_never_seen_again_even_if_runs
             assert objects[PICTURE] in not_older
 
 
-@pytest.mark.no_cover  # every order of the calls takes twice as long where each line is traced
+@UNTRACED
 @pytest.mark.parametrize(("first", "pictures", "hours"), [*TWO, ("X", "AX", [1, 2])])
 def test_however_runs_die_the_newest_one_run_again_is_there_and_older_ones_stay_out(
     first: str, pictures: str, hours: list[int]
