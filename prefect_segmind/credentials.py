@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import ClassVar, cast
 
@@ -9,6 +10,9 @@ from prefect.blocks.abstract import CredentialsBlock
 from pydantic import Field, HttpUrl, SecretStr
 
 from prefect_segmind.api.client import DEFAULT_BASE_URL, SegmindClient
+from prefect_segmind.api.endpoint import Endpoint
+from prefect_segmind.api.history import HISTORY_SETTING, history_url
+from prefect_segmind.api.listing import READ_SECONDS, TOTAL_SECONDS, RequestHistory
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.settings import SegmindSettings, load_settings
 from prefect_segmind.storage.http_environment import check_environment
@@ -58,6 +62,33 @@ class SegmindCredentials(CredentialsBlock):
             read_timeout=settings.read_timeout_seconds,
             list_price_usd=settings.price_usd,
         )
+
+    def get_history(self, settings: SegmindSettings, log: logging.Logger) -> RequestHistory | None:
+        """The provider's request history with this key; None if there is none for the API, or it is switched off.
+
+        Args:
+            settings: The settings.
+            log: Logs that the history asks to wait.
+
+        Raises:
+            ConfigurationError: The key or the address is invalid.
+        """
+        address = history_url(self.base_url, settings.history_url)
+        if address is None:
+            return None
+
+        def open_endpoint() -> Endpoint:
+            return Endpoint(
+                self.api_key.get_secret_value(),
+                address,
+                setting=HISTORY_SETTING,
+                connect_timeout=settings.connect_timeout_seconds,
+                read_timeout=min(READ_SECONDS, settings.read_timeout_seconds),
+                total_timeout=TOTAL_SECONDS,
+            )
+
+        open_endpoint().close()  # a wrong address is told now, and not when a request is lost
+        return RequestHistory(open_endpoint, log=log)
 
 
 def load_credentials(block: str | None = None) -> SegmindCredentials:

@@ -303,8 +303,27 @@ class UnsafeImageError(NotAnImageError):
     """A 200 with `is_image_safe: false` and without a picture. It is billed."""
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ResultLinkError(NotAnImageError):
-    """A 200 with a link to the picture that could not be followed, or leads to none. It is billed."""
+    """A link to a paid picture could not be followed, or leads to none.
+
+    Attributes:
+        gone: Whether it never will: the host has no such picture, the address is refused, or it is something else.
+    """
+
+    gone: bool = False
+
+
+class SubmissionUnknownError(ApiError):
+    """A submitted request was accepted, but its answer does not say where to ask for the picture. It may be billed."""
+
+
+class ForgottenError(ApiError):
+    """The provider no longer has a submitted request; only its request history may."""
+
+
+class HistoryError(ApiError):
+    """The provider's request history cannot be read; what became of a lost request stays unknown."""
 
 
 STATUS_ERRORS: dict[int, type[ApiError]] = {

@@ -49,6 +49,7 @@ class SegmindSettings(PrefectBaseSettings):
         credentials_block: Name of the default `SegmindCredentials` block.
         s3_block: `block-type/name` of a block with `get_s3_client()` to use instead of boto3's own chain.
         s3_encryption: `AES256`, `aws:kms` or `aws:kms:KEY-ID`, the server-side encryption to ask for with each write.
+        history_url: The address of the provider's request history, or `off`; by default the API's own.
         connect_timeout_seconds: The time-out for connecting to the API.
         read_timeout_seconds: The time-out for the next bytes of an answer.
         longest_wait_seconds: The longest wait for a rate limit; a longer one fails the job.
@@ -74,6 +75,7 @@ class SegmindSettings(PrefectBaseSettings):
     credentials_block: str | None = None
     s3_block: str | None = None
     s3_encryption: str | None = None
+    history_url: str | None = None
     connect_timeout_seconds: float = Field(default=10.0, gt=0)
     read_timeout_seconds: float = Field(default=180.0, gt=0)
     longest_wait_seconds: float = Field(default=120.0, ge=0)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
-from ipaddress import ip_address
+from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Final
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
+from prefect_segmind.api.endpoint import EXCHANGE_SECONDS, Endpoint, start_of
+from prefect_segmind.api.origin import on_loopback as on_loopback  # who takes the client takes it from here
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ENDPOINT, ImageToImageRequest
 from prefect_segmind.api.response import (
-    START_LIMIT,
-    TEXT_LIMIT,
     Link,
-    answer_error,
     content_type,
     error_text,
     header,
@@ -31,32 +31,47 @@ from prefect_segmind.api.response import (
     request_id,
     unpacked_start,
 )
+from prefect_segmind.api.submission import (
+    FAILED,
+    Status,
+    Submitted,
+    is_request_id,
+    is_result,
+    read_request_id,
+    read_result,
+    read_status,
+    read_submitted,
+)
 from prefect_segmind.errors import (
     AnswerCutError,
     ApiError,
     ApiUnreachableError,
-    ConfigurationError,
+    ForgottenError,
     NotAnImageError,
     OutboxError,
     ResultLinkError,
-    redact,
+    SubmissionUnknownError,
+    UnprocessableError,
 )
 from prefect_segmind.images.container import is_truncated
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.money import LIST_PRICE_USD, Usd
 from prefect_segmind.storage.disk_errors import reason
 from prefect_segmind.storage.http import Destination, DownloadError, download
-from prefect_segmind.storage.http_environment import proxy_for, ssl_context
-from prefect_segmind.storage.http_exchange import NOT_SENT, Times, exchange, parsed_url, transport
 from prefect_segmind.storage.reserved_file import replacing
 
 DEFAULT_BASE_URL = "https://api.segmind.com/v1"
 ANSWER_LIMIT = 50_000_000
 """The most bytes of a picture; a JSON answer may be a third longer for its base64."""
-EXCHANGE_SECONDS = 600.0
-"""The most seconds of one exchange, from the connection to the last byte; a generation takes about 10."""
 _LINK_WAITS = (0.5, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Seconds between the attempts to download a linked picture, which is paid for and nowhere else."""
+_SUCCESS: Final = range(200, 300)
+_ABOUT_THE_ASKING: Final = (401, 403, 429)
+"""Statuses of an answer about a submitted request that say nothing about that request, whatever their body says."""
+_STATUS_LIMIT: Final = 1_000_000
+"""The most bytes of an answer about a submitted request."""
+_STATUS_SECONDS: Final = 30.0
+"""The most seconds of a look at a submitted request, which can be repeated at once."""
 
 
 class _Balance(BaseModel):
@@ -97,27 +112,17 @@ class SegmindClient:
         total_timeout: float = EXCHANGE_SECONDS,
         list_price_usd: Decimal = LIST_PRICE_USD,
     ) -> None:
-        key = api_key.strip()
-        if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise ConfigurationError("api_key: it is empty or has characters that keys do not have; copy it again")
-        self._key = key
-        self.base_url = base_url.strip().rstrip("/")
-        try:
-            url = parsed_url(self.base_url)
-        except ValueError as error:
-            raise ConfigurationError(f"SEGMIND_BASE_URL: {base_url!r} is not usable: {error}") from None
-        if url.userinfo or url.query or url.fragment:
-            raise ConfigurationError("SEGMIND_BASE_URL: write only scheme, host, port and path")
-        self.on_loopback = on_loopback(self.base_url)
-        if url.scheme == "http" and not self.on_loopback:
-            raise ConfigurationError("SEGMIND_BASE_URL: only https, so that the key is not sent in the clear")
-        self._host = url.host
+        self._endpoint = Endpoint(
+            api_key,
+            base_url,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            total_timeout=total_timeout,
+        )
+        self.base_url = self._endpoint.url
+        self.on_loopback = self._endpoint.on_loopback
+        self._key = self._endpoint.secret
         self._list_price = list_price_usd
-        self._times = Times(connect=connect_timeout, read=read_timeout, total=total_timeout)
-        # A proxy would get requests that are meant for this machine. The environment counts for nothing else: what it
-        # names has been checked.
-        proxy = None if self.on_loopback else proxy_for(self.base_url)
-        self._transport = transport(ssl_context(from_environment=not self.on_loopback), proxy)
 
     def __enter__(self) -> SegmindClient:
         return self
@@ -127,7 +132,12 @@ class SegmindClient:
 
     def close(self) -> None:
         """Closes the connections."""
-        self._transport.close()
+        self._endpoint.close()
+
+    @property
+    def submits(self) -> bool:
+        """Whether a request is submitted and polled for (v2), instead of answered with its picture (v1)."""
+        return self.base_url.endswith("/v2")
 
     def generate(
         self, request: ImageToImageRequest, part: Path, before_sending: Callable[[], None] = lambda: None
@@ -149,28 +159,124 @@ class SegmindClient:
                 its end, `answered` has its cost.
             OutboxError: The file cannot be written.
         """
-        answer: httpx.Response | None = None
-        broken: httpx.TransportError | None = None
-        with self._translated():
-            try:
-                with self._exchange("POST", ENDPOINT, request.body(), before_sending) as answer:
-                    self._raise_unless_200(answer)
-                    self._receive(answer, part)
-            except httpx.TransportError as error:
-                if answer is None:
-                    raise
-                try:
-                    whole = _is_whole(part.read_bytes())
-                except OSError as unreadable:  # it may be whole, and stays
-                    raise _unusable(part, unreadable, "read from") from unreadable
-                if not whole:
-                    raise self._cut(error).with_facts(status=200, request_id=self._request_id(answer)) from None
-                broken = error
-        picture = self._picture(answer, self._answered(answer), request.seed, part)
-        if broken is None:
-            return picture
-        notice = f"the connection broke when the answer had arrived whole ({self._shown(broken)})"
-        return picture.model_copy(update={"notices": (*picture.notices, notice)})
+        with self._endpoint.translated():
+            sent = self._endpoint.exchange("POST", ENDPOINT, request.body(), before_sending=before_sending)
+            answer, notices = self._receive(sent, part, self._endpoint.raise_unless_ok, billable=True)
+        picture = self._picture(self._answered(answer), request.seed, part)
+        return picture.model_copy(update={"notices": (*picture.notices, *notices)})
+
+    def submit(self, request: ImageToImageRequest, before_sending: Callable[[], None] = lambda: None) -> Submitted:
+        """Submits one request (v2), which may be billed.
+
+        Args:
+            request: The request; its `image_file` must be an address that the provider can GET.
+            before_sending: As for `generate`.
+
+        Returns:
+            The request as the provider has accepted it: to be noted before anything else is done.
+
+        Raises:
+            SubmissionUnknownError: It was accepted, but the answer does not say where to ask for the picture.
+            ApiError: The request failed; `possibly_billed` is True if it may have been accepted.
+        """
+        with self._endpoint.translated():
+            sent = self._endpoint.exchange("POST", ENDPOINT, request.body(), before_sending=before_sending)
+            answer, body, broken = _document(sent)
+        if answer.status_code not in _SUCCESS:
+            raise self._endpoint.error_of(answer, body)
+        submitted = read_submitted(body)
+        if submitted is None and broken is not None:
+            named = self._named(answer, body)
+            raise self._endpoint.cut(broken).with_facts(status=answer.status_code, request_id=named)
+        if submitted is None:
+            raise self._submission_unknown(answer, body, "lacks its id or an address")
+        if not (self._endpoint.owns(submitted.status_url) and self._endpoint.owns(submitted.response_url)):
+            raise self._submission_unknown(answer, body, "names an address of another origin")
+        return submitted
+
+    def submitted(self, request_id: str) -> Submitted:
+        """A request that was submitted earlier, by its id.
+
+        Args:
+            request_id: The provider's id.
+
+        Raises:
+            ValueError: It is not of the form of an id, and is never made part of an address.
+        """
+        if not is_request_id(request_id):
+            raise ValueError("not the id of a request")
+        here = f"{self.base_url}/requests/{request_id}"
+        return Submitted(request_id, f"{here}/status", here)
+
+    def status(self, submitted: Submitted) -> Status:
+        """How far a submitted request is. Asking is free, and can be repeated whatever it ends with.
+
+        Args:
+            submitted: The request.
+
+        Raises:
+            UnprocessableError: It has failed, and is not billed.
+            ForgottenError: The provider no longer has it.
+            ApiError: It could not be asked; nothing is known of the request, and nothing billed by asking.
+        """
+        with self._endpoint.translated(billable=False):
+            asked = self._endpoint.exchange("GET", submitted.status_url, seconds=_STATUS_SECONDS)
+            answer, body, broken = _document(asked)
+            name = self._judged(answer, body, submitted)
+            if name is None:
+                raise broken or self._says_nothing(answer, body, submitted)
+        return Status(name)
+
+    def fetch(self, submitted: Submitted, seed: int | None, part: Path) -> PaidPicture:
+        """Fetches the picture of a submitted request that is completed, to a file. It may be repeated.
+
+        Args:
+            submitted: The request.
+            seed: The seed that was asked for.
+            part: The file to write, as for `generate`.
+
+        Returns:
+            The picture's facts; its cost is that of the result's `metrics`.
+
+        Raises:
+            UnprocessableError: The request has failed, and is not billed.
+            ForgottenError: The provider no longer has it.
+            ResultLinkError: The link in the result could not be followed; `answered` has the cost, as for every result
+                that was read to its end and holds no picture.
+            ApiError: The result could not be read; what was billed is the submitted request, and nothing is by this.
+            OutboxError: The file cannot be written.
+        """
+        with self._endpoint.translated(billable=False):
+            asked = self._endpoint.exchange("GET", submitted.response_url)
+            answer, notices = self._receive(asked, part, partial(self._raise_unless_result, submitted), billable=False)
+            answered = self._answered_by_result(answer, part, submitted)
+            picture = self._picture(answered, seed, part)
+        return picture.model_copy(update={"notices": (*picture.notices, *notices)})
+
+    def download(self, url: str, part: Path, answered: Answered, seed: int | None) -> PaidPicture:
+        """Downloads a picture that is known to be paid from its link, without the key.
+
+        Args:
+            url: The link.
+            part: The file to write, as for `generate`; after an error it holds the link, as an answer would.
+            answered: What is known of the request.
+            seed: The seed that was asked for.
+
+        Raises:
+            ResultLinkError: It could not be downloaded, or is not a picture; `gone` if it never will be.
+            OutboxError: The file cannot be written.
+        """
+        if not re.match(r"(?i)https?://", url):
+            raise _link_error("could not be followed: it is not an http(s) address", gone=True).with_facts(
+                answered=answered, request_id=answered.request_id
+            )
+        try:
+            with replacing(part) as write:
+                write(json.dumps({"url": url}).encode())
+        except OSError as error:
+            raise _unusable(part, error).with_facts(answered=answered, possibly_billed=False) from error
+        with self._endpoint.translated(billable=False):
+            return self._picture(answered, seed, part)
 
     def read(self, body: Path, found: Path) -> Picture:
         """Finds the picture in the body of a 200, or downloads it from the link there.
@@ -206,9 +312,10 @@ class SegmindClient:
         Raises:
             ApiError: The request failed; it is never billed.
         """
-        with self._translated(billable=False), self._exchange("GET", "get-user-credits") as answer:
-            self._raise_unless_200(answer)
-            body = _start(answer)
+        address = re.sub(r"/v2\Z", "/v1", self.base_url) + "/get-user-credits"  # v2 has none
+        with self._endpoint.translated(billable=False), self._endpoint.exchange("GET", address) as answer:
+            self._endpoint.raise_unless_ok(answer)
+            body = start_of(answer)
         try:
             balance = _Balance.model_validate_json(unpacked_start(body))
         except ValidationError:
@@ -216,28 +323,133 @@ class SegmindClient:
             raise ApiUnreachableError(f"the API answered without a credit balance: {text}", status=200) from None
         return balance.credits + (balance.free or 0)
 
-    def _exchange(
-        self, method: str, path: str, body: object = None, before_sending: Callable[[], None] = lambda: None
-    ) -> AbstractContextManager[httpx.Response]:
-        return exchange(
-            self._transport,
-            method,
-            httpx.URL(f"{self.base_url}/{path}"),
-            self._times,
-            headers={"x-api-key": self._key},
-            json=body,
-            before_sending=before_sending,
+    def _named(self, answer: httpx.Response, body: bytes) -> str | None:
+        """The id of a submitted request in an answer's body or header, if it is of the form of one."""
+        named = self._request_id(answer)
+        return read_request_id(body) or (named if is_request_id(named) else None)
+
+    def _submission_unknown(self, answer: httpx.Response, body: bytes, flaw: str) -> SubmissionUnknownError:
+        return SubmissionUnknownError(
+            f"the API accepted the request, but its answer {flaw}: {error_text(body, self._key)} (check "
+            "SEGMIND_BASE_URL; the provider's usage page shows whether it was billed)",
+            status=answer.status_code,
+            possibly_billed=True,
+            request_id=self._named(answer, body),
         )
 
-    def _raise_unless_200(self, answer: httpx.Response) -> None:
-        if answer.status_code == 200:
+    def _judged(self, answer: httpx.Response, body: bytes, submitted: Submitted) -> str | None:
+        """What an answer says about a submitted request: the name of a `Status`, or None. The body is read first.
+
+        Raises:
+            UnprocessableError: The request has failed.
+            ForgottenError: The provider no longer has it.
+            ApiError: The answer has the status of another failure.
+        """
+        status, name = answer.status_code, read_status(body)
+        if status in _ABOUT_THE_ASKING:
+            name = None
+        if name == FAILED or (name is None and status == 422):
+            raise UnprocessableError(
+                f"the provider reports that the request failed: {error_text(body, self._key)} "
+                f"({UnprocessableError.advice})",
+                status=422,
+                request_id=submitted.request_id,
+            )
+        if name is not None and (status in _SUCCESS or status == 422 or name == Status.COMPLETED):
+            return name
+        if status == 404:
+            raise ForgottenError(
+                "the provider no longer has the request; only its request history does",
+                status=404,
+                request_id=submitted.request_id,
+            )
+        if status not in _SUCCESS:
+            raise self._endpoint.error_of(answer, body).with_facts(request_id=submitted.request_id)
+        return None
+
+    def _raise_unless_result(self, submitted: Submitted, answer: httpx.Response) -> None:
+        """Raises the error for an answer that is no result by its status."""
+        if answer.status_code in _SUCCESS:
             return
         body = b""
-        with suppress(httpx.TransportError):  # the status says enough
-            body = _start(answer)
-        raise answer_error(answer.status_code, answer.headers, body, now=datetime.now(UTC), secret=self._key)
+        with suppress(httpx.TransportError):
+            body = start_of(answer)
+        self._judged(answer, body, submitted)
+        raise self._says_nothing(answer, body, submitted)
 
-    def _receive(self, answer: httpx.Response, part: Path) -> None:
+    def _says_nothing(self, answer: httpx.Response, body: bytes, submitted: Submitted) -> AnswerCutError:
+        text = error_text(body, self._key)
+        return AnswerCutError(
+            f"the API answered {answer.status_code} without the status or result of the request: {text}",
+            status=answer.status_code,
+            request_id=submitted.request_id,
+        )
+
+    def _answered_by_result(self, answer: httpx.Response, part: Path, submitted: Submitted) -> Answered:
+        """The facts in a result.
+
+        Raises:
+            ApiError: It is that of a request that has failed, or is not completed yet.
+            OutboxError: The file cannot be read.
+        """
+        try:
+            body = part.read_bytes()
+        except OSError as error:
+            raise _unusable(part, error, "read from") from error
+        name = self._judged(answer, body, submitted)
+        if name != Status.COMPLETED and (name or not (is_result(body) or _is_whole_picture(body))):
+            raise self._says_nothing(answer, body, submitted)
+        result, facts = read_result(body), dict[str, object](request_id=submitted.request_id)
+        if result.cost_usd is not None:
+            facts |= {"cost_usd": result.cost_usd, "cost_source": "metrics"}
+        if result.seed is not None:
+            facts["seed"] = result.seed
+        return self._answered(answer).model_copy(update=facts)
+
+    def _receive(
+        self,
+        exchange: AbstractContextManager[httpx.Response],
+        part: Path,
+        refuse: Callable[[httpx.Response], None],
+        *,
+        billable: bool,
+    ) -> tuple[httpx.Response, tuple[str, ...]]:
+        """Writes the body of an answer to a file.
+
+        Args:
+            exchange: The exchange that brings it.
+            part: The file.
+            refuse: Raises the error of an answer without such a body.
+            billable: Whether the request may be billed.
+
+        Returns:
+            The answer; and a notice, if its connection broke when the body had arrived whole.
+
+        Raises:
+            AnswerCutError: The connection broke before that.
+            NotAnImageError: It is too large, and was not read to its end.
+            OutboxError: The file cannot be written or read.
+        """
+        answer: httpx.Response | None = None
+        try:
+            with exchange as answer:
+                refuse(answer)
+                self._write(answer, part)
+        except httpx.TransportError as error:
+            if answer is None:
+                raise
+            try:
+                whole = _is_whole(part.read_bytes())
+            except OSError as unreadable:  # it may be whole, and stays
+                raise _unusable(part, unreadable, "read from") from unreadable
+            if not whole:
+                cut = self._endpoint.cut(error, billable)
+                raise cut.with_facts(status=answer.status_code, request_id=self._request_id(answer)) from None
+            notice = f"the connection broke when the answer had arrived whole ({self._endpoint.shown(error)})"
+            return answer, (notice,)
+        return answer, ()
+
+    def _write(self, answer: httpx.Response, part: Path) -> None:
         """Writes the body of a 200 to a file, as received: one that is paid for and cannot be read is kept like that.
 
         Each piece is with the system as soon as it has come, so that the end of the process takes no more than what is
@@ -279,7 +491,7 @@ class SegmindClient:
             at=datetime.now(UTC),
         )
 
-    def _picture(self, answer: httpx.Response, answered: Answered, seed: int | None, part: Path) -> PaidPicture:
+    def _picture(self, answered: Answered, seed: int | None, part: Path) -> PaidPicture:
         """The picture of an answer that was read to its end; once it is whole, it replaces the body."""
         found = part.with_suffix(".found")
         try:
@@ -311,69 +523,43 @@ class SegmindClient:
                 if error.retryable and _is_whole_picture(found.read_bytes()):
                     return read_picture(found)
                 found.unlink()  # a part of the picture
-                why, again = f"could not be followed: {error}", error.retryable
+                why, again, gone = f"could not be followed: {error}", error.retryable, _is_gone(error)
             except BrokenPicture as broken:
                 text = _shown(broken, found.read_bytes(), self._key)
-                why, again = f"does not lead to a picture: {text}", broken.truncated
+                why, again, gone = f"does not lead to a picture: {text}", broken.truncated, not broken.truncated
             if wait is None or not again:
-                raise ResultLinkError(f"the API answered 200 with a link to the picture that {why}", status=200)
+                raise _link_error(why, gone)
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    @contextmanager
-    def _translated(self, billable: bool = True) -> Iterator[None]:
-        """Turns the failures of httpx into errors of this package, which never show an address with its query."""
-        try:
-            yield
-        except ApiError as error:
-            error.possibly_billed &= billable
-            raise
-        except NOT_SENT as error:
-            why = self._shown(error)
-            raise ApiUnreachableError(
-                f"{self._host} cannot be reached: {why} (check SEGMIND_BASE_URL, the network and any proxy)"
-            ) from None
-        except httpx.TransportError as error:
-            raise self._cut(error, billable) from None
 
-    def _cut(self, error: httpx.TransportError, billable: bool = True) -> AnswerCutError:
-        what = "took too long" if isinstance(error, httpx.TimeoutException) else "was cut"
-        return AnswerCutError(
-            f"the answer of {self._host} {what}: {self._shown(error)}"
-            + (" (the provider's usage page shows whether it was billed)" if billable else ""),
-            possibly_billed=billable,
-        )
-
-    def _shown(self, error: httpx.TransportError) -> str:
-        """The message of an error; it may quote what the peer has sent, which may repeat the key."""
-        return redact(str(error), self._key)[:TEXT_LIMIT]
-
-
-def on_loopback(url: str) -> bool:
-    """Whether a URL has a loopback address, or the name localhost.
-
-    Args:
-        url: The URL.
-
-    Example:
-        >>> on_loopback("http://127.0.0.1:8787/v1"), on_loopback("https://api.segmind.com/v1")
-        (True, False)
-    """
-    try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _start(answer: httpx.Response) -> bytes:
-    """The beginning of a body; all of one that is not larger than any should be."""
+def _document(
+    exchange: AbstractContextManager[httpx.Response],
+) -> tuple[httpx.Response, bytes, httpx.TransportError | None]:
+    """An answer of a few lines, its body, and how its connection broke, if it did: the body may be whole anyway."""
+    answer: httpx.Response | None = None
     body = bytearray()
-    for chunk in answer.iter_raw():
-        body += chunk
-        if len(body) >= START_LIMIT:
-            break
-    return bytes(body[:START_LIMIT])
+    try:
+        with exchange as answer:
+            for chunk in answer.iter_raw():
+                body += chunk
+                if len(body) > _STATUS_LIMIT:
+                    break
+    except httpx.TransportError as error:
+        if answer is None:
+            raise
+        return answer, bytes(body), error
+    return answer, bytes(body), None
+
+
+def _link_error(why: str, gone: bool) -> ResultLinkError:
+    return ResultLinkError(f"the API answered 200 with a link to the picture that {why}", status=200, gone=gone)
+
+
+def _is_gone(error: DownloadError) -> bool:
+    """Whether a download that failed would fail again at any time: the link has expired, or is refused here."""
+    asked_wrongly = error.status is not None and 400 <= error.status < 500
+    return not error.retryable and (error.refused or error.too_large or asked_wrongly)
 
 
 def _is_whole(body: bytes) -> bool:

@@ -11,6 +11,8 @@ from prefect_segmind.money import Usd
 if TYPE_CHECKING:
     from prefect_segmind.images.inspection import Picture
 
+CostSource = Literal["x-cost", "metrics", "history", "list price"]
+"""Where the cost of a picture is from."""
 KEPT_MODEL = ConfigDict(frozen=True, extra="allow")
 """Fields that a newer version has added are kept when this one writes a record again."""
 
@@ -28,7 +30,8 @@ class PaidPicture(BaseModel):
         size_bytes: The size of the file.
         seed: The seed it was made with.
         cost_usd: Its cost.
-        cost_source: `x-cost` if the answer named its cost, else `list price`.
+        cost_source: Where the cost is from: the answer's `x-cost`, the `metrics` of a submitted request, the provider's
+            request `history`, or, where none names it, the `list price`.
         request_id: The provider's id of the request; None if the answer has none.
         paid_at: When its answer had been read, UTC.
         notices: Where the answer is not as requested, in words for the log.
@@ -45,28 +48,28 @@ class PaidPicture(BaseModel):
     size_bytes: int
     seed: int
     cost_usd: Usd
-    cost_source: Literal["x-cost", "list price"]
+    cost_source: CostSource
     request_id: str | None = None
     paid_at: AwareDatetime
     notices: tuple[str, ...] = ()
 
 
 class Answered(BaseModel):
-    """The headers of a 200, and when it had been read to its end.
+    """What is known of a paid request beside its picture.
 
     Attributes:
-        cost_usd: The cost according to `x-cost`, else the list price.
-        cost_source: Which of the two.
-        seed: The seed according to `x-seed-value`; None if the answer names none.
+        cost_usd: The cost according to the provider, else the list price.
+        cost_source: Where it is from, as in `PaidPicture`.
+        seed: The seed according to the provider; None if it names none.
         content_type: The content type that the answer claims, without parameters.
         request_id: The provider's id of the request; None if the answer has none.
-        at: When it had been read, UTC.
+        at: When the answer had been read to its end, UTC.
     """
 
     model_config = KEPT_MODEL
 
     cost_usd: Usd
-    cost_source: Literal["x-cost", "list price"]
+    cost_source: CostSource
     seed: int | None = None
     content_type: str = ""
     request_id: str | None = None

@@ -115,28 +115,44 @@ def wait_asked(headers: Mapping[str, str], now: datetime) -> float | None:
     Returns:
         The seconds, at least 0.0; None if the answer names none.
     """
-    clock = _time(header(headers, "date") or "") or now
+    clock = read_time(header(headers, "date") or "") or now
     waits: list[float] = []
-    if reset := _time(header(headers, "x-rate-limit-reset-at-utc") or ""):
+    if reset := read_time(header(headers, "x-rate-limit-reset-at-utc") or ""):
         waits.append((reset - clock).total_seconds())
     after = header(headers, "retry-after") or ""
     if re.fullmatch(r"\d{1,9}(\.\d+)?", after):
         waits.append(float(after))
-    elif until := _time(after):
+    elif until := read_time(after):
         waits.append((until - clock).total_seconds())
     return max(0.0, *waits) if waits else None
 
 
-def _time(text: str) -> datetime | None:
-    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; in UTC if it names no zone."""
+def read_time(text: str) -> datetime | None:
+    """A time in ISO 8601, as an HTTP date, or in seconds or milliseconds since 1970; in UTC if it names no zone.
+
+    Args:
+        text: The time, of unknown origin.
+
+    Returns:
+        The time, aware; None if the text is none.
+
+    Example:
+        >>> read_time("2026-11-23 10:00:00+01").isoformat()
+        '2026-11-23T10:00:00+01:00'
+    """
     try:
         if re.match(r"\d{4}-|\d{10}", text):
-            time = TypeAdapter(datetime).validate_python(text.replace(" UTC", "Z"))
+            zoned = _ZONE.sub(lambda found: f"{found[1]}{found[2]}:{found[3] or '00'}", text.replace(" UTC", "Z"))
+            time = TypeAdapter(datetime).validate_python(zoned)
         else:
             time = parsedate_to_datetime(text)
     except (ValueError, TypeError, OverflowError):
         return None
     return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+_ZONE = re.compile(r"(:\d\d(?:\.\d+)?) ?([+-]\d\d):?(\d\d)?\Z")
+"""The offset behind a time of day; databases write `+00`, where pydantic reads `+00:00`."""
 
 
 def error_text(body: bytes, secret: str = "") -> str:
@@ -270,11 +286,28 @@ def is_whole_json(body: bytes) -> bool:
         (True, False, False)
     """
     try:
-        body = _unpacked(body) if is_packed(body) else body
-        _parsed(body)
-    except (NotAnImageError, ValueError, RecursionError):
+        return isinstance(json_value(body), dict | list | str)
+    except ValueError:
         return False
-    return body[:64].lstrip(SPACE)[:1] in _JSON_STARTS
+
+
+def json_value(body: bytes) -> Any:
+    """The value of JSON, compressed or not, of a sane size.
+
+    Args:
+        body: The body.
+
+    Raises:
+        ValueError: It is none, is cut, or has too many values.
+
+    Example:
+        >>> json_value(b'{"status": "QUEUED"}')
+        {'status': 'QUEUED'}
+    """
+    try:
+        return _parsed(_unpacked(body) if is_packed(body) else body)
+    except (NotAnImageError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _parsed(body: bytes) -> Any:

@@ -161,7 +161,7 @@ class TestCredentials:
         monkeypatch.setenv(f"{PREFIX}READ_TIMEOUT_SECONDS", "2.5")
         monkeypatch.setenv(f"{PREFIX}PRICE_USD", "0.04")
         with SegmindCredentials(api_key=SecretStr(KEY)).get_client() as client:
-            assert (client._times.connect, client._times.read) == (1.5, 2.5)
+            assert (client._endpoint.times.connect, client._endpoint.times.read) == (1.5, 2.5)
             assert client._list_price == Decimal("0.04")
 
     def test_a_saved_block_is_loaded_by_name_and_used(
