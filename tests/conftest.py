@@ -15,6 +15,7 @@ import pytest
 from prefect_segmind.sandbox import Sandbox, sample_photo
 from tests.support import prefect_server
 
+HISTORY_SETTING = "PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL"
 FOREIGN = ("AWS_", "SEGMIND_", "PREFECT_INTEGRATIONS_SEGMIND_")
 
 # Before Prefect is imported: nothing of the tests reaches the home or the server of the person who runs them.
@@ -56,8 +57,6 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         del os.environ[name]
     nothing = str(tmp_path_factory.mktemp("aws") / "none")
     os.environ.update(AWS_CONFIG_FILE=nothing, AWS_SHARED_CREDENTIALS_FILE=nothing, AWS_EC2_METADATA_DISABLED="true")
-    # What must hold without the provider's history is tested without it; tests that need it switch it on.
-    os.environ["PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL"] = "off"
     yield
     os.environ.update(kept)
 
@@ -86,8 +85,12 @@ def sandbox(_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The API and an S3 server, with an archive, an outbox, a ledger and a script of this test's own."""
     _sandbox.ledger.clear()
     _sandbox.script.clear()
+    _sandbox.history.script.clear()
+    _sandbox.history.off = False
     for name, value in _sandbox.environment().items():
         monkeypatch.setenv(name, value)
+    # What must hold without the provider's history is tested without it.
+    monkeypatch.setenv(HISTORY_SETTING, "off")
     place = f"s3://segmind/{tmp_path.parent.name}-{tmp_path.name}"
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", f"{place}/archive")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", f"{place}/uploads")
@@ -95,6 +98,30 @@ def sandbox(_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     yield _sandbox
     if services := sys.modules.get("prefect_segmind.services"):
         services._archive.cache_clear()
+
+
+@pytest.fixture
+def with_history(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The sandbox, whose request history is asked; rows that land late are waited for a tenth as long."""
+    from prefect_segmind.api import listing
+    from prefect_segmind.pipeline import reconcile
+
+    monkeypatch.setenv(HISTORY_SETTING, "")
+    monkeypatch.setattr(listing, "REUSED_SECONDS", 0.2)
+    monkeypatch.setattr(reconcile, "LOOK_AGAIN_SECONDS", (0.5, 1.5))
+    monkeypatch.setattr(reconcile, "PENDING_SECONDS", 0.2)
+    return sandbox
+
+
+@pytest.fixture
+def with_v2(with_history: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The same by v2, whose results are polled for ten times as often."""
+    from prefect_segmind.pipeline import poll
+
+    monkeypatch.setenv("SEGMIND_BASE_URL", with_history.base_url_v2)
+    monkeypatch.setattr(poll, "USUAL_SECONDS", 1.1)
+    monkeypatch.setattr(poll, "POLL_SECONDS", (0.1, 0.2))
+    return with_history
 
 
 @pytest.fixture(autouse=True)

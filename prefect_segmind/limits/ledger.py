@@ -273,19 +273,17 @@ class Ledger:
                 self._enter(picture, request, known._replace(reported_by=by))
 
     def correct(self, picture: str, request: RequestId, outcome: Totals) -> None:
-        """Replaces what a request of this run was entered with by what the provider says of it.
-
-        Does nothing for a request that this ledger has not entered itself: `carry` has the record's word for it.
+        """Replaces what a request was entered with by what the provider says of it, if it was entered.
 
         Args:
             picture: The fingerprint of the picture.
             request: What identifies the request.
-            outcome: What it cost, or may have cost.
+            outcome: What it has cost this run.
         """
         with self._lock:
             self._complete()
             known = self._pictures.get(picture, {}).get(request)
-            if known is not None and known.is_own:
+            if known is not None:
                 self._enter(picture, request, known._replace(totals=outcome, charged=outcome))
 
     def begin_try(self, reporters: Reporters | None = None) -> None:

@@ -330,7 +330,8 @@ class Cashier:
         for each in doubtful:
             if outcome := replies.outcomes.get(each.request):
                 cost = outcome.get("cost_usd") or NOTHING
-                self.gate.ledger.correct(job.fingerprint, each.request, Totals(1, cost))
+                told = Totals(1, cost) if run.owns(each) else Totals()
+                self.gate.ledger.correct(job.fingerprint, each.request, told)
         self._report(job, held, run)
         self.gate.corrected()
 

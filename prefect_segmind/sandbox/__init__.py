@@ -111,6 +111,7 @@ class Sandbox:
             "SEGMIND_BASE_URL": self.base_url,
             "SEGMIND_API_KEY": self.api_key,
             "PREFECT_INTEGRATIONS_SEGMIND_CREDENTIALS_BLOCK": "",
+            "PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL": "",
             "PREFECT_INTEGRATIONS_SEGMIND_OUTBOX": str(self.folder.resolve() / "outbox"),
         }
         if self.s3 is not None:

@@ -1,0 +1,252 @@
+"""The provider is asked what became of a request whose answer was lost, before another one is paid for."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_segmind.archive import leases
+from prefect_segmind.archive.record import Attempt, Record, Run
+from prefect_segmind.errors import (
+    AnswerCutError,
+    BadGatewayError,
+    NotAnImageError,
+    OutcomeUnknownError,
+    SegmindError,
+    SubmittedError,
+)
+from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.pipeline import reconcile
+from prefect_segmind.pipeline.pay import GeneratedImage
+from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
+from tests.support.waiting import until
+from tests.support.walk import archive_picture, generate, up_to_upload, walk
+
+NOTHING = Decimal("0.00")
+PRICE = Decimal("0.05")
+
+
+def record_of(fingerprint: str) -> Record:
+    found = Services().archive.read(fingerprint)
+    assert found is not None
+    return found.record
+
+
+def paid(record: Record) -> Decimal:
+    return sum((each.cost_usd or NOTHING for each in record.attempts), NOTHING)
+
+
+LOST = {
+    "the answer is lost": Answer(kind="lost"),
+    "the answer is cut": Answer(kind="half_body"),
+    "the picture ends early": Answer(kind="truncated_image"),
+    "502 after acceptance": Answer(status=502, billed=True),
+    "504 after acceptance": Answer(status=504, billed=True),
+    "502 that names the request": Answer(status=502, billed=True, lands_after=0.3),
+    "HTML with a 200": Answer(kind="html", billed=True),
+    "nothing with a 200": Answer(kind="empty", billed=True),
+    "listed late": Answer(kind="lost", lands_after=0.4),
+}
+
+
+@pytest.mark.parametrize("answer", LOST.values(), ids=LOST)
+def test_what_the_provider_has_made_is_fetched_and_billed_once(
+    with_history: Sandbox, photo: Path, answer: Answer
+) -> None:
+    with_history.play(answer)
+    said: list[str] = []
+    generated = generate(*up_to_upload(photo), said=said)
+    assert (generated.status, generated.requests_sent) == ("generated", 1)
+    assert (generated.cost_usd, generated.possibly_billed_usd) == (PRICE, NOTHING)
+    archived = archive_picture(generated)
+    assert (with_history.ledger.billed, len(with_history.ledger.requests)) == (1, 1)
+    record = record_of(archived.fingerprint)
+    assert (record.state, paid(record), record.asked) == ("done", PRICE, None)
+    (attempt,) = record.attempts
+    assert attempt.request_id == with_history.ledger.requests[0].request_id
+    assert generated.picture.cost_source == "history"
+    assert any("the provider's history has the picture" in each for each in said), said
+    assert not list(Services().outbox.folder.iterdir()), "nothing is left in the outbox"
+    assert walk(photo).status == "reused"
+
+
+def test_a_request_of_which_the_provider_says_that_it_failed_is_sent_again_freely(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(Answer(kind="lost", fails="out of memory"), Answer(status=502), Answer(kind="lost", fails=True))
+    job, uploaded = up_to_upload(photo)
+    for _ in range(3):
+        with pytest.raises(SegmindError, match="not billed, says the provider") as failed:
+            generate(job, uploaded, run="one", on_unknown="fail")
+        assert (failed.value.possibly_billed, failed.value.possibly_billed_usd) == (False, NOTHING)
+        assert failed.value.decision is not None
+        assert failed.value.decision.retry, "it uses a retry, and none of those for unknown outcomes"
+    generated = generate(job, uploaded, run="one", on_unknown="fail")
+    assert (generated.requests_sent, generated.cost_usd, generated.possibly_billed_usd) == (4, PRICE, NOTHING)
+    assert with_history.ledger.billed == 1
+    log = record_of(job.fingerprint).attempts
+    assert [each.possibly_billed for each in log] == [False] * 4
+    assert "out of memory" in (log[0].reason or "")
+
+
+def test_a_request_that_is_not_listed_is_looked_for_again_and_then_left_to_the_policy(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(Answer(kind="lost", listed=False))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(AnswerCutError) as lost:
+        generate(job, uploaded, run="one")
+    assert (lost.value.possibly_billed, lost.value.possibly_billed_usd) == (True, PRICE)
+    again = generate(job, uploaded, run="one")
+    assert (again.cost_usd, again.possibly_billed_usd, again.requests_sent) == (PRICE, PRICE, 2)
+
+
+def test_after_one_that_is_not_listed_nothing_is_sent_where_the_policy_is_to_fail(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(Answer(kind="lost", listed=False))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(AnswerCutError) as lost:
+        generate(job, uploaded, run="one", on_unknown="fail")
+    assert lost.value.decision is not None
+    assert not lost.value.decision.retry
+    with pytest.raises(OutcomeUnknownError):
+        generate(job, uploaded, run="two", on_unknown="fail")
+    assert len(with_history.ledger.requests) == 1
+
+
+def test_a_request_that_was_not_listed_and_is_now_is_fetched_by_the_next_run(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(Answer(kind="lost", lands_after=3))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(AnswerCutError):
+        generate(job, uploaded, run="one", on_unknown="fail")
+    until(lambda: with_history.history._requests[with_history.ledger.requests[0].request_id].has_landed)
+    again = generate(job, uploaded, run="two", on_unknown="fail")
+    assert (again.status, again.cost_usd, again.possibly_billed_usd) == ("recovered", NOTHING, NOTHING)
+    assert paid(record_of(archive_picture(again).fingerprint)) == PRICE
+    assert with_history.ledger.billed == 1
+
+
+def test_a_request_under_way_is_waited_for_without_a_slot(with_history: Sandbox, photo: Path) -> None:
+    from prefect_segmind.limits.admission import Gate
+    from tests.support.walk import LOG, pipeline
+
+    with_history.play(Answer(kind="lost", processing=3), prompt="the first")
+    gate = Gate(max_concurrency=1)
+    opened, outcome = pipeline(gate=gate), {}
+
+    def first() -> None:
+        job, uploaded = up_to_upload(photo, prompt="the first")
+        outcome["first"] = opened.generate(job, lambda: uploaded, Run("first"), LOG)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    until(lambda: len(with_history.history._requests) and gate.in_flight == 0 and gate._admitted == 0)
+    job, uploaded = up_to_upload(photo, prompt="the second")
+    assert opened.generate(job, lambda: uploaded, Run("second"), LOG).status == "generated"
+    assert "first" not in outcome, "the other had the only slot meanwhile"
+    assert gate.ledger.in_flight_usd == PRICE, "the money of the first stays reserved"
+    thread.join()
+    assert outcome["first"].cost_usd == PRICE
+    assert gate.ledger.totals == (2, 2 * PRICE, NOTHING)
+
+
+def test_without_the_history_there_is_one_warning_and_all_is_as_before(with_history: Sandbox, photo: Path) -> None:
+    with_history.history.off = True
+    with_history.play(Answer(kind="lost"))
+    job, uploaded = up_to_upload(photo)
+    said: list[str] = []
+    with pytest.raises(AnswerCutError) as lost:
+        generate(job, uploaded, run="one", said=said)
+    assert lost.value.possibly_billed_usd == PRICE
+    assert len([each for each in said if "request history cannot be read" in each]) == 1, said
+    again = generate(job, uploaded, run="one")
+    assert (again.cost_usd, again.possibly_billed_usd) == (PRICE, PRICE)
+
+
+def test_it_is_not_asked_when_it_is_switched_off_and_not_when_nothing_is_unknown(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    from prefect_segmind.api.listing import RequestHistory
+
+    monkeypatch.setattr(RequestHistory, "_get", lambda *each, **_: asked.append(each))
+    sandbox.play(Answer(kind="lost"))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(AnswerCutError):
+        generate(job, uploaded, run="one")
+    generate(job, uploaded, run="one")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL", "")
+    sandbox.play(Answer(status=429, reset_in=0.1))
+    job, uploaded = up_to_upload(photo, prompt="another")
+    with pytest.raises(SegmindError):
+        generate(job, uploaded, run="two")
+    generate(job, uploaded, run="two")
+    assert asked == []
+
+
+def test_what_a_dead_run_has_sent_is_recovered_and_not_paid_for_again(with_history: Sandbox, photo: Path) -> None:
+    killed(with_history, photo, Answer(delay=60))
+    archived = walk(photo)
+    assert (archived.status, archived.cost_usd, archived.possibly_billed_usd) == ("recovered", NOTHING, NOTHING)
+    record = record_of(archived.fingerprint)
+    assert (with_history.ledger.billed, paid(record), record.attempts[0].status) == (1, PRICE, 200)
+    assert record.attempts[0].reason is None
+
+
+def test_of_two_runs_that_look_up_the_same_lost_picture_one_downloads_it(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(with_history, photo, Answer(delay=60))
+    downloads: list[str] = []
+    from prefect_segmind.api.client import SegmindClient
+
+    download = SegmindClient.download
+
+    def counted(self: SegmindClient, url: str, *others: Any) -> Any:
+        downloads.append(url)
+        return download(self, url, *others)
+
+    monkeypatch.setattr(SegmindClient, "download", counted)
+    start = threading.Barrier(4, timeout=60)
+
+    def run() -> str:
+        start.wait()
+        return walk(photo).status
+
+    with ThreadPoolExecutor(4) as pool:
+        statuses = sorted(each.result() for each in [pool.submit(run) for _ in range(4)])
+    assert statuses == ["recovered", "reused", "reused", "reused"]
+    assert (len(downloads), with_history.ledger.billed) == (1, 1)
+
+
+KILLED = """
+import sys
+from tests.support.walk import generate, up_to_upload
+generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
+"""
+
+
+def killed(sandbox: Sandbox, photo: Path, answer: Answer) -> None:
+    """A run in another process, killed after the API has taken its request and before it had the answer."""
+    sandbox.play(answer)
+    before = len(sandbox.history._requests)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[2])
+    try:
+        until(lambda: len(sandbox.history._requests) > before and process.poll() is None, 60)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
