@@ -33,6 +33,7 @@ from prefect_segmind.archive.record import (
     past_requests,
 )
 from prefect_segmind.errors import (
+    AccountError,
     ApiError,
     Decision,
     NotAnImageError,
@@ -305,8 +306,8 @@ class Cashier:
         except ApiError as error:
             sent = held.record.attempts[-1]
             sent = sent.model_copy(update={"request_id": error.request_id or sent.request_id})
-            is_result = client.submits and isinstance(error, NotAnImageError)  # and not an answer that was lost
-            if is_result or not could_tell(error) or not self.reconciler.can_ask(sent, run):
+            is_about_result = client.submits and isinstance(error, (NotAnImageError, AccountError))
+            if is_about_result or not could_tell(error) or not self.reconciler.can_ask(sent, run):
                 raise
             log.info("%s: %s; the provider is asked what became of the request", job.name, error)
             admission.stand_aside(error)

@@ -91,6 +91,10 @@ class History:
         while len(self._requests) > _KEPT:
             self._requests.popitem(last=False)
 
+    def __len__(self) -> int:
+        """The number of requests, also of those that it does not list."""
+        return len(self._requests)
+
     def find(self, request_id: str) -> Generation | None:
         """A request by its id, also one that the history does not list; None if there is none."""
         return self._requests.get(request_id)

@@ -34,10 +34,27 @@ KILLS = int(os.environ.get("SEGMIND_KILLS", "3"))
 """How often a run is killed; ten by hand."""
 
 
-def start(manifest: Path, *options: str, home: Path | None = None) -> subprocess.Popen[str]:
-    """Starts a run in a process group of its own; with a home, it has a Prefect of its own that knows no server."""
-    command = [sys.executable, "-m", "prefect_segmind", "refresh", str(manifest), "--json", *options]
+ON_ANOTHER_MACHINE = """
+import socket
+socket.gethostname = lambda: {host!r}
+from prefect_segmind.__main__ import main
+main()
+"""
+
+
+def start(
+    manifest: Path, *options: str, home: Path | None = None, machine: str | None = None
+) -> subprocess.Popen[str]:
+    """Starts a run in a process group of its own.
+
+    With a home, it has a Prefect of its own that knows no server; on a named machine also an outbox and a host.
+    """
+    code = ["-c", ON_ANOTHER_MACHINE.format(host=machine)] if machine else ["-m", "prefect_segmind"]
+    command = [sys.executable, *code, "refresh", str(manifest), "--json", *options]
     environment = dict(os.environ)
+    if machine:
+        home = manifest.parent / f"machine {machine}"
+        environment["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(home / "outbox")
     if home:
         environment["PREFECT_HOME"] = str(home)
         del environment["PREFECT_API_URL"]
@@ -136,6 +153,77 @@ def test_killed_at_any_moment_and_run_again_at_once_all_is_archived_and_paid_onc
     reported = [run for run in runs_that_report(noted) if run not in known]
     assert reported, "the last kill has hit a request in flight"
     assert Decimal(last["possibly_billed_usd"]) == Decimal("0.05") * len(reported)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_killed_in_mid_request_and_run_again_every_picture_is_billed_exactly_once(
+    version: str, sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up_at_the_provider(sandbox, version, monkeypatch)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "archive"))
+    kills = max(2, KILLS - 1)
+    count, dice = 24 * kills, random.Random()
+    manifest = campaign(photo, count)
+    in_flight: list[int] = []
+    for _ in range(kills):
+        sandbox.script.clear()
+        sandbox.play(*[Answer(processing=dice.uniform(0, 3)) for _ in range(count)])
+        begun = len(sandbox.history)
+        process = start(manifest, "--max-concurrency", "8")
+        wait_until(lambda begun=begun: len(sandbox.history) >= begun + 10, process)  # type: ignore[misc]
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        in_flight.append(sum(attempt.possibly_billed is None for each in records() for attempt in each.attempts))
+    assert all(in_flight), "each kill has hit requests in flight"
+    sandbox.script.clear()
+    code, last, log = ended(start(manifest, "--max-concurrency", "8"))
+    assert code == 0, (last, log)
+    assert (last["total"], last["possibly_billed_usd"]) == (count, "0.00")
+    assert last["recovered"] > 0
+    assert len(pictures()) == count
+    assert_billed_once_each(sandbox, count)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_machine_that_is_gone_with_requests_in_flight_is_taken_over_by_another_and_nothing_is_billed_again(
+    version: str, sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up_at_the_provider(sandbox, version, monkeypatch)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "archive"))
+    count, manifest = 16, campaign(photo, 16)
+    sandbox.play(*[Answer(processing=2)] * 8, *[Answer(processing=15)] * 8)
+    one = start(manifest, "--max-concurrency", "8", machine="one")
+    wait_until(lambda: len(sandbox.history) >= 14, one)
+    one.kill()
+    one.communicate()
+    for each in (tmp_path / "machine one").rglob("*.jpg"):
+        pytest.fail(f"killed with {each} in its outbox, which is another promise")
+    code, last, log = ended(start(manifest, "--max-concurrency", "8", machine="two"))
+    assert code == 0, (last, log)
+    assert (last["possibly_billed_usd"], last["failed"], last["total"]) == ("0.00", 0, count)
+    assert last["recovered"] >= 6
+    assert_billed_once_each(sandbox, count)
+
+
+def look_up_at_the_provider(sandbox: Sandbox, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.history.clear()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL", "")
+    monkeypatch.setenv("SEGMIND_BASE_URL", sandbox.base_url_v2 if version == "v2" else sandbox.base_url)
+
+
+def assert_billed_once_each(sandbox: Sandbox, count: int) -> None:
+    """The provider has billed each picture once, and the records say the same, request by request."""
+    billed = Counter(each.prompt for each in sandbox.ledger.requests if each.billed)
+    assert billed == {prompt(n): 1 for n in range(count)}
+    noted = records()
+    assert {each.state for each in noted} == {"done"}
+    attempts = [attempt for each in noted for attempt in each.attempts]
+    assert sum(attempt.cost_usd is not None for attempt in attempts) == count
+    assert sum(attempt.cost_usd or Decimal(0) for attempt in attempts) == sandbox.ledger.billed_usd
+    assert not any(attempt.possibly_billed for attempt in attempts)
 
 
 def test_two_processes_at_once_pay_once_for_each_picture_and_neither_stands_still(

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefect_segmind.archive import leases
-from prefect_segmind.archive.record import Attempt, Record, Run
+from prefect_segmind.archive.record import Record, Run
 from prefect_segmind.errors import (
     AnswerCutError,
-    BadGatewayError,
-    NotAnImageError,
     OutcomeUnknownError,
     SegmindError,
-    SubmittedError,
 )
-from prefect_segmind.limits.ledger import Ledger
-from prefect_segmind.pipeline import reconcile
-from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.waiting import until
@@ -154,7 +145,7 @@ def test_a_request_under_way_is_waited_for_without_a_slot(with_history: Sandbox,
 
     thread = threading.Thread(target=first)
     thread.start()
-    until(lambda: len(with_history.history._requests) and gate.in_flight == 0 and gate._admitted == 0)
+    until(lambda: len(with_history.history) and gate.in_flight == 0 and gate._admitted == 0)
     job, uploaded = up_to_upload(photo, prompt="the second")
     assert opened.generate(job, lambda: uploaded, Run("second"), LOG).status == "generated"
     assert "first" not in outcome, "the other had the only slot meanwhile"
@@ -243,10 +234,10 @@ generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
 def killed(sandbox: Sandbox, photo: Path, answer: Answer) -> None:
     """A run in another process, killed after the API has taken its request and before it had the answer."""
     sandbox.play(answer)
-    before = len(sandbox.history._requests)
+    before = len(sandbox.history)
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[2])
     try:
-        until(lambda: len(sandbox.history._requests) > before and process.poll() is None, 60)
+        until(lambda: len(sandbox.history) > before and process.poll() is None, 60)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
