@@ -184,7 +184,7 @@ class SegmindClient:
             answer, body, broken = _document(sent)
         if answer.status_code not in _SUCCESS:
             raise self._endpoint.error_of(answer, body)
-        submitted = read_submitted(body)
+        submitted = read_submitted(body, self._key)
         if submitted is None and broken is not None:
             named = self._named(answer, body)
             raise self._endpoint.cut(broken).with_facts(status=answer.status_code, request_id=named)
@@ -326,7 +326,7 @@ class SegmindClient:
     def _named(self, answer: httpx.Response, body: bytes) -> str | None:
         """The id of a submitted request in an answer's body or header, if it is of the form of one."""
         named = self._request_id(answer)
-        return read_request_id(body) or (named if is_request_id(named) else None)
+        return read_request_id(body, self._key) or (named if is_request_id(named) else None)
 
     def _submission_unknown(self, answer: httpx.Response, body: bytes, flaw: str) -> SubmissionUnknownError:
         return SubmissionUnknownError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
@@ -133,7 +134,7 @@ class Endpoint:
         Raises:
             ApiError: The URL is of another origin; nothing is sent.
         """
-        url = path if path.startswith(("http://", "https://")) else f"{self.url}/{path}".rstrip("/")
+        url = path if re.match(r"(?i)https?://", path) else f"{self.url}/{path}".rstrip("/")
         if not self.owns(url):
             raise ApiError(f"{self._setting}: an address of another origin than {self.url} does not get the key")
         return exchange(
@@ -236,5 +237,5 @@ def start_of(answer: httpx.Response, limit: int = START_LIMIT) -> bytes:
     return bytes(body[:limit])
 
 
-def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
-    return url.scheme, url.raw_host, url.port
+def _origin(url: httpx.URL) -> tuple[str, bytes, int]:
+    return url.scheme, url.raw_host, url.port or (443 if url.scheme == "https" else 80)

@@ -253,18 +253,15 @@ def _row(parsed: object) -> Row | None:
     request_id = printable(str(found).strip()) if isinstance(found, str | int) and not isinstance(found, bool) else ""
     if not 0 < len(request_id) <= _ID_LIMIT:
         return None
-    try:
-        return Row(
-            request_id=request_id,
-            outcome=_OUTCOMES.get(str(parsed.get("model_status") or parsed.get("status")).upper(), Outcome.PENDING),
-            created_at=_created(parsed),
-            cost_usd=read_cost(_text(parsed.get("credits_deduction"))),
-            body=_body(parsed.get("request_body")),
-            url=_url(parsed.get("generation_url")),
-            error=_reason(parsed.get("error")),
-        )
-    except ValueError:  # half of a surrogate pair
-        return None
+    return Row(
+        request_id=request_id,
+        outcome=_OUTCOMES.get(str(parsed.get("model_status") or parsed.get("status")).upper(), Outcome.PENDING),
+        created_at=_created(parsed),
+        cost_usd=read_cost(_text(parsed.get("credits_deduction"))),
+        body=_body(parsed.get("request_body")),
+        url=_url(parsed.get("generation_url")),
+        error=_reason(parsed.get("error")),
+    )
 
 
 def _created(parsed: Mapping[str, Any]) -> datetime | None:
@@ -296,7 +293,7 @@ def _url(found: object) -> str | None:
     """The link in a row, or the first of several."""
     first = found[0] if isinstance(found, list) and found else found
     text = first.strip() if isinstance(first, str) else ""
-    return text if re.fullmatch(r"(?i)https?://\S+", text) else None
+    return text if re.fullmatch(r"(?i)https?://\S+", text) and text.isprintable() else None
 
 
 def _reason(found: object) -> str | None:
@@ -304,7 +301,7 @@ def _reason(found: object) -> str | None:
     if not found:
         return None
     text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-    return redact(printable(" ".join(text[:10_000].split())))[:TEXT_LIMIT]
+    return redact(printable(" ".join(text[:10_000].split())))[:TEXT_LIMIT] or None
 
 
 def _one_each(rows: Iterable[Row]) -> Iterable[Row]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from prefect_segmind.api.response import json_value, read_cost
+from prefect_segmind.errors import redact
 
 FAILED = "FAILED"
 """The status of a request that has failed and is not billed; it is raised as an error, and no `Status`."""
@@ -47,7 +48,7 @@ class Result(NamedTuple):
     cost_usd: Decimal | None
 
 
-def is_request_id(text: object) -> bool:
+def is_request_id(text: object) -> TypeGuard[str]:
     """Whether an id of unknown origin is of a form that can be part of an address, stored and shown.
 
     Args:
@@ -60,31 +61,33 @@ def is_request_id(text: object) -> bool:
     return isinstance(text, str) and bool(re.fullmatch(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,200}", text))
 
 
-def read_request_id(body: bytes) -> str | None:
+def read_request_id(body: bytes, secret: str = "") -> str | None:
     """The id in the answer to a submitted request.
 
     Args:
         body: The body of the answer.
+        secret: The API key, which no id contains.
 
     Returns:
         The id; None if there is none of a sane form.
     """
     found = _object(body).get("request_id")
-    return found if is_request_id(found) else None
+    return found if is_request_id(found) and redact(found, secret) == found else None
 
 
-def read_submitted(body: bytes) -> Submitted | None:
+def read_submitted(body: bytes, secret: str = "") -> Submitted | None:
     """The request that the provider has accepted.
 
     Args:
         body: The body of the answer to it.
+        secret: The API key, which its id does not contain.
 
     Returns:
         The request, whose addresses are to be checked before anything is sent there; None if a field is missing.
     """
     parsed = _object(body)
     addresses = [each for each in (parsed.get("status_url"), parsed.get("response_url")) if isinstance(each, str)]
-    request_id = read_request_id(body)
+    request_id = read_request_id(body, secret)
     return Submitted(request_id, *addresses) if request_id and len(addresses) == 2 else None
 
 
