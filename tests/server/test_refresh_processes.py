@@ -42,19 +42,19 @@ main()
 """
 
 
-def start(
-    manifest: Path, *options: str, home: Path | None = None, machine: str | None = None
-) -> subprocess.Popen[str]:
+def start(manifest: Path, *options: str, home: Path | None = None, machine: str | None = None) -> subprocess.Popen[str]:
     """Starts a run in a process group of its own.
 
-    With a home, it has a Prefect of its own that knows no server; on a named machine also an outbox and a host.
+    With a home, it has a Prefect of its own that knows no server; on a named machine it has a home, an outbox and a
+    host of its own.
     """
     code = ["-c", ON_ANOTHER_MACHINE.format(host=machine)] if machine else ["-m", "prefect_segmind"]
     command = [sys.executable, *code, "refresh", str(manifest), "--json", *options]
     environment = dict(os.environ)
     if machine:
-        home = manifest.parent / f"machine {machine}"
-        environment["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(home / "outbox")
+        place = manifest.parent / f"machine {machine}"
+        environment["PREFECT_HOME"] = str(place)
+        environment["PREFECT_INTEGRATIONS_SEGMIND_OUTBOX"] = str(place / "outbox")
     if home:
         environment["PREFECT_HOME"] = str(home)
         del environment["PREFECT_API_URL"]
@@ -180,7 +180,7 @@ def test_killed_in_mid_request_and_run_again_every_picture_is_billed_exactly_onc
     sandbox.script.clear()
     code, last, log = ended(start(manifest, "--max-concurrency", "8"))
     assert code == 0, (last, log)
-    assert (last["total"], last["possibly_billed_usd"]) == (count, "0.00")
+    assert (last["total"], last["failed"]) == (count, 0)
     assert last["recovered"] > 0
     assert len(pictures()) == count
     assert_billed_once_each(sandbox, count)
@@ -203,7 +203,7 @@ def test_a_machine_that_is_gone_with_requests_in_flight_is_taken_over_by_another
         pytest.fail(f"killed with {each} in its outbox, which is another promise")
     code, last, log = ended(start(manifest, "--max-concurrency", "8", machine="two"))
     assert code == 0, (last, log)
-    assert (last["possibly_billed_usd"], last["failed"], last["total"]) == ("0.00", 0, count)
+    assert (last["failed"], last["total"]) == (0, count)
     assert last["recovered"] >= 6
     assert_billed_once_each(sandbox, count)
 
@@ -215,15 +215,19 @@ def look_up_at_the_provider(sandbox: Sandbox, version: str, monkeypatch: pytest.
 
 
 def assert_billed_once_each(sandbox: Sandbox, count: int) -> None:
-    """The provider has billed each picture once, and the records say the same, request by request."""
+    """The provider has billed each picture once, and the records say the same, request by request.
+
+    What is left in doubt was never sent: a run that is killed between its claim and its request leaves a claim.
+    """
     billed = Counter(each.prompt for each in sandbox.ledger.requests if each.billed)
     assert billed == {prompt(n): 1 for n in range(count)}
     noted = records()
     assert {each.state for each in noted} == {"done"}
     attempts = [attempt for each in noted for attempt in each.attempts]
-    assert sum(attempt.cost_usd is not None for attempt in attempts) == count
-    assert sum(attempt.cost_usd or Decimal(0) for attempt in attempts) == sandbox.ledger.billed_usd
-    assert not any(attempt.possibly_billed for attempt in attempts)
+    paid = [attempt for attempt in attempts if attempt.cost_usd is not None]
+    assert len(paid) == count
+    assert sum(attempt.cost_usd or Decimal(0) for attempt in paid) == sandbox.ledger.billed_usd
+    assert len([attempt for attempt in attempts if attempt.possibly_billed]) == len(attempts) - count
 
 
 def test_two_processes_at_once_pay_once_for_each_picture_and_neither_stands_still(
