@@ -169,7 +169,7 @@ class TestSubmitting:
         [
             (b"", errors.AnswerCutError, None),
             (http(b'{"request_id": "r-', length=999, x_request_id="r-8"), errors.AnswerCutError, "r-8"),
-            (http(b'{"request_id": "r-1"}', length=999, x_request_id="r-8"), errors.AnswerCutError, "r-1"),
+            (http(b'{"request_id": "r-1"}', length=999, x_request_id="r-8"), errors.SubmissionUnknownError, "r-1"),
             (http(b'{"request_id": "r-', length=999, x_request_id="r 8"), errors.AnswerCutError, None),
             (http_json({"error": "no"}, "502 X", x_request_id="r-8"), errors.BadGatewayError, "r-8"),
             (http_json({"error": "no"}, "504 X"), errors.GatewayTimeoutError, None),
