@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -50,6 +50,7 @@ from prefect_segmind.errors import (
     NotAnImageError,
     OutboxError,
     ResultLinkError,
+    SegmindError,
 )
 from prefect_segmind.images.container import is_truncated
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
@@ -208,7 +209,7 @@ class SegmindClient:
             ForgottenError: The provider no longer has it.
             ApiError: It could not be asked; nothing is known of the request, and nothing billed by asking.
         """
-        with self._endpoint.translated(billable=False):
+        with self._about(submitted):
             asked = self._endpoint.exchange("GET", submitted.status_url, seconds=_STATUS_SECONDS)
             answer, body, broken = document(asked)
             status = self._judged(answer, body, submitted)
@@ -235,7 +236,7 @@ class SegmindClient:
             ApiError: The result could not be read; what was billed is the submitted request, and nothing is by this.
             OutboxError: The file cannot be written.
         """
-        with self._endpoint.translated(billable=False):
+        with self._about(submitted):
             asked = self._endpoint.exchange("GET", submitted.response_url)
             answer, notices = self._receive(asked, part, partial(self._raise_unless_result, submitted), billable=False)
             answered = self._answered_by_result(answer, part, submitted)
@@ -311,6 +312,16 @@ class SegmindClient:
             text = error_text(body, self._key)
             raise ApiUnreachableError(f"the API answered without a credit balance: {text}", status=200) from None
         return balance.credits + (balance.free or 0)
+
+    @contextmanager
+    def _about(self, submitted: Submitted) -> Iterator[None]:
+        """Asks about a submitted request: that is never billed, and each error names the request, not the asking."""
+        try:
+            with self._endpoint.translated(billable=False):
+                yield
+        except SegmindError as error:
+            error.request_id = submitted.request_id
+            raise
 
     def _judged(self, answer: httpx.Response, body: bytes, submitted: Submitted) -> Status | None:
         status, headers = answer.status_code, answer.headers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import json
 import pickle
@@ -296,7 +297,7 @@ class TestAsking:
             (http(b"", "504 X"), errors.GatewayTimeoutError),
             (http(b"", "529 X"), errors.OverloadedError),
             (http(b"", "302 X", Location="https://evil.example/"), errors.UnexpectedStatusError),
-            (http(b'{"status": "COMPL', length=99), errors.AnswerCutError),
+            (http(b'{"status": "COMPL', length=99, x_request_id="r-of-the-asking"), errors.AnswerCutError),
             (http(b"<html>hello</html>"), errors.AnswerCutError),
             (http_json({"status": "ok"}), errors.AnswerCutError),
             (http(b""), errors.AnswerCutError),
@@ -311,6 +312,7 @@ class TestAsking:
             asked(client, call, server, part)
         assert type(caught.value) is kind
         assert (caught.value.possibly_billed, caught.value.answered) == (False, None)
+        assert caught.value.request_id == "r-1", "not that of the asking"
         assert caught.value.retry_after == (7 if b"Retry-After" in answer else None)
         assert len(server.requests) == 1
 
@@ -397,7 +399,14 @@ class TestFetching:
         picture = client.fetch(named(server), 4711, part)
         assert "the connection broke when the answer had arrived whole" in picture.notices[0]
 
-    @pytest.mark.parametrize("answer", [http_json({"status": "PROCESSING"}), http_json({"status": "QUEUED"}, "202 X")])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            http_json({"status": "PROCESSING"}),
+            http_json({"status": "QUEUED"}, "202 X"),
+            http_json({"status": "PROCESSING"}, "422 X"),
+        ],
+    )
     def test_one_that_is_not_completed_yet_can_be_asked_again(
         self, answer: bytes, server: Wire, client: SegmindClient, part: Path
     ) -> None:
@@ -428,6 +437,27 @@ class TestFetching:
             client.fetch(named(server), 4711, part)
         assert caught.value.answered is not None
         assert not caught.value.possibly_billed
+
+    def test_more_than_a_picture_can_have_is_not_read_to_its_end(
+        self, server: Wire, client: SegmindClient, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(room, "ANSWER_LIMIT", 30_000)
+        server.answers = [http(PNG + bytes(5_000_000))]
+        with pytest.raises(errors.NotAnImageError, match="more than 30,000 bytes") as caught:
+            client.fetch(named(server), 4711, part)
+        assert (caught.value.possibly_billed, caught.value.answered, caught.value.request_id) == (False, None, "r-1")
+
+    def test_a_result_that_cannot_be_read_from_the_disk_can_be_fetched_again(
+        self, server: Wire, client: SegmindClient, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreadable(_: Path) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        server.answers = [http_json(completed(server))]
+        monkeypatch.setattr(Path, "read_bytes", unreadable)
+        with pytest.raises(errors.OutboxError, match="Input/output error") as caught:
+            client.fetch(named(server), 4711, part)
+        assert (caught.value.possibly_billed, caught.value.request_id) == (False, "r-1")
 
     def test_a_disk_that_fails_leaves_the_request_to_be_fetched_again(
         self, server: Wire, client: SegmindClient, tmp_path: Path
