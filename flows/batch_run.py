@@ -257,6 +257,7 @@ def _plan(
         price_usd=services.settings.price_usd,
         on_unknown=terms.on_unknown,
         on_kept=terms.on_kept,
+        can_ask=services.can_ask,
         in_place=archived if skip_archived else None,
         flow_runs=runs,
         call=call,
@@ -325,7 +326,7 @@ def _open_pipeline(terms: Terms, ledger: Ledger, earlier_answers: Iterable[tuple
     )
     publisher = services.publisher(refreshed_at(), str(flow_run.id))
     pipeline = services.pipeline(
-        gate, on_unknown=terms.on_unknown, on_kept=terms.on_kept, policy=POLICY, publisher=publisher
+        gate, on_unknown=terms.on_unknown, on_kept=terms.on_kept, policy=POLICY, publisher=publisher, log=run_logger()
     )
     warn_once_without_conditional_writes(services.archive)
     return pipeline

@@ -124,6 +124,10 @@ class OutcomeUnknownError(SegmindError):
     """An earlier request for this job may have been paid, and `on_unknown="fail"` forbids another."""
 
 
+class SubmittedError(SegmindError):
+    """The provider has accepted a request and not finished it; whoever runs the job next fetches the picture unpaid."""
+
+
 class KeptElsewhereError(SegmindError):
     """A picture is paid for and lies in an outbox that this machine cannot read; it is not paid for again."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 
 from prefect_segmind.api.client import on_loopback
+from prefect_segmind.api.history import history_url
+from prefect_segmind.api.origin import is_v2
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import OnKept, OnUnknown
+from prefect_segmind.archive.record import Attempt, OnKept, OnUnknown, Run
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, OutboxError
 from prefect_segmind.jobs.job import shown
@@ -30,7 +33,9 @@ from prefect_segmind.pipeline.archive import Archiving
 from prefect_segmind.pipeline.look_up import LookUp
 from prefect_segmind.pipeline.pay import Cashier
 from prefect_segmind.pipeline.pipeline import Pipeline
+from prefect_segmind.pipeline.poll import Poller
 from prefect_segmind.pipeline.publish import Publisher, Publishing, split_publish_to
+from prefect_segmind.pipeline.reconcile import Reconciler, can_ask
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.settings import PREFIX, SegmindSettings, load_settings
@@ -43,6 +48,7 @@ from prefect_segmind.text import given_text, stripped
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_LOG = logging.getLogger(__name__)
 _DELETED = re.compile(r"[/\\](tmp[a-z0-9_]{8}prefect|runner_storage)([/\\]|$)")
 """Temporary folders in which a process worker or a runner keeps a run's code and working directory."""
 
@@ -204,6 +210,39 @@ class Services:
                 f"({PREFIX}EVENT_SOURCES)"
             )
 
+    def can_ask(self, attempt: Attempt, run: Run) -> bool:
+        """Whether the provider can be asked what became of a request; no key is needed to tell.
+
+        Args:
+            attempt: The request.
+            run: The run that asks.
+
+        Raises:
+            ConfigurationError: The block cannot be loaded.
+        """
+        url = load_base_url(self._credentials_block)
+        lists = history_url(url, self.settings.history_url) is not None
+        return can_ask(attempt, run, lists=lists, polls=is_v2(url))
+
+    def reconciler(self, gate: Gate, log: logging.Logger) -> Reconciler:
+        """Asks the provider what became of requests of unknown outcome.
+
+        Args:
+            gate: That of the run.
+            log: Logs that the provider's history makes the run wait.
+
+        Raises:
+            ConfigurationError: There is no key, or the history's address is unusable.
+        """
+        patience = self.settings.read_timeout_seconds
+        return Reconciler(
+            poller=Poller(gate, patience),
+            gate=gate,
+            history=self.credentials.get_history(self.settings, log),
+            polls=is_v2(self.credentials.base_url),
+            patience_seconds=patience,
+        )
+
     def publisher(self, refreshed_at: datetime, run: str) -> Publisher | None:
         """Publishes the pictures of a run; None where `publish_to` is not given.
 
@@ -224,6 +263,7 @@ class Services:
         on_kept: OnKept = "wait",
         policy: RetryPolicy | None = None,
         publisher: Publisher | None = None,
+        log: logging.Logger = _LOG,
     ) -> Pipeline:
         """The pipeline that takes jobs through all stages.
 
@@ -233,21 +273,24 @@ class Services:
             on_kept: Whether a picture is paid for again that lies in an outbox out of reach.
             policy: How often a request is retried; the longest wait for a server is a setting.
             publisher: Publishes the pictures; None to leave them in the archive.
+            log: As for `reconciler`.
 
         Raises:
             ConfigurationError: There is no key, or no archive.
         """
         archive, outbox, settings = self.archive, self.outbox, self.settings
         open_client = partial(self.credentials.get_client, settings)
+        reconciler = self.reconciler(gate, log)
         return Pipeline(
             reader=self.reader,
             uploads=self.uploads,
-            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown, on_kept),
+            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown, on_kept, reconciler.can_ask),
             cashier=Cashier(
                 archive=archive,
                 outbox=outbox,
                 open_client=open_client,
                 address=self.uploads.address,
+                reconciler=reconciler,
                 on_unknown=on_unknown,
                 policy=replace(policy or RetryPolicy(), longest_wait_seconds=settings.longest_wait_seconds),
                 gate=gate,

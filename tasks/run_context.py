@@ -183,7 +183,9 @@ def open_pipeline(services: Services, on_unknown: OnUnknown, on_kept: OnKept) ->
     policy = RetryPolicy(retries=context.task.retries) if context else RetryPolicy()
     publisher = services.publisher(refreshed_at(), flow_run.id)
     gate = Gate(ledger=run_ledger())
-    pipeline = services.pipeline(gate, on_unknown=on_unknown, on_kept=on_kept, policy=policy, publisher=publisher)
+    pipeline = services.pipeline(
+        gate, on_unknown=on_unknown, on_kept=on_kept, policy=policy, publisher=publisher, log=run_logger()
+    )
     warn_once_without_conditional_writes(services.archive)
     return pipeline
 

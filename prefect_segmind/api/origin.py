@@ -21,3 +21,16 @@ def on_loopback(url: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_v2(base_url: str) -> bool:
+    """Whether an API's address is that of v2, which accepts a request first and serves its result later.
+
+    Args:
+        base_url: The address.
+
+    Example:
+        >>> is_v2("https://api.segmind.com/v2/"), is_v2("https://api.segmind.com/v1")
+        (True, False)
+    """
+    return base_url.strip().rstrip("/").endswith("/v2")

@@ -31,7 +31,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from prefect_segmind.archive.archive import Archive, RecordRead
-from prefect_segmind.archive.record import LEASE_SECONDS, Holder, Record, Run
+from prefect_segmind.archive.record import LEASE_SECONDS, Asked, Holder, Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 
 RENEW_SECONDS = 15.0
@@ -101,11 +101,13 @@ class Claim:
         self._tried = self._written
         self._lock = threading.RLock()
 
-    def begin_request(self, holder: Holder) -> None:
+    def begin_request(self, holder: Holder, asked: Asked | None = None, image_file: str | None = None) -> None:
         """Write the claim and the next request into the record.
 
         Args:
             holder: The run, in this process.
+            asked: What the request is for.
+            image_file: The address of the source image that is sent, without its query.
 
         Raises:
             PreconditionFailedError: The claim was lost to another run, or released.
@@ -115,8 +117,20 @@ class Claim:
             self._require()
             ours = self.record.holder is not None and self.record.holder.run == self.run
             self._before = self.record.given_up() if ours else self.record
-            self._put(self.record.claimed_by(holder, datetime.now(UTC)))
+            self._put(self.record.claimed_by(holder, datetime.now(UTC), asked, image_file))
             self._until = max(self._until, self._written + LEASE_SECONDS)
+
+    def take_over(self, holder: Holder) -> None:
+        """Write the claim into the record without a request, to ask the provider for earlier ones.
+
+        Args:
+            holder: The run, in this process.
+
+        Raises:
+            PreconditionFailedError: The claim was lost to another run, or released.
+            StoreError: The record could not be written.
+        """
+        self.write(lambda record: record.taken_over_by(holder))
 
     def confirm(self) -> None:
         """Make sure that the claim is still held; the request must be sent as soon as this returns.
@@ -282,7 +296,13 @@ class Claim:
                 del _claims[key]
 
 
-def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run) -> Claim | None:
+def claim(
+    archive: Archive,
+    found: RecordRead | None,
+    fingerprint: str,
+    run: Run,
+    begin: Callable[[Claim, Holder], None] = Claim.begin_request,
+) -> Claim | None:
     """Claim a picture for its next request.
 
     Args:
@@ -290,6 +310,7 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run
         found: The record as just read; None if there was none.
         fingerprint: The picture's.
         run: The run that claims.
+        begin: Writes the claim into the record.
 
     Returns:
         The claim, with the next request in its record; None if another run was faster.
@@ -308,7 +329,7 @@ def claim(archive: Archive, found: RecordRead | None, fingerprint: str, run: Run
             if other.is_released:
                 other.settle()
             return None
-        claimed.begin_request(this_process(run))
+        begin(claimed, this_process(run))
         if not archive.store.conditional:
             # It may have accepted two writers: the one that reads itself back has won.
             again = archive.read(fingerprint)

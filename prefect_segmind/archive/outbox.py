@@ -27,13 +27,12 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.response import Link, picture_or_link
-from prefect_segmind.archive.record import Attempt
+from prefect_segmind.archive.record import Asked, Attempt
 from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.storage.disk_errors import disk_errors, reason
@@ -53,32 +52,6 @@ _REMEDY = "nothing was paid (free space there, or set PREFECT_INTEGRATIONS_SEGMI
 
 Reader = Callable[[Path, Path], Picture]
 """Reads the picture in the body of a 200, the first file; writes it to the second if the body is not the picture."""
-
-
-class Asked(BaseModel):
-    """What a request is for: with it, a picture can be archived though nobody asks for its job again.
-
-    All is None for a request of an earlier version.
-
-    Attributes:
-        job: The validated job, as JSON values.
-        source_uri: The location of the source image that was sent.
-        archive: The archive that the picture is for.
-        run: The run that pays.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    job: dict[str, Any] | None = None
-    source_uri: str | None = None
-    archive: str | None = None
-    run: str | None = None
-
-    @property
-    def name(self) -> str | None:
-        """The name of the job, where it is known."""
-        job = self.job.get("job") if self.job else None
-        return str(job["name"]) if isinstance(job, dict) and "name" in job else None
 
 
 class OutboxEntry(Asked):

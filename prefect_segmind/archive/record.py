@@ -6,13 +6,13 @@ and never deleted, so that it alone answers "is this picture paid for?".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated, Literal, NamedTuple, Required, TypedDict, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict, Unpack
 
-from pydantic import AwareDatetime, BaseModel, Field, FiniteFloat, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from prefect_segmind.api.picture import KEPT_MODEL, PaidPicture
 from prefect_segmind.limits.ledger import NOTHING, PastRequest, RequestId, Totals
@@ -36,6 +36,32 @@ FlowRuns = tuple[tuple[str, int], ...]
 """A flow run and its parents, the outermost first, each with the number of its try: Prefect's `run_count`."""
 
 
+class Asked(BaseModel):
+    """What a request is for: with it, a picture can be archived though nobody asks for its job again.
+
+    All is None for a request of an earlier version.
+
+    Attributes:
+        job: The validated job, as JSON values.
+        source_uri: The location of the source image that was sent.
+        archive: The archive that the picture is for.
+        run: The run that pays.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    job: dict[str, Any] | None = None
+    source_uri: str | None = None
+    archive: str | None = None
+    run: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The name of the job, where it is known."""
+        job = self.job.get("job") if self.job else None
+        return str(job["name"]) if isinstance(job, dict) and "name" in job else None
+
+
 class Attempt(BaseModel):
     """One request for the picture.
 
@@ -51,7 +77,10 @@ class Attempt(BaseModel):
         kept: Path and host of the picture in an outbox until it is archived; with a `reason`, of the body of a 200 that
             could not be read as a picture.
         flow_runs: The flow run that it was sent in.
-        cost_usd: The cost of a 200 that was read to its end; None without such an answer.
+        cost_usd: What it has cost, if that is known.
+        image_file: The address of the source image that was sent, without the query, which may be a signature.
+        request_id: The provider's id of it, where an answer or the provider's history has named one.
+        asked_by: The run that has asked the provider for it last, in vain; it does not ask again.
     """
 
     model_config = KEPT_MODEL
@@ -67,6 +96,9 @@ class Attempt(BaseModel):
     kept: str | None = None
     flow_runs: FlowRuns = ()
     cost_usd: Usd | None = None
+    image_file: str | None = None
+    request_id: str | None = None
+    asked_by: str | None = None
 
     @property
     def request(self) -> RequestId:
@@ -83,6 +115,18 @@ class Attempt(BaseModel):
         """Whether it was certainly paid for and returned no readable picture."""
         return bool(self.cost_usd and self.reason)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the provider may know more of it: it may have been billed, and nobody has seen its picture."""
+        return not self.kept_picture and (
+            self.possibly_billed is not False or self.kept is not None or self.paid_for_nothing
+        )
+
+    @property
+    def is_submitted(self) -> bool:
+        """Whether the provider has accepted it, and is to be asked for its result."""
+        return self.request_id is not None and self.possibly_billed is None
+
 
 class Outcome(TypedDict, total=False):
     """The outcome of a request: these fields of its `Attempt`."""
@@ -94,6 +138,8 @@ class Outcome(TypedDict, total=False):
     held_all: bool
     kept: str | None
     cost_usd: Decimal | None
+    request_id: str | None
+    asked_by: str | None
 
 
 class Holder(BaseModel):
@@ -166,6 +212,7 @@ class Record(BaseModel):
         state: `claimed` by a run that pays or has tried to; `done` once the picture is archived.
         holder: Who may pay now; None once that run has given up.
         attempts: Every request ever sent for it, oldest first.
+        asked: What the last request was for, until done; None in records of earlier versions.
         picture: The facts of the picture, when done.
         image: Key of the picture in the archive, when done.
         sidecar: Key of its sidecar, when done.
@@ -178,6 +225,7 @@ class Record(BaseModel):
     state: Literal["claimed", "done"] = "claimed"
     holder: Holder | None = None
     attempts: tuple[Attempt, ...] = ()
+    asked: Asked | None = None
     picture: PaidPicture | None = None
     image: str | None = None
     sidecar: str | None = None
@@ -213,29 +261,68 @@ class Record(BaseModel):
         Args:
             run: The run that asks.
         """
-        return any(not run.owns(each) and (each.paid_for_nothing or _unknown(each)) for each in self.attempts)
+        return any(not run.owns(each) and each.in_doubt for each in self.attempts)
 
-    def claimed_by(self, holder: Holder, now: datetime) -> Record:
+    def claimed_by(
+        self, holder: Holder, now: datetime, asked: Asked | None = None, image_file: str | None = None
+    ) -> Record:
         """The record as the holder writes it just before its next request.
-
-        A request of a dead run without an outcome becomes possibly billed. This run reports it, and all that the dead
-        run would have reported at its end.
 
         Args:
             holder: Who is about to pay.
             now: The time of the request, UTC.
+            asked: What the request is for.
+            image_file: The address of the source image that is sent, without its query.
+        """
+        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs, image_file=image_file)
+        record = self.taken_over_by(holder)
+        return record.model_copy(update={"attempts": (*record.attempts, attempt), "asked": asked or self.asked})
+
+    def taken_over_by(self, holder: Holder) -> Record:
+        """The record as a run writes it that is about to ask the provider for earlier requests, or to pay.
+
+        A request of a dead run without an outcome becomes possibly billed, unless the provider is known to have it.
+        This run reports it, and all that the dead run would have reported at its end.
+
+        Args:
+            holder: That run.
         """
         dead = self.holder.run if self.holder and self.holder.run != holder.run else None
         reported = {"reported_by": holder.run}
         lost = reported | {"possibly_billed": True, "reason": RUN_ENDED}
 
         def taken_over(attempt: Attempt) -> Attempt:
-            if attempt.possibly_billed is None:
+            if attempt.possibly_billed is None and attempt.request_id is None:
                 return attempt.model_copy(update=lost)
-            return attempt.model_copy(update=reported) if dead and attempt.reported_by == dead else attempt
+            ends_with_it = dead and (attempt.reported_by == dead or attempt.is_submitted)
+            return attempt.model_copy(update=reported) if ends_with_it else attempt
 
-        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs)
-        return self.model_copy(update={"holder": holder, "attempts": (*map(taken_over, self.attempts), attempt)})
+        return self.model_copy(update={"holder": holder, "attempts": tuple(map(taken_over, self.attempts))})
+
+    def submitted(self, request_id: str) -> Record:
+        """The record once the provider has accepted the last request, whose result is still to come.
+
+        Args:
+            request_id: The provider's id of it.
+        """
+        *earlier, last = self.attempts
+        return self.model_copy(update={"attempts": (*earlier, last.model_copy(update={"request_id": request_id}))})
+
+    def settled(self, request: RequestId, **outcome: Unpack[Outcome]) -> Record:
+        """The record with what the provider says of an earlier request.
+
+        Args:
+            request: Which one.
+            outcome: The fields of the `Attempt`; those left out stay as they are.
+        """
+        known = dict(outcome) if outcome["possibly_billed"] else {**outcome, "reported_by": None}
+        return self.model_copy(
+            update={
+                "attempts": tuple(
+                    each.model_copy(update=known) if each.request == request else each for each in self.attempts
+                )
+            }
+        )
 
     def with_outcome(self, **outcome: Unpack[Outcome]) -> Record:
         """The record with the outcome of the last request; a run that is not going to wait gives up its claim.
@@ -280,7 +367,7 @@ class Record(BaseModel):
             open_ones = [each for each in senders if each.possibly_billed and each.status in (None, 200)][-1:]
             returned |= {"reason": None, "reported_by": None, "kept": None}
         attempts = tuple(each.model_copy(update=returned) if each in open_ones else each for each in self.attempts)
-        done = {"state": "done", "holder": None, "attempts": attempts}
+        done = {"state": "done", "holder": None, "attempts": attempts, "asked": None}
         return self.model_copy(update=done | {"picture": picture, "image": image, "sidecar": sidecar})
 
     def with_known_outcomes(self, attempts: tuple[Attempt, ...]) -> Record:
@@ -358,6 +445,7 @@ class Verdict(StrEnum):
     WAIT = "wait"
     REFUSE = "refuse"
     KEPT = "kept elsewhere"
+    ASK = "ask"
     PAY = "pay"
 
 
@@ -370,6 +458,7 @@ def verdict(
     on_unknown: OnUnknown,
     on_kept: OnKept = "wait",
     unreadable: bool = False,
+    can_ask: Callable[[Attempt], bool] = lambda _: False,
 ) -> Verdict:
     """Decide whether to pay for a job. Pure: the caller has read the record and the outbox.
 
@@ -381,6 +470,7 @@ def verdict(
         on_unknown: The policy for requests that were or may have been paid without returning a picture.
         on_kept: The policy for a picture that is paid for and lies in an outbox out of reach.
         unreadable: Whether the outbox has a paid answer that cannot be read as a picture.
+        can_ask: Whether the provider can be asked what became of a request, and has not been asked by this run yet.
 
     Example:
         >>> verdict(None, run=Run("a"), in_outbox=False, held_elsewhere=False, on_unknown="repay").value
@@ -394,6 +484,8 @@ def verdict(
         return Verdict.WAIT
     if record is not None and record.kept_picture and on_kept == "wait":
         return Verdict.KEPT
+    if record is not None and any(each.in_doubt and can_ask(each) for each in record.attempts):
+        return Verdict.ASK
     if on_unknown == "fail" and (unreadable or (record is not None and record.outcome_unknown(run))):
         return Verdict.REFUSE
     if record is None:

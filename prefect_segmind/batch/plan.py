@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox
-from prefect_segmind.archive.record import FlowRuns, OnKept, OnUnknown, Record, Run, Verdict, verdict
+from prefect_segmind.archive.record import Attempt, FlowRuns, OnKept, OnUnknown, Record, Run, Verdict, verdict
 from prefect_segmind.errors import SegmindError, SourceImageError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.money import usd
@@ -40,9 +40,10 @@ REFUSED = (
 )
 """The problem of a job that may not be paid for again."""
 
-Need = Literal["generate", "reuse", "recover", "wait", "kept elsewhere", "fail"]
+Need = Literal["generate", "ask", "reuse", "recover", "wait", "kept elsewhere", "fail"]
 _NEEDS: dict[Verdict, Need] = {
     Verdict.PAY: "generate",
+    Verdict.ASK: "ask",
     Verdict.REUSE: "reuse",
     Verdict.RECOVER: "recover",
     Verdict.WAIT: "wait",
@@ -113,6 +114,7 @@ class Plan(BaseModel):
         recover: Pictures that are in the outbox, paid for.
         wait: Pictures that another run is paying for at this moment.
         kept: Jobs that will fail, unpaid, because their picture is paid for and lies in the outbox of another machine.
+        ask: Jobs for which the provider is asked what became of an earlier request, before another one is paid for.
         fail: Other jobs that will fail, unpaid: their image cannot be used, or `on_unknown` forbids another payment.
         price_usd: The price of one picture.
         budget_usd: What the run may spend; None for no limit.
@@ -130,6 +132,7 @@ class Plan(BaseModel):
     recover: int
     wait: int
     kept: int = 0
+    ask: int = 0
     fail: int
     price_usd: Decimal
     budget_usd: Decimal | None = None
@@ -140,8 +143,8 @@ class Plan(BaseModel):
 
     @property
     def planned_usd(self) -> Decimal:
-        """The cost of the pictures to pay for."""
-        return self.price_usd * self.generate
+        """The cost of the pictures to pay for, if the provider has made none of those that it is asked about."""
+        return self.price_usd * (self.generate + self.ask)
 
     def with_failures(self, problems: Iterable[tuple[str, str]]) -> Plan:
         """The plan with jobs that had failed before it was made; they come first.
@@ -182,6 +185,7 @@ class Plan(BaseModel):
             "generate": f"{self.generate}, {usd(self.planned_usd)} USD at {usd(self.price_usd)} USD each",
         }
         details = (
+            ("ask", self.ask, "the provider is asked what became of a request; paid for again only if it cannot tell"),
             ("reuse", self.reuse, "in the archive or made by another asset of this run"),
             ("recover", self.recover, "paid for and waiting in the outbox"),
             ("wait", self.wait, "another run is paying for them"),
@@ -200,7 +204,7 @@ class Plan(BaseModel):
         )
         return [
             f"the plan costs {usd(self.planned_usd)} USD, {what.format(usd(limit))} for {int(limit / self.price_usd)} "
-            f"of {self.generate} pictures: the run stops there"
+            f"of {self.generate + self.ask} pictures: the run stops there"
             for what, limit in limits
             if limit is not None and self.planned_usd > limit
         ]
@@ -216,6 +220,7 @@ def make_plan(
     price_usd: Decimal,
     on_unknown: OnUnknown = "repay",
     on_kept: OnKept = "wait",
+    can_ask: Callable[[Attempt, Run], bool] = lambda *_: False,
     in_place: set[str] | None = None,
     flow_runs: FlowRuns = (),
     call: str = "",
@@ -233,6 +238,7 @@ def make_plan(
         price_usd: The price of a picture.
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
         on_kept: Whether a picture is paid for again that is paid for and lies in an outbox out of reach.
+        can_ask: Whether the provider can be asked what became of a request.
         in_place: Receives the `place` of each picture that is archived under the very name that is asked for, unless it
             is still in the outbox too: nothing is left to do for it.
         flow_runs: The flow run that is planned for, which may have sent requests before.
@@ -310,6 +316,7 @@ def make_plan(
             on_unknown=on_unknown,
             on_kept=on_kept,
             unreadable=fingerprint in unread,
+            can_ask=lambda attempt: can_ask(attempt, Run("")),
         )
         if need is Verdict.KEPT and record and record.kept_picture:
             out_of_reach[fingerprint] = record.kept_picture
@@ -338,6 +345,7 @@ def make_plan(
         recover=needs[Verdict.RECOVER],
         wait=needs[Verdict.WAIT],
         kept=needs[Verdict.KEPT],
+        ask=needs[Verdict.ASK],
         fail=needs[Verdict.REFUSE],
         price_usd=price_usd,
         warnings=tuple((+warnings).most_common(10)),
@@ -406,7 +414,7 @@ def _listed(
             problem = f"{kept_elsewhere(each.name, out_of_reach[each.fingerprint])}; {KEPT_REMEDY}"
         elif each.fingerprint in taken:
             need = "reuse"
-        usd_now = price_usd if need == "generate" else Decimal("0.00")
+        usd_now = price_usd if need in ("generate", "ask") else Decimal("0.00")
         yield PlannedJob(name=each.name, needs=need, usd=usd_now, problem=problem)
         taken.add(each.fingerprint)
 

@@ -117,7 +117,8 @@ class BatchResult(BaseModel):
 
     def _expectation(self) -> str:
         counts = (
-            *((self.generated, "generate"), (self.reused - self.plan.wait, "reuse")),
+            *((self.generated - self.plan.ask, "generate"), (self.plan.ask, "ask about")),
+            (self.reused - self.plan.wait, "reuse"),
             *((self.recovered, "recover"), (self.plan.wait, "wait for")),
         )
         counted = ", ".join(f"{what} {count}" for count, what in counts if count)
@@ -324,7 +325,7 @@ def planned(plan: Plan) -> BatchResult:
     """
     return BatchResult(
         total=plan.total,
-        generated=plan.generate,
+        generated=plan.generate + plan.ask,
         reused=plan.reuse + plan.wait,
         recovered=plan.recover,
         failed=plan.fail + plan.kept,

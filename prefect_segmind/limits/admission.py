@@ -23,6 +23,7 @@ from prefect_segmind.errors import (
     InsufficientCreditsError,
     NotStartedError,
     RateLimitError,
+    RunCancelledError,
     SegmindError,
     UnusableAnswersError,
 )
@@ -47,7 +48,8 @@ class Admission:
         picture: The fingerprint of the picture; empty until the request is sent.
         request: The request; None until it is sent.
         cost_usd: What the answer has cost; None until that is known.
-        is_over: Whether another request may take its place.
+        is_over: Whether another request may take its place, and its outcome is entered.
+        is_aside: Whether another request may take its place, though its outcome is not known yet.
     """
 
     gate: Gate
@@ -58,6 +60,7 @@ class Admission:
     request: RequestId | None = None
     cost_usd: Decimal | None = None
     is_over: bool = False
+    is_aside: bool = False
 
     def sent(self, picture: str, request: RequestId) -> None:
         """Records, once, that the request is being sent: from here on it may be billed.
@@ -80,6 +83,16 @@ class Admission:
         self.cost_usd = cost_usd
         self.gate.picture(at or datetime.now(UTC))
         self.gate._let_out(self, None)
+
+    def stand_aside(self, error: SegmindError) -> None:
+        """Lets another request take this one's place while the provider is asked what became of it.
+
+        Its price stays reserved until that is known.
+
+        Args:
+            error: What the request has ended with.
+        """
+        self.gate._stand_aside(self, error)
 
     def unusable(self, error: SegmindError) -> None:
         """Records that a 200 was read to its end and holds no picture.
@@ -160,6 +173,7 @@ class Gate:
         self._room = threading.Condition(self._lock)
         self._stopping = threading.Condition(self._lock)
         self._stopped: SegmindError | None = None
+        self._is_ending = False
         self._admitted = 0
         self._in_flight = 0
         self._entered = 0
@@ -189,6 +203,7 @@ class Gate:
         """
         with self._lock:
             self._stopped = self._stopped or error
+            self._is_ending |= isinstance(error, RunCancelledError)
             for waiting in (*(turn for _, turn in self._queue), self._room, self._stopping):
                 waiting.notify_all()
 
@@ -303,6 +318,23 @@ class Gate:
             self._stopping.wait_for(lambda: self._stopped, seconds)
             self._raise_if_stopped()
 
+    def rest(self, seconds: float) -> bool:
+        """Waits for something that is paid for, which goes on unless the run is being ended from outside.
+
+        Args:
+            seconds: How long.
+
+        Returns:
+            Whether the time has passed; False, at once, when the run is being ended.
+        """
+        with self._lock:
+            return not self._stopping.wait_for(lambda: self._is_ending, seconds)
+
+    def corrected(self) -> None:
+        """Lets those that wait look again, as the ledger may have more room."""
+        with self._lock:
+            self._next()
+
     def _raise_if_stopped(self) -> None:
         if self._stopped:
             raise NotStartedError(f"not started: {self._stopped}") from self._stopped
@@ -405,19 +437,22 @@ class Gate:
             self._pace.sent(admission.ticket, monotonic())
             self._next()
 
+    def _stand_aside(self, admission: Admission, error: SegmindError) -> None:
+        with self._lock:
+            hold = self._give_up_slot(admission, error)
+            self._next()
+        if hold is not None:
+            self._log.warning(hold)
+
     def _let_out(self, admission: Admission, error: BaseException | None) -> None:
-        hold: str | None = None
         with self._lock:
             if admission.is_over:
                 return
             admission.is_over = True
-            self._admitted -= 1
+            hold = self._give_up_slot(admission, error)
             if admission.request is None:
-                self._pace.release(admission.ticket)
                 self.ledger.release(admission.reserved_usd)
             else:
-                self._in_flight -= 1
-                hold = self._update_pace(admission, error)
                 totals = admission._totals(error)
                 self.ledger.settle(admission.reserved_usd, admission.picture, admission.request, totals)
             self._keep_money(admission.asset, admission.cost_usd is None)
@@ -427,6 +462,18 @@ class Gate:
             self._next()
         if hold is not None:
             self._log.warning(hold)
+
+    def _give_up_slot(self, admission: Admission, error: BaseException | None) -> str | None:
+        """Lets another request be sent; returns the message to log if the answer makes all wait."""
+        if admission.is_aside:
+            return None
+        admission.is_aside = True
+        self._admitted -= 1
+        if admission.request is None:
+            self._pace.release(admission.ticket)
+            return None
+        self._in_flight -= 1
+        return self._update_pace(admission, error)
 
     def _update_pace(self, admission: Admission, error: BaseException | None) -> str | None:
         """Passes an answer to the rate limiter; returns the message to log if it makes all wait."""

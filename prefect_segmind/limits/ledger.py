@@ -272,6 +272,22 @@ class Ledger:
                 by = known.reported_by or run if self._reporters.setdefault(request, self) is self else None
                 self._enter(picture, request, known._replace(reported_by=by))
 
+    def correct(self, picture: str, request: RequestId, outcome: Totals) -> None:
+        """Replaces what a request of this run was entered with by what the provider says of it.
+
+        Does nothing for a request that this ledger has not entered itself: `carry` has the record's word for it.
+
+        Args:
+            picture: The fingerprint of the picture.
+            request: What identifies the request.
+            outcome: What it cost, or may have cost.
+        """
+        with self._lock:
+            self._complete()
+            known = self._pictures.get(picture, {}).get(request)
+            if known is not None and known.is_own:
+                self._enter(picture, request, known._replace(totals=outcome, charged=outcome))
+
     def begin_try(self, reporters: Reporters | None = None) -> None:
         """Begins another try of the run: earlier requests are reported by the task run that carries them first.
 

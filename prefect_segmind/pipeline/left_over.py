@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import held_elsewhere
-from prefect_segmind.archive.outbox import Asked, Waiting
-from prefect_segmind.archive.record import Run
+from prefect_segmind.archive.outbox import Waiting
+from prefect_segmind.archive.record import Asked, Run
 from prefect_segmind.errors import (
     BucketNotFoundError,
     SegmindError,

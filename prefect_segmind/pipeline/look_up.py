@@ -102,6 +102,7 @@ class LookUp:
         ledger: Receives the earlier requests that this run has to report.
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
         on_kept: Whether a picture is paid for again that is paid for and lies in an outbox out of reach.
+        can_ask: Whether the provider can be asked what became of a request, and was not by this run already.
     """
 
     archive: Archive
@@ -110,6 +111,7 @@ class LookUp:
     ledger: Ledger
     on_unknown: OnUnknown = "repay"
     on_kept: OnKept = "wait"
+    can_ask: Callable[[Attempt, Run], bool] = lambda *_: False
 
     def as_paid_for(self, job: ValidatedJob) -> ValidatedJob:
         """The job under a fingerprint that it had in an earlier version, if it has been paid for under that one.
@@ -168,6 +170,7 @@ class LookUp:
             on_unknown=self.on_unknown,
             on_kept=self.on_kept,
             unreadable=bool(unreadable),
+            can_ask=lambda attempt: self.can_ask(attempt, run),
         )
         finding = Finding(what, found, kept, unreadable)
         if (picture := kept[1].paid if kept else finding.archived) and not elsewhere:

@@ -1,11 +1,11 @@
-"""Paying: one request for a picture that is not paid for yet."""
+"""Paying: one request for a picture that is not paid for yet, and asking what became of earlier ones."""
 
 from __future__ import annotations
 
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,15 +15,38 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.history import address
 from prefect_segmind.api.picture import Answered, PaidPicture
+from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.leases import Claim, claim, give_up, held_claim, this_process
-from prefect_segmind.archive.outbox import Asked, Outbox, OutboxEntry
-from prefect_segmind.archive.record import LEASE_SECONDS, Attempt, OnUnknown, Record, Run, past_requests
-from prefect_segmind.errors import ApiError, Decision, OutboxError, PreconditionFailedError, SegmindError, StoreError
-from prefect_segmind.limits.admission import Gate
+from prefect_segmind.archive.outbox import Outbox, OutboxEntry
+from prefect_segmind.archive.record import (
+    LEASE_SECONDS,
+    Asked,
+    Attempt,
+    Holder,
+    OnUnknown,
+    Outcome,
+    Record,
+    Run,
+    past_requests,
+)
+from prefect_segmind.errors import (
+    ApiError,
+    Decision,
+    NotAnImageError,
+    OutboxError,
+    PreconditionFailedError,
+    SegmindError,
+    StoreError,
+    SubmittedError,
+)
+from prefect_segmind.limits.admission import Admission, Gate
+from prefect_segmind.limits.ledger import NOTHING, Totals
 from prefect_segmind.limits.retry import RetryPolicy, decide, holds_all
 from prefect_segmind.pipeline.look_up import Finding
+from prefect_segmind.pipeline.reconcile import Reconciler, Replies, could_tell
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 
@@ -79,12 +102,14 @@ class Paid(NamedTuple):
     Attributes:
         path: The picture in the outbox.
         picture: Its facts.
-        attempts: Every request for it, this one last.
+        attempts: Every request for it.
+        paid_by: The run that has sent the one that brought it.
     """
 
     path: Path
     picture: PaidPicture
     attempts: tuple[Attempt, ...]
+    paid_by: str
 
 
 @dataclass(frozen=True)
@@ -96,6 +121,7 @@ class Cashier:
         outbox: The outbox, which receives the pictures.
         open_client: Makes the client for one request; a pool of connections that threads share is slow.
         address: Turns the URI of an uploaded image into an address that the provider can GET, for one request.
+        reconciler: Asks the provider what became of requests whose outcome is unknown.
         on_unknown: Whether a picture is paid for again where an earlier request, of this run or another, may have been
             billed.
         policy: The limits of the run's retries.
@@ -106,6 +132,7 @@ class Cashier:
     outbox: Outbox
     open_client: Callable[[], SegmindClient]
     address: Callable[[str], str]
+    reconciler: Reconciler
     on_unknown: OnUnknown = "repay"
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     gate: Gate = field(default_factory=Gate)
@@ -113,7 +140,7 @@ class Cashier:
     def pay(
         self, job: ValidatedJob, uploaded: UploadedImage, finding: Finding, run: Run, log: logging.Logger
     ) -> Paid | None:
-        """Sends one request.
+        """Sends one request; where its outcome is unknown, the provider is asked what became of it.
 
         What can fail on this machine (disk space, the signed address) is done before the picture is claimed.
 
@@ -132,16 +159,16 @@ class Cashier:
             NotStartedError: The run of a batch has stopped, and no request was sent.
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             StoreError: The record cannot be written; nothing was paid.
+            SubmittedError: The provider has accepted the request and not finished it, and the run waits no longer.
         """
-        about = job.model_dump(mode="json")
-        asked = Asked(job=about, source_uri=uploaded.uri, archive=self.archive.url, run=run.id)
+        asked = self._asked(job, uploaded.uri, run.id)
         with (
             self.gate.admit(job.price_usd, job.name) as admission,
             self.outbox.receive(job.fingerprint, run.id, asked) as part,
             self.open_client() as client,
         ):
             request = job.request(self.address(uploaded.uri))
-            held = self._claim(job, finding, run)
+            held = self._claim(job, finding, run, asked, address(request.image_file))
             if held is None:
                 return None
             request_id = held.record.attempts[-1].request
@@ -163,7 +190,7 @@ class Cashier:
 
             paid, path = None, part
             try:
-                paid = client.generate(request, part, before_sending)
+                paid = self._bought(client, job, request, part, before_sending, held, admission, run, log)
                 admission.paid(paid.cost_usd, paid.paid_at)
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts, **asked.model_dump())
                 path = self.outbox.keep(job.fingerprint, part, entry)
@@ -180,6 +207,11 @@ class Cashier:
                     held.give_up()
                     raise
                 enter()  # unless it was sent: it was tried
+                if isinstance(error, SubmittedError) and error.request_id:
+                    self._note(held, error.request_id, log)
+                if held.record.attempts[-1].is_submitted and not isinstance(error, ApiError):
+                    held.give_up()  # the next run fetches it
+                    raise
                 if not isinstance(error, SegmindError):
                     ended = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
                     self._fail(run, held, ended, log, self.outbox.arrived(part))
@@ -194,10 +226,126 @@ class Cashier:
                 decision = self._fail(run, held, error, log, kept)
                 raise failed.with_facts(decision=decision) from error.__cause__
             self._write_outcome(held, _answered(paid, path), log)  # before anything else can end the run
+        return self._paid(held, path, paid, run.id, log)
+
+    def ask(self, job: ValidatedJob, finding: Finding, run: Run, log: logging.Logger) -> Paid | None:
+        """Asks the provider, under a claim on the picture, what became of earlier requests of unknown outcome.
+
+        Nothing is sent that could be billed. What the provider says is written into the record.
+
+        Args:
+            job: The job.
+            finding: The state of the picture when it was decided to ask.
+            run: The run that asks.
+            log: Logs what becomes known.
+
+        Returns:
+            The picture, if one of them has brought it; None if none has, or another run was faster to claim it.
+
+        Raises:
+            OutboxError: The disk is full; nothing was paid now.
+            ResultLinkError: A picture was made and billed, and cannot be downloaded now.
+            StoreError: The record cannot be written; nothing was paid.
+            SubmittedError: A request is accepted and not finished, and the run waits no longer.
+        """
+        before = finding.record.record.asked if finding.record else None
+        sender = next(each.run for each in reversed(finding.attempts) if each.in_doubt)
+        asked = self._asked(job, (before and before.source_uri) or job.job.image, sender)
+        with self.outbox.receive(job.fingerprint, run.id, asked) as part, self.open_client() as client:
+            held = self._claimed_by(Claim.take_over, job, finding, run)
+            if held is None:
+                return None
+            held.hold(REQUEST_SECONDS)
+            self._report(job, held, run)
+            doubtful = [each for each in held.record.attempts if each.in_doubt and self.reconciler.can_ask(each, run)]
+            with self.gate.parked(job.name):
+                replies = self.reconciler.ask(client, job, doubtful, part, log, _settled_ids(held.record, doubtful))
+            brought_by = replies.brought_by
+            if replies.picture is None or brought_by is None:
+                self._enter(held, job, doubtful, replies, run, log)
+                return None
+            facts = asked.model_dump() | {"run": brought_by.run}
+            entry = OutboxEntry(paid=replies.picture, attempts=held.record.attempts, **facts)
+            path = self.outbox.keep(job.fingerprint, part, entry)
+            self.gate.picture(replies.picture.paid_at)
+            replies.outcomes[brought_by.request]["kept"] = _on_this_host(path)
+            self._enter(held, job, doubtful, replies, run, log)
+        return self._paid(held, path, replies.picture, brought_by.run, log)
+
+    def _paid(self, held: Claim, path: Path, picture: PaidPicture, sender: str, log: logging.Logger) -> Paid:
         held.hold(ARCHIVE_SECONDS)
-        for notice in paid.notices:
+        for notice in picture.notices:
             log.info(notice)
-        return Paid(path, paid, held.record.attempts)
+        return Paid(path, picture, held.record.attempts, sender)
+
+    def _bought(
+        self,
+        client: SegmindClient,
+        job: ValidatedJob,
+        request: ImageToImageRequest,
+        part: Path,
+        before_sending: Callable[[], None],
+        held: Claim,
+        admission: Admission,
+        run: Run,
+        log: logging.Logger,
+    ) -> PaidPicture:
+        """The picture that a request brings, or that the provider has made of it though the answer was lost.
+
+        Raises:
+            ApiError: The request failed; not `possibly_billed` if the provider says that it has billed nothing.
+            SubmittedError: As for `pay`.
+        """
+        try:
+            if not client.submits:
+                return client.generate(request, part, before_sending)
+            submitted = client.submit(request, before_sending)
+            self._note(held, submitted.request_id, log)
+            return self.reconciler.poller.result(client, submitted, job.seed, part, log, resumed=False)
+        except ApiError as error:
+            sent = held.record.attempts[-1]
+            sent = sent.model_copy(update={"request_id": error.request_id or sent.request_id})
+            is_result = client.submits and isinstance(error, NotAnImageError)  # and not an answer that was lost
+            if is_result or not could_tell(error) or not self.reconciler.can_ask(sent, run):
+                raise
+            log.info("%s: %s; the provider is asked what became of the request", job.name, error)
+            admission.stand_aside(error)
+            with self.gate.parked(job.name):
+                replies = self.reconciler.ask(client, job, [sent], part, log, _settled_ids(held.record, [sent]))
+            if replies.picture is not None:
+                return replies.picture
+            raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
+
+    def _enter(
+        self,
+        held: Claim,
+        job: ValidatedJob,
+        doubtful: Sequence[Attempt],
+        replies: Replies,
+        run: Run,
+        log: logging.Logger,
+    ) -> None:
+        """Enters what the provider says of earlier requests in the record and in the ledger."""
+        self._write_outcome(held, lambda record: replies.entered(record, doubtful, run), log)
+        for each in doubtful:
+            if outcome := replies.outcomes.get(each.request):
+                cost = outcome.get("cost_usd") or NOTHING
+                self.gate.ledger.correct(job.fingerprint, each.request, Totals(1, cost))
+        self._report(job, held, run)
+        self.gate.corrected()
+
+    def _report(self, job: ValidatedJob, held: Claim, run: Run) -> None:
+        """Enters in the ledger what this run has to report of the requests in the record."""
+        past = past_requests(run, held.record.attempts, job.price_usd)
+        self.gate.ledger.carry(job.fingerprint, past, run.id)
+
+    def _note(self, held: Claim, request_id: str, log: logging.Logger) -> None:
+        """Notes in the record that the provider has accepted the request: whoever comes next can fetch its result."""
+        self._write_outcome(held, lambda record: record.submitted(request_id), log)
+
+    def _asked(self, job: ValidatedJob, source_uri: str, run: str) -> Asked:
+        about = job.model_dump(mode="json")
+        return Asked(job=about, source_uri=source_uri, archive=self.archive.url, run=run)
 
     def set_aside(self, job: ValidatedJob, run: Run) -> None:
         """Lets any run of this process archive the picture that a run has got, as nobody knows when that one will.
@@ -235,12 +383,20 @@ class Cashier:
         if left.record.holder and run.follows(left.record.holder.flow_runs):
             left.release()
 
-    def _claim(self, job: ValidatedJob, finding: Finding, run: Run) -> Claim | None:
+    def _claim(self, job: ValidatedJob, finding: Finding, run: Run, asked: Asked, image_file: str) -> Claim | None:
+        def begin(held: Claim, holder: Holder) -> None:
+            held.begin_request(holder, asked, image_file)
+
+        return self._claimed_by(begin, job, finding, run)
+
+    def _claimed_by(
+        self, begin: Callable[[Claim, Holder], None], job: ValidatedJob, finding: Finding, run: Run
+    ) -> Claim | None:
         held = held_claim(self.archive, job.fingerprint)
         if held is None or held.run != run.id:
-            return claim(self.archive, finding.record, job.fingerprint, run)
+            return claim(self.archive, finding.record, job.fingerprint, run, begin)
         try:
-            held.begin_request(this_process(run))
+            begin(held, this_process(run))
         except PreconditionFailedError:
             return None
         return held
@@ -288,8 +444,10 @@ class Cashier:
                 wait_seconds=decision.wait_seconds,
                 possibly_billed=error.possibly_billed,
                 held_all=holds_all(error),
-                kept=f"{kept} on {socket.gethostname()}" if kept else None,
+                kept=_on_this_host(kept) if kept else None,
                 cost_usd=None if error.possibly_billed or error.answered is None else error.answered.cost_usd,
+                request_id=error.request_id or record.attempts[-1].request_id,
+                asked_by=run.id if could_tell(error) and self.reconciler.can_ask(record.attempts[-1], run) else None,
             )
 
         self._write_outcome(held, outcome, log)
@@ -309,5 +467,34 @@ class Cashier:
 
 def _answered(paid: PaidPicture, path: Path) -> Callable[[Record], Record]:
     """The outcome of a request that has brought a picture, which waits in the outbox."""
-    kept = f"{path} on {socket.gethostname()}"
-    return lambda record: record.with_outcome(status=200, possibly_billed=False, kept=kept, cost_usd=paid.cost_usd)
+    outcome = Outcome(
+        status=200,
+        possibly_billed=False,
+        kept=_on_this_host(path),
+        cost_usd=paid.cost_usd,
+        request_id=paid.request_id,
+    )
+    return lambda record: record.with_outcome(**outcome)
+
+
+def _as_told(error: ApiError, outcome: Outcome | None) -> ApiError:
+    """The error of a request, with what the provider says of it; None if it says nothing."""
+    if outcome is None:
+        return error
+    request_id = outcome.get("request_id")
+    if (cost := outcome.get("cost_usd")) is None:
+        return error.with_facts(
+            f"{error}; {outcome['reason']}", possibly_billed=False, answered=None, request_id=request_id
+        )
+    answered = Answered(cost_usd=cost, cost_source="history", request_id=request_id, at=datetime.now(UTC))
+    return NotAnImageError(f"{error}; {outcome['reason']}", status=200, answered=answered, request_id=request_id)
+
+
+def _settled_ids(record: Record, doubtful: Sequence[Attempt]) -> set[str]:
+    """The provider's ids of the requests that are not in doubt: their rows are no others'."""
+    doubted = {each.request for each in doubtful}
+    return {each.request_id for each in record.attempts if each.request_id and each.request not in doubted}
+
+
+def _on_this_host(path: Path) -> str:
+    return f"{path} on {socket.gethostname()}"

@@ -22,7 +22,7 @@ from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import KEPT_REMEDY, Finding, LookUp
-from prefect_segmind.pipeline.pay import Cashier, GeneratedImage
+from prefect_segmind.pipeline.pay import Cashier, GeneratedImage, Paid
 from prefect_segmind.pipeline.publish import Publisher
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import UploadedImage, Uploads
@@ -100,7 +100,7 @@ class Pipeline:
     def generate(
         self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
     ) -> GeneratedImage:
-        """Gets the picture of a job: from the archive, from the outbox, or by one request to the API.
+        """Gets the picture of a job: from archive, outbox or the provider's history, or by one request to the API.
 
         Call it again with the same run to retry: the record has what happened before. A picture that another run is
         paying for at this moment is waited for.
@@ -122,6 +122,7 @@ class Pipeline:
             OutboxError: The disk is full; unless `possibly_billed`, nothing was paid.
             OutcomeUnknownError: An earlier request may have been paid, and `on_unknown` is `fail`; or as many of this
                 flow run may have been as are allowed.
+            SubmittedError: A request is accepted by the provider and not finished; the next run fetches its picture.
             SegmindError: `upload` failed, or the record could not be read or written. Nothing was paid now; the error
                 has the totals of the run's earlier requests, as all others have.
         """
@@ -158,7 +159,13 @@ class Pipeline:
                         self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
                         if paid := self.cashier.pay(job, uploaded, finding, run, log):
-                            return self._generated(job, run, "generated", *paid, uploaded.uri, paid_by=run.id)
+                            return self._paid_for(job, run, "generated", paid, uploaded.uri)
+            elif finding.verdict is Verdict.ASK:
+                with self.gate.first(job.fingerprint) as first:
+                    if first:
+                        if paid := self.cashier.ask(job, finding, run, log):
+                            return self._paid_for(job, run, "recovered", paid)
+                        continue
             elif finding.verdict is Verdict.REUSE and (picture := finding.archived):
                 log.info("reused: %s is paid for and archived already; nothing to pay", job.name)
                 return self._generated(job, run, "reused", None, picture, finding.attempts)
@@ -184,6 +191,17 @@ class Pipeline:
             with self.gate.parked(job.name):
                 self.gate.pause(wait)
             wait, waited = min(wait * 1.5, LONGEST_WAIT_SECONDS), waited + wait
+
+    def _paid_for(
+        self,
+        job: ValidatedJob,
+        run: Run,
+        status: Literal["generated", "recovered"],
+        paid: Paid,
+        source_uri: str | None = None,
+    ) -> GeneratedImage:
+        path, picture, attempts, paid_by = paid
+        return self._generated(job, run, status, path, picture, attempts, source_uri, paid_by)
 
     def _generated(
         self,

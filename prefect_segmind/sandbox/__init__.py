@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -11,10 +12,14 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
+import httpx
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_segmind.errors import ConfigurationError
+from prefect_segmind.sandbox.answers import HANG_UP
 from prefect_segmind.sandbox.drawing.picture import make_picture, sample_photo
+from prefect_segmind.sandbox.history import PATH
 from prefect_segmind.sandbox.s3 import REGION, S3Server
 from prefect_segmind.sandbox.script import Answer, Script
 from prefect_segmind.sandbox.server import SandboxApi
@@ -45,9 +50,12 @@ class Sandbox:
     Attributes:
         api_key: `SG_` and 16 random hex digits.
         base_url: For example `http://127.0.0.1:40123/v1`; empty until it is started.
+        base_url_v2: The same with `/v2`.
+        history_url: The address of the request history.
         folder: As given.
         ledger: The requests and what they cost.
         script: The queue of scripted answers.
+        history: The request history, which can be scripted too, by `history.play`, or switched off, by `history.off`.
         s3: The S3 server, or None.
 
     Example:
@@ -70,9 +78,10 @@ class Sandbox:
         s3: bool = True,
     ) -> None:
         self.api_key = "SG_" + secrets.token_hex(8)
-        self.base_url = ""
+        self.base_url = self.base_url_v2 = self.history_url = ""
         self.folder = folder
         self.s3 = S3Server(folder / "s3", port=s3_port, buckets=[BUCKET]) if s3 else None
+        self._origin = ""
         self._port = port
         self._api = SandboxApi(
             self.api_key,
@@ -82,12 +91,16 @@ class Sandbox:
             rate_window=rate_window,
             sketch=sketch,
         )
-        self.ledger, self.script = self._api.ledger, self._api.script
+        self.ledger, self.script, self.history = self._api.ledger, self._api.script, self._api.history
         self._stack = contextlib.ExitStack()
 
     def play(self, *answers: Answer, prompt: str | None = None) -> None:
         """Queues scripted answers; see `Script.play`."""
         self.script.play(*answers, prompt=prompt)
+
+    def reset(self) -> None:
+        """Returns to the state after the start: no requests, also none in flight, no bills, no scripts, no history."""
+        httpx.post(f"{self._origin}/sandbox/reset", trust_env=False).raise_for_status()
 
     def environment(self) -> dict[str, str]:
         """The environment variables that make this plugin and boto3 use the sandbox, and nothing else.
@@ -143,8 +156,8 @@ class Sandbox:
             raise ConfigurationError(f"the sandbox cannot listen on port {self._port}: {reason(error)}") from None
         # uvicorn logs scripted cuts as errors; `critical` and no log configuration keep them off the terminal.
         config = uvicorn.Config(
-            self._api.app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
-            access_log=False, timeout_graceful_shutdown=1,
+            self._api.app, loop="asyncio", http=_Connection, ws="none", lifespan="off", timeout_graceful_shutdown=1,
+            log_config=None, log_level="critical", access_log=False,
         )  # fmt: skip
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name="sandbox-api", daemon=True)
@@ -160,4 +173,14 @@ class Sandbox:
             if not thread.is_alive() or time.monotonic() > deadline:
                 raise ConfigurationError("the sandbox's API did not start")
             time.sleep(0.01)
-        self.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        self._origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.base_url, self.base_url_v2 = f"{self._origin}/v1", f"{self._origin}/v2"
+        self.history_url = self._origin + PATH
+
+
+class _Connection(H11Protocol):
+    """A connection that the application can close without an answer, for which ASGI has no message."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, HANG_UP: transport.abort}

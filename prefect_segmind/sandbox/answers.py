@@ -28,6 +28,13 @@ ERROR_TEXTS = {
     529: "The service is overloaded",
 }
 
+FAILED = "Inference failed: the safety check refused the request"
+
+NOT_AN_IMAGE = "These bytes are not an image."
+
+HANG_UP = "hang_up"
+"""The name in a request's state of the function that closes its connection."""
+
 HTML = "<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
 
 
@@ -38,6 +45,30 @@ class CutResponse(Response):
         """Returns before the response is complete; uvicorn then closes the connection."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body[: len(self.body) // 2], "more_body": True})
+
+
+class LostResponse(Response):
+    """Closes the connection without an answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Returns once the connection is closed: the server would answer a call that returns before with a 500."""
+        scope["state"][HANG_UP]()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+class Refusal(Exception):
+    """A request is answered with an error, and not billed.
+
+    Attributes:
+        status: The HTTP status.
+        response: The answer.
+    """
+
+    def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.response = error(status, text, headers)
 
 
 def error(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
@@ -60,19 +91,27 @@ def reset_header(moment: datetime) -> dict[str, str]:
     return {"x-rate-limit-reset-at-utc": moment.astimezone(UTC).isoformat(timespec="microseconds")}
 
 
+def error_text(status: int) -> str:
+    """The usual message of an error.
+
+    Args:
+        status: The HTTP status.
+    """
+    return ERROR_TEXTS.get(status, _phrase(status))
+
+
 def without_picture(answer: Answer) -> Response:
     """The response for a scripted answer without a picture.
 
     Args:
         answer: An answer of a kind in `WITHOUT_PICTURE`.
     """
-    known = {each.value: each.phrase for each in HTTPStatus}
-    phrase = known.get(answer.status, "Unknown status")
+    phrase = _phrase(answer.status)
     usual, content_type = {
-        "error": (json.dumps({"error": ERROR_TEXTS.get(answer.status, phrase)}), "application/json"),
+        "error": (json.dumps({"error": error_text(answer.status)}), "application/json"),
         "html": (HTML.format(title=phrase), "text/html; charset=utf-8"),
         "empty": ("", "image/jpeg"),
-        "not_an_image": ("These bytes are not an image.", "image/jpeg"),
+        "not_an_image": (NOT_AN_IMAGE, "image/jpeg"),
         "unsafe": (json.dumps({"data": [{"url": None, "is_image_safe": False}]}), "application/json"),
     }[answer.kind]
     body = usual if answer.body is None else answer.body
@@ -100,6 +139,39 @@ def with_picture(answer: Answer, picture: bytes, link: str) -> Response:
         return _dressed(answer, Response, json.dumps(documents[answer.kind]), "application/json")
     body = picture[: len(picture) // 2] if answer.kind == "truncated_image" else picture
     return _dressed(answer, CutResponse if answer.kind == "half_body" else Response, body, "image/jpeg")
+
+
+def behind_link(answer: Answer, picture: bytes) -> bytes | None:
+    """What the result of a v2 request links to.
+
+    Args:
+        answer: The answer to its submit.
+        picture: The picture, a JPEG.
+
+    Returns:
+        The picture, or what is scripted in its place; None for a result without a picture.
+    """
+    if answer.kind == "unsafe":
+        return None
+    if answer.kind == "not_an_image":
+        return NOT_AN_IMAGE.encode()
+    return picture[: len(picture) // 2] if answer.kind == "truncated_image" else picture
+
+
+def with_json(answer: Answer, document: object) -> Response:
+    """The response for an answer with a JSON document: to a submit, or of the request history.
+
+    Args:
+        answer: The answer; `half_body` sends half of the document.
+        document: What is sent as JSON.
+    """
+    response = CutResponse if answer.kind == "half_body" else Response
+    return _dressed(answer, response, json.dumps(document), "application/json")
+
+
+def _phrase(status: int) -> str:
+    known = {each.value: each.phrase for each in HTTPStatus}
+    return known.get(status, "Unknown status")
 
 
 def _dressed(answer: Answer, response: type[Response], body: bytes | str, content_type: str) -> Response:

@@ -17,11 +17,12 @@ class Entry:
 
     Attributes:
         time: When it was received, in UTC.
-        request_id: The `x-request-id` of the answer.
+        request_id: The `x-request-id` of the answer, and its id for v2 and in the request history.
         prompt: The prompt; None if the body had none.
         image_sha256: The SHA-256 of the fetched source image, in hexadecimal; None if it was not fetched.
         seed: The seed, sent or drawn; None if the request was refused before.
-        status: The HTTP status of the answer.
+        status: The HTTP status of the answer, for v2 of the answer to the submit; 0 if the connection was closed
+            without one.
         billed: Whether it was billed.
         cost: Its cost in USD; 0 if not billed.
     """
@@ -37,7 +38,7 @@ class Entry:
 
 
 class Ledger:
-    """All requests, in the order of their answers. Thread-safe."""
+    """All requests, each from the moment that it is refused, billed or has failed. Thread-safe."""
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import secrets
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -25,17 +23,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prefect_segmind.api.client import on_loopback
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION, Resolution
 from prefect_segmind.sandbox import answers
+from prefect_segmind.sandbox.account import PRICE, Account
+from prefect_segmind.sandbox.answers import Refusal
 from prefect_segmind.sandbox.drawing.picture import make_picture, make_sketch
 from prefect_segmind.sandbox.fetch import FetchError, fetch
-from prefect_segmind.sandbox.ledger import Entry, Ledger
+from prefect_segmind.sandbox.generation import MODEL, Generation
+from prefect_segmind.sandbox.history import PATH, History
+from prefect_segmind.sandbox.ledger import Ledger
 from prefect_segmind.sandbox.script import Answer, Script
 
-PRICE = Decimal("0.05")
-"""USD for a picture."""
-
-MODEL = "ideogram-2a-img-2-img"
-
-_KEPT_RESULTS = 256  # pictures kept behind links; the provider's links expire too
+_KEPT_RESULTS = 1000  # pictures kept behind links; the provider's links expire too
 
 
 class RequestBody(BaseModel):
@@ -78,16 +75,18 @@ class ScriptOrder(BaseModel):
     prompt: str | None = None
 
 
-class Refusal(Exception):
-    """A request is answered with an error, and not billed.
+class HistoryOrder(BaseModel):
+    """The body of `POST /sandbox/history`.
 
     Attributes:
-        response: The answer.
+        answers: The answers to the next requests of the request history.
+        off: Whether the request history answers everything with 404, until the next reset or order.
     """
 
-    def __init__(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(text)
-        self.response = answers.error(status, text, headers)
+    model_config = ConfigDict(extra="forbid")
+
+    answers: list[Answer] = Field(default_factory=list)
+    off: bool = False
 
 
 class SandboxApi:
@@ -104,6 +103,7 @@ class SandboxApi:
     Attributes:
         ledger: The requests and what they cost.
         script: The queue of scripted answers.
+        history: The request history.
         app: The ASGI application.
     """
 
@@ -119,89 +119,76 @@ class SandboxApi:
     ) -> None:
         self.ledger = Ledger()
         self.script = Script()
-        self._key = api_key
+        self.history = History()
+        self._account = Account(
+            api_key,
+            self.ledger,
+            credits=credits,
+            requests_per_minute=requests_per_minute,
+            rate_window=rate_window,
+        )
         self._latency = latency
-        self._credits = Decimal(credits)
-        self._per_window = requests_per_minute
-        self._window = rate_window
         self._render = _sketch if sketch else _draw
         # Only the event loop uses these, so they need no lock.
-        self._reserved = Decimal("0.00")
-        self._accepted: deque[float] = deque()
         self._results: OrderedDict[str, bytes] = OrderedDict()
+        self._running: set[asyncio.Task[bytes | None]] = set()
         self._workers = ThreadPoolExecutor(8, thread_name_prefix="sandbox-picture")
         self.app = create_app(self)
-
-    @property
-    def balance(self) -> Decimal:
-        """The credits left, in USD."""
-        return self._credits - self.ledger.billed_usd
 
     def close(self) -> None:
         """Cancels the pictures that are still to be drawn."""
         self._workers.shutdown(wait=True, cancel_futures=True)
 
     async def reset(self) -> dict[str, str]:
-        """Returns to the state after the start: no requests, no bills, no script."""
+        """Returns to the state after the start: no requests, also none in flight, no bills, no scripts."""
+        running = list(self._running)
+        for each in running:
+            each.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         self.ledger.clear()
         self.script.clear()
-        self._accepted.clear()
+        self.history.clear()
+        self._account.reset()
         self._results.clear()
         return {"status": "reset"}
 
     async def generate(self, request: Request) -> Response:
-        """Answers and records a request for a picture."""
-        received, started = datetime.now(UTC), time.monotonic()
-        request_id = secrets.token_hex(16)
-        content = await request.body()
-        prompt = _prompt_of(content)
-        image_sha256: str | None = None
-        seed: int | None = None
-        answer = Answer()
+        """Answers a v1 request: with the picture, once it is made."""
+        return await self._asked(request, queued=False)
 
-        def record(status: int, billed: bool) -> None:
-            cost = PRICE if billed else Decimal("0.00")
-            entry = Entry(received, request_id, prompt, image_sha256, seed, status, billed, cost)
-            self.ledger.record(entry)
+    async def submit(self, request: Request) -> Response:
+        """Answers a v2 request: with the addresses to poll, at once."""
+        return await self._asked(request, queued=True)
 
-        try:
-            self._check_key(request)
-            scripted = self.script.next_for(prompt or "")
-            answer = scripted or answer
-            if answer.without_picture:
-                record(answer.status, answer.is_billed)
-                await asyncio.sleep(answer.delay)
-                return self._finish(answers.without_picture(answer), answer, request_id, started)
-            if scripted is None:
-                self._check_rate()
-            body = _parsed(request, content)
-            seed = body.seed
-            self._reserve()
-            try:
-                made = asyncio.get_running_loop().run_in_executor(self._workers, _make, body, self._render)
-                # The latency passes while the picture is drawn, so that drawing does not add to it.
-                (image_sha256, picture), _ = await asyncio.gather(made, asyncio.sleep(self._latency))
-                record(answer.status, answer.is_billed)
-            finally:
-                self._reserved -= PRICE
-        except Refusal as refusal:
-            record(refusal.response.status_code, False)
-            return self._finish(refusal.response, answer, request_id, started)
-        self._results[request_id] = picture
-        while len(self._results) > _KEPT_RESULTS:
-            self._results.popitem(last=False)
-        await asyncio.sleep(answer.delay)
-        response = answers.with_picture(answer, picture, f"{request.base_url}v1/results/{request_id}.jpg")
-        response.headers["x-seed-value"] = str(seed)
-        return self._finish(response, answer, request_id, started)
+    async def status(self, request: Request, request_id: str) -> Response:
+        """Answers with the status of a v2 request."""
+        return self._polled(request, request_id, Generation.status_document)
+
+    async def outcome(self, request: Request, request_id: str) -> Response:
+        """Answers with the result of a v2 request, or with its status while there is no result."""
+
+        def document(generation: Generation) -> dict[str, Any]:
+            if generation.state == "COMPLETED":
+                return generation.result_document(str(request.base_url), self._account.balance)
+            return generation.status_document()
+
+        return self._polled(request, request_id, document)
+
+    async def requests(self, request: Request) -> Response:
+        """Answers with a page of the request history."""
+        return await self._looked_up(request, lambda: self.history.page(request.query_params, str(request.base_url)))
+
+    async def one_request(self, request: Request, request_id: str) -> Response:
+        """Answers with one row of the request history."""
+        return await self._looked_up(request, lambda: self.history.row(request_id, str(request.base_url)))
 
     async def user_credits(self, request: Request) -> Response:
         """Answers with the balance."""
         try:
-            self._check_key(request)
+            self._account.check_key(_key_of(request))
         except Refusal as refusal:
             return refusal.response
-        return JSONResponse({"credits": float(self.balance), "free-credits": 0.0})
+        return JSONResponse({"credits": float(self._account.balance), "free-credits": 0.0})
 
     async def result(self, request: Request, request_id: str) -> Response:
         """Answers with the picture behind a link; a request with a key is refused, as it must not be sent there."""
@@ -210,36 +197,128 @@ class SandboxApi:
         picture = self._results.get(request_id)
         return Response(picture, media_type="image/jpeg") if picture else answers.error(404, "no such result")
 
-    def _check_key(self, request: Request) -> None:
-        if not secrets.compare_digest(request.headers.get("x-api-key", "").encode(), self._key.encode()):
-            raise Refusal(401, "Missing or invalid API key: send it in the x-api-key header")
+    async def _asked(self, request: Request, *, queued: bool) -> Response:
+        """Checks a request for a picture, has it carried out, and answers it as its script says."""
+        content = await request.body()
+        generation = Generation(_inputs_of(content), queued=queued, queue_seconds=self._latency / 4)
+        try:
+            self._account.check_key(_key_of(request))
+            scripted = self.script.next_for(generation.prompt or "")
+            generation.play(scripted or Answer())
+            if not generation.is_accepted:
+                return await self._not_accepted(generation)
+            if scripted is None:
+                self._account.check_rate()
+            body = _parsed(request, content)
+            self._account.reserve()
+        except Refusal as refusal:
+            self.ledger.record(generation.entry(refusal.status))
+            return self._finish(refusal.response, generation)
+        generation.seed = body.seed
+        self.history.add(generation)
+        # A task of its own, which goes on when the client is gone, as the provider's work does.
+        made = asyncio.create_task(self._carry_out(generation, body))
+        self._running.add(made)
+        made.add_done_callback(self._running.discard)
+        if not queued and generation.answer.kind != "lost":
+            await asyncio.wait({made})
+            if made.cancelled():
+                return answers.error(503, "the sandbox was reset")
+        await asyncio.sleep(generation.answer.delay)
+        picture = made.result() if made.done() and not made.cancelled() else None
+        return self._finish(_answer(request, generation, picture), generation)
 
-    def _check_rate(self) -> None:
-        if self._per_window is None:
-            return
-        now = time.monotonic()
-        while self._accepted and self._accepted[0] <= now - self._window:
-            self._accepted.popleft()
-        if len(self._accepted) >= self._per_window:
-            free_again = datetime.now(UTC) + timedelta(seconds=self._accepted[0] + self._window - now)
-            period = "a minute" if self._window == 60 else f"in {self._window:g} s"
-            raise Refusal(429, f"Rate limit of {self._per_window} {period} exceeded", answers.reset_header(free_again))
-        self._accepted.append(now)
+    async def _not_accepted(self, generation: Generation) -> Response:
+        """Answers as scripted, without a picture."""
+        answer = generation.answer
+        if answer.status >= 300:
+            generation.fail(answer.status, answers.error_text(answer.status))
+        else:
+            generation.complete(_cost_of(answer), None)
+        if answer.is_listed:
+            self.history.add(generation)
+        self.ledger.record(generation.entry(answer.status))
+        await asyncio.sleep(answer.delay)
+        return self._finish(answers.without_picture(answer), generation)
 
-    def _reserve(self) -> None:
-        """Reserves the price of a picture while it is made, so that concurrent requests cannot overdraw the account."""
-        free = self.balance - self._reserved
-        if free < PRICE:
-            raise Refusal(406, f"Insufficient credits: balance {free}, need {PRICE}")
-        self._reserved += PRICE
+    async def _carry_out(self, generation: Generation, body: RequestBody) -> bytes | None:
+        """Has a picture made, bills and records it.
 
-    def _finish(self, response: Response, answer: Answer, request_id: str, started: float) -> Response:
-        response.headers["x-request-id"] = request_id
-        response.headers["x-remaining-credits"] = str(self.balance)
-        if response.status_code == 200 and answer.is_billed:
-            response.headers["x-cost"] = str(PRICE)
-            response.headers["x-generation-time"] = f"{time.monotonic() - started:.3f}"
+        Returns:
+            The picture; None if the request failed.
+        """
+        picture: bytes | None = None
+        try:
+            picture = await self._made(generation, body)
+            generation.complete(_cost_of(generation.answer), self._keep(generation, picture))
+        except Refusal as refusal:
+            generation.fail(refusal.status, str(refusal))
+        finally:
+            self._account.release()
+        self.ledger.record(generation.entry(generation.status))
+        return picture
+
+    async def _made(self, generation: Generation, body: RequestBody) -> bytes:
+        answer = generation.answer
+        least = self._latency + answer.processing
+        if answer.fails:
+            await asyncio.sleep(least)
+            raise Refusal(422, answers.FAILED if answer.fails is True else answer.fails)
+        drawn = asyncio.get_running_loop().run_in_executor(self._workers, _make, body, self._render)
+        # The time passes while the picture is drawn, so that drawing does not add to it.
+        (generation.image_sha256, picture), _ = await asyncio.gather(drawn, asyncio.sleep(least))
+        return picture
+
+    def _keep(self, generation: Generation, picture: bytes) -> int | None:
+        """Puts a picture, or what is scripted in its place, behind its link, and returns its size."""
+        kept = answers.behind_link(generation.answer, picture) if generation.queued else picture
+        if kept is None:
+            return None
+        self._results[generation.request_id] = kept
+        while len(self._results) > _KEPT_RESULTS:
+            self._results.popitem(last=False)
+        return len(kept)
+
+    def _polled(self, request: Request, request_id: str, document: Callable[[Generation], dict[str, Any]]) -> Response:
+        try:
+            self._account.check_key(_key_of(request))
+        except Refusal as refusal:
+            return refusal.response
+        generation = self.history.find(request_id)
+        if generation is None or not generation.queued:
+            return answers.error(404, "Request not found")
+        status = generation.polls.popleft() if generation.polls else 200
+        if status == 0:
+            return answers.LostResponse()
+        if status != 200:
+            return answers.error(status, answers.error_text(status))
+        if generation.is_forgotten:
+            return answers.error(404, "Request not found")
+        # The provider answers FAILED with 422, whichever of the two addresses is asked.
+        return JSONResponse(document(generation), 422 if generation.error else 200)
+
+    async def _looked_up(self, request: Request, look: Callable[[], dict[str, Any]]) -> Response:
+        if self.history.off:
+            return answers.error(404, f"Model or endpoint not found: {request.url.path}")
+        try:
+            self._account.check_key(_key_of(request))
+            answer = self.history.script.next_for("") or Answer()
+            await asyncio.sleep(answer.delay)
+            if answer.kind == "lost":
+                return answers.LostResponse()
+            response = answers.without_picture(answer) if answer.without_picture else answers.with_json(answer, look())
+        except Refusal as refusal:
+            return refusal.response
         response.headers.update(answer.headers)
+        return response
+
+    def _finish(self, response: Response, generation: Generation) -> Response:
+        response.headers["x-request-id"] = generation.request_id
+        response.headers["x-remaining-credits"] = str(self._account.balance)
+        if response.status_code == 200 and generation.cost and not generation.queued:
+            response.headers["x-cost"] = str(generation.cost)
+            response.headers["x-generation-time"] = f"{generation.seconds:.3f}"
+        response.headers.update(generation.answer.headers)
         return response
 
 
@@ -268,7 +347,7 @@ class OnlyFromHere:
 
 
 def create_app(api: SandboxApi) -> FastAPI:
-    """The ASGI application: the two endpoints of the API, result links, and the sandbox's controls.
+    """The ASGI application: the API, v1 and v2, result links, the request history, and the sandbox's controls.
 
     Args:
         api: The state behind it.
@@ -288,24 +367,56 @@ def create_app(api: SandboxApi) -> FastAPI:
         api.script.play(*order.answers, prompt=order.prompt)
         return {"queued": len(order.answers)}
 
+    @app.post("/sandbox/history")
+    async def history(order: HistoryOrder) -> dict[str, int]:
+        api.history.play(*order.answers)
+        api.history.off = order.off
+        return {"queued": len(order.answers)}
+
     app.post(f"/v1/{MODEL}")(api.generate)
     app.get("/v1/get-user-credits")(api.user_credits)
     app.get("/v1/results/{request_id}.jpg")(api.result)
+    app.post(f"/v2/{MODEL}")(api.submit)
+    app.get("/v2/requests/{request_id}/status")(api.status)
+    app.get("/v2/requests/{request_id}")(api.outcome)
+    app.get(PATH)(api.requests)
+    app.get(f"{PATH}/{{request_id}}")(api.one_request)
     app.get("/sandbox/ledger")(api.ledger.as_dict)
     app.post("/sandbox/reset")(api.reset)
     return app
 
 
-def _prompt_of(content: bytes) -> str | None:
-    """The prompt of a body that may be invalid; None without one."""
+def _key_of(request: Request) -> str:
+    return request.headers.get("x-api-key", "")
+
+
+def _cost_of(answer: Answer) -> Decimal:
+    return PRICE if answer.is_billed else Decimal("0.00")
+
+
+def _inputs_of(content: bytes) -> dict[str, Any]:
+    """The object in a body that may be invalid; empty without one."""
     try:
-        return _Prompt.model_validate_json(content).prompt
-    except ValidationError:
-        return None
+        inputs = from_json(content, allow_inf_nan=False)
+    except ValueError:
+        return {}
+    return inputs if isinstance(inputs, dict) else {}
 
 
-class _Prompt(BaseModel):
-    prompt: str
+def _answer(request: Request, generation: Generation, picture: bytes | None) -> Response:
+    """The answer to an accepted request; for v1 it has the picture."""
+    answer, origin = generation.answer, str(request.base_url)
+    if answer.kind == "lost":
+        return answers.LostResponse()
+    if generation.is_answered_without_picture:
+        return answers.without_picture(answer)
+    if generation.queued:
+        return answers.with_json(answer, generation.addresses(origin))
+    if picture is None:
+        return answers.error(generation.status, generation.error)
+    response = answers.with_picture(answer, picture, generation.link(origin) or "")
+    response.headers["x-seed-value"] = str(generation.seed)
+    return response
 
 
 def _parsed(request: Request, content: bytes) -> RequestBody:

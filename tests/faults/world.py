@@ -36,6 +36,8 @@ from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import LookUp
 from prefect_segmind.pipeline.pay import Cashier
 from prefect_segmind.pipeline.pipeline import Pipeline
+from prefect_segmind.pipeline.poll import Poller
+from prefect_segmind.pipeline.reconcile import Reconciler
 from prefect_segmind.pipeline.source import SourceReader
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, resolve
@@ -276,8 +278,10 @@ class World:
         kept = Outbox(self.folder / then.outbox, min_free_bytes=1)
         open_client = partial(SegmindClient, "SG_0123456789abcdef", self.api.url)
         uploads = Uploads(s3=lambda: _never())
+        gate = Gate(ledger=ledger)
+        reconciler = Reconciler(Poller(gate, 180.0), gate)
         cashier = Cashier(
-            archive, kept, open_client, uploads.address, on_unknown=self.point.policy, gate=Gate(ledger=ledger)
+            archive, kept, open_client, uploads.address, reconciler, on_unknown=self.point.policy, gate=gate
         )
         return Pipeline(
             reader=SourceReader(s3=lambda: _never(), allow_loopback=True),

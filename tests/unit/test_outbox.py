@@ -22,8 +22,8 @@ from PIL import Image
 
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.picture import Answered, PaidPicture
-from prefect_segmind.archive.outbox import RESERVED_BYTES, Asked, Outbox, OutboxEntry
-from prefect_segmind.archive.record import Attempt
+from prefect_segmind.archive.outbox import RESERVED_BYTES, Outbox, OutboxEntry
+from prefect_segmind.archive.record import Asked, Attempt
 from prefect_segmind.errors import AnswerCutError, OutboxError
 from prefect_segmind.images.inspection import Picture, read_picture
 from tests.support.wire import Wire, http

@@ -1105,10 +1105,10 @@ def test_a_claim_that_is_let_go_just_before_a_retry_is_made_anew(
     archive, begin_request = Services().archive, leases.Claim.begin_request
     lapsed = leases.held_claim(archive, job.fingerprint)
 
-    def late(self: leases.Claim, holder: Holder) -> None:
+    def late(self: leases.Claim, *request: Any) -> None:
         if self is lapsed:
             self.release()
-        begin_request(self, holder)
+        begin_request(self, *request)
 
     monkeypatch.setattr(leases.Claim, "begin_request", late)
     generated = generate(job, uploaded, run="one")

@@ -36,13 +36,9 @@ from prefect_segmind.sandbox import s3 as s3_module
 from prefect_segmind.sandbox.drawing.picture import STYLES, _prepared
 from prefect_segmind.sandbox.fetch import FetchError, fetch
 from prefect_segmind.sandbox.s3 import S3Server, rclone_binary
+from tests.support.asking import HTTP, MODEL, SMALL, ask
 from tests.support.ports import listens
 from tests.support.waiting import until
-
-MODEL = "ideogram-2a-img-2-img"
-SMALL = "RESOLUTION_640_1024"
-# Each request has a connection of its own: one that was idle may just be closed by the server.
-HTTP = httpx.Client(timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @pytest.fixture(scope="session")
@@ -92,15 +88,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def sandbox(running: Sandbox) -> Sandbox:
-    HTTP.post(f"{running.base_url[:-3]}/sandbox/reset").raise_for_status()
+    running.reset()
     return running
-
-
-def ask(sandbox: Sandbox, source: str, key: str | None = None, **fields: Any) -> httpx.Response:
-    body = {"image_file": f"{source}/mug.jpg", "prompt": "a mug at sunset", "seed": 4711, "resolution": SMALL, **fields}
-    body = {name: value for name, value in body.items() if value is not ...}
-    headers = {b"x-api-key": (sandbox.api_key if key is None else key).encode()}
-    return HTTP.post(f"{sandbox.base_url}/{MODEL}", json=body, headers=headers, timeout=20)
 
 
 def draw(photo: bytes, **fields: Any) -> Image.Image:
@@ -423,7 +412,7 @@ def test_a_rate_limit_tells_when_it_ends(tmp_path: Path, source: str, window: fl
         ends = datetime.fromisoformat(answer.headers["x-rate-limit-reset-at-utc"])
         assert window - 20 < (ends - datetime.now(UTC)).total_seconds() <= window
         assert words in answer.json()["error"]
-        sandbox._api._accepted[0] -= window
+        sandbox._api._account._accepted[0] -= window
         assert ask(sandbox, source).status_code == 200
 
 

@@ -1,0 +1,329 @@
+"""Reconciling: asks the provider what became of requests whose outcome is unknown here. It pays nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.history import Outcome as Ended
+from prefect_segmind.api.history import Row, Sought
+from prefect_segmind.api.listing import RequestHistory
+from prefect_segmind.api.picture import Answered, PaidPicture
+from prefect_segmind.api.submission import is_request_id
+from prefect_segmind.archive.record import RUN_ENDED, Attempt, Outcome, Record, Run
+from prefect_segmind.errors import (
+    ApiError,
+    ForgottenError,
+    HistoryError,
+    NotAnImageError,
+    ResultLinkError,
+    SubmittedError,
+    UnprocessableError,
+    UnsafeImageError,
+)
+from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import RequestId
+from prefect_segmind.money import usd
+from prefect_segmind.pipeline.poll import Poller
+from prefect_segmind.pipeline.validate import ValidatedJob
+
+LOOK_AGAIN_SECONDS = (5.0, 15.0)
+"""When the history is looked at again for a request that it does not list, in seconds after the first look: a row may
+land late."""
+PENDING_SECONDS = 2.0
+"""Seconds between two looks at a request that is still under way."""
+STALE = timedelta(hours=1)
+"""The age at which a request that the history has as pending is not waited for any more: the provider keeps none that
+long."""
+ASKED_FOR_NOTHING = "billed as well, says the provider's history; the picture of another request was taken"
+
+
+class Replies(NamedTuple):
+    """What the provider says of some requests.
+
+    Attributes:
+        outcomes: The outcomes that are known now.
+        picture: The picture, in the file that was given for it; None if there is none.
+        brought_by: The request that has brought it.
+    """
+
+    outcomes: Mapping[RequestId, Outcome]
+    picture: PaidPicture | None = None
+    brought_by: Attempt | None = None
+
+    def entered(self, record: Record, attempts: Sequence[Attempt], run: Run) -> Record:
+        """A record with what the provider says, and that this run has asked for the others in vain.
+
+        Args:
+            record: The record.
+            attempts: The requests that it was asked about.
+            run: The run that has asked.
+        """
+        for each in attempts:
+            vain = Outcome(
+                possibly_billed=each.possibly_billed is not False, asked_by=run.id, reason=each.reason or RUN_ENDED
+            )
+            record = record.settled(each.request, **self.outcomes.get(each.request, vain))
+        return record
+
+
+def could_tell(error: BaseException) -> bool:
+    """Whether the provider may know more of a failed request than its answer says.
+
+    Args:
+        error: What the request has ended with.
+
+    Example:
+        >>> could_tell(ApiError("…", status=502, possibly_billed=True)), could_tell(ApiError("…", status=429))
+        (True, False)
+    """
+    if not isinstance(error, ApiError) or isinstance(error, UnsafeImageError):
+        return False
+    return error.possibly_billed or error.answered is not None
+
+
+def can_ask(attempt: Attempt, run: Run, *, lists: bool, polls: bool) -> bool:
+    """Whether the provider can be asked about a request, and was not by this run already.
+
+    Args:
+        attempt: The request.
+        run: The run.
+        lists: Whether the provider's history can be read.
+        polls: Whether the API serves the results of submitted requests.
+    """
+    known = attempt.request_id is not None
+    return attempt.asked_by != run.id and ((lists and (known or attempt.image_file is not None)) or (polls and known))
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """Asks the provider about requests of unknown outcome: for their results, and its request history. Threads may
+    share it.
+
+    Attributes:
+        poller: Waits for the results of submitted requests.
+        gate: Ends the waiting when the run is ended from outside.
+        history: The provider's request history; None where it is not to be asked.
+        polls: Whether the API serves results of submitted requests.
+        patience_seconds: How long to wait for a request that is still under way.
+    """
+
+    poller: Poller
+    gate: Gate
+    history: RequestHistory | None = None
+    polls: bool = False
+    patience_seconds: float = 180.0
+    _warned: set[str] = field(default_factory=set)
+
+    def can_ask(self, attempt: Attempt, run: Run) -> bool:
+        """Whether the provider can be asked about a request, and was not by this run already.
+
+        Args:
+            attempt: The request.
+            run: The run.
+        """
+        return can_ask(attempt, run, lists=self.history is not None, polls=self.polls)
+
+    def ask(
+        self,
+        client: SegmindClient,
+        job: ValidatedJob,
+        attempts: Sequence[Attempt],
+        part: Path,
+        log: logging.Logger,
+        taken: Collection[str] = (),
+    ) -> Replies:
+        """Asks about requests for one picture, waits for those that are still under way, and downloads the picture.
+
+        Args:
+            client: The client.
+            job: The job of the picture.
+            attempts: The requests of unknown outcome.
+            part: The file to write the picture to; its content is replaced once the picture is whole.
+            log: Logs what becomes known, and that the history cannot be read.
+            taken: The provider's ids of other requests for the picture.
+
+        Returns:
+            What the provider says. A request of which it says nothing is not among the outcomes.
+
+        Raises:
+            ResultLinkError: A picture was made and billed, and cannot be downloaded now; nothing must be paid again.
+            SubmittedError: A request is accepted and not finished, and the run waits no longer.
+        """
+        outcomes: dict[RequestId, Outcome] = {}
+        for each in attempts if self.polls else ():
+            if each.request_id is None or not is_request_id(each.request_id):
+                continue
+            try:
+                picture = self.poller.result(
+                    client, client.submitted(each.request_id), job.seed, part, log, resumed=True
+                )
+            except ForgottenError:
+                continue  # the history may know it
+            except UnprocessableError as error:
+                outcomes[each.request] = _not_billed(each, str(error))
+            except NotAnImageError as error:
+                if error.answered is None or (isinstance(error, ResultLinkError) and not error.gone):
+                    raise
+                outcomes[each.request] = _paid_for_nothing(error, each.request_id)
+            else:
+                log.info("the provider has finished request %s of %s: fetched", each.request_id, job.name)
+                return self._brought(outcomes, each, picture)
+        left = [each for each in attempts if each.request not in outcomes]
+        if not left or self.history is None:
+            return Replies(outcomes)
+        rows = self._rows(self.history, [_sought(job, each) for each in left], taken, log)
+        told = [(left[index], row) for index, row in sorted(rows.items())]
+        for each, row in told:
+            if row.outcome is Ended.FAILED:
+                log.info("the provider's history says that a request of %s failed, unbilled", job.name)
+                outcomes[each.request] = _not_billed(each, row.error or "no reason given", row.request_id)
+        return self._download(
+            client, job, [each for each in told if each[1].outcome is Ended.COMPLETED], part, log, outcomes
+        )
+
+    def _rows(
+        self, history: RequestHistory, sought: Sequence[Sought], taken: Collection[str], log: logging.Logger
+    ) -> dict[int, Row]:
+        """The rows of requests that have ended, by their place among those that were sought.
+
+        Raises:
+            SubmittedError: One is still under way, and the run waits no longer.
+        """
+        began, looks = monotonic(), [*LOOK_AGAIN_SECONDS]
+        while True:
+            try:
+                found = history.find(sought, taken)
+            except HistoryError as error:
+                self._warn(str(error), log)
+                return {}
+            now, elapsed = datetime.now(UTC), monotonic() - began
+            pending = [row for row in found.values() if row.outcome is Ended.PENDING and not _is_stale(row, now)]
+            if pending:
+                wait = PENDING_SECONDS
+                if elapsed + wait > self.patience_seconds:
+                    raise _under_way(pending[0], f"it is still pending after {elapsed:.0f} s")
+            elif looks and any(index not in found or _lacks_picture(found[index]) for index in range(len(sought))):
+                wait = max(0.0, looks.pop(0) - elapsed)
+            else:
+                return found
+            if not self.gate.rest(wait):
+                if pending:
+                    raise _under_way(pending[0], "the run was ended")
+                return found
+
+    def _download(
+        self,
+        client: SegmindClient,
+        job: ValidatedJob,
+        told: Sequence[tuple[Attempt, Row]],
+        part: Path,
+        log: logging.Logger,
+        outcomes: dict[RequestId, Outcome],
+    ) -> Replies:
+        """Downloads the picture of the first completed request that still has one; the others are paid for as well."""
+        brought: Replies | None = None
+        for each, row in told:
+            answered = _answered(row, job.price_usd)
+            if brought is not None:
+                outcomes[each.request] = _outcome(answered, ASKED_FOR_NOTHING)
+            elif row.url is None:
+                outcomes[each.request] = _outcome(answered, "billed, says the provider's history, without a picture")
+            else:
+                try:
+                    picture = client.download(row.url, part, answered, job.seed)
+                except ResultLinkError as error:
+                    if not error.gone:
+                        raise
+                    outcomes[each.request] = _paid_for_nothing(error, row.request_id)
+                else:
+                    cost = usd(answered.cost_usd)
+                    log.info("the provider's history has the picture of %s (%s USD): downloaded", job.name, cost)
+                    brought = self._brought(outcomes, each, picture)
+        return brought or Replies(outcomes)
+
+    def _brought(self, outcomes: dict[RequestId, Outcome], attempt: Attempt, picture: PaidPicture) -> Replies:
+        outcomes[attempt.request] = Outcome(
+            status=200,
+            reason=None,
+            wait_seconds=None,
+            possibly_billed=False,
+            cost_usd=picture.cost_usd,
+            request_id=picture.request_id,
+            kept=None,
+        )
+        return Replies(outcomes, picture, attempt)
+
+    def _warn(self, message: str, log: logging.Logger) -> None:
+        """Logs once in a run that the history cannot be read: it concerns all its pictures."""
+        if message not in self._warned and len(self._warned) < 1:
+            self._warned.add(message)
+            log.warning("%s; requests of unknown outcome count as possibly billed", message)
+
+
+def _sought(job: ValidatedJob, attempt: Attempt) -> Sought:
+    body: dict[str, Any] = {}
+    if attempt.image_file:
+        body = job.request(attempt.image_file).body()
+    return Sought(body, attempt.sent_at, attempt.request_id)
+
+
+def _answered(row: Row, list_price_usd: Decimal) -> Answered:
+    return Answered(
+        cost_usd=list_price_usd if row.cost_usd is None else row.cost_usd,
+        cost_source="list price" if row.cost_usd is None else "history",
+        request_id=row.request_id,
+        at=datetime.now(UTC),
+    )
+
+
+def _outcome(answered: Answered, reason: str) -> Outcome:
+    """The outcome of a request that is paid for and brings no picture."""
+    return Outcome(
+        status=200,
+        reason=reason,
+        possibly_billed=False,
+        cost_usd=answered.cost_usd,
+        request_id=answered.request_id,
+    )
+
+
+def _paid_for_nothing(error: ApiError, request_id: str) -> Outcome:
+    assert error.answered is not None
+    return _outcome(error.answered.model_copy(update={"request_id": request_id}), f"{type(error).__name__}: {error}")
+
+
+def _not_billed(attempt: Attempt, why: str, request_id: str | None = None) -> Outcome:
+    """The outcome of a request that has failed at the provider, which bills nothing for it."""
+    return Outcome(
+        reason=f"{attempt.reason or 'the answer was lost'}; not billed, says the provider: {why}",
+        possibly_billed=False,
+        cost_usd=None,
+        kept=None,
+        request_id=request_id or attempt.request_id,
+    )
+
+
+def _is_stale(row: Row, now: datetime) -> bool:
+    return row.created_at is not None and now - row.created_at > STALE
+
+
+def _lacks_picture(row: Row) -> bool:
+    """Whether a row may still get its link."""
+    return row.outcome is Ended.COMPLETED and row.url is None
+
+
+def _under_way(row: Row, why: str) -> SubmittedError:
+    return SubmittedError(
+        f"request {row.request_id} is under way at the provider: {why}; run the same job again, or prefect-segmind "
+        "reconcile, to fetch its picture without another payment",
+        possibly_billed=True,
+        request_id=row.request_id,
+    )
