@@ -6,6 +6,7 @@ import base64
 import errno
 import gzip
 import json
+import logging
 import pickle
 import random
 from collections.abc import Iterator
@@ -17,13 +18,20 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 
 from prefect_segmind import errors
 from prefect_segmind.api import client as room
 from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.history import HISTORY_SETTING, Outcome, Sought
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.api.submission import Status, Submitted
+from prefect_segmind.credentials import SegmindCredentials
+from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.settings import SegmindSettings
+from tests.support.asking import ImageSource, inputs
+from tests.support.waiting import until
 from tests.support.wire import Wire, http, http_json
 
 KEY = "SG_0123456789abcdef"
@@ -565,3 +573,82 @@ class TestLinks:
         with pytest.raises(errors.OutboxError) as caught:
             client.download(f"{server.url}/a.png", tmp_path / "gone" / "picture.part", ANSWERED, 4711)
         assert (caught.value.possibly_billed, caught.value.answered) == (False, ANSWERED)
+
+
+class TestOnTheSandbox:
+    """The same client and the sandbox, which was written apart from it, by the contract alone."""
+
+    @pytest.fixture
+    def request_(self) -> Iterator[ImageToImageRequest]:
+        with ImageSource() as source:
+            yield ImageToImageRequest(**inputs(source.url))
+
+    @pytest.fixture
+    def credentials(self, sandbox: Sandbox) -> SegmindCredentials:
+        return SegmindCredentials(api_key=SecretStr(sandbox.api_key), base_url=sandbox.base_url_v2)
+
+    def test_a_request_is_submitted_polled_for_and_fetched(
+        self, sandbox: Sandbox, credentials: SegmindCredentials, request_: ImageToImageRequest, part: Path
+    ) -> None:
+        with credentials.get_client() as client:
+            submitted = client.submit(request_)
+            until(lambda: client.status(submitted) is Status.COMPLETED)
+            picture = client.fetch(client.submitted(submitted.request_id), request_.seed, part)
+            assert client.credits() == Decimal("999.95")
+        assert (picture.cost_usd, picture.cost_source, picture.notices) == (Decimal("0.05"), "metrics", ())
+        assert sandbox.ledger.billed == 1
+
+    def test_polling_survives_what_fails_and_is_never_billed(
+        self, sandbox: Sandbox, credentials: SegmindCredentials, request_: ImageToImageRequest
+    ) -> None:
+        sandbox.play(Answer(polls=(429, 502, 0, 504)))
+        kinds = (errors.RateLimitError, errors.BadGatewayError, errors.AnswerCutError, errors.GatewayTimeoutError)
+        with credentials.get_client() as client:
+            submitted = client.submit(request_)
+            for kind in kinds:
+                with pytest.raises(kind) as caught:
+                    client.status(submitted)
+                assert not caught.value.possibly_billed
+            assert until(lambda: client.status(submitted) is Status.COMPLETED)
+        assert sandbox.ledger.billed == 1
+
+    def test_one_that_fails_is_not_billed_and_one_that_is_forgotten_is_told_as_such(
+        self, sandbox: Sandbox, credentials: SegmindCredentials, request_: ImageToImageRequest
+    ) -> None:
+        sandbox.play(Answer(fails="NSFW content"), Answer(forgotten=True))
+        with credentials.get_client() as client:
+            submitted = client.submit(request_)
+            with pytest.raises(errors.UnprocessableError, match="NSFW content"):
+                until(lambda: client.status(submitted) is Status.COMPLETED)
+            with pytest.raises(errors.ForgottenError):
+                client.status(client.submit(request_))
+
+    @pytest.mark.parametrize("lost", [Answer(kind="lost"), Answer(status=502, billed=True)])
+    def test_a_lost_answer_is_found_in_the_history_and_its_picture_downloaded(
+        self,
+        lost: Answer,
+        sandbox: Sandbox,
+        credentials: SegmindCredentials,
+        request_: ImageToImageRequest,
+        part: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.delenv(HISTORY_SETTING, raising=False)
+        history = credentials.get_history(SegmindSettings(), logging.getLogger("tests"))
+        assert history is not None
+        sandbox.play(lost)
+        sent_at = datetime.now(UTC)
+        with credentials.get_client() as client:
+            with pytest.raises(errors.ApiError) as caught:
+                client.submit(request_)
+            assert caught.value.possibly_billed
+            until(lambda: sandbox.ledger.billed == 1)
+            (row,) = history.find([Sought(request_.body(), sent_at)]).values()
+            assert history.find([Sought({}, sent_at, row.request_id)])[0] == row
+            assert row.outcome is Outcome.COMPLETED
+            assert row.url is not None
+            answered = ANSWERED.model_copy(update={"cost_usd": row.cost_usd, "request_id": row.request_id})
+            picture = client.download(row.url, part, answered, request_.seed)
+        assert (picture.cost_usd, picture.cost_source) == (Decimal("0.05"), "history")
+        assert part.stat().st_size == picture.size_bytes
+        assert sandbox.ledger.billed == 1
