@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Final
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from prefect_segmind.api.endpoint import EXCHANGE_SECONDS, Endpoint, start_of
+from prefect_segmind.api.endpoint import EXCHANGE_SECONDS, Endpoint, document, start_of
 from prefect_segmind.api.origin import on_loopback as on_loopback  # who takes the client takes it from here
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ENDPOINT, ImageToImageRequest
@@ -32,26 +32,25 @@ from prefect_segmind.api.response import (
     unpacked_start,
 )
 from prefect_segmind.api.submission import (
-    FAILED,
+    SUCCESS,
     Status,
     Submitted,
+    accepted,
     is_request_id,
     is_result,
-    read_request_id,
+    judged,
+    named_request,
     read_result,
-    read_status,
-    read_submitted,
+    without_status,
 )
 from prefect_segmind.errors import (
     AnswerCutError,
     ApiError,
     ApiUnreachableError,
-    ForgottenError,
     NotAnImageError,
     OutboxError,
     ResultLinkError,
-    SubmissionUnknownError,
-    UnprocessableError,
+    SegmindError,
 )
 from prefect_segmind.images.container import is_truncated
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
@@ -65,11 +64,6 @@ ANSWER_LIMIT = 50_000_000
 """The most bytes of a picture; a JSON answer may be a third longer for its base64."""
 _LINK_WAITS = (0.5, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Seconds between the attempts to download a linked picture, which is paid for and nowhere else."""
-_SUCCESS: Final = range(200, 300)
-_ABOUT_THE_ASKING: Final = (401, 403, 429)
-"""Statuses of an answer about a submitted request that say nothing about that request, whatever their body says."""
-_STATUS_LIMIT: Final = 1_000_000
-"""The most bytes of an answer about a submitted request."""
 _STATUS_SECONDS: Final = 30.0
 """The most seconds of a look at a submitted request, which can be repeated at once."""
 
@@ -181,18 +175,14 @@ class SegmindClient:
         """
         with self._endpoint.translated():
             sent = self._endpoint.exchange("POST", ENDPOINT, request.body(), before_sending=before_sending)
-            answer, body, broken = _document(sent)
-        if answer.status_code not in _SUCCESS:
+            answer, body, broken = document(sent)
+        status, headers = answer.status_code, answer.headers
+        if status not in SUCCESS:
             raise self._endpoint.error_of(answer, body)
-        submitted = read_submitted(body, self._key)
-        if submitted is None and broken is not None:
-            named = self._named(answer, body)
-            raise self._endpoint.cut(broken).with_facts(status=answer.status_code, request_id=named)
-        if submitted is None:
-            raise self._submission_unknown(answer, body, "lacks its id or an address")
-        if not (self._endpoint.owns(submitted.status_url) and self._endpoint.owns(submitted.response_url)):
-            raise self._submission_unknown(answer, body, "names an address of another origin")
-        return submitted
+        if broken is not None and not is_whole_json(body):
+            named = named_request(headers, body, self._key)
+            raise self._endpoint.cut(broken).with_facts(status=status, request_id=named)
+        return accepted(status, headers, body, owns=self._endpoint.owns, secret=self._key)
 
     def submitted(self, request_id: str) -> Submitted:
         """A request that was submitted earlier, by its id.
@@ -219,13 +209,13 @@ class SegmindClient:
             ForgottenError: The provider no longer has it.
             ApiError: It could not be asked; nothing is known of the request, and nothing billed by asking.
         """
-        with self._endpoint.translated(billable=False):
+        with self._about(submitted):
             asked = self._endpoint.exchange("GET", submitted.status_url, seconds=_STATUS_SECONDS)
-            answer, body, broken = _document(asked)
-            name = self._judged(answer, body, submitted)
-            if name is None:
-                raise broken or self._says_nothing(answer, body, submitted)
-        return Status(name)
+            answer, body, broken = document(asked)
+            status = self._judged(answer, body, submitted)
+            if status is None:
+                raise broken or without_status(answer.status_code, body, submitted, self._key)
+        return status
 
     def fetch(self, submitted: Submitted, seed: int | None, part: Path) -> PaidPicture:
         """Fetches the picture of a submitted request that is completed, to a file. It may be repeated.
@@ -246,7 +236,7 @@ class SegmindClient:
             ApiError: The result could not be read; what was billed is the submitted request, and nothing is by this.
             OutboxError: The file cannot be written.
         """
-        with self._endpoint.translated(billable=False):
+        with self._about(submitted):
             asked = self._endpoint.exchange("GET", submitted.response_url)
             answer, notices = self._receive(asked, part, partial(self._raise_unless_result, submitted), billable=False)
             answered = self._answered_by_result(answer, part, submitted)
@@ -323,67 +313,29 @@ class SegmindClient:
             raise ApiUnreachableError(f"the API answered without a credit balance: {text}", status=200) from None
         return balance.credits + (balance.free or 0)
 
-    def _named(self, answer: httpx.Response, body: bytes) -> str | None:
-        """The id of a submitted request in an answer's body or header, if it is of the form of one."""
-        named = self._request_id(answer)
-        return read_request_id(body, self._key) or (named if is_request_id(named) else None)
+    @contextmanager
+    def _about(self, submitted: Submitted) -> Iterator[None]:
+        """Asks about a submitted request: that is never billed, and each error names the request, not the asking."""
+        try:
+            with self._endpoint.translated(billable=False):
+                yield
+        except SegmindError as error:
+            error.request_id = submitted.request_id
+            raise
 
-    def _submission_unknown(self, answer: httpx.Response, body: bytes, flaw: str) -> SubmissionUnknownError:
-        return SubmissionUnknownError(
-            f"the API accepted the request, but its answer {flaw}: {error_text(body, self._key)} (check "
-            "SEGMIND_BASE_URL; the provider's usage page shows whether it was billed)",
-            status=answer.status_code,
-            possibly_billed=True,
-            request_id=self._named(answer, body),
-        )
-
-    def _judged(self, answer: httpx.Response, body: bytes, submitted: Submitted) -> str | None:
-        """What an answer says about a submitted request: the name of a `Status`, or None. The body is read first.
-
-        Raises:
-            UnprocessableError: The request has failed.
-            ForgottenError: The provider no longer has it.
-            ApiError: The answer has the status of another failure.
-        """
-        status, name = answer.status_code, read_status(body)
-        if status in _ABOUT_THE_ASKING:
-            name = None
-        if name == FAILED or (name is None and status == 422):
-            raise UnprocessableError(
-                f"the provider reports that the request failed: {error_text(body, self._key)} "
-                f"({UnprocessableError.advice})",
-                status=422,
-                request_id=submitted.request_id,
-            )
-        if name is not None and (status in _SUCCESS or status == 422 or name == Status.COMPLETED):
-            return name
-        if status == 404:
-            raise ForgottenError(
-                "the provider no longer has the request; only its request history does",
-                status=404,
-                request_id=submitted.request_id,
-            )
-        if status not in _SUCCESS:
-            raise self._endpoint.error_of(answer, body).with_facts(request_id=submitted.request_id)
-        return None
+    def _judged(self, answer: httpx.Response, body: bytes, submitted: Submitted) -> Status | None:
+        status, headers = answer.status_code, answer.headers
+        return judged(status, headers, body, submitted, now=datetime.now(UTC), secret=self._key)
 
     def _raise_unless_result(self, submitted: Submitted, answer: httpx.Response) -> None:
         """Raises the error for an answer that is no result by its status."""
-        if answer.status_code in _SUCCESS:
+        if answer.status_code in SUCCESS:
             return
         body = b""
-        with suppress(httpx.TransportError):
+        with suppress(httpx.TransportError):  # the status says enough
             body = start_of(answer)
         self._judged(answer, body, submitted)
-        raise self._says_nothing(answer, body, submitted)
-
-    def _says_nothing(self, answer: httpx.Response, body: bytes, submitted: Submitted) -> AnswerCutError:
-        text = error_text(body, self._key)
-        return AnswerCutError(
-            f"the API answered {answer.status_code} without the status or result of the request: {text}",
-            status=answer.status_code,
-            request_id=submitted.request_id,
-        )
+        raise without_status(answer.status_code, body, submitted, self._key)
 
     def _answered_by_result(self, answer: httpx.Response, part: Path, submitted: Submitted) -> Answered:
         """The facts in a result.
@@ -396,9 +348,9 @@ class SegmindClient:
             body = part.read_bytes()
         except OSError as error:
             raise _unusable(part, error, "read from") from error
-        name = self._judged(answer, body, submitted)
-        if name != Status.COMPLETED and (name or not (is_result(body) or _is_whole_picture(body))):
-            raise self._says_nothing(answer, body, submitted)
+        status = self._judged(answer, body, submitted)
+        if status is not Status.COMPLETED and (status or not (is_result(body) or _is_whole_picture(body))):
+            raise without_status(answer.status_code, body, submitted, self._key)
         result, facts = read_result(body), dict[str, object](request_id=submitted.request_id)
         if result.cost_usd is not None:
             facts |= {"cost_usd": result.cost_usd, "cost_source": "metrics"}
@@ -531,25 +483,6 @@ class SegmindClient:
                 raise _link_error(why, gone)
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
-
-
-def _document(
-    exchange: AbstractContextManager[httpx.Response],
-) -> tuple[httpx.Response, bytes, httpx.TransportError | None]:
-    """An answer of a few lines, its body, and how its connection broke, if it did: the body may be whole anyway."""
-    answer: httpx.Response | None = None
-    body = bytearray()
-    try:
-        with exchange as answer:
-            for chunk in answer.iter_raw():
-                body += chunk
-                if len(body) > _STATUS_LIMIT:
-                    break
-    except httpx.TransportError as error:
-        if answer is None:
-            raise
-        return answer, bytes(body), error
-    return answer, bytes(body), None
 
 
 def _link_error(why: str, gone: bool) -> ResultLinkError:

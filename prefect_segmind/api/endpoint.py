@@ -24,6 +24,7 @@ from prefect_segmind.storage.http_exchange import NOT_SENT, Times, exchange, par
 
 EXCHANGE_SECONDS = 600.0
 """The most seconds of one exchange, from the connection to the last byte; a generation takes about 10."""
+_DOCUMENT_LIMIT = 1_000_000
 
 
 class Endpoint:
@@ -235,6 +236,35 @@ def start_of(answer: httpx.Response, limit: int = START_LIMIT) -> bytes:
         if len(body) >= limit:
             break
     return bytes(body[:limit])
+
+
+def document(
+    exchange: AbstractContextManager[httpx.Response],
+) -> tuple[httpx.Response, bytes, httpx.TransportError | None]:
+    """Reads an answer that should be a few lines, at most 1 MB of it.
+
+    Args:
+        exchange: The exchange that brings it.
+
+    Returns:
+        The answer; its body; and how its connection broke, if it did, as the body may be whole all the same.
+
+    Raises:
+        httpx.TransportError: There was no answer.
+    """
+    answer: httpx.Response | None = None
+    body = bytearray()
+    try:
+        with exchange as answer:
+            for chunk in answer.iter_raw():
+                body += chunk
+                if len(body) > _DOCUMENT_LIMIT:
+                    break
+    except httpx.TransportError as error:
+        if answer is None:
+            raise
+        return answer, bytes(body), error
+    return answer, bytes(body), None
 
 
 def _origin(url: httpx.URL) -> tuple[str, bytes, int]:

@@ -191,8 +191,7 @@ def same_request(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
         >>> same_request({"prompt": "a mug", "seed": "123", "negative_prompt": ""}, {"prompt": "a mug", "seed": 123})
         True
     """
-    image_last = sorted(ours, key=lambda name: name == "image_file")  # of many rows most differ in something cheaper
-    return all(name in theirs and _same(name, theirs[name], ours[name]) for name in image_last) and all(
+    return all(name in theirs and _same(name, theirs[name], ours[name]) for name in ours) and all(
         name in ours or _is_empty(value) for name, value in theirs.items()
     )
 
@@ -216,11 +215,14 @@ def matched(sought: Sequence[Sought], rows: Iterable[Row], taken: Collection[str
     for index, each in enumerate(sought):
         if each.request_id is not None and each.request_id in free:
             found[index] = free.pop(each.request_id)
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in free.values():
+        alike.setdefault(_key(row.body), []).append(row)
     pairs = [
         (_distance(each, row), _RANKS.index(row.outcome), index, row.request_id)
         for index, each in enumerate(sought)
         if index not in found
-        for row in free.values()
+        for row in alike.get(_key(each.body), ())
         if _may_be(each, row)
     ]
     for _, _, index, request_id in sorted(pairs):
@@ -255,7 +257,9 @@ def _row(parsed: object) -> Row | None:
         return None
     return Row(
         request_id=request_id,
-        outcome=_OUTCOMES.get(str(parsed.get("model_status") or parsed.get("status")).upper(), Outcome.PENDING),
+        outcome=_OUTCOMES.get(
+            (_text(parsed.get("model_status") or parsed.get("status")) or "").upper(), Outcome.PENDING
+        ),
         created_at=_created(parsed),
         cost_usd=read_cost(_text(parsed.get("credits_deduction"))),
         body=_body(parsed.get("request_body")),
@@ -297,11 +301,11 @@ def _url(found: object) -> str | None:
 
 
 def _reason(found: object) -> str | None:
-    """The error in a row, as it may be stored and shown."""
-    if not found:
-        return None
-    text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-    return redact(printable(" ".join(text[:10_000].split())))[:TEXT_LIMIT] or None
+    """The error in a row, a text or an object with one, as it may be stored and shown."""
+    if isinstance(found, dict):
+        found = next((found[name] for name in ("error", "detail", "message") if name in found), None)
+    text = found[:10_000] if isinstance(found, str) else ""
+    return redact(printable(" ".join(text.split())))[:TEXT_LIMIT] or None
 
 
 def _one_each(rows: Iterable[Row]) -> Iterable[Row]:
@@ -326,6 +330,14 @@ def _same(name: str, theirs: object, ours: object) -> bool:
 
 def _is_empty(value: object) -> bool:
     return value is None or value in ("", [], {})
+
+
+def _key(body: Mapping[str, Any]) -> tuple[str, str]:
+    """What is equal in the bodies of the same request, and mostly differs in others."""
+    image, seed = body.get("image_file"), body.get("seed")
+    if isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)
+    return address(image) if isinstance(image, str) else "", str(seed) if isinstance(seed, int | float | str) else ""
 
 
 def _may_be(sought: Sought, row: Row) -> bool:

@@ -1,17 +1,28 @@
-"""Reading the answers of v2: what was submitted, how far it is, and what has come of it. Pure."""
+"""Reading the answers of v2: what was accepted, how far it is, and what has come of it. Pure."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Final, NamedTuple, TypeGuard
 
-from prefect_segmind.api.response import json_value, read_cost
-from prefect_segmind.errors import redact
+from prefect_segmind.api.response import answer_error, error_text, header, json_value, read_cost
+from prefect_segmind.errors import (
+    AnswerCutError,
+    ForgottenError,
+    SubmissionUnknownError,
+    UnprocessableError,
+    redact,
+)
 
-FAILED = "FAILED"
-"""The status of a request that has failed and is not billed; it is raised as an error, and no `Status`."""
+SUCCESS: Final = range(200, 300)
+"""The HTTP statuses of an answer that brings what was asked for."""
+_FAILED: Final = "FAILED"
+_ABOUT_THE_ASKING: Final = (401, 403, 429)
+"""The HTTP statuses of an answer that says nothing about the request asked for, whatever its body says."""
 
 
 class Status(StrEnum):
@@ -61,52 +72,110 @@ def is_request_id(text: object) -> TypeGuard[str]:
     return isinstance(text, str) and bool(re.fullmatch(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,200}", text))
 
 
-def read_request_id(body: bytes, secret: str = "") -> str | None:
-    """The id in the answer to a submitted request.
+def named_request(headers: Mapping[str, str], body: bytes, secret: str = "") -> str | None:
+    """The id of the request that an answer names, in its body or else in a header.
 
     Args:
+        headers: The headers of the answer.
         body: The body of the answer.
         secret: The API key, which no id contains.
 
     Returns:
         The id; None if there is none of a sane form.
     """
-    found = _object(body).get("request_id")
-    return found if is_request_id(found) and redact(found, secret) == found else None
+    named = (_object(body).get("request_id"), header(headers, "x-request-id"))
+    return next((each for each in named if is_request_id(each) and redact(each, secret) == each), None)
 
 
-def read_submitted(body: bytes, secret: str = "") -> Submitted | None:
-    """The request that the provider has accepted.
+def accepted(
+    status: int, headers: Mapping[str, str], body: bytes, *, owns: Callable[[str], bool], secret: str = ""
+) -> Submitted:
+    """The request that the provider has accepted, by its answer.
 
     Args:
-        body: The body of the answer to it.
-        secret: The API key, which its id does not contain.
+        status: The HTTP status, one of `SUCCESS`.
+        headers: The headers of the answer.
+        body: The body of the answer.
+        owns: Whether an address may get the key.
+        secret: The API key, which is removed from the text of an error.
 
-    Returns:
-        The request, whose addresses are to be checked before anything is sent there; None if a field is missing.
+    Raises:
+        SubmissionUnknownError: The answer does not name the request, or where to ask for it.
     """
     parsed = _object(body)
-    addresses = [each for each in (parsed.get("status_url"), parsed.get("response_url")) if isinstance(each, str)]
-    request_id = read_request_id(body, secret)
-    return Submitted(request_id, *addresses) if request_id and len(addresses) == 2 else None
+    status_url, response_url = parsed.get("status_url"), parsed.get("response_url")
+    named = named_request({}, body, secret)
+    if named and isinstance(status_url, str) and isinstance(response_url, str):
+        if owns(status_url) and owns(response_url):
+            return Submitted(named, status_url, response_url)
+        flaw = "names an address of another origin"
+    else:
+        flaw = "lacks its id or an address"
+    raise SubmissionUnknownError(
+        f"the API accepted the request, but its answer {flaw}: {error_text(body, secret)} (check SEGMIND_BASE_URL; the "
+        "provider's usage page shows whether it was billed)",
+        status=status,
+        possibly_billed=True,
+        request_id=named_request(headers, body, secret),
+    )
 
 
-def read_status(body: bytes) -> str | None:
-    """The status of a submitted request.
+def judged(
+    status: int, headers: Mapping[str, str], body: bytes, submitted: Submitted, *, now: datetime, secret: str = ""
+) -> Status | None:
+    """What an answer says about a submitted request. Its body counts before its HTTP status.
 
     Args:
-        body: The body of the answer.
+        status: The HTTP status.
+        headers: The headers of the answer.
+        body: The body of the answer, or its beginning.
+        submitted: The request.
+        now: The time here, aware.
+        secret: The API key, which is removed from the text of an error.
 
     Returns:
-        The name of a `Status`, or `FAILED`; None for anything else.
+        How far the request is; None if a successful answer does not say it.
 
-    Example:
-        >>> read_status(b'{"status": "PROCESSING"}'), read_status(b'{"status": "FAILED"}'), read_status(b"<html>")
-        ('PROCESSING', 'FAILED', None)
+    Raises:
+        UnprocessableError: The request has failed, and is not billed.
+        ForgottenError: The provider no longer has it.
+        ApiError: The answer says nothing about the request, by the class of its status.
     """
-    found = _object(body).get("status")
+    found = None if status in _ABOUT_THE_ASKING else _object(body).get("status")
     name = found.upper() if isinstance(found, str) else ""
-    return name if name in (*Status.__members__, FAILED) else None
+    known = Status(name) if name in Status.__members__ else None
+    if name == _FAILED or (known is None and status == 422):
+        raise UnprocessableError(
+            f"the provider reports that the request failed: {error_text(body, secret)} ({UnprocessableError.advice})",
+            status=422,
+            request_id=submitted.request_id,
+        )
+    if status in SUCCESS or status == 422 or known is Status.COMPLETED:
+        return known
+    if status == 404:
+        raise ForgottenError(
+            "the provider no longer has the request; only its request history does",
+            status=404,
+            request_id=submitted.request_id,
+        )
+    error = answer_error(status, headers, body, now=now, secret=secret)
+    raise error.with_facts(request_id=submitted.request_id, possibly_billed=False)
+
+
+def without_status(status: int, body: bytes, submitted: Submitted, secret: str = "") -> AnswerCutError:
+    """The error for a successful answer about a submitted request that does not say how far it is.
+
+    Args:
+        status: The HTTP status.
+        body: The body of the answer, or its beginning.
+        submitted: The request.
+        secret: The API key, which is removed from the text.
+    """
+    return AnswerCutError(
+        f"the API answered {status} without the status or result of the request: {error_text(body, secret)}",
+        status=status,
+        request_id=submitted.request_id,
+    )
 
 
 def is_result(body: bytes) -> bool:

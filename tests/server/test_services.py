@@ -40,7 +40,7 @@ class TestSettings:
             "grace_seconds": 5.0, "allow_private_sources": True, "allow_unlisted_resolution": True,
             "approve_above_usd": Decimal("5.00"), "approval_timeout_seconds": 60,
             "publish_cache_control": "no-cache", "s3_encryption": "aws:kms:alias/pictures", "stop_after_unusable": 5,
-            "event_sources": "any",
+            "event_sources": "any", "history_url": "https://history.example/mine",
         }  # fmt: skip
         assert set(given) == set(SegmindSettings.model_fields), "each has its place in this test"
         for name, value in given.items():
@@ -62,6 +62,7 @@ class TestSettings:
         assert outbox_folder(load_settings()) == Path("/home/ann/outbox")
 
     def test_an_empty_variable_is_as_good_as_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(f"{PREFIX}HISTORY_URL", raising=False)
         before = load_settings()
         for name in SegmindSettings.model_fields:
             monkeypatch.setenv(PREFIX + name.upper(), "")

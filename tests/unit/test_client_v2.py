@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import json
+import logging
 import pickle
 import random
 from collections.abc import Iterator
@@ -16,13 +18,20 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 
 from prefect_segmind import errors
 from prefect_segmind.api import client as room
 from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.history import HISTORY_SETTING, Outcome, Sought
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.api.submission import Status, Submitted
+from prefect_segmind.credentials import SegmindCredentials
+from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.settings import SegmindSettings
+from tests.support.asking import ImageSource, inputs
+from tests.support.waiting import until
 from tests.support.wire import Wire, http, http_json
 
 KEY = "SG_0123456789abcdef"
@@ -169,7 +178,7 @@ class TestSubmitting:
         [
             (b"", errors.AnswerCutError, None),
             (http(b'{"request_id": "r-', length=999, x_request_id="r-8"), errors.AnswerCutError, "r-8"),
-            (http(b'{"request_id": "r-1"}', length=999, x_request_id="r-8"), errors.AnswerCutError, "r-1"),
+            (http(b'{"request_id": "r-1"}', length=999, x_request_id="r-8"), errors.SubmissionUnknownError, "r-1"),
             (http(b'{"request_id": "r-', length=999, x_request_id="r 8"), errors.AnswerCutError, None),
             (http_json({"error": "no"}, "502 X", x_request_id="r-8"), errors.BadGatewayError, "r-8"),
             (http_json({"error": "no"}, "504 X"), errors.GatewayTimeoutError, None),
@@ -296,7 +305,7 @@ class TestAsking:
             (http(b"", "504 X"), errors.GatewayTimeoutError),
             (http(b"", "529 X"), errors.OverloadedError),
             (http(b"", "302 X", Location="https://evil.example/"), errors.UnexpectedStatusError),
-            (http(b'{"status": "COMPL', length=99), errors.AnswerCutError),
+            (http(b'{"status": "COMPL', length=99, x_request_id="r-of-the-asking"), errors.AnswerCutError),
             (http(b"<html>hello</html>"), errors.AnswerCutError),
             (http_json({"status": "ok"}), errors.AnswerCutError),
             (http(b""), errors.AnswerCutError),
@@ -311,6 +320,7 @@ class TestAsking:
             asked(client, call, server, part)
         assert type(caught.value) is kind
         assert (caught.value.possibly_billed, caught.value.answered) == (False, None)
+        assert caught.value.request_id == "r-1", "not that of the asking"
         assert caught.value.retry_after == (7 if b"Retry-After" in answer else None)
         assert len(server.requests) == 1
 
@@ -397,7 +407,14 @@ class TestFetching:
         picture = client.fetch(named(server), 4711, part)
         assert "the connection broke when the answer had arrived whole" in picture.notices[0]
 
-    @pytest.mark.parametrize("answer", [http_json({"status": "PROCESSING"}), http_json({"status": "QUEUED"}, "202 X")])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            http_json({"status": "PROCESSING"}),
+            http_json({"status": "QUEUED"}, "202 X"),
+            http_json({"status": "PROCESSING"}, "422 X"),
+        ],
+    )
     def test_one_that_is_not_completed_yet_can_be_asked_again(
         self, answer: bytes, server: Wire, client: SegmindClient, part: Path
     ) -> None:
@@ -428,6 +445,27 @@ class TestFetching:
             client.fetch(named(server), 4711, part)
         assert caught.value.answered is not None
         assert not caught.value.possibly_billed
+
+    def test_more_than_a_picture_can_have_is_not_read_to_its_end(
+        self, server: Wire, client: SegmindClient, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(room, "ANSWER_LIMIT", 30_000)
+        server.answers = [http(PNG + bytes(5_000_000))]
+        with pytest.raises(errors.NotAnImageError, match="more than 30,000 bytes") as caught:
+            client.fetch(named(server), 4711, part)
+        assert (caught.value.possibly_billed, caught.value.answered, caught.value.request_id) == (False, None, "r-1")
+
+    def test_a_result_that_cannot_be_read_from_the_disk_can_be_fetched_again(
+        self, server: Wire, client: SegmindClient, part: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreadable(_: Path) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        server.answers = [http_json(completed(server))]
+        monkeypatch.setattr(Path, "read_bytes", unreadable)
+        with pytest.raises(errors.OutboxError, match="Input/output error") as caught:
+            client.fetch(named(server), 4711, part)
+        assert (caught.value.possibly_billed, caught.value.request_id) == (False, "r-1")
 
     def test_a_disk_that_fails_leaves_the_request_to_be_fetched_again(
         self, server: Wire, client: SegmindClient, tmp_path: Path
@@ -535,3 +573,82 @@ class TestLinks:
         with pytest.raises(errors.OutboxError) as caught:
             client.download(f"{server.url}/a.png", tmp_path / "gone" / "picture.part", ANSWERED, 4711)
         assert (caught.value.possibly_billed, caught.value.answered) == (False, ANSWERED)
+
+
+class TestOnTheSandbox:
+    """The same client and the sandbox, which was written apart from it, by the contract alone."""
+
+    @pytest.fixture
+    def request_(self) -> Iterator[ImageToImageRequest]:
+        with ImageSource() as source:
+            yield ImageToImageRequest(**inputs(source.url))
+
+    @pytest.fixture
+    def credentials(self, sandbox: Sandbox) -> SegmindCredentials:
+        return SegmindCredentials(api_key=SecretStr(sandbox.api_key), base_url=sandbox.base_url_v2)
+
+    def test_a_request_is_submitted_polled_for_and_fetched(
+        self, sandbox: Sandbox, credentials: SegmindCredentials, request_: ImageToImageRequest, part: Path
+    ) -> None:
+        with credentials.get_client() as client:
+            submitted = client.submit(request_)
+            until(lambda: client.status(submitted) is Status.COMPLETED)
+            picture = client.fetch(client.submitted(submitted.request_id), request_.seed, part)
+            assert client.credits() == Decimal("999.95")
+        assert (picture.cost_usd, picture.cost_source, picture.notices) == (Decimal("0.05"), "metrics", ())
+        assert sandbox.ledger.billed == 1
+
+    def test_polling_survives_what_fails_and_is_never_billed(
+        self, sandbox: Sandbox, credentials: SegmindCredentials, request_: ImageToImageRequest
+    ) -> None:
+        sandbox.play(Answer(polls=(429, 502, 0, 504)))
+        kinds = (errors.RateLimitError, errors.BadGatewayError, errors.AnswerCutError, errors.GatewayTimeoutError)
+        with credentials.get_client() as client:
+            submitted = client.submit(request_)
+            for kind in kinds:
+                with pytest.raises(kind) as caught:
+                    client.status(submitted)
+                assert not caught.value.possibly_billed
+            assert until(lambda: client.status(submitted) is Status.COMPLETED)
+        assert sandbox.ledger.billed == 1
+
+    def test_one_that_fails_is_not_billed_and_one_that_is_forgotten_is_told_as_such(
+        self, sandbox: Sandbox, credentials: SegmindCredentials, request_: ImageToImageRequest
+    ) -> None:
+        sandbox.play(Answer(fails="NSFW content"), Answer(forgotten=True))
+        with credentials.get_client() as client:
+            submitted = client.submit(request_)
+            with pytest.raises(errors.UnprocessableError, match="NSFW content"):
+                until(lambda: client.status(submitted) is Status.COMPLETED)
+            with pytest.raises(errors.ForgottenError):
+                client.status(client.submit(request_))
+
+    @pytest.mark.parametrize("lost", [Answer(kind="lost"), Answer(status=502, billed=True)])
+    def test_a_lost_answer_is_found_in_the_history_and_its_picture_downloaded(
+        self,
+        lost: Answer,
+        sandbox: Sandbox,
+        credentials: SegmindCredentials,
+        request_: ImageToImageRequest,
+        part: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.delenv(HISTORY_SETTING, raising=False)
+        history = credentials.get_history(SegmindSettings(), logging.getLogger("tests"))
+        assert history is not None
+        sandbox.play(lost)
+        sent_at = datetime.now(UTC)
+        with credentials.get_client() as client:
+            with pytest.raises(errors.ApiError) as caught:
+                client.submit(request_)
+            assert caught.value.possibly_billed
+            until(lambda: sandbox.ledger.billed == 1)
+            (row,) = history.find([Sought(request_.body(), sent_at)]).values()
+            assert history.find([Sought({}, sent_at, row.request_id)])[0] == row
+            assert row.outcome is Outcome.COMPLETED
+            assert row.url is not None
+            answered = ANSWERED.model_copy(update={"cost_usd": row.cost_usd, "request_id": row.request_id})
+            picture = client.download(row.url, part, answered, request_.seed)
+        assert (picture.cost_usd, picture.cost_source) == (Decimal("0.05"), "history")
+        assert part.stat().st_size == picture.size_bytes
+        assert sandbox.ledger.billed == 1

@@ -106,6 +106,14 @@ def test_errors_are_told_apart_by_what_a_caller_would_do():
     assert not [each for each in CLASSES if issubclass(each, ApiError) and issubclass(each, StoreError)]
     assert issubclass(errors.UnsafeImageError, NotAnImageError)
     assert issubclass(errors.ResultLinkError, NotAnImageError)
+    asking = (errors.ForgottenError, errors.HistoryError, errors.SubmissionUnknownError)
+    assert all(issubclass(each, ApiError) and not issubclass(each, AccountError) for each in asking)
+
+
+def test_a_link_is_not_gone_unless_that_is_known_and_the_error_keeps_it():
+    assert errors.ResultLinkError("no").gone is False
+    error = errors.ResultLinkError("no", gone=True, status=200)
+    assert (error.with_facts(stage="generate").gone, pickle.loads(pickle.dumps(error)).gone) == (True, True)
 
 
 # --- statuses ---------------------------------------------------------------------------------------------------------

@@ -230,7 +230,10 @@ class TestRows:
         ("given", "error"),
         [
             ("not  safe\n", "not safe"),
-            ({"detail": "not safe"}, '{"detail": "not safe"}'),
+            ({"code": 7, "detail": "not safe"}, "not safe"),
+            ({"code": 7}, None),
+            ({"error": {"error": "deep"}}, None),
+            (["not safe"], None),
             ("\x1b[31mred", "[31mred"),
             ("the key SG_0123456789abcdef", "the key SG_…"),
             (None, None),
@@ -240,6 +243,14 @@ class TestRows:
     def test_the_error_can_be_shown(self, given: object, error: str | None) -> None:
         assert read(error=given).error == error
         assert len(read(error="x" * 100_000).error or "") == 300
+
+    @pytest.mark.parametrize("name", [*entry(), "seed"])
+    def test_no_depth_of_a_field_ends_it(self, name: str) -> None:
+        body = json.dumps([entry()])
+        for depth in (10, 200, *range(850, 1000, 10), 5000):
+            deep = body.replace(f'"{name}": ', f'"{name}": {"[" * depth}{"]" * depth}, "other": ', 1)
+            with suppress(ValueError):
+                matched([Sought(OURS, NOW)], parse_page(deep.encode()))
 
     @given(
         st.recursive(
@@ -332,11 +343,18 @@ class TestMatching:
         assert matched([Sought(OURS, NOW, "r-1")], [row("r-1")], ["r-1"]) == {}
 
 
-BODIES = [OURS, OURS | {"seed": 4712}]
+UNSEEDED = {name: value for name, value in OURS.items() if name != "seed"}
+BODIES = [OURS, OURS | {"seed": 4712}, UNSEEDED]
+THEIR_BODIES = [
+    *BODIES,
+    *(OURS | {"seed": "4711"}, OURS | {"seed": 4711.0, "image_file": "https://b.example/mug.jpg"}),
+    *(OURS | {"seed": None}, OURS | {"seed": "", "image_file": "https://b.example/mug.jpg?sig=2"}),
+    {},
+]
 TIMES = st.integers(-200, 200).map(lambda seconds: NOW + timedelta(seconds=seconds))
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
 SOUGHT = st.builds(Sought, st.sampled_from(BODIES), TIMES, st.none() | IDS)
-ROWS = st.builds(row, IDS, st.none() | TIMES, body=st.sampled_from(BODIES), outcome=st.sampled_from(Outcome))
+ROWS = st.builds(row, IDS, st.none() | TIMES, body=st.sampled_from(THEIR_BODIES), outcome=st.sampled_from(Outcome))
 
 
 @given(

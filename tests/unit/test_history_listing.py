@@ -407,6 +407,10 @@ class TestFailures:
 
 
 class TestOfTheCredentials:
+    @pytest.fixture(autouse=True)
+    def unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(HISTORY_SETTING, raising=False)
+
     def test_is_that_of_the_base_url_with_its_key(self, server: Wire) -> None:
         server.answers = [http_json({"data": [entry()]})]
         credentials = SegmindCredentials(api_key=SecretStr(KEY), base_url=f"{server.url}/v2")

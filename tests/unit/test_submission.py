@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import suppress
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_segmind import errors
 from prefect_segmind.api.submission import (
     Result,
+    Status,
     Submitted,
+    accepted,
     is_request_id,
     is_result,
-    read_request_id,
+    judged,
+    named_request,
     read_result,
-    read_status,
-    read_submitted,
 )
 
 FIELDS = {"request_id": "r-1", "status_url": "https://a.example/s", "response_url": "https://a.example/r"}
+MINE = Submitted(**FIELDS)
 NOT_OBJECTS = [b"", b"[]", b'"QUEUED"', b"null", b"12", b"<html>", b'{"request_id": "r-', b"\xff", b"[" * 50_000]
+
+
+def owned(url: str) -> bool:
+    return url.startswith("https://a.example/")
+
+
+def accept(body: bytes, **headers: str) -> Submitted:
+    return accepted(202, headers, body, owns=owned, secret="my-own-key")
+
+
+def judge(body: bytes, status: int = 200, **headers: str) -> Status | None:
+    return judged(status, headers, body, MINE, now=datetime.now(UTC), secret="my-own-key")
 
 
 @pytest.mark.parametrize("id", ["r-1", "0f8e4c71-aaaa-4bbb-8ccc-0123456789ab", "a.b:c_d", "_x", "-x", "...", "9" * 200])
 def test_ids_are_sane(id: str) -> None:
     assert is_request_id(id)
+    assert accept(json.dumps({**FIELDS, "request_id": id}).encode()).request_id == id
 
 
 @pytest.mark.parametrize(
@@ -35,35 +53,90 @@ def test_ids_are_sane(id: str) -> None:
 )
 def test_what_could_change_an_address_is_no_id(id: object) -> None:
     assert not is_request_id(id)
-    assert read_request_id(json.dumps({**FIELDS, "request_id": id}).encode()) is None
-    assert read_submitted(json.dumps({**FIELDS, "request_id": id}).encode()) is None
+    body = json.dumps({**FIELDS, "request_id": id}).encode()
+    assert named_request({}, body) is None
+    with pytest.raises(errors.SubmissionUnknownError, match="lacks its id"):
+        accept(body)
 
 
-def test_a_submitted_request_has_an_id_and_two_addresses() -> None:
+def test_the_body_names_the_request_before_the_header_and_neither_may_repeat_the_key() -> None:
+    assert named_request({"X-Request-Id": "r-2"}, b'{"request_id": "r-1"}') == "r-1"
+    assert named_request({"X-Request-Id": '["r-2"]'}, b"<html>") == "r-2"
+    assert named_request({"X-Request-Id": "r 2"}, b"") is None
+    for key in ("my-own-key", "SG_0123456789abcdef"):
+        assert (
+            named_request({"X-Request-Id": f"x{key}"}, json.dumps({"request_id": key}).encode(), "my-own-key") is None
+        )
+
+
+def test_an_accepted_request_has_an_id_and_two_addresses() -> None:
     body = json.dumps(FIELDS | {"status": "QUEUED", "poll_url": "https://a.example/p"}).encode()
-    assert read_submitted(body) == Submitted(**FIELDS)
-    assert read_submitted(gzip.compress(body)) == Submitted(**FIELDS)
-    for name in FIELDS:
-        for value in ({}, {name: None}, {name: 7}):
-            without = {key: each for key, each in FIELDS.items() if key != name} | value
-            assert read_submitted(json.dumps(without).encode()) is None
+    assert accept(body) == accept(gzip.compress(body)) == MINE
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("value", [..., None, 7, "", "https://b.example/x"])
+def test_an_answer_that_lacks_one_of_them_leaves_the_outcome_unknown(name: str, value: object) -> None:
+    fields: dict[str, object] = {**FIELDS, name: value}
+    body = json.dumps({key: each for key, each in fields.items() if each is not ...}).encode()
+    with pytest.raises(errors.SubmissionUnknownError) as caught:
+        accept(body, x_request_id="r-9")
+    assert (caught.value.status, caught.value.possibly_billed) == (202, True)
+    assert caught.value.request_id == (None if name == "request_id" else "r-1")
 
 
 @pytest.mark.parametrize("body", NOT_OBJECTS)
 def test_a_body_of_another_form_says_nothing(body: bytes) -> None:
-    assert (read_request_id(body), read_submitted(body), read_status(body)) == (None, None, None)
+    with pytest.raises(errors.SubmissionUnknownError):
+        accept(body)
+    assert judge(body) is None
     assert not is_result(body)
     assert read_result(body) == Result(None, None)
 
 
-@pytest.mark.parametrize("status", ["QUEUED", "PROCESSING", "COMPLETED", "FAILED"])
-def test_the_four_statuses_are_read_in_any_case(status: str) -> None:
-    assert read_status(json.dumps({"status": status.lower()}).encode()) == status
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize("code", [200, 202, 422])
+def test_a_status_is_read_in_any_case(code: int, status: Status) -> None:
+    assert judge(json.dumps({"status": status.lower()}).encode(), code) is status
 
 
-@pytest.mark.parametrize("status", ["", "error", "ok", 200, None, True, ["FAILED"], {"FAILED": 1}])
-def test_no_other_word_is_a_status(status: object) -> None:
-    assert read_status(json.dumps({"status": status}).encode()) is None
+@pytest.mark.parametrize("word", ["", "error", "ok", 200, None, True, ["FAILED"], {"FAILED": 1}])
+def test_no_other_word_is_a_status(word: object) -> None:
+    assert judge(json.dumps({"status": word}).encode()) is None
+
+
+@pytest.mark.parametrize("code", [200, 400, 404, 422, 500, 502])
+def test_failed_is_failed_whatever_the_code(code: int) -> None:
+    with pytest.raises(errors.UnprocessableError, match="not safe") as caught:
+        judge(b'{"status": "FAILED", "error": "not safe"}', code)
+    assert (caught.value.status, caught.value.possibly_billed, caught.value.request_id) == (422, False, "r-1")
+
+
+@pytest.mark.parametrize("status", ["FAILED", "COMPLETED", "QUEUED"])
+@pytest.mark.parametrize("code", [401, 403, 429])
+def test_an_answer_about_the_asking_says_nothing_about_the_request(code: int, status: str) -> None:
+    with pytest.raises(errors.STATUS_ERRORS[code]) as caught:
+        judge(json.dumps({"status": status}).encode(), code)
+    assert (caught.value.status, caught.value.possibly_billed) == (code, False)
+
+
+def test_completed_is_believed_with_another_code_and_the_others_are_not() -> None:
+    assert judge(b'{"status": "COMPLETED"}', 500) is Status.COMPLETED
+    for status in ("QUEUED", "PROCESSING"):
+        with pytest.raises(errors.BadGatewayError) as caught:
+            judge(json.dumps({"status": status}).encode(), 502)
+        assert not caught.value.possibly_billed
+        with pytest.raises(errors.ForgottenError):
+            judge(json.dumps({"status": status}).encode(), 404)
+
+
+def test_no_message_has_the_key() -> None:
+    said = b'{"status": "FAILED", "error": "my-own-key", "request_id": "my-own-key"}'
+    for call in (lambda: accept(said), lambda: judge(said), lambda: judge(said, 401)):
+        with pytest.raises(errors.ApiError) as caught:
+            call()
+        assert "my-own-key" not in str(caught.value)
+        assert caught.value.request_id in (None, "r-1")
 
 
 @pytest.mark.parametrize("name", ["output", "images", "metrics"])
@@ -93,12 +166,14 @@ def test_seed_and_cost_are_read_where_they_are_sensible(fields: dict[str, object
 
 
 def test_a_cost_that_is_no_number_is_none() -> None:
-    assert read_result(b'{"metrics": {"cost": NaN}}') == read_result(b'{"metrics": {"cost": Infinity}}')
-    assert read_result(b'{"metrics": {"cost": NaN}}').cost_usd is None
+    for cost in (b"NaN", b"Infinity", b"-Infinity"):
+        assert read_result(b'{"metrics": {"cost": ' + cost + b"}}").cost_usd is None
 
 
-@given(st.binary(max_size=200))
-def test_no_bytes_end_it(body: bytes) -> None:
-    assert read_submitted(body) is None or is_request_id(read_request_id(body))
-    assert read_status(body) in (None, "QUEUED", "PROCESSING", "COMPLETED", "FAILED")
+@given(st.binary(max_size=200), st.integers(100, 599))
+def test_whatever_comes_is_an_answer_or_an_error_of_ours(body: bytes, code: int) -> None:
+    with suppress(errors.ApiError):
+        judge(body, code)
+    with suppress(errors.SubmissionUnknownError):
+        accept(body)
     read_result(body)
