@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import secrets
 import socket
 import sys
@@ -11,8 +12,8 @@ import threading
 import time
 from decimal import Decimal
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import httpx
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -81,7 +82,6 @@ class Sandbox:
         self.base_url = self.base_url_v2 = self.history_url = ""
         self.folder = folder
         self.s3 = S3Server(folder / "s3", port=s3_port, buckets=[BUCKET]) if s3 else None
-        self._origin = ""
         self._port = port
         self._api = SandboxApi(
             self.api_key,
@@ -99,8 +99,16 @@ class Sandbox:
         self.script.play(*answers, prompt=prompt)
 
     def reset(self) -> None:
-        """Returns to the state after the start: no requests, also none in flight, no bills, no scripts, no history."""
-        httpx.post(f"{self._origin}/sandbox/reset", trust_env=False).raise_for_status()
+        """Returns to the state after the start: no requests, also none in flight, no bills, no scripts, no history.
+
+        Raises:
+            OSError: The sandbox is not running.
+        """
+        # As another process does it, as only the thread of the API may change what is in flight.
+        connection = http.client.HTTPConnection(urlsplit(self.base_url).netloc, timeout=_STOP_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("POST", "/sandbox/reset")
+            connection.getresponse().read()
 
     def environment(self) -> dict[str, str]:
         """The environment variables that make this plugin and boto3 use the sandbox, and nothing else.
@@ -174,9 +182,8 @@ class Sandbox:
             if not thread.is_alive() or time.monotonic() > deadline:
                 raise ConfigurationError("the sandbox's API did not start")
             time.sleep(0.01)
-        self._origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.base_url, self.base_url_v2 = f"{self._origin}/v1", f"{self._origin}/v2"
-        self.history_url = self._origin + PATH
+        origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.base_url, self.base_url_v2, self.history_url = f"{origin}/v1", f"{origin}/v2", origin + PATH
 
 
 class _Connection(H11Protocol):

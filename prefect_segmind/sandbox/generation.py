@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import deque
@@ -38,6 +39,7 @@ class Generation:
         cost: What it was billed, in USD.
         error: Why it failed; empty if it did not.
         polls: The statuses of the next answers to polls.
+        lands_at: When the request history shows it, by `time.monotonic`; infinite if it never does.
     """
 
     def __init__(self, inputs: dict[str, Any], *, queued: bool, queue_seconds: float) -> None:
@@ -55,6 +57,7 @@ class Generation:
         self.polls: deque[int] = deque()
         self._queue_seconds = queue_seconds
         self._started = time.monotonic()
+        self.lands_at = self._started
         self._updated = self.created
         self._took: float | None = None
 
@@ -100,11 +103,6 @@ class Generation:
         return "PENDING" if self._took is None else self.state
 
     @property
-    def has_landed(self) -> bool:
-        """Whether the request history shows it by now."""
-        return self.answer.is_listed and self._age >= self.answer.lands_after
-
-    @property
     def is_forgotten(self) -> bool:
         """Whether its status and its result are no longer kept."""
         return self._age >= self.answer.kept_seconds
@@ -117,6 +115,7 @@ class Generation:
         """
         self.answer = answer
         self.polls.extend(answer.polls)
+        self.lands_at = self._started + answer.lands_after if answer.is_listed else math.inf
 
     def complete(self, cost: Decimal, size: int | None) -> None:
         """Ends it as COMPLETED.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
@@ -145,17 +146,17 @@ class History:
             Refusal: The history does not list it, with 404.
         """
         generation = self._requests.get(request_id)
-        if generation is None or not generation.has_landed:
+        if generation is None or generation.lands_at > time.monotonic():
             raise Refusal(404, f"Request {request_id!r} not found")
         return generation.row(origin)
 
     def _matching(self, query: Query) -> Iterator[Generation]:
         if query.model_name not in MODEL:
             return
-        first, last = query.days
+        first, last = (datetime.combine(day, datetime.min.time(), UTC) for day in query.days)
+        end, now, status = last + timedelta(days=1), time.monotonic(), query.status
         for each in reversed(self._requests.values()):
-            day = each.created.date()
-            if day < first:
+            if each.created < first:
                 break
-            if day <= last and each.has_landed and query.status in (None, each.model_status):
+            if each.created < end and each.lands_at <= now and (status is None or status == each.model_status):
                 yield each

@@ -220,12 +220,13 @@ class SandboxApi:
         made = asyncio.create_task(self._carry_out(generation, body))
         self._running.add(made)
         made.add_done_callback(self._running.discard)
+        picture: bytes | None = None
         if not queued and generation.answer.kind != "lost":
             await asyncio.wait({made})
             if made.cancelled():
                 return answers.error(503, "the sandbox was reset")
+            picture = made.result()
         await asyncio.sleep(generation.answer.delay)
-        picture = made.result() if made.done() and not made.cancelled() else None
         return self._finish(_answer(request, generation, picture), generation)
 
     async def _not_accepted(self, generation: Generation) -> Response:

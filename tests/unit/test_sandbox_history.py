@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -211,6 +212,17 @@ def test_a_billed_answer_without_a_picture_leaves_one_in_the_history(
     assert HTTP.get(row["generation_url"]).content.startswith(b"\xff\xd8")
     assert (sandbox.ledger.billed, sandbox.ledger.billed_usd) == (1, Decimal("0.05"))
     assert sandbox.ledger.requests[0].status == answer.status
+
+
+@pytest.mark.parametrize("kind", ["half_body", "truncated_image"])
+def test_the_history_has_the_whole_picture_of_an_answer_that_was_cut(
+    sandbox: Sandbox, source: ImageSource, kind: Any
+) -> None:
+    whole = ask(sandbox, source.url).content
+    sandbox.play(Answer(kind=kind))
+    with contextlib.suppress(httpx.RemoteProtocolError):
+        assert len(ask(sandbox, source.url).content) < len(whole)
+    assert HTTP.get(rows(sandbox)[0]["generation_url"]).content == whole
 
 
 def test_a_billed_502_of_v1_comes_after_the_bill(sandbox: Sandbox, source: ImageSource) -> None:
