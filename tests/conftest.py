@@ -82,11 +82,8 @@ def photo(tmp_path: Path, photo_bytes: bytes) -> Path:
 
 @pytest.fixture
 def sandbox(_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """The API and an S3 server, with an archive, an outbox, a ledger and a script of this test's own."""
-    _sandbox.ledger.clear()
-    _sandbox.script.clear()
-    _sandbox.history.script.clear()
-    _sandbox.history.off = False
+    """The API and an S3 server, with an archive, an outbox, a ledger, a history and a script of this test's own."""
+    _sandbox.reset()
     for name, value in _sandbox.environment().items():
         monkeypatch.setenv(name, value)
     # What must hold without the provider's history is tested without it.

@@ -265,12 +265,11 @@ class Cashier:
             if replies.picture is None or brought_by is None:
                 self._enter(held, job, doubtful, replies, run, log)
                 return None
-            facts = asked.model_dump() | {"run": brought_by.run}
+            facts = asked.model_copy(update={"run": brought_by.run}).model_dump()
             entry = OutboxEntry(paid=replies.picture, attempts=held.record.attempts, **facts)
             path = self.outbox.keep(job.fingerprint, part, entry)
             self.gate.picture(replies.picture.paid_at)
-            replies.outcomes[brought_by.request]["kept"] = _on_this_host(path)
-            self._enter(held, job, doubtful, replies, run, log)
+            self._enter(held, job, doubtful, replies, run, log, _on_this_host(path))
         return self._paid(held, path, replies.picture, brought_by.run, log)
 
     def _paid(self, held: Claim, path: Path, picture: PaidPicture, sender: str, log: logging.Logger) -> Paid:
@@ -325,9 +324,10 @@ class Cashier:
         replies: Replies,
         run: Run,
         log: logging.Logger,
+        kept: str | None = None,
     ) -> None:
         """Enters what the provider says of earlier requests in the record and in the ledger."""
-        self._write_outcome(held, lambda record: replies.entered(record, doubtful, run), log)
+        self._write_outcome(held, lambda record: replies.entered(record, doubtful, run, kept), log)
         for each in doubtful:
             if outcome := replies.outcomes.get(each.request):
                 cost = outcome.get("cost_usd") or NOTHING
@@ -486,10 +486,10 @@ def _as_told(error: ApiError, outcome: Outcome | None) -> ApiError:
     request_id = outcome.get("request_id")
     if (cost := outcome.get("cost_usd")) is None:
         return error.with_facts(
-            f"{error}; {outcome['reason']}", possibly_billed=False, answered=None, request_id=request_id
+            f"{error}; {outcome.get('reason')}", possibly_billed=False, answered=None, request_id=request_id
         )
     answered = Answered(cost_usd=cost, cost_source="history", request_id=request_id, at=datetime.now(UTC))
-    return NotAnImageError(f"{error}; {outcome['reason']}", status=200, answered=answered, request_id=request_id)
+    return NotAnImageError(f"{error}; {outcome.get('reason')}", status=200, answered=answered, request_id=request_id)
 
 
 def _settled_ids(record: Record, doubtful: Sequence[Attempt]) -> set[str]:

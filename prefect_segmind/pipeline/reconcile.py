@@ -58,19 +58,23 @@ class Replies(NamedTuple):
     picture: PaidPicture | None = None
     brought_by: Attempt | None = None
 
-    def entered(self, record: Record, attempts: Sequence[Attempt], run: Run) -> Record:
+    def entered(self, record: Record, attempts: Sequence[Attempt], run: Run, kept: str | None = None) -> Record:
         """A record with what the provider says, and that this run has asked for the others in vain.
 
         Args:
             record: The record.
             attempts: The requests that it was asked about.
             run: The run that has asked.
+            kept: Where the picture is, as in `Attempt.kept`; None if there is none.
         """
         for each in attempts:
             vain = Outcome(
                 possibly_billed=each.possibly_billed is not False, asked_by=run.id, reason=each.reason or RUN_ENDED
             )
-            record = record.settled(each.request, **self.outcomes.get(each.request, vain))
+            outcome = self.outcomes.get(each.request, vain)
+            record = record.settled(each.request, **outcome)
+            if self.brought_by is not None and each.request == self.brought_by.request:
+                record = record.settled(each.request, possibly_billed=False, kept=kept)
         return record
 
 

@@ -175,13 +175,19 @@ generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
 """
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
-@pytest.mark.parametrize("then", ["v2", "v1, by the history", "v2, forgotten"])
+@pytest.mark.parametrize(
+    ("by", "then"),
+    [
+        (signal.SIGKILL, "v2"),
+        (signal.SIGTERM, "v2"),
+        (signal.SIGINT, "v2"),
+        (signal.SIGKILL, "v1, by the history"),
+        (signal.SIGKILL, "v2, forgotten"),
+    ],
+)
 def test_a_run_that_dies_is_resumed_by_the_next(
     with_v2: Sandbox, photo: Path, by: signal.Signals, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if by is not signal.SIGKILL and then != "v2":
-        pytest.skip("tried with one signal")
     with_v2.play(Answer(processing=1.5, forgotten=3.0 if "forgotten" in then else False))
     job, _ = up_to_upload(photo)
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(photo)], cwd=Path(__file__).parents[2])

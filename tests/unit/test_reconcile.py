@@ -21,6 +21,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
+from tests.support.asking import rows
 from tests.support.waiting import until
 from tests.support.walk import archive_picture, generate, up_to_upload, walk
 
@@ -124,7 +125,7 @@ def test_a_request_that_was_not_listed_and_is_now_is_fetched_by_the_next_run(
     job, uploaded = up_to_upload(photo)
     with pytest.raises(AnswerCutError):
         generate(job, uploaded, run="one", on_unknown="fail")
-    until(lambda: with_history.history._requests[with_history.ledger.requests[0].request_id].has_landed)
+    until(lambda: rows(with_history))
     again = generate(job, uploaded, run="two", on_unknown="fail")
     assert (again.status, again.cost_usd, again.possibly_billed_usd) == ("recovered", NOTHING, NOTHING)
     assert paid(record_of(archive_picture(again).fingerprint)) == PRICE
