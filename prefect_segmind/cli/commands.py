@@ -301,6 +301,37 @@ def outbox(*, archive: Annotated[bool, Parameter(negative="")] = False, output: 
 
 
 @app.command
+def reconcile(archive: str | None = None, /, *, block: str | None = None, output: Output | None = None) -> int:
+    """Look up at the provider what became of requests of unknown outcome, and archive what was paid for. Free.
+
+    Args:
+        archive: s3://bucket/prefix or a folder; PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE if left out.
+        block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
+        output: Output options.
+    """
+    from prefect_segmind.cli.reconcile import facts, settle, table
+    from prefect_segmind.pipeline.unsettled import Reconciled
+
+    output = output or Output()
+    _prepare_for_interrupts()
+    try:
+        check_environment()
+        with live(people, "asking the provider", TimeElapsedColumn()):
+            found = settle(archive, block)
+    except (Exception, *INTERRUPTS) as error:
+        if output.json:
+            print_json(Reconciled().model_dump(mode="json") | {"error": message(error)})
+        return show_failure(error, output.verbose)
+    if output.json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        if found.pictures:
+            Console().print(table(found))
+        print_facts(Console(), facts(found))
+    return DONE if found.is_whole else FAILED
+
+
+@app.command
 def demo(*, folder: Path = Path("segmind-demo"), verbose: bool = False) -> int:
     """Watch a picture being made against a local sandbox, a rate limit and a gateway error included. Costs nothing.
 

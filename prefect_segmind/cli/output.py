@@ -18,6 +18,7 @@ from prefect_segmind.cli.terminal import people
 from prefect_segmind.errors import (
     AccountError,
     BudgetReachedError,
+    HistoryError,
     InputError,
     InsufficientCreditsError,
     NotApprovedError,
@@ -75,6 +76,8 @@ def exit_code(error: BaseException) -> int:
     if _interrupt(error):
         return INTERRUPTED
     cause = error.stopped or error if isinstance(error, BatchError) else error
+    if isinstance(cause, HistoryError) and cause.status in (401, 403):
+        return ACCOUNT_REFUSED
     return next((code for kind, code in table if isinstance(cause, kind)), FAILED)
 
 

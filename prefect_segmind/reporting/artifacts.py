@@ -22,8 +22,9 @@ from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.source import SourceReader
+from prefect_segmind.pipeline.unsettled import TITLES, Reconciled
 from prefect_segmind.pipeline.validate import ValidatedJob
-from prefect_segmind.reporting.markdown import before_and_after, cell, listing, table
+from prefect_segmind.reporting.markdown import before_and_after, cell, listing, rows, table
 
 THUMBNAIL_WIDTH = 320
 """Pixels; two thumbnails fit side by side in Prefect's UI on a screen of 1300."""
@@ -145,6 +146,27 @@ def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceRead
         *(line for each in new[:SHOWN_PICTURES] for line in _picture(each, archive, reader)),
         *([f"\n{len(new) - SHOWN_PICTURES} more are in {cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
     ]
+
+
+def publish_reconciled(result: Reconciled) -> None:
+    """Creates an artifact of the flow run with what has become known of each request that was looked up.
+
+    Args:
+        result: The requests.
+    """
+    shown = result.pictures[:SHOWN_NAMES]
+    lines = (
+        f"### {cell(result.archive)}",
+        "",
+        cell(result.sentence()),
+        "",
+        *(rows(TITLES, [each.cells() for each in shown]) if shown else ()),
+        *([f"\n{len(result.pictures) - len(shown)} more"] if len(result.pictures) > len(shown) else ()),
+        "",
+        *(f"- **{cell(each.title)}**: {cell(each.image or each.reason or '')}" for each in shown),
+        *(f"- {cell(each)}" for each in result.problems[:SHOWN_FAILURES]),
+    )
+    _publish(lambda: lines, artifact_key(result.archive, "reconcile"), "what became of requests of unknown outcome")
 
 
 def _picture(archived: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:
