@@ -41,6 +41,7 @@ from prefect_segmind.cli.output import (
     show_failure,
 )
 from prefect_segmind.cli.streams import unreadable
+from prefect_segmind.cli.submitted import has_submitted
 from prefect_segmind.cli.terminal import people, print_facts
 from prefect_segmind.errors import InputError
 from prefect_segmind.flows import image_to_image, refresh_assets
@@ -181,9 +182,10 @@ def generate(
             )
             archived = cast(ArchivedImage, made)
     except (Exception, *INTERRUPTS) as error:
+        submitted = has_submitted(error, run.ledger, archive)
         if output.json:
-            print_json(failure(name, error, run.ledger))
-        return show_failure(error, output.verbose, run.ledger.totals, run.facts())
+            print_json(failure(name, error, run.ledger, submitted=submitted))
+        return show_failure(error, output.verbose, run.ledger.totals, run.facts(), submitted=submitted)
     if output.json:
         print_json(archived.model_dump())
     else:
@@ -258,7 +260,8 @@ def refresh(
         ended = run.result or (error.result if isinstance(error, BatchError) else None)
         if output.json:
             totals = run.ledger.totals
-            print_json(batch(ended) | {"error": message(error, totals)} if ended else batch_failure(error))
+            why = message(error, totals, submitted=bool(ended and ended.submitted))
+            print_json(batch(ended) | {"error": why} if ended else batch_failure(error))
         if not ended:
             return show_failure(error, output.verbose, run.ledger.totals, run.facts())
         if output.verbose:
