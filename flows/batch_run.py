@@ -436,7 +436,7 @@ def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
     stopped = ended.stopped
     listener().ended(run_ledger(), result)
     message = result.sentence() + (f"; {stopped}" if stopped else "")
-    message += f"; of those submitted: {TO_FETCH}" if result.submitted else ""
+    message += f"; {TO_FETCH}" if result.submitted else ""
     message += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
     error = BatchError(message, result, stopped)
     if isinstance(stopped, RunCancelledError | NotApprovedError) and not isinstance(stopped, ApprovalTimeoutError):

@@ -25,9 +25,7 @@ from prefect_segmind.storage.spool import Spool
 
 NAMED = 1_000
 """The most jobs that were not started, and that are submitted, which a result names; it counts them all."""
-TO_FETCH = (
-    "run the same job again, or prefect-segmind reconcile, and their pictures are fetched without another payment"
-)
+TO_FETCH = "to fetch their pictures without another payment, run the same again, or prefect-segmind reconcile"
 """What to do about jobs whose request the provider has accepted and not finished."""
 
 

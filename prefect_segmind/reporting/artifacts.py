@@ -156,7 +156,7 @@ def _submitted(result: BatchResult) -> Iterator[str]:
     shown = result.submitted_names[:SHOWN_NAMES]
     more = f" and {result.submitted - len(shown)} more" if result.submitted > len(shown) else ""
     yield from ("", f"#### Submitted: {result.submitted}", "")
-    yield f"The provider has accepted their requests and not finished them; {TO_FETCH}."
+    yield f"The provider has accepted their requests and not finished them: {TO_FETCH}."
     yield from ("", ", ".join(map(cell, shown)) + more)
 
 
