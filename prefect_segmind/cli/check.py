@@ -88,10 +88,10 @@ def _credits(block: str | None) -> CheckResult:
 def _api_version(block: str | None) -> CheckResult:
     url = load_base_url(block)
     if is_v2(url):
-        return CheckResult(f"v2 ({url}): a request whose run has died is fetched by the next run")
+        return CheckResult(f"v2 ({url}): the next run fetches what a run that has died had requested")
     return CheckResult(
-        f"v1 ({url}), as the provider documents this model; v2 is the better choice where pictures take longer than "
-        "about 10 s or runs may be killed, for their requests are fetched by the next run: SEGMIND_BASE_URL ends in /v2"
+        f"v1 ({url}), as the provider documents this model; where pictures take longer than about 10 s, or runs may be "
+        "killed, v2 is the better choice, as the next run fetches what was requested: end SEGMIND_BASE_URL in /v2"
     )
 
 

@@ -38,6 +38,7 @@ from prefect_segmind.cli.output import (
     message,
     picture_facts,
     print_json,
+    reconcile_failure,
     show_failure,
 )
 from prefect_segmind.cli.streams import unreadable
@@ -93,13 +94,20 @@ def run(arguments: Sequence[str]) -> int:
         text = str(error)
         if "--json" in arguments:
             wrong = InputError(text)
-            print_json(batch_failure(wrong) if arguments[0] == "refresh" else failure("", wrong))
+            print_json(_nothing_done(arguments[0], wrong))
         people.print(text, style="red", soft_wrap=True)
         people.print("See prefect-segmind --help.")
         return BAD_INPUT
     except Exception as error:
         return show_failure(error, verbose="--verbose" in arguments)
     return result if isinstance(result, int) else DONE
+
+
+def _nothing_done(command: str, error: InputError) -> dict[str, Any]:
+    """The JSON object of a command that was not begun."""
+    if command == "reconcile":
+        return reconcile_failure(error)
+    return batch_failure(error) if command == "refresh" else failure("", error)
 
 
 def _prepare_for_interrupts() -> None:
@@ -313,7 +321,6 @@ def reconcile(archive: str | None = None, /, *, block: str | None = None, output
         output: Output options.
     """
     from prefect_segmind.cli.reconcile import facts, settle, table
-    from prefect_segmind.pipeline.unsettled import Reconciled
 
     output = output or Output()
     _prepare_for_interrupts()
@@ -323,7 +330,7 @@ def reconcile(archive: str | None = None, /, *, block: str | None = None, output
             found = settle(archive, block)
     except (Exception, *INTERRUPTS) as error:
         if output.json:
-            print_json(Reconciled().model_dump(mode="json") | {"error": message(error)})
+            print_json(reconcile_failure(error))
         return show_failure(error, output.verbose)
     if output.json:
         print_json(found.model_dump(mode="json"))

@@ -29,6 +29,7 @@ from prefect_segmind.errors import (
 from prefect_segmind.limits.ledger import NOTHING, Ledger, Totals
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.pipeline.unsettled import Reconciled
 from prefect_segmind.tasks.interrupts import ended_by
 from prefect_segmind.text import visible
 
@@ -193,6 +194,15 @@ def batch_failure(error: BaseException) -> dict[str, Any]:
     """
     no_plan = Plan(total=0, generate=0, reuse=0, recover=0, wait=0, fail=0, price_usd=NOTHING)
     return batch(planned(no_plan).model_copy(update={"dry_run": False})) | {"error": message(error)}
+
+
+def reconcile_failure(error: BaseException) -> dict[str, Any]:
+    """The fields of `reconcile --json` for a failure.
+
+    Args:
+        error: The error that ended the command.
+    """
+    return Reconciled().model_dump(mode="json") | {"error": message(error)}
 
 
 def dry_run_facts(result: BatchResult) -> dict[str, str]:

@@ -328,11 +328,11 @@ def test_check_tells_the_version_of_the_api_and_when_v2_is_the_better_choice(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands.run(["check"])
-    assert re.search(r"^ok +API version: v1 .* SEGMIND_BASE_URL ends in /v2", capsys.readouterr().out, re.M)
+    assert re.search(r"^ok +API version: v1 .* end SEGMIND_BASE_URL in /v2", capsys.readouterr().out, re.M)
     monkeypatch.setenv("SEGMIND_BASE_URL", sandbox.base_url_v2)
     assert commands.run(["check"]) == output.DONE
     out = capsys.readouterr().out
-    assert re.search(r"^ok +API version: v2 .* fetched by the next run", out, re.M)
+    assert re.search(r"^ok +API version: v2 .* the next run fetches", out, re.M)
     assert re.search(r"^ok +key and credits: ", out, re.M), "credits are asked of v1"
 
 

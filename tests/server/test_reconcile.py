@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import Flow
-from prefect.states import State
+from prefect import Flow, State
 
 from prefect_segmind import Reconciled, reconcile
 from prefect_segmind.archive import leases
@@ -64,7 +63,7 @@ def test_the_flow_fails_where_the_history_cannot_be_read_or_something_could_not_
     sandbox: Sandbox, photo: Path, pages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ended() -> State[Reconciled]:
-        flow: Flow[[], Reconciled] = reconcile  # type: ignore[assignment]
+        flow: Flow[[], Reconciled] = reconcile
         return flow(return_state=True)
 
     lose(photo, sandbox)
