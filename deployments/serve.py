@@ -18,7 +18,7 @@ from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from prefect_segmind.flows import explore_variations, image_to_image, process_inbox, refresh_assets
+from prefect_segmind.flows import explore_variations, image_to_image, process_inbox, reconcile, refresh_assets
 
 ZONE = "Europe/Berlin"
 AT_ONCE = 4
@@ -84,6 +84,12 @@ def deployments() -> list[RunnerDeployment]:
             explore_variations,
             "on-demand",
             "One image in a grid of styles and weights, with a contact sheet; dry_run shows the price.",
+        ),
+        _deployment(
+            reconcile,
+            "nightly",
+            "Asks the provider what became of lost requests, and archives what was paid for. It pays nothing.",
+            schedules=[Schedule(slug="nightly", cron="0 5 * * *", timezone=ZONE)],
         ),
     ]
 

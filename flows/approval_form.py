@@ -117,7 +117,7 @@ def _ask_in_prefect(question: Question, services: Services) -> Reply:
     seconds, plan, run = services.settings.approval_timeout_seconds, question.plan, current_flow_run()
     deployment = run.deployment_id if run else None
     # An answer is to this plan: one with another number of pictures has another key, and is asked about again.
-    key = f"approve-{plan.generate}"
+    key = f"approve-{plan.generate + plan.ask}"
     given = _answered(Suspended(pause_key=key) if deployment else Paused(pause_key=key))
     if given is None:
         get_run_logger().warning(

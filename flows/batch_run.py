@@ -18,7 +18,7 @@ from prefect.states import Cancelled
 
 from prefect_segmind.archive.record import OnKept, OnUnknown, Run, answers_of_earlier_tries, past_requests
 from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
-from prefect_segmind.batch.tally import BatchError, BatchResult, Failure, Tally, planned
+from prefect_segmind.batch.tally import TO_FETCH, BatchError, BatchResult, Failure, Tally, planned
 from prefect_segmind.errors import (
     ApiError,
     ApprovalTimeoutError,
@@ -76,7 +76,8 @@ class Terms:
         approve_above_usd: A run that may cost more asks a person; the setting if None.
         on_unknown: Whether to send another request after one that may have been billed.
         on_kept: Whether to pay again for a picture that is paid for and lies in the outbox of another machine.
-        fail_run_on_failures: Whether the run is Failed where assets failed or the budget was reached.
+        fail_run_on_failures: Whether the run is Failed where assets failed or are only submitted, or the budget was
+            reached.
         dry_run: Only plan.
 
     Raises:
@@ -435,13 +436,16 @@ def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
     stopped = ended.stopped
     listener().ended(run_ledger(), result)
     message = result.sentence() + (f"; {stopped}" if stopped else "")
+    message += f"; {TO_FETCH}" if result.submitted else ""
     message += f"; the failed ones are in {result.failed_manifest}, to run again" if result.failed_manifest else ""
     error = BatchError(message, result, stopped)
     if isinstance(stopped, RunCancelledError | NotApprovedError) and not isinstance(stopped, ApprovalTimeoutError):
         return cast(R, Cancelled(message=message, data=error))
     by_budget = isinstance(stopped, BudgetReachedError)
     early = stopped and not (by_budget and ended.trimmed)
-    failed = result.failed and not terms.dry_run  # a plan is done when it is made, even if assets will fail
+    failed = (
+        result.failed or result.submitted
+    ) and not terms.dry_run  # a plan is done when it is made, even if assets will fail
     if (terms.fail_run_on_failures and (failed or early)) or (stopped and not by_budget):
         raise error
     get_run_logger().info(message)

@@ -63,8 +63,8 @@ def refresh_assets(
             may have been billed.
         on_kept: Whether to wait or to pay once more (repay) for a picture that is paid for and lies in the outbox of
             another machine.
-        fail_run_on_failures: Whether the run ends as Failed where assets failed or the budget was reached; otherwise it
-            is Completed, and the result names them.
+        fail_run_on_failures: Whether the run ends as Failed where assets failed or are only submitted, or the budget
+            was reached; otherwise it is Completed, and the result names them.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from prefect_segmind.flows.explore_variations import explore_variations
     from prefect_segmind.flows.image_to_image import image_to_image
     from prefect_segmind.flows.process_inbox import process_inbox
+    from prefect_segmind.flows.reconcile import reconcile
     from prefect_segmind.flows.refresh_assets import refresh_assets
     from prefect_segmind.jobs.job import Job, parse_job
     from prefect_segmind.pipeline.archive import ArchivedImage
     from prefect_segmind.pipeline.pay import GeneratedImage
+    from prefect_segmind.pipeline.unsettled import Reconciled
     from prefect_segmind.pipeline.upload import UploadedImage
     from prefect_segmind.pipeline.validate import ValidatedJob
     from prefect_segmind.settings import SegmindSettings
@@ -44,6 +46,7 @@ __all__ = [
     "GeneratedImage",
     "ImageToImageRequest",
     "Job",
+    "Reconciled",
     "Resolution",
     "SegmindClient",
     "SegmindCredentials",
@@ -60,6 +63,7 @@ __all__ = [
     "process_inbox",
     "produce_asset",
     "publish_image",
+    "reconcile",
     "refresh_assets",
     "upload_image",
     "validate_job",
@@ -71,13 +75,14 @@ _HOMES = {
     "api.client": ("SegmindClient",),
     "credentials": ("SegmindCredentials",),
     "errors": ("SegmindError",),
-    "flows": ("explore_variations", "image_to_image", "process_inbox", "refresh_assets"),
+    "flows": ("explore_variations", "image_to_image", "process_inbox", "reconcile", "refresh_assets"),
     "pipeline.pay": ("GeneratedImage",),
     "api.request": ("ImageToImageRequest",),
     "jobs.job": ("Job", "parse_job"),
     "api.resolutions": ("Resolution",),
     "settings": ("SegmindSettings",),
     "tasks": ("archive_image", "generate_image", "produce_asset", "publish_image", "upload_image", "validate_job"),
+    "pipeline.unsettled": ("Reconciled",),
     "pipeline.upload": ("UploadedImage",),
     "pipeline.validate": ("ValidatedJob",),
 }

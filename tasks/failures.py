@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from prefect.logging import get_run_logger
 
-from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError
+from prefect_segmind.errors import InsufficientCreditsError, NotStartedError, SegmindError, SubmittedError
 from prefect_segmind.limits.retry import holds_all
 from prefect_segmind.money import usd
 from prefect_segmind.reporting import events
@@ -40,6 +40,8 @@ def totals_of_interrupts_told() -> Iterator[None]:
 def failures_reported(job: object, stage: str = "generate", *, in_batch: bool = False) -> Iterator[None]:
     """Reports what fails inside: a failed request as a WARNING in the run's log and an event, a failed job as an event.
 
+    A request that the provider has accepted and not finished has not failed: it is a WARNING alone.
+
     It also has a terminal that goes away end a run in order, where the task works in the main thread of its run.
 
     Args:
@@ -54,6 +56,9 @@ def failures_reported(job: object, stage: str = "generate", *, in_batch: bool = 
         else:
             with totals_of_interrupts_told():
                 yield
+    except SubmittedError as error:
+        get_run_logger().warning("%s: %s", job_name(job), error, extra=TOLD_AT_END)
+        raise
     except SegmindError as error:
         name = job_name(job)
         if error.decision:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from prefect_segmind.errors import InvalidJobError, PreconditionFailedError, Sto
 from prefect_segmind.images.inspection import file_type
 from prefect_segmind.storage.store import Store, StoredObject, read_model
 
+READERS = 32
+"""Threads that read records."""
 _EXTENSIONS = ("jpg", "png", "webp")
 """Those of the pictures that the API returns."""
 _RECORD = re.compile(r"\.segmind/([0-9a-f]{64})\.json")
@@ -96,6 +99,28 @@ class Archive:
         if found and found[0].fingerprint != fingerprint:
             raise StoreError(f"{self.store.uri(record_key(fingerprint))} is the record of another picture; {remedy}")
         return RecordRead(*found) if found else None
+
+    def records(self) -> Iterator[tuple[str, RecordRead | StoreError]]:
+        """All records, read by several threads.
+
+        Yields:
+            The fingerprint of each picture that has a record, and the record, or why it cannot be read.
+
+        Raises:
+            StoreError: The archive cannot be listed.
+        """
+
+        def read(fingerprint: str) -> tuple[str, RecordRead | StoreError | None]:
+            try:
+                return fingerprint, self.read(fingerprint)
+            except StoreError as error:
+                return fingerprint, error
+
+        found = [match[1] for match in map(_RECORD.fullmatch, self.store.keys(".segmind/")) if match]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-records") as pool:
+            for fingerprint, record in pool.map(read, found):
+                if record is not None:
+                    yield fingerprint, record
 
     def write(self, record: Record, etag: str | None) -> str:
         """Write a record over the version that was read, or as the first one.

@@ -69,11 +69,12 @@ class PlannedJob(BaseModel):
 
     Attributes:
         name: The name of the job.
-        needs: `generate`: its picture is to be paid for. `reuse`: it is in the archive, or another job of this run
-            makes it. `recover`: it is in the outbox, paid for. `wait`: another run is paying for it. `kept
-            elsewhere`: it is paid for and lies in the outbox of another machine; the job will fail, unpaid. `fail`: the
-            job will fail, unpaid.
-        usd: What this run would pay for it.
+        needs: `generate`: its picture is to be paid for. `ask`: the provider is asked what became of an earlier
+            request, and another is paid for only if that brings no picture. `reuse`: it is in the archive, or another
+            job of this run makes it. `recover`: it is in the outbox, paid for. `wait`: another run is paying for it.
+            `kept elsewhere`: it is paid for and lies in the outbox of another machine; the job will fail, unpaid.
+            `fail`: the job will fail, unpaid.
+        usd: What this run would pay for it, at most.
         problem: Why it will fail; None if it will not.
     """
 
@@ -182,10 +183,11 @@ class Plan(BaseModel):
         """The plan for people: a title and a text for each line."""
         facts = {
             "plan": f"{self.total} asset{'s' * (self.total != 1)}",
-            "generate": f"{self.generate}, {usd(self.planned_usd)} USD at {usd(self.price_usd)} USD each",
+            "generate": f"{self.generate}, {usd(self.price_usd * self.generate)} USD at {usd(self.price_usd)} USD each",
         }
+        asking = "the provider is asked first what became of earlier requests"
         details = (
-            ("ask", self.ask, "the provider is asked what became of a request; paid for again only if it cannot tell"),
+            ("ask about", self.ask, f"at most {usd(self.price_usd * self.ask)} USD: {asking}"),
             ("reuse", self.reuse, "in the archive or made by another asset of this run"),
             ("recover", self.recover, "paid for and waiting in the outbox"),
             ("wait", self.wait, "another run is paying for them"),

@@ -15,7 +15,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.batch.plan import Plan, PlannedJob, is_about_payment
-from prefect_segmind.errors import NotStartedError, SegmindError, redact
+from prefect_segmind.errors import NotStartedError, SegmindError, SubmittedError, redact
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.money import usd
@@ -24,7 +24,9 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.storage.spool import Spool
 
 NAMED = 1_000
-"""The most jobs that were not started which a result names; it counts them all."""
+"""The most jobs that were not started, and that are submitted, which a result names; it counts them all."""
+TO_FETCH = "to fetch their pictures without another payment, run the same again, or prefect-segmind reconcile"
+"""What to do about jobs whose request the provider has accepted and not finished."""
 
 
 class Failure(BaseModel):
@@ -52,6 +54,8 @@ class BatchResult(BaseModel):
         reused: Jobs whose picture was in the archive.
         recovered: Pictures that were paid for before and are archived now.
         failed: Jobs that failed.
+        submitted: Jobs whose request the provider has accepted, and whose picture is still to be fetched.
+        submitted_names: The names of the first `NAMED` of them.
         not_started: Jobs for which nothing was sent because the run had stopped.
         not_started_names: The names of the first `NAMED` of them.
         cost_usd: What this run has paid, in all tries of its flow run.
@@ -81,6 +85,8 @@ class BatchResult(BaseModel):
     failed_manifest: str | None = None
     stopped: str | None = None
     not_started_names: tuple[str, ...] = ()
+    submitted: int = 0
+    submitted_names: tuple[str, ...] = ()
     dry_run: bool = False
     plan: Plan
 
@@ -109,7 +115,7 @@ class BatchResult(BaseModel):
             return self._expectation()
         counts = (
             *((self.generated, "generated"), (self.reused, "reused"), (self.recovered, "recovered")),
-            *((self.failed, "failed"), (self.not_started, "not started")),
+            *((self.failed, "failed"), (self.submitted, "submitted"), (self.not_started, "not started")),
         )
         counted = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing to do"
         possibly = f", possibly {usd(self.possibly_billed_usd)} USD more" if self.possibly_billed_usd else ""
@@ -150,7 +156,7 @@ class Progress:
 
     Attributes:
         total: Jobs of the manifest.
-        counts: The number of assets `generated`, `reused`, `recovered`, `failed` and `not_started`.
+        counts: The number of assets `generated`, `reused`, `recovered`, `failed`, `submitted` and `not_started`.
         cost_usd: What was paid so far.
         seconds: The time since the first job was started.
     """
@@ -163,14 +169,15 @@ class Progress:
     @property
     def done(self) -> int:
         """The number of jobs that have succeeded or failed."""
-        return sum(self.counts.values()) - self.counts["not_started"]
+        return sum(self.counts.values()) - self.counts["not_started"] - self.counts["submitted"]
 
     def sentence(self) -> str:
         """The progress in one line."""
         left = self.seconds / self.done * (self.total - self.done) if self.done else 0.0
         reused = self.counts["reused"] + self.counts["recovered"]
+        submitted = f"{self.counts['submitted']} submitted, " if self.counts["submitted"] else ""
         return (
-            f"{self.done} of {self.total} done, {reused} reused, {self.counts['failed']} failed, "
+            f"{self.done} of {self.total} done, {reused} reused, {self.counts['failed']} failed, {submitted}"
             f"{usd(self.cost_usd)} USD" + (f", about {left:.0f} s left" if left else "")
         )
 
@@ -199,6 +206,7 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._images: list[ArchivedImage] = []
         self._failures: list[Failure] = []
+        self._submitted: list[str] = []
         self._under_way: dict[str, Job | ValidatedJob] = {}
         self._closed = False
         self._started = time.monotonic()
@@ -278,8 +286,8 @@ class Tally:
         """
         with self._lock:
             counts, spent = self._counts, self._ledger.totals
-            not_started = self._plan.total - self.progress.done
-            ended = {each.name for each in self._images} | {each.name for each in self._failures}
+            not_started = self._plan.total - self.progress.done - counts["submitted"]
+            ended = {each.name for each in self._images} | {each.name for each in self._failures} | {*self._submitted}
             left = (each.name for each in (entries if not_started else ()) if each.name not in ended)
             return BatchResult(
                 total=self._plan.total,
@@ -296,6 +304,8 @@ class Tally:
                 failed_manifest=failed_manifest,
                 stopped=str(stopped) if stopped else None,
                 not_started_names=tuple(islice(left, min(not_started, NAMED))),
+                submitted=counts["submitted"],
+                submitted_names=tuple(self._submitted[:NAMED]),
                 plan=self._plan,
             )
 
@@ -306,6 +316,10 @@ class Tally:
     def _fail(self, entry: Job | ValidatedJob, error: object) -> None:
         if isinstance(error, NotStartedError) and not (error.cost_usd or error.possibly_billed_usd):
             self._counts["not_started"] += 1
+            return
+        if isinstance(error, SubmittedError):
+            self._counts["submitted"] += 1
+            self._submitted.append(entry.name)
             return
         self._counts["failed"] += 1
         message = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")

@@ -13,9 +13,12 @@ import httpx
 from packaging.requirements import Requirement
 from prefect import __version__ as prefect_version
 from prefect.client.orchestration import get_client
+from prefect.logging import get_logger
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL
 
 from prefect_segmind.api.client import on_loopback
+from prefect_segmind.api.history import HISTORY_SETTING, history_url
+from prefect_segmind.api.origin import is_v2
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError
@@ -41,6 +44,8 @@ class CheckResult(NamedTuple):
     mark: Literal["ok", "mind", "bad"] = "ok"
 
 
+_WITHOUT_HISTORY = "what became of a request whose answer is lost stays unknown, and may be paid for again"
+
 Check = tuple[str, Callable[[], CheckResult]]
 """The title of a check, and the function that runs it."""
 
@@ -55,6 +60,8 @@ def all_checks(block: str | None, archive: str | None, upload_to: str | None) ->
     """
     yield "proxy and certificates", lambda: _http(block)
     yield "key and credits", lambda: _credits(block)
+    yield "API version", lambda: _api_version(block)
+    yield "request history", lambda: _history(block)
     yield "upload place", lambda: _upload_place(upload_to)
     yield "archive", lambda: _archive(archive)
     yield "outbox", _outbox
@@ -76,6 +83,29 @@ def _credits(block: str | None) -> CheckResult:
         left = client.credits()
     pictures = f"about {int(left / price)} pictures" if price else "pictures cost nothing"
     return CheckResult(f"the key is good; {usd(left)} USD of credits, {pictures}")
+
+
+def _api_version(block: str | None) -> CheckResult:
+    url = load_base_url(block)
+    if is_v2(url):
+        return CheckResult(f"v2 ({url}): the next run fetches what a run that has died had requested")
+    return CheckResult(
+        f"v1 ({url}), as the provider documents this model; where pictures take longer than about 10 s, or runs may be "
+        "killed, v2 is the better choice, as the next run fetches what was requested: end SEGMIND_BASE_URL in /v2"
+    )
+
+
+def _history(block: str | None) -> CheckResult:
+    url, setting = load_base_url(block), load_settings().history_url
+    address = history_url(url, setting)
+    if address is None and setting:
+        return CheckResult(f"switched off by {HISTORY_SETTING}: {_WITHOUT_HISTORY}", "mind")
+    if address is None:
+        return CheckResult(f"none is known for {url}: {_WITHOUT_HISTORY}; set {HISTORY_SETTING}", "mind")
+    history = load_credentials(block).get_history(load_settings(), get_logger("segmind"))
+    assert history is not None
+    history.check()
+    return CheckResult(f"can be read ({address})")
 
 
 def _upload_place(place: str | None) -> CheckResult:

@@ -38,9 +38,11 @@ from prefect_segmind.cli.output import (
     message,
     picture_facts,
     print_json,
+    reconcile_failure,
     show_failure,
 )
 from prefect_segmind.cli.streams import unreadable
+from prefect_segmind.cli.submitted import has_submitted
 from prefect_segmind.cli.terminal import people, print_facts
 from prefect_segmind.errors import InputError
 from prefect_segmind.flows import image_to_image, refresh_assets
@@ -92,13 +94,20 @@ def run(arguments: Sequence[str]) -> int:
         text = str(error)
         if "--json" in arguments:
             wrong = InputError(text)
-            print_json(batch_failure(wrong) if arguments[0] == "refresh" else failure("", wrong))
+            print_json(_nothing_done(arguments[0], wrong))
         people.print(text, style="red", soft_wrap=True)
         people.print("See prefect-segmind --help.")
         return BAD_INPUT
     except Exception as error:
         return show_failure(error, verbose="--verbose" in arguments)
     return result if isinstance(result, int) else DONE
+
+
+def _nothing_done(command: str, error: InputError) -> dict[str, Any]:
+    """The JSON object of a command that was not begun."""
+    if command == "reconcile":
+        return reconcile_failure(error)
+    return batch_failure(error) if command == "refresh" else failure("", error)
 
 
 def _prepare_for_interrupts() -> None:
@@ -181,9 +190,10 @@ def generate(
             )
             archived = cast(ArchivedImage, made)
     except (Exception, *INTERRUPTS) as error:
+        submitted = has_submitted(error, run.ledger, archive)
         if output.json:
-            print_json(failure(name, error, run.ledger))
-        return show_failure(error, output.verbose, run.ledger.totals, run.facts())
+            print_json(failure(name, error, run.ledger, submitted=submitted))
+        return show_failure(error, output.verbose, run.ledger.totals, run.facts(), submitted=submitted)
     if output.json:
         print_json(archived.model_dump())
     else:
@@ -258,7 +268,8 @@ def refresh(
         ended = run.result or (error.result if isinstance(error, BatchError) else None)
         if output.json:
             totals = run.ledger.totals
-            print_json(batch(ended) | {"error": message(error, totals)} if ended else batch_failure(error))
+            why = message(error, totals, submitted=bool(ended and ended.submitted))
+            print_json(batch(ended) | {"error": why} if ended else batch_failure(error))
         if not ended:
             return show_failure(error, output.verbose, run.ledger.totals, run.facts())
         if output.verbose:
@@ -298,6 +309,36 @@ def outbox(*, archive: Annotated[bool, Parameter(negative="")] = False, output: 
         facts = {str(number): each.sentence() for number, each in enumerate(found, start=1)}
         print_facts(Console(), facts or {"outbox": "nothing waits to be archived"})
     return FAILED if any(each.problem for each in found) else DONE
+
+
+@app.command
+def reconcile(archive: str | None = None, /, *, block: str | None = None, output: Output | None = None) -> int:
+    """Look up at the provider what became of requests of unknown outcome, and archive what was paid for. Free.
+
+    Args:
+        archive: s3://bucket/prefix or a folder; PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE if left out.
+        block: Name of a SegmindCredentials block; SEGMIND_API_KEY if left out.
+        output: Output options.
+    """
+    from prefect_segmind.cli.reconcile import facts, settle, table
+
+    output = output or Output()
+    _prepare_for_interrupts()
+    try:
+        check_environment()
+        with live(people, "asking the provider", TimeElapsedColumn()):
+            found = settle(archive, block)
+    except (Exception, *INTERRUPTS) as error:
+        if output.json:
+            print_json(reconcile_failure(error))
+        return show_failure(error, output.verbose)
+    if output.json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        if found.pictures:
+            Console().print(table(found))
+        print_facts(Console(), facts(found))
+    return DONE if found.is_whole else FAILED
 
 
 @app.command

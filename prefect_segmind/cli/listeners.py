@@ -111,11 +111,12 @@ class BatchRun(Run):
     def progressed(self, progress: tally.Progress) -> None:
         """Updates the bar."""
         reused = progress.counts["reused"] + progress.counts["recovered"]
+        submitted = f"{progress.counts['submitted']} submitted, " if progress.counts["submitted"] else ""
         self.bar.update(
             self.bar.task_ids[0],
             total=progress.total,
             completed=progress.done,
-            line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, "
+            line=f"{progress.done}/{progress.total}: {reused} reused, {progress.counts['failed']} failed, {submitted}"
             f"{usd(progress.cost_usd)} USD",
         )
 

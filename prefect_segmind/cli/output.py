@@ -13,11 +13,12 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from prefect_segmind.batch.plan import Plan
-from prefect_segmind.batch.tally import BatchError, BatchResult, planned
+from prefect_segmind.batch.tally import TO_FETCH, BatchError, BatchResult, planned
 from prefect_segmind.cli.terminal import people
 from prefect_segmind.errors import (
     AccountError,
     BudgetReachedError,
+    HistoryError,
     InputError,
     InsufficientCreditsError,
     NotApprovedError,
@@ -28,6 +29,7 @@ from prefect_segmind.errors import (
 from prefect_segmind.limits.ledger import NOTHING, Ledger, Totals
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
+from prefect_segmind.pipeline.unsettled import Reconciled
 from prefect_segmind.tasks.interrupts import ended_by
 from prefect_segmind.text import visible
 
@@ -72,9 +74,11 @@ def exit_code(error: BaseException) -> int:
         ((InsufficientCreditsError, BudgetReachedError, NotApprovedError), NO_MONEY),
         ((CancelledRun, RunCancelledError), INTERRUPTED),
     )
-    if _interrupt(error):
+    if interrupted_by(error):
         return INTERRUPTED
     cause = error.stopped or error if isinstance(error, BatchError) else error
+    if isinstance(cause, HistoryError) and cause.status in (401, 403):
+        return ACCOUNT_REFUSED
     return next((code for kind, code in table if isinstance(cause, kind)), FAILED)
 
 
@@ -87,25 +91,28 @@ def print_json(result: Mapping[str, Any]) -> None:
     print(json.dumps(result, default=usd))
 
 
-def failure(name: str, error: BaseException, ledger: Ledger | None = None) -> dict[str, Any]:
+def failure(
+    name: str, error: BaseException, ledger: Ledger | None = None, *, submitted: bool = False
+) -> dict[str, Any]:
     """The fields of `generate --json` for a failure.
 
     Args:
         name: The job's name.
         error: The error that ended the command.
         ledger: The ledger of its requests, if it sent any.
+        submitted: Whether the provider has accepted a request and not finished it.
     """
     ledger = ledger or Ledger()
     totals = ledger.totals
     return {
         **dict.fromkeys(ArchivedImage.model_fields),
-        "status": "failed",
+        "status": "submitted" if submitted else "failed",
         "name": name,
         "fingerprint": getattr(error, "fingerprint", None) or next(iter(ledger.pictures), None),
         "cost_usd": totals.cost_usd,
         "possibly_billed_usd": totals.possibly_billed_usd,
         "attempts": totals.requests_sent,
-        "error": message(error, totals),
+        "error": message(error, totals, submitted=submitted),
     }
 
 
@@ -130,7 +137,12 @@ def picture_facts(archived: ArchivedImage) -> dict[str, str]:
 
 
 def show_failure(
-    error: BaseException, verbose: bool, totals: Totals = NOTHING_SENT, facts: Mapping[str, str] = MappingProxyType({})
+    error: BaseException,
+    verbose: bool,
+    totals: Totals = NOTHING_SENT,
+    facts: Mapping[str, str] = MappingProxyType({}),
+    *,
+    submitted: bool = False,
 ) -> int:
     """Prints an error in a few lines.
 
@@ -139,13 +151,14 @@ def show_failure(
         verbose: Whether to print its traceback too.
         totals: The totals of the run's requests.
         facts: Further lines, by title.
+        submitted: Whether the provider has accepted a request and not finished it.
 
     Returns:
         The exit code.
     """
     if verbose:
         people.print_exception()
-    people.print(visible(message(error, totals)), style="red", soft_wrap=True)
+    people.print(visible(message(error, totals, submitted=submitted)), style="red", soft_wrap=True)
     if isinstance(error, SegmindError) and error.decision:
         people.print(f"Not sent again: {error.decision.reason}.")
     if totals.cost_usd or totals.possibly_billed_usd:
@@ -183,6 +196,15 @@ def batch_failure(error: BaseException) -> dict[str, Any]:
     return batch(planned(no_plan).model_copy(update={"dry_run": False})) | {"error": message(error)}
 
 
+def reconcile_failure(error: BaseException) -> dict[str, Any]:
+    """The fields of `reconcile --json` for a failure.
+
+    Args:
+        error: The error that ended the command.
+    """
+    return Reconciled().model_dump(mode="json") | {"error": message(error)}
+
+
 def dry_run_facts(result: BatchResult) -> dict[str, str]:
     """The lines that the terminal shows for a dry run, by title: the plan, its first jobs, and others that will fail.
 
@@ -217,6 +239,10 @@ def batch_facts(result: BatchResult) -> dict[str, str]:
         facts[f"failed {number}"] = f"{each.name} ({each.stage}): {each.error}"
     if len(result.failures) > SHOWN_FAILURES:
         facts["and"] = f"{len(result.failures) - SHOWN_FAILURES} more failed"
+    if result.submitted:
+        names = ", ".join(result.submitted_names[:SHOWN_FAILURES])
+        more = f" and {result.submitted - SHOWN_FAILURES} more" if result.submitted > SHOWN_FAILURES else ""
+        facts["submitted"] = f"{names}{more}; {TO_FETCH}"
     if result.stopped:
         facts["stopped"] = f"{result.stopped}; the same command again goes on from here"
     if result.failed_manifest:
@@ -224,15 +250,21 @@ def batch_facts(result: BatchResult) -> dict[str, str]:
     return facts
 
 
-def message(error: BaseException, totals: Totals = NOTHING_SENT) -> str:
+def message(error: BaseException, totals: Totals = NOTHING_SENT, *, submitted: bool = False) -> str:
     """The message of an error, for people.
 
     Args:
         error: The error that ended the command.
         totals: The totals of the run's requests.
+        submitted: Whether the provider has accepted a request and not finished it.
     """
-    if by := _interrupt(error):
+    if by := interrupted_by(error):
         ended = "" if by == "Ctrl-C" else f" (it was ended by {by})"
+        if submitted:
+            return (
+                "interrupted; the provider has accepted what was under way: the same command again, or prefect-segmind "
+                f"reconcile, fetches it without another payment{ended}"
+            )
         if any(totals):
             return (
                 "interrupted; a request that was under way may be billed, and the same command again recovers its "
@@ -247,8 +279,12 @@ def message(error: BaseException, totals: Totals = NOTHING_SENT) -> str:
     return str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
 
 
-def _interrupt(error: BaseException) -> str | None:
-    """The interrupt behind an error, `Ctrl-C` or the name of a signal; None if there was none."""
+def interrupted_by(error: BaseException) -> str | None:
+    """The interrupt behind an error, `Ctrl-C` or the name of a signal; None if there was none.
+
+    Args:
+        error: The error that ended the command.
+    """
     return next(filter(None, map(ended_by, _chain(error))), None)
 
 

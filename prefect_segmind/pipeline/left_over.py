@@ -29,9 +29,8 @@ from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 
-_OUT_OF_REACH = (BucketNotFoundError, StoreAccessError, StoreCredentialsError, StoreUnreachableError)
-
-
+OUT_OF_REACH = (BucketNotFoundError, StoreAccessError, StoreCredentialsError, StoreUnreachableError)
+"""Errors of an archive that concern all its pictures alike."""
 UNKNOWN_JOB = "its job is not known: run the same job again, and it is archived"
 """Why a picture stays that an earlier version has kept, or that a run had just received when it died."""
 
@@ -72,7 +71,7 @@ def archive_left_over(archiving: Archiving, run: Run, flow_run_id: str | None = 
                 found.archived[each.path] = archived
         except SegmindError as error:
             found.stayed[each.path] = str(error)
-            if isinstance(error.__cause__ or error, _OUT_OF_REACH):
+            if isinstance(error.__cause__ or error, OUT_OF_REACH):
                 break
     return found
 
@@ -95,7 +94,7 @@ def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | N
         raise StoreError(f"the archive has another picture of the same job, {archive.store.uri(record.image or '')}")
     if held_elsewhere(archive, found, run.id):
         return None
-    job = _job(each.asked)
+    job = job_of(each.asked)
     if not job or job.fingerprint != each.fingerprint:
         raise StoreError(UNKNOWN_JOB)
     kept = outbox.find(job.fingerprint, seed=job.seed, list_price_usd=job.price_usd, unfinished=True)
@@ -119,8 +118,12 @@ def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | N
     return archiving.archive_picture(generated, flow_run_id)
 
 
-def _job(asked: Asked) -> ValidatedJob | None:
-    """The job of a picture; None if it is not known, or another version has written it in another form."""
+def job_of(asked: Asked) -> ValidatedJob | None:
+    """The job of a picture; None if it is not known, or another version has written it in another form.
+
+    Args:
+        asked: What a request for the picture was for.
+    """
     try:
         allowed = {"allow_unlisted_resolution": True}
         return ValidatedJob.model_validate(asked.job, context=allowed) if asked.job else None

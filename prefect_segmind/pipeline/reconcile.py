@@ -193,6 +193,42 @@ class Reconciler:
             client, job, [each for each in told if each[1].outcome is Ended.COMPLETED], part, log, outcomes
         )
 
+    def look_up(
+        self,
+        body: Mapping[str, Any],
+        attempts: Sequence[Attempt],
+        list_price_usd: Decimal,
+        taken: Collection[str] = (),
+    ) -> dict[RequestId, Outcome]:
+        """Looks up requests whose pictures are not needed: nothing is downloaded, and none is waited for.
+
+        Args:
+            body: The body that they were sent with, but for the address of the image.
+            attempts: The requests.
+            list_price_usd: The cost of a request whose row names none.
+            taken: The provider's ids of other requests for the picture.
+
+        Returns:
+            The outcomes of those that the history lists as ended.
+
+        Raises:
+            HistoryError: The history cannot be read.
+        """
+        if self.history is None:
+            return {}
+        sought = [
+            Sought({**body, "image_file": each.image_file} if each.image_file else {}, each.sent_at, each.request_id)
+            for each in attempts
+        ]
+        outcomes: dict[RequestId, Outcome] = {}
+        for index, row in self.history.find(sought, taken).items():
+            each = attempts[index]
+            if row.outcome is Ended.FAILED:
+                outcomes[each.request] = _not_billed(each, row.error or "no reason given", row.request_id)
+            elif row.outcome is Ended.COMPLETED:
+                outcomes[each.request] = _outcome(_answered(row, list_price_usd), ASKED_FOR_NOTHING)
+        return outcomes
+
     def _rows(
         self, history: RequestHistory, sought: Sequence[Sought], taken: Collection[str], log: logging.Logger
     ) -> dict[int, Row]:

@@ -16,14 +16,15 @@ from prefect.logging import get_run_logger
 
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.batch.plan import Plan
-from prefect_segmind.batch.tally import BatchResult
+from prefect_segmind.batch.tally import TO_FETCH, BatchResult
 from prefect_segmind.errors import redact
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.source import SourceReader
+from prefect_segmind.pipeline.unsettled import TITLES, Reconciled
 from prefect_segmind.pipeline.validate import ValidatedJob
-from prefect_segmind.reporting.markdown import before_and_after, cell, listing, table
+from prefect_segmind.reporting.markdown import before_and_after, cell, listing, rows, table
 
 THUMBNAIL_WIDTH = 320
 """Pixels; two thumbnails fit side by side in Prefect's UI on a screen of 1300."""
@@ -140,11 +141,44 @@ def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceRead
         *(["", f"#### Failed: {result.failed}", ""] if result.failures else ()),
         *(f"- **{cell(each.name)}** ({each.stage}): {cell(each.error)}" for each in result.failures[:SHOWN_FAILURES]),
         *([f"- and {result.failed - SHOWN_FAILURES} more"] if result.failed > SHOWN_FAILURES else ()),
+        *_submitted(result),
         *(["", f"#### Not started: {result.not_started}", ""] if result.not_started else ()),
         *([", ".join(map(cell, waiting)) + (f" and {more} more" if more else "")] if waiting else ()),
         *(line for each in new[:SHOWN_PICTURES] for line in _picture(each, archive, reader)),
         *([f"\n{len(new) - SHOWN_PICTURES} more are in {cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
     ]
+
+
+def _submitted(result: BatchResult) -> Iterator[str]:
+    """The lines about assets whose pictures are still to be fetched."""
+    if not result.submitted:
+        return
+    shown = result.submitted_names[:SHOWN_NAMES]
+    more = f" and {result.submitted - len(shown)} more" if result.submitted > len(shown) else ""
+    yield from ("", f"#### Submitted: {result.submitted}", "")
+    yield f"The provider has accepted their requests and not finished them: {TO_FETCH}."
+    yield from ("", ", ".join(map(cell, shown)) + more)
+
+
+def publish_reconciled(result: Reconciled) -> None:
+    """Creates an artifact of the flow run with what has become known of each request that was looked up.
+
+    Args:
+        result: The requests.
+    """
+    shown = result.pictures[:SHOWN_NAMES]
+    lines = (
+        f"### {cell(result.archive)}",
+        "",
+        cell(result.sentence()),
+        "",
+        *(rows(TITLES, [each.cells() for each in shown]) if shown else ()),
+        *([f"\n{len(result.pictures) - len(shown)} more"] if len(result.pictures) > len(shown) else ()),
+        "",
+        *(f"- **{cell(each.title)}**: {cell(each.image or each.reason or '')}" for each in shown),
+        *(f"- {cell(each)}" for each in result.problems[:SHOWN_FAILURES]),
+    )
+    _publish(lambda: lines, artifact_key(result.archive, "reconcile"), "what became of requests of unknown outcome")
 
 
 def _picture(archived: ArchivedImage, archive: Archive, reader: SourceReader) -> Iterator[str]:

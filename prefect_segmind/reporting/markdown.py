@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from prefect_segmind.images.conversion import equal_thumbnails, thumbnail
@@ -33,6 +33,12 @@ def _breakable(found: re.Match[str]) -> str:
 def table(facts: Mapping[str, str]) -> list[str]:
     """The lines of a table of two columns."""
     return ["| | |", "| --- | --- |", *(f"| {name} | {cell(value)} |" for name, value in facts.items())]
+
+
+def rows(titles: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table with a title for each column."""
+    lines = (titles, ["---"] * len(titles), *([cell(each) for each in row] for row in cells))
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def listing(facts: Mapping[str, str]) -> list[str]:

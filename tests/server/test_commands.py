@@ -273,7 +273,7 @@ def test_an_interrupt_before_a_command_has_begun_is_no_traceback(monkeypatch: py
 def test_check_says_ok_for_all_that_works(sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.run(["check"]) == 0
     out = capsys.readouterr().out
-    for title in ("key and credits", "upload place", "versions", "Prefect server"):
+    for title in ("key and credits", "API version", "upload place", "versions", "Prefect server"):
         assert re.search(rf"^ok +{title}: ", out, re.M), out
     assert re.search(r"^mind archive: .* ignores conditional writes", out, re.M)
     assert sandbox.ledger.billed == 0
@@ -296,6 +296,44 @@ def test_check_says_for_each_thing_that_does_not_work_what_to_do(
         "outbox": "set PREFECT_INTEGRATIONS_SEGMIND_OUTBOX",
     }.items():
         assert re.search(rf"^bad +{title}: .*{remedy}", out, re.M), out
+
+
+def test_check_tells_whether_the_request_history_can_be_read_and_what_to_do(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = "PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL"
+
+    def line() -> tuple[int, str]:
+        code = commands.run(["check"])
+        return code, next(each for each in capsys.readouterr().out.splitlines() if " request history: " in each)
+
+    code, told = line()
+    assert (code, told.split()[0]) == (output.DONE, "mind")
+    assert f"switched off by {history}" in told
+    monkeypatch.setenv(history, "")
+    assert line() == (output.DONE, f"ok   request history: can be read ({sandbox.history_url})")
+    monkeypatch.setenv(history, sandbox.history_url + "-gone")
+    code, told = line()
+    assert (code, told.split()[0]) == (output.FAILED, "bad")
+    assert "404" in told
+    assert history in told
+    monkeypatch.setenv(history, "")
+    monkeypatch.setenv("SEGMIND_BASE_URL", "https://gateway.example/v1")
+    _, told = line()
+    assert told.startswith("mind request history: none is known for https://gateway.example/v1")
+    assert f"set {history}" in told
+
+
+def test_check_tells_the_version_of_the_api_and_when_v2_is_the_better_choice(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.run(["check"])
+    assert re.search(r"^ok +API version: v1 .* end SEGMIND_BASE_URL in /v2", capsys.readouterr().out, re.M)
+    monkeypatch.setenv("SEGMIND_BASE_URL", sandbox.base_url_v2)
+    assert commands.run(["check"]) == output.DONE
+    out = capsys.readouterr().out
+    assert re.search(r"^ok +API version: v2 .* the next run fetches", out, re.M)
+    assert re.search(r"^ok +key and credits: ", out, re.M), "credits are asked of v1"
 
 
 def test_check_finds_an_upload_place_whose_signed_addresses_cannot_be_read(

@@ -60,6 +60,7 @@ NAMES = [
     "refresh-assets/scheduled",
     "process-inbox/every-15-minutes",
     "explore-variations/on-demand",
+    "reconcile/nightly",
 ]
 
 

@@ -188,7 +188,7 @@ def test_the_manifest_becomes_the_pictures_that_are_told(
         f"{name}/{weight}" for name in ("mug", "inbox/cup", "inbox/pot") for weight in ("w40", "w70")
     }
     told = DOCS["command-line"].partition("`--json` for scripts: one object")[2].partition("\n\n")[0]
-    named = set(re.findall(r"`(\w+)`", told)) - {"generated", "reused", "recovered", "failed", "error"}
+    named = set(re.findall(r"`(\w+)`", told)) - {"generated", "reused", "recovered", "submitted", "failed", "error"}
     assert all(each.keys() == named for each in found["images"])
     assert {each.prompt for each in sandbox.ledger.requests} == {
         "a ceramic mug in autumn light",

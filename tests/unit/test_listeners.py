@@ -74,3 +74,8 @@ def test_the_progress_shows_its_numbers() -> None:
     with run.bar:
         run.progressed(Progress(3, Counter(generated=1, failed=1), Decimal("0.05"), 1.0))
     assert "2/3: 0 reused, 1 failed, 0.05 USD" in written.getvalue()
+    console, written = screen()
+    run = BatchRun(console, yes=False)
+    with run.bar:
+        run.progressed(Progress(3, Counter(generated=1, failed=1, submitted=1), Decimal("0.05"), 1.0))
+    assert "2/3: 0 reused, 1 failed, 1 submitted" in written.getvalue()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefect_segmind.batch.plan import Plan
 from prefect_segmind.batch.tally import Progress, Tally
-from prefect_segmind.errors import NotStartedError, RunCancelledError, StoreError
+from prefect_segmind.errors import NotStartedError, RunCancelledError, StoreError, SubmittedError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.ledger import Ledger, RequestId, Totals
 from prefect_segmind.pipeline.archive import ArchivedImage
@@ -55,6 +55,23 @@ def test_each_asset_is_counted_once_and_what_was_not_begun_is_named() -> None:
     assert [(each.stage, each.error) for each in result.failures] == [("archive", "the archive is down")]
     assert result.sentence() == "4 assets: 1 generated, 1 reused, 1 failed, 1 not started; paid 0.00 USD"
     assert seen[-1].sentence().startswith("3 of 4 done, 1 reused, 1 failed, 0.00 USD, about ")
+
+
+def test_what_the_provider_has_accepted_has_not_failed_and_is_counted_and_named_apart() -> None:
+    seen: list[Progress] = []
+    with Spool(Job) as failed:
+        tally = Tally(plan(4), failed, Ledger(), seen.append)
+        for job in JOBS[:3]:
+            tally.start(job)
+        tally.end(JOBS[0], archived("0", "generated"))
+        tally.end(JOBS[1], SubmittedError("request 1 is not finished", possibly_billed=True, request_id="1"))
+        tally.end(JOBS[2], StoreError("the archive is down"))
+        result = tally.result(entries=JOBS)
+        assert [each.name for each in failed] == ["2"]
+    assert (result.generated, result.submitted, result.failed, result.not_started) == (1, 1, 1, 1)
+    assert (result.submitted_names, result.not_started_names) == (("1",), ("3",))
+    assert result.sentence() == "4 assets: 1 generated, 1 failed, 1 submitted, 1 not started; paid 0.00 USD"
+    assert seen[-1].sentence().startswith("2 of 4 done, 0 reused, 1 failed, 1 submitted, 0.00 USD, about ")
 
 
 def test_an_observer_that_fails_ends_no_run() -> None:
