@@ -80,7 +80,7 @@ class Attempt(BaseModel):
         cost_usd: What it has cost, if that is known.
         image_file: The address of the source image that was sent, without the query, which may be a signature.
         request_id: The provider's id of it, where an answer or the provider's history has named one.
-        asked_by: The run that has asked the provider for it last, in vain; it does not ask again.
+        asked_by: The run that has asked the provider for it last; it does not ask again.
     """
 
     model_config = KEPT_MODEL

@@ -67,10 +67,10 @@ class Replies(NamedTuple):
             run: The run that has asked.
         """
         for each in attempts:
-            vain = Outcome(
-                possibly_billed=each.possibly_billed is not False, asked_by=run.id, reason=each.reason or RUN_ENDED
-            )
-            record = record.settled(each.request, **self.outcomes.get(each.request, vain))
+            vain = Outcome(possibly_billed=each.possibly_billed is not False, reason=each.reason or RUN_ENDED)
+            told = self.outcomes.get(each.request, vain)
+            # One that is paid for and brings no picture stays in doubt: a later run may ask again, and this one not.
+            record = record.settled(each.request, **{**told, "asked_by": run.id})
         return record
 
 
