@@ -15,7 +15,6 @@ from prefect_segmind.errors import (
     ApiError,
     ApiUnreachableError,
     ConfigurationError,
-    SegmindError,
     redact,
 )
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
@@ -185,7 +184,7 @@ class Endpoint:
         """
         try:
             yield
-        except SegmindError as error:
+        except ApiError as error:  # a disk that fails says nothing of what is billed
             error.possibly_billed &= billable
             raise
         except NOT_SENT as error:
