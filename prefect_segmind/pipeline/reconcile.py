@@ -68,9 +68,10 @@ class Replies(NamedTuple):
         """
         for each in attempts:
             vain = Outcome(possibly_billed=each.possibly_billed is not False, reason=each.reason or RUN_ENDED)
-            told = self.outcomes.get(each.request, vain)
+            told = self.outcomes.get(each.request, vain).copy()
             # One that is paid for and brings no picture stays in doubt: a later run may ask again, and this one not.
-            record = record.settled(each.request, **{**told, "asked_by": run.id})
+            told["asked_by"] = run.id
+            record = record.settled(each.request, **told)
         return record
 
 
