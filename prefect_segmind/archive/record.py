@@ -243,6 +243,11 @@ class Record(BaseModel):
             return None
         return next((each.kept_picture for each in reversed(self.attempts) if each.kept_picture), None)
 
+    @property
+    def runs_in_doubt(self) -> frozenset[str]:
+        """The runs that may have been billed for a picture that nobody has seen."""
+        return frozenset(each.run for each in self.attempts if each.in_doubt)
+
     def may_be_archived_by_another(self, run: Run) -> bool:
         """Whether another run may have archived the picture and died before it could write that into the record.
 
