@@ -16,7 +16,6 @@ from prefect_segmind.errors import (
     ApiError,
     ApiUnreachableError,
     ConfigurationError,
-    SegmindError,
     redact,
 )
 from prefect_segmind.storage.http_environment import proxy_for, ssl_context
@@ -187,7 +186,7 @@ class Endpoint:
         """
         try:
             yield
-        except SegmindError as error:
+        except ApiError as error:  # a disk that fails says nothing of what is billed
             error.possibly_billed &= billable
             raise
         except NOT_SENT as error:

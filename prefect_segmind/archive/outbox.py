@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -374,18 +374,21 @@ class Outbox:
             raise broken
         return None
 
-    def others(self, fingerprint: str, sha256: str) -> list[Path]:
+    def others(self, fingerprint: str, sha256: str, in_doubt: Collection[str] | None = None) -> list[Path]:
         """Further pictures that were paid for under the same fingerprint, and are not archived.
 
         Args:
             fingerprint: The job's.
             sha256: The SHA-256 of its picture that is archived, or is about to be.
+            in_doubt: The runs that may have been billed for another picture; None if that is not known. A link that
+                any other run has received leads to this one.
 
         Raises:
             OutboxError: The outbox cannot be read.
         """
         found = (each for each in self._listed(fingerprint) if _is_picture(each) or _arrived(each))
-        return sorted(each for each in found if _is_another(each, sha256))
+        doubted = None if in_doubt is None else {self._part(fingerprint, run).name for run in in_doubt}
+        return sorted(each for each in found if _is_another(each, sha256, doubted))
 
     def fingerprints(self) -> set[str]:
         """The fingerprints of all pictures in the outbox, by the names of the files; only what interrupted runs had
@@ -445,7 +448,7 @@ class Outbox:
         """
         return any(map(_is_readable, self.answers(fingerprint)))
 
-    def remove(self, fingerprint: str, sha256: str) -> None:
+    def remove(self, fingerprint: str, sha256: str, in_doubt: Collection[str] | None = None) -> None:
         """Remove a picture that the archive has, and what unfinished requests for it have left.
 
         Another picture that was paid for stays, and so do answers without a picture: only a person can judge them. A
@@ -454,10 +457,13 @@ class Outbox:
         Args:
             fingerprint: The job's.
             sha256: The SHA-256 of the picture in the archive.
+            in_doubt: As for `others`.
         """
         with suppress(OutboxError):
             files = self._listed(fingerprint)
-            stay = {each for each in files if each.name.endswith(_ANSWER)} | {*self.others(fingerprint, sha256)}
+            stay = {each for each in files if each.name.endswith(_ANSWER)} | {
+                *self.others(fingerprint, sha256, in_doubt)
+            }
             stay |= {about for each in stay for about in (each.with_suffix(".json"), _asked_path(each))}
             _discard(*(each for each in files if each not in stay))
 
@@ -501,12 +507,13 @@ def _is_picture(file: Path) -> bool:
     return file.suffix not in _NO_PICTURES
 
 
-def _is_another(file: Path, sha256: str) -> bool:
-    """Whether a file holds another paid picture than this one, or a link to a picture.
+def _is_another(file: Path, sha256: str, doubted: Collection[str] | None) -> bool:
+    """Whether a file holds another paid picture than this one, or a link that may lead to one.
 
     Args:
         file: A picture, or an answer that has arrived.
         sha256: The SHA-256 of the picture.
+        doubted: The names of the files in which a link may lead to another picture; None for all.
     """
     if file.suffixes[-2:-1] == [f".{sha256[:16]}"]:
         return False
@@ -515,7 +522,9 @@ def _is_another(file: Path, sha256: str) -> bool:
         if _is_picture(file):
             return hashlib.sha256(data).hexdigest() != sha256
         held = picture_or_link(data)
-        return isinstance(held, Link) or picture_of(data if held is None else held).sha256 != sha256
+        if isinstance(held, Link):
+            return doubted is None or file.name in doubted
+        return picture_of(data if held is None else held).sha256 != sha256
     except FileNotFoundError:
         return False
     except OSError:

@@ -80,7 +80,7 @@ class Attempt(BaseModel):
         cost_usd: What it has cost, if that is known.
         image_file: The address of the source image that was sent, without the query, which may be a signature.
         request_id: The provider's id of it, where an answer or the provider's history has named one.
-        asked_by: The run that has asked the provider for it last, in vain; it does not ask again.
+        asked_by: The run that has asked the provider for it last; it does not ask again.
     """
 
     model_config = KEPT_MODEL
@@ -242,6 +242,11 @@ class Record(BaseModel):
         if self.state == "done":
             return None
         return next((each.kept_picture for each in reversed(self.attempts) if each.kept_picture), None)
+
+    @property
+    def runs_in_doubt(self) -> frozenset[str]:
+        """The runs that may have been billed for a picture that nobody has seen."""
+        return frozenset(each.run for each in self.attempts if each.in_doubt)
 
     def may_be_archived_by_another(self, run: Run) -> bool:
         """Whether another run may have archived the picture and died before it could write that into the record.

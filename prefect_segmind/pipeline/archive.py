@@ -135,16 +135,20 @@ class Archiving:
             return record.archived(picture, image, beside_key, paid_by=generated.paid_by)
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
-        self._record_done(held if held and held.run == generated.run else None, before, archived)
-        replace(self.outbox, also=(*self.outbox.also, path.parent)).remove(fingerprint, picture.sha256)
+        done = self._record_done(held if held and held.run == generated.run else None, before, archived)
+        outbox = replace(self.outbox, also=(*self.outbox.also, path.parent))
+        outbox.remove(fingerprint, picture.sha256, done.runs_in_doubt)
         return self._result(generated, image, beside_key)
 
-    def _record_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> None:
-        """Writes the finished record: over the claim of this run, or over what other runs have written since."""
+    def _record_done(self, held: Claim | None, before: Record, archived: Callable[[Record], Record]) -> Record:
+        """Writes the finished record: over the claim of this run, or over what other runs have written since.
+
+        Returns:
+            The record as it is in the archive.
+        """
         if held is not None:
             try:
-                held.write(archived)
-                return
+                return held.write(archived)
             except PreconditionFailedError:
                 held.release()  # the claim was lost meanwhile
         for wait in (*_WAITS, None):
@@ -153,14 +157,15 @@ class Archiving:
             if record.state != "done":
                 record = archived(record)
             elif found and record == found.record:
-                return
+                return record
             try:
                 self.archive.write(record, found.etag if found else None)
-                return
+                return record
             except PreconditionFailedError:  # another run came in between: look again
                 if wait is None:
                     raise
                 time.sleep(wait)
+        raise AssertionError("the last look returns or raises")
 
     def _reuse(self, generated: GeneratedImage, flow_run_id: str | None) -> ArchivedImage:
         found = self.archive.read(generated.job.fingerprint)
@@ -174,7 +179,7 @@ class Archiving:
             image = self.archive.put_picture(generated.name, record.fingerprint, picture, data)
             copied_from = self.archive.store.uri(found.record.image)
             beside_key = self.archive.put_sidecar(image, sidecar(generated, record, flow_run_id, copied_from))
-        self.outbox.remove(record.fingerprint, picture.sha256)
+        self.outbox.remove(record.fingerprint, picture.sha256, record.runs_in_doubt)
         return self._result(generated, image, beside_key)
 
     def _result(self, generated: GeneratedImage, image: str, beside: str) -> ArchivedImage:

@@ -88,7 +88,7 @@ def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | N
     record = found.record if found else None
     if record is not None and record.state == "done" and record.picture is not None:
         archive.get_picture(record)  # or it is an error: what the outbox has may be all that is left
-        outbox.remove(each.fingerprint, record.picture.sha256)
+        outbox.remove(each.fingerprint, record.picture.sha256, record.runs_in_doubt)
         if not each.path.exists():
             return None
         raise StoreError(f"the archive has another picture of the same job, {archive.store.uri(record.image or '')}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,7 +174,8 @@ class LookUp:
         )
         finding = Finding(what, found, kept, unreadable)
         if (picture := kept[1].paid if kept else finding.archived) and not elsewhere:
-            _report_others(job, outbox, picture, log)
+            in_doubt = found.record.runs_in_doubt if found else None
+            _report_others(job, outbox, picture, in_doubt, log)
         return finding
 
     def is_unchanged(self, job: ValidatedJob, finding: Finding) -> bool:
@@ -241,9 +242,11 @@ class LookUp:
         return outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
 
 
-def _report_others(job: ValidatedJob, outbox: Outbox, picture: PaidPicture, log: logging.Logger) -> None:
+def _report_others(
+    job: ValidatedJob, outbox: Outbox, picture: PaidPicture, in_doubt: Collection[str] | None, log: logging.Logger
+) -> None:
     with suppress(OutboxError):  # what is archived needs no outbox
-        for path in outbox.others(job.fingerprint, picture.sha256):
+        for path in outbox.others(job.fingerprint, picture.sha256, in_doubt):
             log.warning(
                 "%s was paid for more than once: another picture of it stays in the outbox until you move it, %s",
                 *(job.name, path),

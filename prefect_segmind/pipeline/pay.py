@@ -211,6 +211,8 @@ class Cashier:
                 if isinstance(error, SubmittedError) and error.request_id:
                     self._note(held, error.request_id, log)
                 if held.record.attempts[-1].is_submitted and not isinstance(error, ApiError):
+                    if isinstance(error, SegmindError) and error.answered is not None:
+                        admission.unusable(error)  # its cost is known, and the disk has failed
                     held.give_up()  # the next run fetches it
                     raise
                 if not isinstance(error, SegmindError):

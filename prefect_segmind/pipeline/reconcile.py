@@ -68,13 +68,13 @@ class Replies(NamedTuple):
             kept: Where the picture is, as in `Attempt.kept`; None if there is none.
         """
         for each in attempts:
-            vain = Outcome(
-                possibly_billed=each.possibly_billed is not False, asked_by=run.id, reason=each.reason or RUN_ENDED
-            )
-            outcome = self.outcomes.get(each.request, vain)
-            record = record.settled(each.request, **outcome)
+            vain = Outcome(possibly_billed=each.possibly_billed is not False, reason=each.reason or RUN_ENDED)
+            outcome = self.outcomes.get(each.request, vain).copy()
+            # One that is paid for and brings no picture stays in doubt: a later run may ask again, and this one not.
+            outcome["asked_by"] = run.id
             if self.brought_by is not None and each.request == self.brought_by.request:
-                record = record.settled(each.request, possibly_billed=False, kept=kept)
+                outcome["kept"] = kept
+            record = record.settled(each.request, **outcome)
         return record
 
 
