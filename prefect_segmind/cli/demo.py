@@ -23,7 +23,7 @@ PROMPT = "a ceramic mug on a picnic blanket, late summer light, soft shadows"
 
 
 def demonstrate(folder: Path, console: Console) -> None:
-    """Makes a picture of a drawn photo against a sandbox that first answers 429 and 502, then makes it again.
+    """Makes a picture of a drawn photo against a sandbox that answers 429, then loses an answer with a 502; then makes it again.
 
     Args:
         folder: Where to create the demo's own folder.
@@ -36,8 +36,8 @@ def demonstrate(folder: Path, console: Console) -> None:
     with Sandbox(home, latency=2.0) as sandbox:
         os.environ.pop("AWS_PROFILE", None)
         os.environ.update(sandbox.environment())
-        sandbox.play(Answer(status=429, reset_in=3), Answer(status=502))
-        console.rule("A local photo becomes a picture; the API refuses twice before it answers")
+        sandbox.play(Answer(status=429, reset_in=3), Answer(status=502, billed=True))
+        console.rule("A local photo becomes a picture; the API refuses once, and then the answer is lost")
         console.print(
             f"The price: 1 picture, {usd(LIST_PRICE_USD)} USD at the list price (this sandbox takes no real money)."
         )
@@ -55,7 +55,7 @@ def demonstrate(folder: Path, console: Console) -> None:
         "after": str(after),
         "sidecar": str(after.with_suffix(".json")),
         "first run": f"{first.status} after {first.attempts} requests, paid {usd(first.cost_usd)} USD"
-        f" (the 502 may have cost {usd(first.possibly_billed_usd)} USD more)",
+        " (the answer was a 502; the picture is from the provider's history, and not paid for again)",
         "second run": f"{second.status}, paid {usd(second.cost_usd)} USD",
         "ledger": f"the sandbox billed {billed} picture{'s' * (billed != 1)}, {usd(spent)} USD",
         "in the UI": address_in_ui(str(state.state_details.flow_run_id)),

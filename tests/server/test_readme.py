@@ -100,6 +100,23 @@ def setting(name: str, value: str) -> Cause:
     return lambda _, monkeypatch, __: monkeypatch.setenv(name, value)
 
 
+def without_history(*answers: Answer) -> Cause:
+    def cause(sandbox: Sandbox, *_: object) -> None:
+        sandbox.history.off = True
+        sandbox.play(*answers)
+
+    return cause
+
+
+def playing_v2(*answers: Answer, patience: str = "60") -> Cause:
+    def cause(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
+        monkeypatch.setenv("SEGMIND_BASE_URL", sandbox.base_url_v2)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_READ_TIMEOUT_SECONDS", patience)
+        sandbox.play(*answers)
+
+    return cause
+
+
 CAUSES: dict[str, Cause] = {
     "bad key": setting("SEGMIND_API_KEY", "SG_0000000000000000"),
     "no credits": playing(Answer(status=406, body='{"error": "Insufficient credits: balance 0.01, need 0.05"}')),
@@ -107,9 +124,15 @@ CAUSES: dict[str, Cause] = {
     "rate limit": playing(Answer(status=429, reset_in=1)),
     "rate limit of more than two minutes": playing(Answer(status=429, retry_after="300")),
     "overloaded provider": playing(Answer(status=503, retry_after="1"), Answer(status=529)),
-    "gateway time-out": playing(Answer(status=504)),
-    "gateway time-out, twice": playing(Answer(status=504), Answer(status=504)),
+    "gateway time-out, the picture made all the same": playing(Answer(status=504, billed=True)),
+    "gateway time-out, nothing made": playing(Answer(status=504)),
+    "gateway time-out that the provider does not list": playing(Answer(status=504, listed=False)),
+    "the same, twice": playing(*[Answer(status=504, listed=False)] * 2),
     "half a body": playing(Answer(kind="half_body")),
+    "no answer": playing(Answer(kind="lost")),
+    "half a body, and a request history out of reach": without_history(Answer(kind="half_body", listed=False)),
+    "request that fails (v2)": playing_v2(Answer(fails=True)),
+    "request that is not finished in time (v2)": playing_v2(Answer(processing=60), patience="1.5"),
     "HTML with 200": playing(Answer(kind="html")),
     "image that is no image": playing(Answer(kind="not_an_image")),
     "link to a picture that cannot be followed": playing(
@@ -132,14 +155,14 @@ def test_the_table_of_failures_has_a_row_for_each_cause_and_no_other() -> None:
 @pytest.mark.parametrize("row", table("failures", "When something goes wrong"), ids=lambda row: row[0])
 def test_each_row_of_the_table_of_failures_is_what_happens(
     row: list[str],
-    sandbox: Sandbox,
+    with_history: Sandbox,
     photo: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     what, code, seen, paid, _ = row
-    CAUSES[what](sandbox, monkeypatch, photo)
+    CAUSES[what](with_history, monkeypatch, photo)
     capsys.readouterr()
     assert cli.run(["generate", str(photo), "a red mug", "--json"]) == int(code)
     told = capsys.readouterr()
@@ -150,7 +173,9 @@ def test_each_row_of_the_table_of_failures_is_what_happens(
     certain, _, possible = paid.partition("possibly ")
     assert found["cost_usd"] == (re.findall(r"[\d.]+", certain) or ["0.00"])[0]
     assert found["possibly_billed_usd"] == (re.findall(r"[\d.]+", possible) or ["0.00"])[0]
-    assert found["attempts"] == len(sandbox.ledger.requests)
+    listed = with_history.history.page({}, "")["data"]
+    under_way = sum(each["model_status"] == "PENDING" for each in listed)
+    assert found["attempts"] == len(with_history.ledger.requests) + under_way
 
 
 @pytest.mark.usefixtures("prefect_server")
