@@ -23,7 +23,7 @@ PROMPT = "a ceramic mug on a picnic blanket, late summer light, soft shadows"
 
 
 def demonstrate(folder: Path, console: Console) -> None:
-    """Makes a picture of a drawn photo against a sandbox that answers 429, then loses an answer with a 502; then makes it again.
+    """Makes a picture of a drawn photo twice, against a sandbox that first answers 429, then loses an answer.
 
     Args:
         folder: Where to create the demo's own folder.

@@ -310,7 +310,7 @@ class Cashier:
             is_about_result = client.submits and isinstance(error, (NotAnImageError, AccountError))
             if is_about_result or not could_tell(error) or not self.reconciler.can_ask(sent, run):
                 raise
-            log.info("%s: %s; the provider is asked what became of the request", job.name, error)
+            log.warning("%s: %s; the provider is asked what became of the request", job.name, error)
             admission.stand_aside(error)
             with self.gate.parked(job.name):
                 replies = self.reconciler.ask(client, job, [sent], part, log, _settled_ids(held.record, [sent]))
