@@ -113,6 +113,19 @@ class Paid(NamedTuple):
     paid_by: str
 
 
+class _Sending(NamedTuple):
+    """One request under way, and what it needs."""
+
+    client: SegmindClient
+    job: ValidatedJob
+    request: ImageToImageRequest
+    part: Path
+    held: Claim
+    admission: Admission
+    run: Run
+    log: logging.Logger
+
+
 @dataclass(frozen=True)
 class Cashier:
     """Sends the paid requests, each under a claim on its picture. Threads may share it.
@@ -191,7 +204,7 @@ class Cashier:
 
             paid, path = None, part
             try:
-                paid = self._bought(client, job, request, part, before_sending, held, admission, run, log)
+                paid = self._bought(_Sending(client, job, request, part, held, admission, run, log), before_sending)
                 admission.paid(paid.cost_usd, paid.paid_at)
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts, **asked.model_dump())
                 path = self.outbox.keep(job.fingerprint, part, entry)
@@ -280,24 +293,14 @@ class Cashier:
             log.info(notice)
         return Paid(path, picture, held.record.attempts, sender)
 
-    def _bought(
-        self,
-        client: SegmindClient,
-        job: ValidatedJob,
-        request: ImageToImageRequest,
-        part: Path,
-        before_sending: Callable[[], None],
-        held: Claim,
-        admission: Admission,
-        run: Run,
-        log: logging.Logger,
-    ) -> PaidPicture:
+    def _bought(self, sending: _Sending, before_sending: Callable[[], None]) -> PaidPicture:
         """The picture that a request brings, or that the provider has made of it though the answer was lost.
 
         Raises:
             ApiError: The request failed; not `possibly_billed` if the provider says that it has billed nothing.
             SubmittedError: As for `pay`.
         """
+        client, job, request, part, held, _, _, log = sending
         try:
             if not client.submits:
                 return client.generate(request, part, before_sending)
@@ -305,18 +308,30 @@ class Cashier:
             self._note(held, submitted.request_id, log)
             return self.reconciler.poller.result(client, submitted, job.seed, part, log, resumed=False)
         except ApiError as error:
-            sent = held.record.attempts[-1]
-            sent = sent.model_copy(update={"request_id": error.request_id or sent.request_id})
-            is_about_result = client.submits and isinstance(error, (NotAnImageError, AccountError))
-            if is_about_result or not could_tell(error) or not self.reconciler.can_ask(sent, run):
+            about_result = client.submits and isinstance(error, (NotAnImageError, AccountError))
+            if about_result or not could_tell(error):
                 raise
-            log.warning("%s: %s; the provider is asked what became of the request", job.name, error)
-            admission.stand_aside(error)
-            with self.gate.parked(job.name):
-                replies = self.reconciler.ask(client, job, [sent], part, log, _settled_ids(held.record, [sent]))
-            if replies.picture is not None:
-                return replies.picture
-            raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
+            return self._made_all_the_same(sending, error)
+
+    def _made_all_the_same(self, sending: _Sending, error: ApiError) -> PaidPicture:
+        """The picture that the provider has made of a request of unknown outcome.
+
+        Raises:
+            ApiError: It has made none, or cannot be asked: the error, with what the provider says.
+            SubmittedError: As for `pay`.
+        """
+        client, job, _, part, held, admission, run, log = sending
+        sent = held.record.attempts[-1]
+        sent = sent.model_copy(update={"request_id": error.request_id or sent.request_id})
+        if not self.reconciler.can_ask(sent, run):
+            raise error
+        log.warning("%s: %s; the provider is asked what became of the request", job.name, error)
+        admission.stand_aside(error)
+        with self.gate.parked(job.name):
+            replies = self.reconciler.ask(client, job, [sent], part, log, _settled_ids(held.record, [sent]))
+        if replies.picture is not None:
+            return replies.picture
+        raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
 
     def _enter(
         self,
