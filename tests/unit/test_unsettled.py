@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from prefect_segmind.archive import leases
-from prefect_segmind.archive.record import Record, Run
+from prefect_segmind.archive.record import Attempt, Record, Run
 from prefect_segmind.cli import commands, output
 from prefect_segmind.errors import ApiError, HistoryError, StoreError
 from prefect_segmind.limits.admission import Gate
@@ -127,8 +129,61 @@ def test_the_row_of_the_request_that_brought_the_picture_is_not_taken_for_that_o
     job = lost(photo, Answer(status=502, listed=False), sandbox)
     sandbox.play(*([] if names_its_request else [Answer(headers={"x-request-id": ""})]))
     archive_picture(generate(job, up_to_upload(photo)[1]))
+    picture = record_of(job).picture
+    assert picture is not None
+    assert bool(picture.request_id) is names_its_request
     found = reconciled(monkeypatch)
     assert [each.outcome for each in found.pictures] == ["unknown"]
+    assert record_of(job).attempts[0].possibly_billed is True
+
+
+def test_where_the_row_of_the_paid_request_cannot_be_told_from_another_nothing_is_concluded(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = lost(photo, Answer(status=502, billed=True), sandbox)
+    archive_picture(generate(job, up_to_upload(photo)[1]))
+    found = Services().archive.read(job.fingerprint)
+    assert found is not None
+    assert found.record.picture is not None
+    earlier, paid = found.record.attempts
+    of_a_version_before = {
+        "attempts": (earlier, paid.model_copy(update={"image_file": None, "request_id": None})),
+        "picture": found.record.picture.model_copy(update={"request_id": None}),
+    }
+    Services().archive.write(found.record.model_copy(update=of_a_version_before), found.etag)
+    assert reconciled(monkeypatch).pictures == ()
+    assert record_of(job).attempts[0].possibly_billed is True
+
+
+def test_a_picture_that_another_machine_has_stays_there_and_the_record_is_corrected(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = lost(photo, Answer(status=502, billed=True), sandbox)
+    found = Services().archive.read(job.fingerprint)
+    assert found is not None
+    (first,) = found.record.attempts
+    there = {"kept": "/outbox/mug.jpg on another-machine", "cost_usd": Decimal("0.05"), "request_id": "theirs"}
+    kept = Attempt(run="theirs", sent_at=first.sent_at, status=200, possibly_billed=False, **there)
+    Services().archive.write(found.record.model_copy(update={"attempts": (first, kept)}), found.etag)
+    told = reconciled(monkeypatch)
+    assert [(each.outcome, each.cost_usd) for each in told.pictures] == [("billed again", Decimal("0.05"))]
+    record = record_of(job)
+    assert (record.state, record.kept_picture, record.attempts[0].possibly_billed) == ("claimed", there["kept"], False)
+
+
+def test_an_interrupt_ends_the_waiting_and_gives_up_the_claims(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience = "PREFECT_INTEGRATIONS_SEGMIND_READ_TIMEOUT_SECONDS"
+    monkeypatch.setenv(patience, "1")
+    job = lost(photo, Answer(processing=600.0), sandbox)
+    monkeypatch.setenv(patience, "100")
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(1.0, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        reconciled(monkeypatch)
+    assert record_of(job).holder is None
     assert record_of(job).attempts[0].possibly_billed is True
 
 
