@@ -7,6 +7,12 @@ that disk failed, before the record could say so. Then:
 
     billed - unknowable - unusable - hidden <= 1
 
+A request is *listed* if the provider's history may be asked, answers, and tells in the end what became of it. It is
+none of these three then, whatever has failed here, as its picture can be had there. So where every request that was
+billed is listed, or was accepted under an id that is in the record, a picture is billed exactly once:
+
+    billed == 1
+
 A request *may have been billed* in the eyes of the code if it was begun to be sent and no whole answer says otherwise;
 and, for those who come after a process that ended or could not reach the archive, if its claim was written.
 """
@@ -28,7 +34,7 @@ from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import LONGEST_WAIT_SECONDS
 from tests.faults.api import PRICE, Seen
-from tests.faults.tap import CTRL_C, ENDS, MISTAKE, SIGTERM, STORE, WIRE, Mistake
+from tests.faults.tap import CTRL_C, ENDS, MISTAKE, OUTBOX, SIGTERM, STORE, WIRE, Mistake
 from tests.faults.world import FIRST, THEN, World
 
 INJECTED = {MISTAKE: Mistake, CTRL_C: KeyboardInterrupt, SIGTERM: TerminationSignal}
@@ -50,11 +56,9 @@ class Books:
         self._world = world
         self.billed = world.api.billed
         self.unknowable = [each for each in self.billed if not self.is_known(each)]
-        self.unusable = [each for each in self.billed if self.is_known(each) and each.answer.picture is None]
+        self.unusable = [each for each in self.billed if self.is_known(each) and not self._brings_picture(each)]
         known = {each.port for each in world.api.seen if self.is_known(each)}
-        self.doubtful = sum(
-            each.sent and not each.follows_link and each.port not in known for each in world.tap.exchanges
-        )
+        self.doubtful = sum(each.sent and not each.asks and each.port not in known for each in world.tap.exchanges)
         self.unsure = sum(
             fault.kind in ENDS
             or (fault.kind == MISTAKE and operation.place == WIRE)
@@ -63,7 +67,9 @@ class Books:
         )
 
     def is_known(self, request: Seen) -> bool:
-        """Whether the outcome of a request can be known: its answer says it, and has arrived whole."""
+        """Whether the outcome of a request can be known: it is listed, or its answer says it and has arrived whole."""
+        if self._world.api.tells(request) is not None:
+            return True
         if not request.answer.is_settled:
             return False
         mine = next(each for each in self._world.tap.exchanges if each.port == request.port)
@@ -74,13 +80,40 @@ class Books:
         moments = [*self._world.tap.looks, at_rest.contents if at_rest else [], self._world.contents()]
         if body and any(each.startswith(body) for contents in moments for each in contents):
             return True
+        if (name := request.answer.request_id) and any(
+            _has_id(each, name) for contents in moments for each in contents
+        ):
+            return True
         return mine.received == request.answer.wire and not mine.is_disturbed
+
+    def _brings_picture(self, request: Seen) -> bool:
+        """Whether its answer or the history brings its picture."""
+        return request.answer.picture is not None or self._world.api.tells(request) == "COMPLETED"
+
+    @property
+    def all_listed(self) -> bool:
+        """Whether each request that was billed is listed."""
+        return all(self._world.api.tells(each) is not None for each in self.billed)
 
     @property
     def disturbed(self) -> bool:
         """Whether a fault on a machine came between an answer and those who would have read it, or noted it."""
-        by_mistake = any(fault.kind == MISTAKE for fault, _ in self._world.tap.struck)
+        struck = self._world.tap.struck
+        by_mistake = any(fault.kind == MISTAKE for fault, _ in struck)
+        # A run that could not ask for what it has submitted, or lost, leaves it to the next one.
+        by_outage = any(fault.lasting and operation.place == WIRE for fault, operation in struck)
+        if by_outage and (self._world.api.scenario.version == "v2" or self._world.api.scenario.history == "answers"):
+            return True
         return by_mistake or any(each.is_disturbed for each in self._world.tap.exchanges)
+
+    @property
+    def broken_off(self) -> int:
+        """Downloads that the disk has broken off, where another one has brought the picture.
+
+        The link is kept like an answer that cannot be read, and only a person can judge those.
+        """
+        by_disk = any(operation.place == OUTBOX for _, operation in self._world.tap.struck)
+        return int(by_disk and THEN[self._world.point.then].outbox != FIRST.outbox)
 
     @property
     def hidden(self) -> int:
@@ -88,6 +121,8 @@ class Books:
 
         Another machine is to know that they are pictures; one that can read that disk only where they are.
         """
+        if self.all_listed and self._world.api.scenario.history == "answers":
+            return 0
         then, at_rest = THEN[self._world.point.then], self._world.at_rest
         attempts = at_rest.record.attempts if at_rest and at_rest.record else ()
         told = any(each.kept_picture if then.host != FIRST.host else each.kept for each in attempts)
@@ -212,17 +247,27 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
     for name in {FIRST.outbox, THEN[world.point.then].outbox}:
         files = world.outbox(name)
         paid = [*world.api.pictures, *(each.answer.wire.partition(b"\r\n\r\n")[2] for each in books.billed)]
-        others = {stem(each) for each, data in files.items() if data in paid and sha256(data) != archived}
+        links = [f'"{world.api.link(each)}"'.encode() for each in books.billed]
+        others = {
+            stem(name)
+            for name, data in files.items()
+            if sha256(data) != archived and (data in paid or any(each in data for each in links))
+        }
         answers = {stem(each) for each in files if each.endswith(".answer")}
-        if len(others) > len(books.billed) - 1:
+        if len(others - answers) > len(books.billed) - 1:
             yield f"{name} still has {len(others)} other pictures"
-        if len(answers) > len(books.unusable) + books.doubtful + books.hidden:
+        if len(answers) > len(books.unusable) + books.doubtful + books.hidden + books.broken_off:
             yield f"{name} keeps {len(answers)} answers of {len(books.unusable)} that were unusable"
         left = [each for each in files if stem(each) not in others | answers]
         if world.point.kinds & set(ENDS):  # between the removal of a file and that of what describes it
             left = [each for each in left if not each.endswith(".json")]
         if left:
             yield f"{name} still has {left}"
+
+
+def _has_id(data: bytes, request_id: str) -> bool:
+    """Whether a file is a record that has the id of a submitted request."""
+    return b'"request_id":"' + request_id.encode() + b'"' in data.replace(b'": "', b'":"')
 
 
 def stem(name: str) -> str:

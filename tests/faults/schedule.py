@@ -204,7 +204,7 @@ class Schedule:
         process.go.acquire()
         try:
             if not process.is_killed:
-                pipeline = self.world.pipeline(Ledger(), process.then)
+                pipeline = self.world.pipeline(Ledger(), process.then, self.world.history())
                 process.ended = pipeline.produce(self.world.job, run, LOG)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the machine looks at it
             process.ended = error

@@ -122,7 +122,7 @@ class Exchange:
     Attributes:
         port: Its port.
         sent: Whether it has begun to send.
-        follows_link: Whether it only downloads what a link in an answer leads to.
+        asks: Whether it only asks or downloads, which costs nothing.
         is_disturbed: Whether a fault on this machine came between the answer and those who would have read it.
         is_damaged: Whether the disk has failed while its answer was written: what is there may not be what came.
         received: What has been handed over to the code.
@@ -130,7 +130,7 @@ class Exchange:
 
     port: int
     sent: bool = False
-    follows_link: bool = False
+    asks: bool = False
     is_disturbed: bool = False
     is_damaged: bool = False
     received: bytes = b""
@@ -245,7 +245,7 @@ class Tap:
                 exchange = open_exchanges[id(stream)]
 
                 exchange.sent = True
-                exchange.follows_link |= data.startswith(b"GET ")
+                exchange.asks |= data.startswith(b"GET ")
                 self.through(Operation(WIRE, "send", reads=False), lambda: send(stream, data, timeout))
 
             def receiving(stream: Any, size: int, timeout: float | None = None) -> bytes:

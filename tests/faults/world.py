@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
@@ -23,6 +23,8 @@ from unittest import mock
 
 from prefect_segmind.api import client
 from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.endpoint import Endpoint
+from prefect_segmind.api.listing import RequestHistory
 from prefect_segmind.archive import leases, outbox
 from prefect_segmind.archive.archive import Archive, record_key
 from prefect_segmind.archive.outbox import Outbox
@@ -32,6 +34,7 @@ from prefect_segmind.images.inspection import SourceImage
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Totals
+from prefect_segmind.pipeline import poll, reconcile
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.look_up import LookUp
 from prefect_segmind.pipeline.pay import Cashier
@@ -49,6 +52,9 @@ from tests.faults.tap import ENDS, GONE, Exchange, Fault, Operation, Tap, Tapped
 MEMORY = Path("/dev/shm")
 RUNS = 5
 """The most runs until a picture is there: one that needs more never comes to an end."""
+PATIENCE = 30.0
+"""Seconds that a run waits for a request that is under way."""
+KEY = "SG_0123456789abcdef"
 SOURCE = InspectedSource(SourceImage(format="PNG", width=1024, height=1024, size_bytes=1, sha256="0" * 64))
 """An image that the provider reads where it is: uploads go through no tap."""
 LOG = logging.Logger("tests.faults")
@@ -155,6 +161,8 @@ class World:
         told: What each run has told.
         at_rest: The record and the files when the first run was over.
         first_run: The number of operations of the first run.
+        clock: Its time, in seconds that only grow.
+        sleep: Lets time pass for a run that waits.
     """
 
     point: Point
@@ -166,8 +174,14 @@ class World:
     at_rest: AtRest | None = None
     first_run: int = 0
     _host: str = FIRST.host
+    clock: Callable[[], float] = field(init=False)
+    sleep: Callable[[float], None] = field(init=False)
     _later: float = 0.0
     _waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Makes time its own."""
+        self.clock, self.sleep = lambda: time.monotonic() + self._later, self._elapse
 
     @property
     def store(self) -> LocalStore:
@@ -264,29 +278,38 @@ class World:
     def _retried(self, told: Told, run: Run, then: Then) -> ArchivedImage:
         """The tries of one task run: Prefect tries again where the error's decision says so."""
         assert told.ledger is not None
+        history = self.history()
         while True:
             try:
-                return self.pipeline(told.ledger, then).produce(self.job, run, LOG)
+                return self.pipeline(told.ledger, then, history).produce(self.job, run, LOG)
             except SegmindError as error:
                 if not (error.decision and error.decision.retry):
                     raise
                 self._elapse(error.decision.wait_seconds or 0.0)
 
-    def pipeline(self, ledger: Ledger, then: Then) -> Pipeline:
+    def history(self) -> RequestHistory | None:
+        """The provider's request history, as a process reads it; None where it has none to ask."""
+        if self.api.history_url is None:
+            return None
+        open_endpoint = partial(Endpoint, KEY, self.api.history_url)
+        return RequestHistory(open_endpoint, log=LOG, clock=self.clock, sleep=self.sleep)
+
+    def pipeline(self, ledger: Ledger, then: Then, history: RequestHistory | None) -> Pipeline:
         """The pipeline of a run."""
         archive = Archive(TappedStore(self.store, self.tap))
         kept = Outbox(self.folder / then.outbox, min_free_bytes=1)
-        open_client = partial(SegmindClient, "SG_0123456789abcdef", self.api.url)
+        open_client = partial(SegmindClient, KEY, self.api.url)
         uploads = Uploads(s3=lambda: _never())
         gate = Gate(ledger=ledger)
-        reconciler = Reconciler(Poller(gate, 180.0), gate)
+        polls = self.api.scenario.version == "v2"
+        reconciler = Reconciler(Poller(gate, PATIENCE), gate, history, polls, patience_seconds=PATIENCE)
         cashier = Cashier(
             archive, kept, open_client, uploads.address, reconciler, on_unknown=self.point.policy, gate=gate
         )
         return Pipeline(
             reader=SourceReader(s3=lambda: _never(), allow_loopback=True),
             uploads=uploads,
-            look_up=LookUp(archive, kept, open_client, ledger, self.point.policy),
+            look_up=LookUp(archive, kept, open_client, ledger, self.point.policy, can_ask=reconciler.can_ask),
             cashier=cashier,
             archiving=Archiving(archive, kept),
             publisher=None,
@@ -344,6 +367,11 @@ class World:
             was = each.stat()
             os.utime(each, (was.st_atime - seconds, was.st_mtime - seconds))
 
+    def rest(self, seconds: float) -> bool:
+        """A run waits for what is under way at the provider; nobody ends it meanwhile."""
+        self.sleep(seconds)
+        return True
+
     def _pause(self, gate: Gate, seconds: float) -> None:
         """Another run holds the picture: look again later."""
         self._waited += seconds
@@ -357,13 +385,16 @@ class World:
         """One process after the other, on the machine that is named."""
         with ExitStack() as patches:
             for target, name, value in (
-                (leases, "clock", lambda: time.monotonic() + self._later),
+                (leases, "clock", lambda: self.clock()),
+                (poll, "monotonic", lambda: self.clock()),
+                (reconcile, "monotonic", lambda: self.clock()),
                 (leases, "host_id", lambda: self._host),
                 (leases, "_start_renewers", lambda: None),
                 (socket, "gethostname", lambda: self._host),
                 (client, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._elapse)),
                 (store, "time", SimpleNamespace(time=time.time, sleep=self._elapse)),
                 (Gate, "pause", lambda gate, seconds: self._pause(gate, seconds)),
+                (Gate, "rest", lambda _, seconds: self.rest(seconds)),
             ):
                 patches.enter_context(mock.patch.object(target, name, value))
             yield
