@@ -303,6 +303,11 @@ class Api:
             if each.answer.picture is not None or self.tells(each) == "COMPLETED"
         ]
 
+    @property
+    def looks(self) -> int:
+        """How often the history was asked."""
+        return sum(each.startswith(HISTORY) for each in self.asked)
+
     def link(self, request: Seen) -> str:
         """The address of the picture of a request."""
         return f"{self.origin}/results/{request.number}"

@@ -11,6 +11,7 @@ from zlib import crc32
 
 from prefect_segmind.archive.record import OnUnknown
 from tests.faults.api import SCENARIOS, WITHOUT_HISTORY, Api
+from tests.faults.promises import broken
 from tests.faults.tap import GONE, KINDS, OUTAGES, OUTBOX, STORE, WIRE, Fault, Operation, can_fail
 from tests.faults.world import THEN, Point, played
 
@@ -53,6 +54,7 @@ def share(scenario: str) -> Share:
 def operations(scenario: str, policy: OnUnknown, api: Api) -> list[Operation]:
     """The operations of the first run, where nothing fails."""
     with played(Point(scenario, policy, "new process"), api) as world:
+        assert not list(broken(world))
         return world.tap.operations[: world.first_run]
 
 

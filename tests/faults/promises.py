@@ -108,12 +108,15 @@ class Books:
 
     @property
     def broken_off(self) -> int:
-        """Downloads that the disk has broken off, where another one has brought the picture.
+        """Downloads that the disk or the network has broken off for good, where another run has brought the picture.
 
         The link is kept like an answer that cannot be read, and only a person can judge those.
         """
-        by_disk = any(operation.place == OUTBOX for _, operation in self._world.tap.struck)
-        return int(by_disk and THEN[self._world.point.then].outbox != FIRST.outbox)
+        struck = self._world.tap.struck
+        for_good = any(
+            operation.place == OUTBOX or (operation.place == WIRE and each.lasting) for each, operation in struck
+        )
+        return int(for_good and THEN[self._world.point.then].outbox != FIRST.outbox)
 
     @property
     def hidden(self) -> int:
@@ -133,6 +136,7 @@ def broken(world: World) -> Iterator[str]:
     """The promises that were broken in a world; nothing if all is well."""
     books = Books(world)
     yield from _money(world, books)
+    yield from _questions(world, books)
     yield from _endings(world, books)
     yield from _accounts(world, books)
     if (last := world.told[-1].ended) and isinstance(last, ArchivedImage):
@@ -146,6 +150,16 @@ def _money(world: World, books: Books) -> Iterator[str]:
     allowed = 1 + (len(books.unknowable) + len(books.unusable) + books.hidden) * (world.point.policy == "repay")
     if len(books.billed) > allowed:
         yield f"billed {len(books.billed)} times where {allowed} is the most"
+    elif allowed == 1 and len(books.billed) != 1 and isinstance(world.told[-1].ended, ArchivedImage):
+        yield f"billed {len(books.billed)} times, and the picture is there"
+
+
+def _questions(world: World, books: Books) -> Iterator[str]:
+    """The history is asked where something is unknown, and only there."""
+    answers = [each.answer for each in world.api.seen]
+    told = [each.is_settled and "404" not in each.polls and (each.picture or not each.billed) for each in answers]
+    if world.api.looks and not world.tap.struck and all(told):
+        yield f"the history was asked {world.api.looks} times, and every answer has said it all"
 
 
 def _endings(world: World, books: Books) -> Iterator[str]:

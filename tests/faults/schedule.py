@@ -21,6 +21,7 @@ from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import LEASE_SECONDS, Run
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.pipeline import poll, reconcile
 from prefect_segmind.pipeline.archive import ArchivedImage
 from tests.faults.api import Api
 from tests.faults.tap import OUTBOX, STORE, WIRE, Operation, Tap
@@ -44,7 +45,8 @@ class Process:
         claims: The claims that it knows of.
         is_killed: Whether it is gone.
         is_stopped: Whether it stands still, as by SIGSTOP or a laptop's sleep: it renews nothing.
-        in_flight: Whether its request may be billed and the record does not know the outcome.
+        in_flight: Whether its request may be billed and neither the record nor the provider's history knows of it.
+        sends: How many parts of its request are sent.
         asleep: Seconds that have passed since it stopped.
         wakes_at: When its wait ends.
         ended: How its last run has ended.
@@ -57,6 +59,7 @@ class Process:
     is_killed: bool = False
     is_stopped: bool = False
     in_flight: bool = False
+    sends: int = 0
     asleep: float = 0.0
     wakes_at: float = 0.0
     ended: ArchivedImage | BaseException | None = None
@@ -83,8 +86,7 @@ class _Baton(Tap):
         if process.is_killed:
             raise Killed
         result = do()
-        if operation == Operation(STORE, "put record", reads=False, creates=True):
-            process.in_flight = False
+        self.schedule.done(process, operation)
         return result
 
 
@@ -94,18 +96,23 @@ class Schedule:
     Args:
         api: The API.
         machines: The machine and outbox of each process.
+        scenario: What the API answers.
 
     Attributes:
         processes: The processes.
         now: Seconds since the beginning.
         excused: Requests that were in flight when their process was gone, or slept for longer than half a lease while
-            another machine looked on: nobody can know of them.
+            another machine looked on: nobody can know of them. Where there is a history, that are those only that were
+            not sent before that.
+        broken_off: How often a process was gone or stood still in the middle of its run, whose work another may do.
+        archived: How often a picture was put into the archive.
     """
 
-    def __init__(self, api: Api, machines: tuple[Then, ...]) -> None:
-        self.api, self.now, self.excused = api, 0.0, 0
+    def __init__(self, api: Api, machines: tuple[Then, ...], scenario: str = "plain") -> None:
+        self.api, self.now, self.excused, self.broken_off, self.archived = api, 0.0, 0, 0, 0
         self._patches = ExitStack()
-        self.world: World = self._patches.enter_context(world_of(Point("plain", "repay", "again"), api, _Baton))
+        self.world: World = self._patches.enter_context(world_of(Point(scenario, "repay", "again"), api, _Baton))
+        self.world.clock, self.world.sleep = (lambda: self.now), self._sleep
         assert isinstance(self.world.tap, _Baton)
         self.world.tap.schedule = self
         self.processes = [Process(each, 1000 + number) for number, each in enumerate(machines)]
@@ -124,7 +131,10 @@ class Schedule:
             (leases, "_claims", {}),
             (leases, "_process", ""),
             (socket, "gethostname", lambda: self._current.then.host),
+            (poll, "monotonic", lambda: self.now),
+            (reconcile, "monotonic", lambda: self.now),
             (Gate, "pause", lambda gate, seconds: self._sleep(seconds)),
+            (Gate, "rest", lambda _, seconds: self.world.rest(seconds)),
         ):
             self._patches.enter_context(mock.patch.object(target, name, value))
         self._patches.enter_context(self.world.tap.open())
@@ -152,12 +162,19 @@ class Schedule:
 
     def kill(self, process: Process) -> None:
         """Ends a process, as by `kill -9`."""
-        if process.in_flight and not process.is_killed and not (self._one_place and self._has_arrived()):
+        self.broken_off += process.runs
+        told = self._has_history or (self._one_place and self._has_arrived())
+        if process.in_flight and not process.is_killed and not told:
             self.excused += 1
         process.is_killed, process.is_stopped, process.in_flight = True, False, False
         while process.runs:
             self._hand_over(process)
         process.claims.clear()
+
+    def stop(self, process: Process) -> None:
+        """Lets a process stand still, as by SIGSTOP."""
+        self.broken_off += process.runs
+        process.is_stopped = not process.is_killed
 
     def replace(self, process: Process) -> None:
         """A new process takes the place of one that is gone."""
@@ -199,6 +216,22 @@ class Schedule:
             process.in_flight = True
         self._back.release()
         process.go.acquire()
+
+    def done(self, process: Process, operation: Operation) -> None:
+        """Notes what a process has done."""
+        if operation == Operation(STORE, "put record", reads=False, creates=True):
+            process.in_flight = False
+        self.archived += operation.name == "put picture"
+        if operation.name == "connect":
+            process.sends = 0
+        if operation.name == "send":
+            process.sends += 1
+            if process.sends == 2 and self._has_history:  # head and body: the provider has it, and its history lists it
+                process.in_flight = False
+
+    @property
+    def _has_history(self) -> bool:
+        return self.api.scenario.history == "answers"
 
     def _run(self, process: Process, run: Run) -> None:
         process.go.acquire()

@@ -110,7 +110,7 @@ def can_fail(operation: Operation, fault: Fault) -> bool:
         return operation.creates
     if fault.kind in DISK_CODES and (operation.name == "access" or (fault.kind == "ENOSPC" and operation.reads)):
         return False
-    if fault.kind in OUTAGES[WIRE] and operation.name == "send" and fault.after:
+    if fault.kind in OUTAGES[WIRE] and operation.name in ("send", "ask") and fault.after:
         return False
     return fault.kind in KINDS[operation.place]
 
@@ -246,7 +246,8 @@ class Tap:
 
                 exchange.sent = True
                 exchange.asks |= data.startswith(b"GET ")
-                self.through(Operation(WIRE, "send", reads=False), lambda: send(stream, data, timeout))
+                name = "ask" if exchange.asks else "send"
+                self.through(Operation(WIRE, name, reads=False), lambda: send(stream, data, timeout))
 
             def receiving(stream: Any, size: int, timeout: float | None = None) -> bytes:
                 data = self.through(
@@ -298,9 +299,11 @@ class Tap:
 
 
 def _wire_error(name: str, kind: str) -> Exception:
-    resets = {"connect": httpcore.ConnectError, "send": httpcore.WriteError, "receive": httpcore.ReadError}
-    timeouts = {"connect": httpcore.ConnectTimeout, "send": httpcore.WriteTimeout, "receive": httpcore.ReadTimeout}
-    return (resets if kind == "reset" else timeouts)[name](f"{kind} by the harness")
+    resets = {"connect": httpcore.ConnectError, "receive": httpcore.ReadError}
+    timeouts = {"connect": httpcore.ConnectTimeout, "receive": httpcore.ReadTimeout}
+    if kind == "reset":
+        return resets.get(name, httpcore.WriteError)(f"{kind} by the harness")
+    return timeouts.get(name, httpcore.WriteTimeout)(f"{kind} by the harness")
 
 
 class _Written:

@@ -29,9 +29,11 @@ which = st.integers(0, 2)
 class Processes(RuleBasedStateMachine):
     """Three processes and their common archive."""
 
-    @initialize(machines=st.sampled_from([(HERE, HERE, HERE), (HERE, HERE, THERE)]))
-    def begin(self, machines: tuple[Then, ...]) -> None:
-        self.schedule = Schedule(API, machines)
+    scenarios: tuple[str, ...] = ("plain",)
+
+    @initialize(machines=st.sampled_from([(HERE, HERE, HERE), (HERE, HERE, THERE)]), scenario=which)
+    def begin(self, machines: tuple[Then, ...], scenario: int) -> None:
+        self.schedule = Schedule(API, machines, self.scenarios[scenario % len(self.scenarios)])
 
     @rule(number=which)
     def start(self, number: int) -> None:
@@ -50,7 +52,7 @@ class Processes(RuleBasedStateMachine):
 
     @rule(number=which, seconds=st.sampled_from([0.0, 65.0]))
     def stop(self, number: int, seconds: float) -> None:
-        self._process(number).is_stopped = not self._process(number).is_killed
+        self.schedule.stop(self._process(number))
         self.schedule.elapse(seconds)
 
     @rule(number=which)
@@ -75,6 +77,14 @@ class Processes(RuleBasedStateMachine):
     def it_is_paid_for_once(self) -> None:
         billed, allowed = len(self.schedule.api.billed), 1 + self.schedule.excused
         assert billed <= allowed, f"billed {billed} times where {allowed} is the most"
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "schedule"))
+    def it_is_downloaded_and_archived_by_one_run(self) -> None:
+        schedule = self.schedule
+        allowed = len(schedule.api.billed) + schedule.broken_off
+        for times in (sum(each.startswith("/results/") for each in schedule.api.asked), schedule.archived):
+            assert times <= allowed, f"{times} times where {allowed} is the most"
 
     def teardown(self) -> None:
         if not hasattr(self, "schedule"):
@@ -110,7 +120,13 @@ class Processes(RuleBasedStateMachine):
         return process
 
 
-Processes.TestCase.settings = settings(
+class ProcessesThatAsk(Processes):
+    """Three processes that may ask the provider what became of a request."""
+
+    scenarios = ("lost, history", "v2", "plain, history")
+
+
+HOW = settings(
     max_examples=400 if EVERYTHING else 20,
     stateful_step_count=40,
     deadline=None,
@@ -118,4 +134,7 @@ Processes.TestCase.settings = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
+Processes.TestCase.settings = HOW
+ProcessesThatAsk.TestCase.settings = HOW
 TestProcesses = Processes.TestCase
+TestProcessesThatAsk = ProcessesThatAsk.TestCase
