@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from typing import ClassVar, cast
 
 from prefect.blocks.abstract import CredentialsBlock
@@ -63,12 +65,15 @@ class SegmindCredentials(CredentialsBlock):
             list_price_usd=settings.price_usd,
         )
 
-    def get_history(self, settings: SegmindSettings, log: logging.Logger) -> RequestHistory | None:
+    def get_history(
+        self, settings: SegmindSettings, log: logging.Logger, sleep: Callable[[float], None] = time.sleep
+    ) -> RequestHistory | None:
         """The provider's request history with this key; None if there is none for the API, or it is switched off.
 
         Args:
             settings: The settings.
             log: Logs that the history asks to wait.
+            sleep: Waits so many seconds, when it does.
 
         Raises:
             ConfigurationError: The key or the address is invalid.
@@ -88,7 +93,7 @@ class SegmindCredentials(CredentialsBlock):
             )
 
         open_endpoint().close()  # a wrong address is told now, and not when a request is lost
-        return RequestHistory(open_endpoint, log=log)
+        return RequestHistory(open_endpoint, log=log, sleep=sleep)
 
 
 def load_credentials(block: str | None = None) -> SegmindCredentials:

@@ -24,7 +24,7 @@ from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, OnKept, OnUnknown, Run
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
-from prefect_segmind.errors import ConfigurationError, InvalidJobError, OutboxError
+from prefect_segmind.errors import ConfigurationError, HistoryError, InvalidJobError, OutboxError
 from prefect_segmind.jobs.job import shown
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
@@ -235,10 +235,15 @@ class Services:
             ConfigurationError: There is no key, or the history's address is unusable.
         """
         patience = self.settings.read_timeout_seconds
+
+        def sleep(seconds: float) -> None:
+            if not gate.rest(seconds):
+                raise HistoryError("the provider's request history was not read: the run is being ended")
+
         return Reconciler(
             poller=Poller(gate, patience),
             gate=gate,
-            history=self.credentials.get_history(self.settings, log),
+            history=self.credentials.get_history(self.settings, log, sleep),
             polls=is_v2(self.credentials.base_url),
             patience_seconds=patience,
         )

@@ -28,8 +28,6 @@ from prefect_segmind.errors import (
     AnswerCutError,
     ApiError,
     ApiUnreachableError,
-    BadGatewayError,
-    GatewayTimeoutError,
     HistoryError,
     InvalidKeyError,
     OverloadedError,
@@ -47,7 +45,7 @@ MOST_PAGES: Final = 500
 """The most pages of one listing."""
 REUSED_SECONDS: Final = 2.0
 """How long a listing answers further questions."""
-FAILED_SECONDS: Final = 30.0
+FAILED_SECONDS: Final = 3.0
 """How long a failure answers further questions, so that not every thread waits for a history that is out of reach."""
 _PAGE_LIMIT: Final = 30_000_000
 """The most bytes of a page."""
@@ -89,7 +87,7 @@ class _Listing:
         self.pages += 1
         known = len(self.rows)
         self.rows |= {row.request_id: row for row in page.rows if row.request_id not in self.rows}
-        self.ended = page.listed < PER_PAGE or len(self.rows) == known or self.pages >= MOST_PAGES
+        self.ended = len(self.rows) == known
         times = [row.created_at for row in page.rows if row.created_at is not None]
         self.back_to = times[-1] if times and all(one >= next_ for one, next_ in pairwise(times)) else None
 
@@ -135,7 +133,7 @@ class RequestHistory:
             The row of each request that has one, by its index.
 
         Raises:
-            HistoryError: The history cannot be read; its cause is the error of the exchange. For the next 30 s it is
+            HistoryError: The history cannot be read; its cause is the error of the exchange. For the next 3 s it is
                 raised again at once.
         """
         if not sought:
@@ -195,6 +193,8 @@ class RequestHistory:
         self._listings = {known: each for known, each in self._listings.items() if now - each.read_at <= REUSED_SECONDS}
         listing = self._listings.get(days) or _Listing(days)
         while not listing.reaches(back_to):
+            if listing.pages >= MOST_PAGES:
+                raise _failure(f"it has more than {MOST_PAGES} pages for {days[0]}")
             first, last = days
             page = self._page(
                 page=listing.pages + 1,
@@ -233,8 +233,9 @@ class RequestHistory:
                     raise _failure(str(error), error) from error
                 wait = min(waits.pop(), error.retry_after or 1.0)
                 self._log.info("the request history asks to wait %.1f s", wait)
-            except (ApiUnreachableError, AnswerCutError, BadGatewayError, GatewayTimeoutError) as error:
-                if not failure_waits or self._clock() - asked_at > _AT_ONCE:
+            except ApiError as error:
+                passing = isinstance(error, (ApiUnreachableError, AnswerCutError)) or (error.status or 0) >= 500
+                if not passing or not failure_waits or self._clock() - asked_at > _AT_ONCE:
                     raise _failure(str(error), error) from error
                 wait = failure_waits.pop(0)
             except SegmindError as error:
@@ -255,7 +256,7 @@ class RequestHistory:
                 body += chunk
                 if len(body) > _PAGE_LIMIT:
                     raise ValueError(f"more than {_PAGE_LIMIT:,} bytes")
-            return bytes(body)
+            return bytes(body).replace(endpoint.secret.encode(), b"SG_...")  # should the history echo it
 
 
 def _failure(why: str, error: SegmindError | None = None) -> HistoryError:

@@ -144,7 +144,7 @@ def judged(
     found = None if status in _ABOUT_THE_ASKING else _object(body).get("status")
     name = found.upper() if isinstance(found, str) else ""
     known = Status(name) if name in Status.__members__ else None
-    if name == _FAILED or (known is None and status == 422):
+    if name == _FAILED:  # a 422 alone may be an edge's word about the question
         raise UnprocessableError(
             f"the provider reports that the request failed: {error_text(body, secret)} ({UnprocessableError.advice})",
             status=422,

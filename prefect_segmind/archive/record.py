@@ -368,8 +368,9 @@ class Record(BaseModel):
         if paid_by and any(map(_returned, senders)):
             open_ones = []
         elif paid_by and not open_ones:
-            # A 502 is in doubt too, but it is not what has brought the picture.
-            open_ones = [each for each in senders if each.possibly_billed and each.status in (None, 200)][-1:]
+            doubted = [each for each in senders if each.possibly_billed]
+            # A 502 is in doubt too; it has brought the picture only if that came from the provider's history.
+            open_ones = ([each for each in doubted if each.status in (None, 200)] or doubted)[-1:]
             returned |= {"reason": None, "reported_by": None, "kept": None}
         attempts = tuple(each.model_copy(update=returned) if each in open_ones else each for each in self.attempts)
         done = {"state": "done", "holder": None, "attempts": attempts, "asked": None}

@@ -195,6 +195,11 @@ class Gate:
         """The number of requests that are sent and not answered."""
         return self._in_flight
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run is being ended from outside, so that nothing is waited for any more."""
+        return self._is_ending
+
     def stop(self, error: SegmindError) -> None:
         """Refuses all that wait, and everything new; requests under way continue.
 

@@ -6,6 +6,7 @@ import logging
 import random
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -50,6 +51,7 @@ from prefect_segmind.pipeline.look_up import Finding
 from prefect_segmind.pipeline.reconcile import Reconciler, Replies, could_tell
 from prefect_segmind.pipeline.upload import UploadedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
+from prefect_segmind.storage.reserved_file import release
 
 REQUEST_SECONDS = 3600.0
 """How long a claim is kept for one request at most."""
@@ -113,8 +115,9 @@ class Paid(NamedTuple):
     paid_by: str
 
 
-class _Sending(NamedTuple):
-    """One request under way, and what it needs."""
+@dataclass
+class _Sending:
+    """One request under way, and what it needs; `kept` is its answer, once that is kept as one without a picture."""
 
     client: SegmindClient
     job: ValidatedJob
@@ -124,6 +127,7 @@ class _Sending(NamedTuple):
     admission: Admission
     run: Run
     log: logging.Logger
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,9 @@ class Cashier:
                 held.sending()
 
             paid, path = None, part
+            sending = _Sending(client, job, request, part, held, admission, run, log)
             try:
-                paid = self._bought(_Sending(client, job, request, part, held, admission, run, log), before_sending)
+                paid = self._bought(sending, before_sending)
                 admission.paid(paid.cost_usd, paid.paid_at)
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts, **asked.model_dump())
                 path = self.outbox.keep(job.fingerprint, part, entry)
@@ -223,18 +228,20 @@ class Cashier:
                 enter()  # unless it was sent: it was tried
                 if isinstance(error, SubmittedError) and error.request_id:
                     self._note(held, error.request_id, log)
-                if held.record.attempts[-1].is_submitted and not isinstance(error, ApiError):
+                if held.record.attempts[-1].is_submitted and (
+                    not isinstance(error, ApiError) or isinstance(error, AccountError)
+                ):
                     if isinstance(error, SegmindError) and error.answered is not None:
                         admission.unusable(error)  # its cost is known, and the disk has failed
                     held.give_up()  # the next run fetches it
                     raise
                 if not isinstance(error, SegmindError):
                     ended = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
-                    self._fail(run, held, ended, log, self.outbox.arrived(part))
+                    self._fail(run, held, ended, log, sending.kept or self.outbox.arrived(part))
                     raise
                 failed, kept = error, None
                 if error.answered is not None:
-                    if kept := self._keep_answer(part, error.answered, log):
+                    if kept := sending.kept or self._keep_answer(part, error.answered, log):
                         failed = error.with_facts(
                             f"{error}; the answer is kept in {kept}, and read again first when the job is run again"
                         )
@@ -274,8 +281,15 @@ class Cashier:
             held.hold(REQUEST_SECONDS)
             self._report(job, held, run)
             doubtful = [each for each in held.record.attempts if each.in_doubt and self.reconciler.can_ask(each, run)]
+            others = [each for each in held.record.attempts if each not in doubtful]
+
+            def keep(answered: Answered) -> str | None:
+                path = self._keep_answer(part, answered, log)
+                return _on_this_host(path) if path else None
+
+            release(part)
             with self.gate.parked(job.name):
-                replies = self.reconciler.ask(client, job, doubtful, part, log, _settled_ids(held.record, doubtful))
+                replies = self.reconciler.ask(client, job, doubtful, part, log, others, keep)
             brought_by = replies.brought_by
             if replies.picture is None or brought_by is None:
                 self._enter(held, job, doubtful, replies, run, log)
@@ -300,12 +314,12 @@ class Cashier:
             ApiError: The request failed; not `possibly_billed` if the provider says that it has billed nothing.
             SubmittedError: As for `pay`.
         """
-        client, job, request, part, held, _, _, log = sending
+        client, job, part, log = sending.client, sending.job, sending.part, sending.log
         try:
             if not client.submits:
-                return client.generate(request, part, before_sending)
-            submitted = client.submit(request, before_sending)
-            self._note(held, submitted.request_id, log)
+                return client.generate(sending.request, part, before_sending)
+            submitted = client.submit(sending.request, before_sending)
+            self._note(sending.held, submitted.request_id, log)
             return self.reconciler.poller.result(client, submitted, job.seed, part, log, resumed=False)
         except ApiError as error:
             about_result = client.submits and isinstance(error, (NotAnImageError, AccountError))
@@ -316,22 +330,34 @@ class Cashier:
     def _made_all_the_same(self, sending: _Sending, error: ApiError) -> PaidPicture:
         """The picture that the provider has made of a request of unknown outcome.
 
+        The answer to one that was read whole is kept meanwhile. It keeps its slot too: a few of them in a row stop a
+        batch, and others are not to be sent before they are counted.
+
         Raises:
             ApiError: It has made none, or cannot be asked: the error, with what the provider says.
             SubmittedError: As for `pay`.
         """
-        client, job, _, part, held, admission, run, log = sending
-        sent = held.record.attempts[-1]
-        sent = sent.model_copy(update={"request_id": error.request_id or sent.request_id})
+        job, run, log = sending.job, sending.run, sending.log
+        attempts = sending.held.record.attempts
+        sent = attempts[-1]
+        if error.request_id and not sent.is_submitted:  # named by an answer of which nobody knows who has sent it
+            sent = sent.model_copy(update={"request_id": error.request_id, "possibly_billed": True})
         if not self.reconciler.can_ask(sent, run):
             raise error
         log.warning("%s: %s; the provider is asked what became of the request", job.name, error)
-        admission.stand_aside(error)
-        with self.gate.parked(job.name):
-            replies = self.reconciler.ask(client, job, [sent], part, log, _settled_ids(held.record, [sent]))
-        if replies.picture is not None:
-            return replies.picture
-        raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
+        with ExitStack() as meanwhile:
+            if error.answered is not None:
+                sending.kept = self._keep_answer(sending.part, error.answered, log)
+            else:
+                release(sending.part)
+                sending.admission.stand_aside(error)
+                meanwhile.enter_context(self.gate.parked(job.name))
+            replies = self.reconciler.ask(sending.client, job, [sent], sending.part, log, attempts[:-1])
+        if replies.picture is None:
+            raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
+        if sending.kept is not None:
+            self.outbox.remove_answer(sending.kept)
+        return replies.picture
 
     def _enter(
         self,
@@ -507,12 +533,6 @@ def _as_told(error: ApiError, outcome: Outcome | None) -> ApiError:
         )
     answered = Answered(cost_usd=cost, cost_source="history", request_id=request_id, at=datetime.now(UTC))
     return NotAnImageError(f"{error}; {outcome.get('reason')}", status=200, answered=answered, request_id=request_id)
-
-
-def _settled_ids(record: Record, doubtful: Sequence[Attempt]) -> set[str]:
-    """The provider's ids of the requests that are not in doubt: their rows are no others'."""
-    doubted = {each.request for each in doubtful}
-    return {each.request_id for each in record.attempts if each.request_id and each.request not in doubted}
 
 
 def _on_this_host(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -19,11 +19,13 @@ from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.submission import is_request_id
 from prefect_segmind.archive.record import RUN_ENDED, Attempt, Outcome, Record, Run
 from prefect_segmind.errors import (
+    AccountError,
     ApiError,
     ForgottenError,
     HistoryError,
     NotAnImageError,
     ResultLinkError,
+    SegmindError,
     SubmittedError,
     UnprocessableError,
     UnsafeImageError,
@@ -142,7 +144,8 @@ class Reconciler:
         attempts: Sequence[Attempt],
         part: Path,
         log: logging.Logger,
-        taken: Collection[str] = (),
+        others: Sequence[Attempt] = (),
+        keep: Callable[[Answered], str | None] = lambda _: None,
     ) -> Replies:
         """Asks about requests for one picture, waits for those that are still under way, and downloads the picture.
 
@@ -152,46 +155,70 @@ class Reconciler:
             attempts: The requests of unknown outcome.
             part: The file to write the picture to; its content is replaced once the picture is whole.
             log: Logs what becomes known, and that the history cannot be read.
-            taken: The provider's ids of other requests for the picture.
+            others: The other requests for the picture, which have rows of their own.
+            keep: Keeps a result in `part` that cannot be read as a picture, and returns where, as in `Attempt.kept`.
 
         Returns:
             What the provider says. A request of which it says nothing is not among the outcomes.
 
         Raises:
+            AccountError: The provider refuses the account, and the request may be finished.
             ResultLinkError: A picture was made and billed, and cannot be downloaded now; nothing must be paid again.
             SubmittedError: A request is accepted and not finished, and the run waits no longer.
         """
         outcomes: dict[RequestId, Outcome] = {}
+        unfinished: dict[RequestId, SegmindError] = {}
         for each in attempts if self.polls else ():
-            if each.request_id is None or not is_request_id(each.request_id):
+            if not each.is_submitted or each.request_id is None or not is_request_id(each.request_id):
                 continue
+            submitted = client.submitted(each.request_id)
             try:
-                picture = self.poller.result(
-                    client, client.submitted(each.request_id), job.seed, part, log, resumed=True
-                )
+                picture = self.poller.result(client, submitted, job.seed, part, log, resumed=True)
             except ForgottenError:
                 continue  # the history may know it
+            except (AccountError, SubmittedError) as error:
+                unfinished[each.request] = error  # another may have brought the picture; or the id is none of a submit
             except UnprocessableError as error:
                 outcomes[each.request] = _not_billed(each, str(error))
             except NotAnImageError as error:
                 if error.answered is None or (isinstance(error, ResultLinkError) and not error.gone):
                     raise
-                outcomes[each.request] = _paid_for_nothing(error, each.request_id)
+                outcomes[each.request] = _paid_for_nothing(error, each.request_id, keep(error.answered))
             else:
                 log.info("the provider has finished request %s of %s: fetched", each.request_id, job.name)
-                return self._brought(outcomes, each, picture)
+                return _brought(outcomes, each, picture)
+        replies = Replies(outcomes)
         left = [each for each in attempts if each.request not in outcomes]
-        if not left or self.history is None:
-            return Replies(outcomes)
-        rows = self._rows(self.history, [_sought(job, each) for each in left], taken, log)
-        told = [(left[index], row) for index, row in sorted(rows.items())]
-        for each, row in told:
+        if left and self.history is not None and not (unfinished and self.gate.is_ending):
+            patience = 0.0 if unfinished else self.patience_seconds
+            replies = self._ask_history(self.history, client, job, left, others, part, log, outcomes, patience)
+        for request, why in unfinished.items():
+            if replies.picture is None and request not in replies.outcomes:
+                raise why
+        return replies
+
+    def _ask_history(
+        self,
+        history: RequestHistory,
+        client: SegmindClient,
+        job: ValidatedJob,
+        attempts: Sequence[Attempt],
+        others: Sequence[Attempt],
+        part: Path,
+        log: logging.Logger,
+        outcomes: dict[RequestId, Outcome],
+        patience: float,
+    ) -> Replies:
+        listing = _Listing(history, [_sought(job, each) for each in attempts], [*others], job)
+        completed: list[tuple[Attempt, Row]] = []
+        for index, row in sorted(self._rows(listing, log, patience).items()):
+            each = attempts[index]
             if row.outcome is Ended.FAILED:
                 log.info("the provider's history says that a request of %s failed, unbilled", job.name)
                 outcomes[each.request] = _not_billed(each, row.error or "no reason given", row.request_id)
-        return self._download(
-            client, job, [each for each in told if each[1].outcome is Ended.COMPLETED], part, log, outcomes
-        )
+            elif row.outcome is Ended.COMPLETED:
+                completed.append((each, row))
+        return self._download(client, job, completed, part, log, outcomes)
 
     def look_up(
         self,
@@ -229,28 +256,27 @@ class Reconciler:
                 outcomes[each.request] = _outcome(_answered(row, list_price_usd), ASKED_FOR_NOTHING)
         return outcomes
 
-    def _rows(
-        self, history: RequestHistory, sought: Sequence[Sought], taken: Collection[str], log: logging.Logger
-    ) -> dict[int, Row]:
-        """The rows of requests that have ended, by their place among those that were sought.
+    def _rows(self, listing: _Listing, log: logging.Logger, patience: float) -> dict[int, Row]:
+        """The rows of requests that have ended, by their place among those that are sought.
 
         Raises:
-            SubmittedError: One is still under way, and the run waits no longer.
+            SubmittedError: One is still under way, none has brought the picture, and the run waits no longer.
         """
         began, looks = monotonic(), [*LOOK_AGAIN_SECONDS]
         while True:
-            try:
-                found = history.find(sought, taken)
-            except HistoryError as error:
-                self._warn(str(error), log)
+            found, failure = listing.look()
+            if failure is not None and not (looks and _may_pass(failure)):
+                self._warn(str(failure), log)
                 return {}
             now, elapsed = datetime.now(UTC), monotonic() - began
             pending = [row for row in found.values() if row.outcome is Ended.PENDING and not _is_stale(row, now)]
+            if any(row.outcome is Ended.COMPLETED and row.url for row in found.values()):
+                return found
             if pending:
                 wait = PENDING_SECONDS
-                if elapsed + wait > self.patience_seconds:
+                if elapsed + wait > patience:
                     raise _under_way(pending[0], f"it is still pending after {elapsed:.0f} s")
-            elif looks and any(index not in found or _lacks_picture(found[index]) for index in range(len(sought))):
+            elif looks and (failure or listing.may_bring_more(found, now)):
                 wait = max(0.0, looks.pop(0) - elapsed)
             else:
                 return found
@@ -286,26 +312,56 @@ class Reconciler:
                 else:
                     cost = usd(answered.cost_usd)
                     log.info("the provider's history has the picture of %s (%s USD): downloaded", job.name, cost)
-                    brought = self._brought(outcomes, each, picture)
+                    brought = _brought(outcomes, each, picture)
         return brought or Replies(outcomes)
-
-    def _brought(self, outcomes: dict[RequestId, Outcome], attempt: Attempt, picture: PaidPicture) -> Replies:
-        outcomes[attempt.request] = Outcome(
-            status=200,
-            reason=None,
-            wait_seconds=None,
-            possibly_billed=False,
-            cost_usd=picture.cost_usd,
-            request_id=picture.request_id,
-            kept=None,
-        )
-        return Replies(outcomes, picture, attempt)
 
     def _warn(self, message: str, log: logging.Logger) -> None:
         """Logs once in a run that the history cannot be read: it concerns all its pictures."""
         if message not in self._warned and len(self._warned) < 1:
             self._warned.add(message)
             log.warning("%s; requests of unknown outcome count as possibly billed", message)
+
+
+class _Listing(NamedTuple):
+    """What is looked for in the history.
+
+    Attributes:
+        history: The history.
+        sought: The requests of unknown outcome.
+        others: The other requests for the picture.
+        job: Its job.
+    """
+
+    history: RequestHistory
+    sought: Sequence[Sought]
+    others: Sequence[Attempt]
+    job: ValidatedJob
+
+    def look(self) -> tuple[dict[int, Row], HistoryError | None]:
+        """The rows of the requests sought, by their place; or why the history cannot be read.
+
+        A row may also be that of another request for the same picture. One that was paid for has a row, and one that
+        was refused may have one that says FAILED, which proves nothing for the next.
+        """
+        try:
+            found = self.history.find([*self.sought, *(_sought(self.job, each) for each in self.others)])
+            theirs = {
+                row.request_id
+                for index, row in found.items()
+                if index >= len(self.sought)
+                and (row.outcome is Ended.FAILED or self.others[index - len(self.sought)].cost_usd is not None)
+            }
+            return (self.history.find(self.sought, theirs) if self.others else found), None
+        except HistoryError as failure:
+            return {}, failure
+
+    def may_bring_more(self, found: Mapping[int, Row], now: datetime) -> bool:
+        """Whether a row, or the link in one, may still be to come."""
+        young = any(now - each.sent_at < STALE for each in self.sought)
+        return young and any(
+            index not in found or (found[index].outcome is Ended.COMPLETED and found[index].url is None)
+            for index in range(len(self.sought))
+        )
 
 
 def _sought(job: ValidatedJob, attempt: Attempt) -> Sought:
@@ -335,9 +391,24 @@ def _outcome(answered: Answered, reason: str) -> Outcome:
     )
 
 
-def _paid_for_nothing(error: ApiError, request_id: str) -> Outcome:
+def _paid_for_nothing(error: ApiError, request_id: str, kept: str | None = None) -> Outcome:
     assert error.answered is not None
-    return _outcome(error.answered.model_copy(update={"request_id": request_id}), f"{type(error).__name__}: {error}")
+    answered = error.answered.model_copy(update={"request_id": request_id})
+    return _outcome(answered, f"{type(error).__name__}: {error}") | Outcome(possibly_billed=False, kept=kept)
+
+
+def _brought(outcomes: dict[RequestId, Outcome], attempt: Attempt, picture: PaidPicture) -> Replies:
+    """What the provider says, once a request has brought the picture."""
+    outcomes[attempt.request] = Outcome(
+        status=200,
+        reason=None,
+        wait_seconds=None,
+        possibly_billed=False,
+        cost_usd=picture.cost_usd,
+        request_id=picture.request_id,
+        kept=None,
+    )
+    return Replies(outcomes, picture, attempt)
 
 
 def _not_billed(attempt: Attempt, why: str, request_id: str | None = None) -> Outcome:
@@ -355,9 +426,9 @@ def _is_stale(row: Row, now: datetime) -> bool:
     return row.created_at is not None and now - row.created_at > STALE
 
 
-def _lacks_picture(row: Row) -> bool:
-    """Whether a row may still get its link."""
-    return row.outcome is Ended.COMPLETED and row.url is None
+def _may_pass(failure: HistoryError) -> bool:
+    """Whether the history may be read a moment later: it is there, and the key is not refused."""
+    return failure.status not in (401, 403, 404)
 
 
 def _under_way(row: Row, why: str) -> SubmittedError:

@@ -184,15 +184,16 @@ def reconcile_archive(pipeline: Pipeline, run: Run, log: logging.Logger, flow_ru
     left = archive_left_over(pipeline.archiving, run, flow_run_id)
     found = [settling.recovered_from_outbox(each) for each in left.archived.values()]
     problems = [f"{path} was paid for and stays in the outbox: {why}" for path, why in left.stayed.items()]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="segmind-reconcile") as pool:
-        try:
-            tasks = [pool.submit(settling.settle, each) for each in _unsettled(pipeline, run, problems)]
-            for task in tasks:
-                found += task.result()
-        except BaseException:
-            pipeline.gate.stop(RunCancelledError("the run was ended"))
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="segmind-reconcile")
+    try:
+        tasks = [pool.submit(settling.settle, each) for each in _unsettled(pipeline, run, problems)]
+        for task in tasks:
+            found += task.result()
+    except BaseException:
+        pipeline.gate.stop(RunCancelledError("the run was ended"))
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     if any(each.outcome == "unknown" for each in found):
         try:  # it may be the history that was out of reach meanwhile, and not a request that it does not list
             history.check()
@@ -355,11 +356,11 @@ class _Settling(NamedTuple):
         record, reconciler = found.record, self.pipeline.cashier.reconciler
         about = [each for each in record.attempts if _is_unknown(each) and reconciler.can_ask(each, self.run)]
         body = _body(job.parameters) if job else self._body_in_sidecar(record)
-        returned = _without_id(record)
+        returned = [each for each in record.attempts if each.possibly_billed is False and each.cost_usd]
         if not about or body is None or not all(each.image_file for each in returned):
             return []  # the row of the request that has returned the picture could be taken for one of these
-        taken = {each.request_id for each in record.attempts if each.request_id and each not in about}
-        taken |= {record.picture.request_id} if record.picture and record.picture.request_id else set()
+        sought = {each.request for each in (*about, *returned)}
+        taken = {each.request_id for each in record.attempts if each.request_id and each.request not in sought}
         outcomes = reconciler.look_up(body, [*about, *returned], self.pipeline.price_usd, taken)
         settled = record
         for each in about:
@@ -393,13 +394,6 @@ def _body(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     fields = {**parameters, "image_file": "-"}
     return ImageToImageRequest.model_validate(fields, context={"allow_unlisted_resolution": True}).body()
-
-
-def _without_id(record: Record) -> list[Attempt]:
-    """The requests that were paid for certainly, and whose rows can be told by their bodies only."""
-    if record.picture and record.picture.request_id:
-        return []
-    return [each for each in record.attempts if each.possibly_billed is False and each.cost_usd and not each.request_id]
 
 
 def _is_unknown(attempt: Attempt) -> bool:
