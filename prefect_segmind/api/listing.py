@@ -69,6 +69,7 @@ class _Listing:
         back_to: The time of the oldest row; None before there is one, and where the rows do not come in that order.
         ended: Whether there are no more.
         read_at: When the last page was read, by the clock of `RequestHistory`.
+        begun_at: When the first page was asked for, UTC: a request that was sent later cannot be on it.
     """
 
     days: tuple[date, date]
@@ -77,6 +78,7 @@ class _Listing:
     back_to: datetime | None = None
     ended: bool = False
     read_at: float = 0.0
+    begun_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def reaches(self, time: datetime) -> bool:
         """Whether every row that is not older than a time has been read."""
@@ -165,6 +167,7 @@ class RequestHistory:
         """The rows among which those of the requests are."""
         found: list[Row] = []
         windows: dict[tuple[date, date], datetime] = {}
+        last_sent_at = max(each.sent_at for each in sought)
         for each in sought:
             row = self._row(each.request_id) if is_request_id(each.request_id) else None
             if row is not None:
@@ -175,7 +178,7 @@ class RequestHistory:
             days = (back_to.date(), sent_at.date() + timedelta(days=1))
             windows[days] = min(back_to, windows.get(days, back_to))
         for days, back_to in windows.items():
-            found += self._listed(days, back_to)
+            found += self._listed(days, back_to, last_sent_at)
         return found
 
     def _row(self, request_id: str | None) -> Row | None:
@@ -187,11 +190,13 @@ class RequestHistory:
             raise _failure(f"its answer about a request has another form ({error})") from None
         return row if row is not None and row.request_id == request_id else None
 
-    def _listed(self, days: tuple[date, date], back_to: datetime) -> list[Row]:
-        """The rows between two days that are not older than a time, and some more."""
+    def _listed(self, days: tuple[date, date], back_to: datetime, last_sent_at: datetime) -> list[Row]:
+        """The rows between two days that are not older than a time, and some more, read after a request was sent."""
         now = self._clock()
         self._listings = {known: each for known, each in self._listings.items() if now - each.read_at <= REUSED_SECONDS}
-        listing = self._listings.get(days) or _Listing(days)
+        listing = self._listings.get(days)
+        if listing is None or listing.begun_at < last_sent_at:
+            listing = _Listing(days)
         while not listing.reaches(back_to):
             if listing.pages >= MOST_PAGES:
                 raise _failure(f"it has more than {MOST_PAGES} pages for {days[0]}")

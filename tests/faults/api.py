@@ -285,6 +285,11 @@ class Api:
         return f"{self.origin}/{self.scenario.version}"
 
     @property
+    def is_v2(self) -> bool:
+        """Whether requests are submitted and polled for."""
+        return self.scenario.version == "v2"
+
+    @property
     def history_url(self) -> str | None:
         """Where the request history is; None if there is none."""
         return None if self.scenario.history == "none" else f"{self.origin}{HISTORY}"

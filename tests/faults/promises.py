@@ -102,21 +102,20 @@ class Books:
         by_mistake = any(fault.kind == MISTAKE for fault, _ in struck)
         # A run that could not ask for what it has submitted, or lost, leaves it to the next one.
         by_outage = any(fault.lasting and operation.place == WIRE for fault, operation in struck)
-        if by_outage and (self._world.api.scenario.version == "v2" or self._world.api.scenario.history == "answers"):
+        if by_outage and (self._world.api.scenario.history == "answers" or self._world.api.is_v2):
             return True
         return by_mistake or any(each.is_disturbed for each in self._world.tap.exchanges)
 
     @property
     def broken_off(self) -> int:
-        """Downloads that the disk or the network has broken off for good, where another run has brought the picture.
+        """Downloads that the disk or the network has broken off for good, after which the provider was asked again.
 
-        The link is kept like an answer that cannot be read, and only a person can judge those.
+        What had come until then, a link or the answer before it, is kept like an answer that cannot be read: only a
+        person can judge those.
         """
         struck = self._world.tap.struck
-        for_good = any(
-            operation.place == OUTBOX or (operation.place == WIRE and each.lasting) for each, operation in struck
-        )
-        return int(for_good and THEN[self._world.point.then].outbox != FIRST.outbox)
+        for_good = any(place.place == OUTBOX or (place.place == WIRE and fault.lasting) for fault, place in struck)
+        return int(for_good and (self._world.api.scenario.history == "answers" or self._world.api.is_v2))
 
     @property
     def hidden(self) -> int:

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from itertools import count
@@ -62,7 +61,7 @@ class Walk:
         if kind != "v1":
             monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL", sandbox.history_url)
         # Waits for the provider take next to no time, and every question is asked anew.
-        monkeypatch.setattr(Gate, "rest", lambda _, seconds: not time.sleep(min(seconds, 0.01)))
+        monkeypatch.setattr(Gate, "rest", lambda _, seconds: threading.Event().wait(min(seconds, 0.01)) or True)
         monkeypatch.setattr(listing, "REUSED_SECONDS", 0.0)
         self.has_history = kind != "v1"
         monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_UPLOAD_TO", "s3://segmind/uploads")
