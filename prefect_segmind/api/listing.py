@@ -89,7 +89,7 @@ class _Listing:
         self.pages += 1
         known = len(self.rows)
         self.rows |= {row.request_id: row for row in page.rows if row.request_id not in self.rows}
-        self.ended = len(self.rows) == known
+        self.ended = page.listed < PER_PAGE or len(self.rows) == known
         times = [row.created_at for row in page.rows if row.created_at is not None]
         self.back_to = times[-1] if times and all(one >= next_ for one, next_ in pairwise(times)) else None
 

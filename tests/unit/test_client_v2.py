@@ -269,7 +269,6 @@ class TestAsking:
             http_json({"status": "FAILED", "error": "NSFW content detected"}, "422 X"),
             http_json({"status": "FAILED", "error": "NSFW content detected"}),
             http_json({"status": "FAILED", "error": "NSFW content detected"}, "500 X"),
-            http(b"<html>NSFW content detected</html>", "422 X"),
         ],
     )
     @pytest.mark.parametrize("call", ["status", "fetch"])
@@ -281,6 +280,15 @@ class TestAsking:
             asked(client, call, server, part)
         error = caught.value
         assert (error.status, error.possibly_billed, error.request_id, error.answered) == (422, False, "r-1", None)
+
+    @pytest.mark.parametrize("call", ["status", "fetch"])
+    def test_a_422_that_does_not_say_failed_proves_nothing(
+        self, call: str, server: Wire, client: SegmindClient, part: Path
+    ) -> None:
+        server.answers = [http(b'{"detail": "not a UUID"}', "422 X")]
+        with pytest.raises(errors.AnswerCutError, match="without the status or result") as caught:
+            asked(client, call, server, part)
+        assert not caught.value.possibly_billed
 
     @pytest.mark.parametrize("call", ["status", "fetch"])
     @pytest.mark.parametrize("body", [b"", b'{"error": "not found"}', b"<html>"])
@@ -465,7 +473,7 @@ class TestFetching:
         monkeypatch.setattr(Path, "read_bytes", unreadable)
         with pytest.raises(errors.OutboxError, match="Input/output error") as caught:
             client.fetch(named(server), 4711, part)
-        assert (caught.value.possibly_billed, caught.value.request_id) == (False, "r-1")
+        assert (caught.value.possibly_billed, caught.value.request_id) == (True, "r-1")
 
     def test_a_disk_that_fails_leaves_the_request_to_be_fetched_again(
         self, server: Wire, client: SegmindClient, tmp_path: Path
@@ -473,7 +481,7 @@ class TestFetching:
         server.answers = [http_json(completed(server))]
         with pytest.raises(errors.OutboxError) as caught:
             client.fetch(named(server), 4711, tmp_path / "gone" / "picture.part")
-        assert not caught.value.possibly_billed
+        assert caught.value.possibly_billed, "the request that was submitted"
 
 
 LINKED = [

@@ -65,6 +65,7 @@ TABLE = [
     *((name, 1, 1, None) for name in ("NotAnImageError", "UnsafeImageError", "ResultLinkError", "OutboxError")),
     *((name, 1, 0, None) for name in ("OutcomeUnknownError", "InputError", "InvalidJobError", "SourceImageError")),
     ("KeptElsewhereError", 1, 0, None),
+    *((name, 1, 1, None) for name in ("SubmittedError", "ForgottenError", "SubmissionUnknownError", "HistoryError")),
     *((name, 1, 0, None) for name in ("ConfigurationError", "StoreError", "BucketNotFoundError", "StoreAccessError")),
     *((name, 1, 0, None) for name in ("StoreCredentialsError", "StoreUnreachableError", "PreconditionFailedError")),
     *((name, 1, 0, None) for name in ("ArchiveError", "ManifestError", "BudgetReachedError", "RunCancelledError")),
