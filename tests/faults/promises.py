@@ -272,7 +272,7 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
         if len(answers) > len(books.unusable) + books.doubtful + books.hidden + books.broken_off:
             yield f"{name} keeps {len(answers)} answers of {len(books.unusable)} that were unusable"
         left = [each for each in files if stem(each) not in others | answers]
-        if world.point.kinds & set(ENDS):  # between the removal of a file and that of what describes it
+        if world.point.kinds & {*ENDS, MISTAKE}:  # between the removal of a file and that of what describes it
             left = [each for each in left if not each.endswith(".json")]
         if left:
             yield f"{name} still has {left}"
