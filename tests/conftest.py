@@ -105,6 +105,8 @@ def with_history(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
     monkeypatch.setenv(HISTORY_SETTING, "")
     monkeypatch.setattr(listing, "REUSED_SECONDS", 0.2)
+    monkeypatch.setattr(listing, "FAILED_SECONDS", 0.2)
+    monkeypatch.setattr(listing, "_FAILURE_WAITS", (0.1, 0.2))
     monkeypatch.setattr(reconcile, "LOOK_AGAIN_SECONDS", (0.5, 1.5))
     monkeypatch.setattr(reconcile, "PENDING_SECONDS", 0.2)
     return sandbox

@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -42,6 +42,8 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 
 THREADS = 8
 """Pictures that are asked about at once: each may wait for a row that lands late, or for a request still under way."""
+END_SECONDS = 5.0
+"""How long the end of a run waits for those under way to give up what they have claimed."""
 NO_HISTORY = (
     f"there is no request history to look requests up in: {HISTORY_SETTING} is off, or it is not set and none is known "
     "for the host of SEGMIND_BASE_URL; set it to the history's address"
@@ -185,15 +187,18 @@ def reconcile_archive(pipeline: Pipeline, run: Run, log: logging.Logger, flow_ru
     found = [settling.recovered_from_outbox(each) for each in left.archived.values()]
     problems = [f"{path} was paid for and stays in the outbox: {why}" for path, why in left.stayed.items()]
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="segmind-reconcile")
+    tasks: list[Future[list[LookedUp]]] = []
     try:
-        tasks = [pool.submit(settling.settle, each) for each in _unsettled(pipeline, run, problems)]
+        tasks += (pool.submit(settling.settle, each) for each in _unsettled(pipeline, run, problems))
         for task in tasks:
             found += task.result()
     except BaseException:
         pipeline.gate.stop(RunCancelledError("the run was ended"))
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(tasks, END_SECONDS)
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
     if any(each.outcome == "unknown" for each in found):
         try:  # it may be the history that was out of reach meanwhile, and not a request that it does not list
             history.check()
@@ -357,7 +362,7 @@ class _Settling(NamedTuple):
         about = [each for each in record.attempts if _is_unknown(each) and reconciler.can_ask(each, self.run)]
         body = _body(job.parameters) if job else self._body_in_sidecar(record)
         returned = [each for each in record.attempts if each.possibly_billed is False and each.cost_usd]
-        if not about or body is None or not all(each.image_file for each in returned):
+        if not about or body is None or not all(each.image_file or each.request_id for each in returned):
             return []  # the row of the request that has returned the picture could be taken for one of these
         sought = {each.request for each in (*about, *returned)}
         taken = {each.request_id for each in record.attempts if each.request_id and each.request not in sought}

@@ -44,10 +44,10 @@ class Share(NamedTuple):
 def share(scenario: str) -> Share:
     """The share of the faults that are tried in a scenario: most operations of the longer walks are those of others."""
     if scenario == "plain":
-        return Share(1, 30)
+        return Share(2, 30)
     if scenario in WITHOUT_HISTORY:
-        return Share(3, 90)
-    return Share(4, 120) if scenario in PAIRS or scenario == "v2 submit lost" else Share(12, 300)
+        return Share(4, 90)
+    return Share(6, 120) if scenario in PAIRS or scenario == "v2 submit lost" else Share(18, 300)
 
 
 @cache
@@ -84,7 +84,7 @@ def pairs(found: list[Operation], seed: str) -> Iterator[tuple[Fault, Fault]]:
 def points(scenario: str, policy: OnUnknown, ways: tuple[str, ...], api: Api, *, everything: bool) -> Iterator[Point]:
     """The points of one walk with some ways to run the job again: a fixed sample of them, or everything.
 
-    Of everything, the plain walk with the policy `repay` has each fault with each way to run the job again; any other
+    Of everything, the plain walk with the policy `repay` has its faults with each way to run the job again; any other
     has each of its faults with one of them. What is left out is chosen by chance, but always the same.
     """
     found, all_of_them = operations(scenario, policy, api), list(THEN)

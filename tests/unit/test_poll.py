@@ -175,6 +175,7 @@ generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "then"),
     [

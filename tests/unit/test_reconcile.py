@@ -7,23 +7,24 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefect_segmind.archive.record import Record, Run
-from prefect_segmind.errors import (
-    AnswerCutError,
-    OutcomeUnknownError,
-    SegmindError,
-)
+from prefect_segmind.api.picture import PaidPicture
+from prefect_segmind.archive import leases
+from prefect_segmind.archive.record import Attempt, Record, Run
+from prefect_segmind.errors import AnswerCutError, NotAnImageError, OutcomeUnknownError, SegmindError
+from prefect_segmind.limits.admission import Gate
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.asking import rows
 from tests.support.waiting import until
-from tests.support.walk import archive_picture, generate, up_to_upload, walk
+from tests.support.walk import LOG, archive_picture, generate, pipeline, up_to_upload, walk
 
 NOTHING = Decimal("0.00")
 PRICE = Decimal("0.05")
@@ -133,9 +134,6 @@ def test_a_request_that_was_not_listed_and_is_now_is_fetched_by_the_next_run(
 
 
 def test_a_request_under_way_is_waited_for_without_a_slot(with_history: Sandbox, photo: Path) -> None:
-    from prefect_segmind.limits.admission import Gate
-    from tests.support.walk import LOG, pipeline
-
     with_history.play(Answer(kind="lost", processing=3), prompt="the first")
     gate = Gate(max_concurrency=1)
     opened, outcome = pipeline(gate=gate), {}
@@ -190,6 +188,7 @@ def test_it_is_not_asked_when_it_is_switched_off_and_not_when_nothing_is_unknown
     assert asked == []
 
 
+@pytest.mark.slow
 def test_what_a_dead_run_has_sent_is_recovered_and_not_paid_for_again(with_history: Sandbox, photo: Path) -> None:
     killed(with_history, photo, Answer(delay=60))
     archived = walk(photo)
@@ -199,6 +198,7 @@ def test_what_a_dead_run_has_sent_is_recovered_and_not_paid_for_again(with_histo
     assert record.attempts[0].reason is None
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_look_up_the_same_lost_picture_one_downloads_it(
     with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,3 +242,75 @@ def killed(sandbox: Sandbox, photo: Path, answer: Answer) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def test_one_failure_of_the_history_proves_nothing(with_history: Sandbox, photo: Path) -> None:
+    with_history.history.play(Answer(status=500), Answer(status=500), Answer(status=500))
+    with_history.play(Answer(kind="lost"))
+    generated = generate(*up_to_upload(photo))
+    assert (generated.status, generated.cost_usd, generated.possibly_billed_usd) == ("generated", PRICE, NOTHING)
+    assert with_history.ledger.billed == 1
+
+
+def test_a_row_of_an_earlier_request_that_failed_does_not_prove_that_the_next_one_did(
+    with_history: Sandbox, photo: Path
+) -> None:
+    unnamed = {"x-request-id": ""}
+    with_history.play(Answer(status=500, headers=unnamed))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(SegmindError):
+        generate(job, uploaded, run="one")
+    with_history.play(Answer(kind="lost", lands_after=0.4))
+    generated = generate(job, uploaded, run="two")
+    assert (generated.status, generated.cost_usd, with_history.ledger.billed) == ("generated", PRICE, 1)
+    assert len(with_history.ledger.requests) == 2
+
+
+def test_an_answer_that_was_paid_for_is_kept_while_the_provider_is_asked(with_history: Sandbox, photo: Path) -> None:
+    with_history.play(Answer(kind="html", body="<html>paid for</html>"))
+    with pytest.raises(NotAnImageError, match="is kept in"):
+        generate(*up_to_upload(photo))
+    (kept,) = Services().outbox.folder.glob("*.answer")
+    assert kept.read_text() == "<html>paid for</html>"
+
+
+def test_paid_answers_without_a_picture_stop_a_batch_though_the_provider_is_asked(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(*[Answer(kind="html")] * 12)
+    gate = Gate(max_concurrency=2, stop_after_unusable=3)
+    opened = pipeline(gate=gate)
+
+    def run(number: int) -> None:
+        job, uploaded = up_to_upload(photo, prompt=f"a mug, the {number}th")
+        with suppress(SegmindError):
+            opened.generate(job, lambda: uploaded, Run(f"{number}"), LOG)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(run, range(12)))
+    assert 3 <= with_history.ledger.billed <= 4, "no more than were in flight beside the third"
+
+
+def test_a_picture_that_is_ready_is_not_kept_waiting_by_another_request(with_history: Sandbox, photo: Path) -> None:
+    job, uploaded = up_to_upload(photo)
+    for answer in (Answer(kind="lost"), Answer(kind="lost", processing=60)):
+        with_history.history.off = True
+        with_history.play(answer)
+        with pytest.raises(SegmindError):
+            generate(job, uploaded)
+        leases._claims.clear()
+    with_history.history.off = False
+    again = generate(job, uploaded)
+    assert (again.status, again.cost_usd) == ("recovered", NOTHING)
+
+
+def test_a_502_whose_picture_came_from_the_history_is_known_once_that_is_archived() -> None:
+    now = datetime.now(UTC)
+    lost = Attempt(run="one", sent_at=now, status=502, reason="bad gateway", possibly_billed=True, reported_by="one")
+    file = {"sha256": "ab" * 32, "format": "PNG", "content_type": "image/png", "extension": "png", "size_bytes": 1}
+    paid_for = {"seed": 100, "cost_usd": PRICE, "cost_source": "history", "paid_at": now, "width": 1, "height": 1}
+    picture = PaidPicture.model_validate(file | paid_for)
+    (known,) = (
+        Record(fingerprint="ab" * 32, attempts=(lost,)).archived(picture, "a.png", "a.json", paid_by="one").attempts
+    )
+    assert (known.status, known.possibly_billed, known.cost_usd, known.reason) == (200, False, PRICE, None)
