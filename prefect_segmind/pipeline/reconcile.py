@@ -344,14 +344,13 @@ class _Listing(NamedTuple):
         was refused may have one that says FAILED, which proves nothing for the next.
         """
         try:
-            found = self.history.find([*self.sought, *(_sought(self.job, each) for each in self.others)])
+            rows = self.history.find([_sought(self.job, each) for each in self.others])
             theirs = {
                 row.request_id
-                for index, row in found.items()
-                if index >= len(self.sought)
-                and (row.outcome is Ended.FAILED or self.others[index - len(self.sought)].cost_usd is not None)
+                for index, row in rows.items()
+                if row.outcome is Ended.FAILED or self.others[index].cost_usd is not None
             }
-            return (self.history.find(self.sought, theirs) if self.others else found), None
+            return self.history.find(self.sought, theirs), None
         except HistoryError as failure:
             return {}, failure
 

@@ -22,6 +22,8 @@ from prefect_segmind.services import Services
 from tests.support.waiting import until
 from tests.support.walk import generate, left, up_to_upload, walk
 
+ENDED = 4_194_303
+"""The number of a process that runs no more: the highest that Linux gives."""
 PAGE = (Path(__file__).parents[2] / "docs" / "paying-once.md").read_text(encoding="utf-8")
 
 
@@ -100,7 +102,7 @@ def a_live_claim(found: Found) -> None:
 
 
 def dead_between_requests(found: Found) -> None:
-    dead = Holder(run="dead", host=leases.host_id(), pid=2**31, started="1", process="x")
+    dead = Holder(run="dead", host=leases.host_id(), pid=ENDED, started="1", process="x")
     record = Record(fingerprint=found.fingerprint).claimed_by(dead, datetime.now(UTC))
     waits = record.with_outcome(status=429, reason="busy", wait_seconds=60.0, possibly_billed=False)
     Services().archive.write(waits, None)
