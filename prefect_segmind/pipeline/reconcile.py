@@ -126,7 +126,7 @@ class Reconciler:
     history: RequestHistory | None = None
     polls: bool = False
     patience_seconds: float = 180.0
-    _warned: set[str] = field(default_factory=set)
+    _warned: list[str] = field(default_factory=list)
 
     def can_ask(self, attempt: Attempt, run: Run) -> bool:
         """Whether the provider can be asked about a request, and was not by this run already.
@@ -263,15 +263,17 @@ class Reconciler:
             SubmittedError: One is still under way, none has brought the picture, and the run waits no longer.
         """
         began, looks = monotonic(), [*LOOK_AGAIN_SECONDS]
+        pending: list[Row] = []
         while True:
             found, failure = listing.look()
-            if failure is not None and not (looks and _may_pass(failure)):
+            now, elapsed = datetime.now(UTC), monotonic() - began
+            if failure is None:
+                pending = [row for row in found.values() if row.outcome is Ended.PENDING and not _is_stale(row, now)]
+                if any(row.outcome is Ended.COMPLETED and row.url for row in found.values()):
+                    return found
+            elif not pending and not (looks and _may_pass(failure)):
                 self._warn(str(failure), log)
                 return {}
-            now, elapsed = datetime.now(UTC), monotonic() - began
-            pending = [row for row in found.values() if row.outcome is Ended.PENDING and not _is_stale(row, now)]
-            if any(row.outcome is Ended.COMPLETED and row.url for row in found.values()):
-                return found
             if pending:
                 wait = PENDING_SECONDS
                 if elapsed + wait > patience:
@@ -317,8 +319,8 @@ class Reconciler:
 
     def _warn(self, message: str, log: logging.Logger) -> None:
         """Logs once in a run that the history cannot be read: it concerns all its pictures."""
-        if message not in self._warned and len(self._warned) < 1:
-            self._warned.add(message)
+        if not self._warned:
+            self._warned.append(message)
             log.warning("%s; requests of unknown outcome count as possibly billed", message)
 
 

@@ -18,7 +18,13 @@ import pytest
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Attempt, Record, Run
-from prefect_segmind.errors import AnswerCutError, NotAnImageError, OutcomeUnknownError, SegmindError
+from prefect_segmind.errors import (
+    AnswerCutError,
+    NotAnImageError,
+    OutcomeUnknownError,
+    SegmindError,
+    SubmittedError,
+)
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
@@ -314,3 +320,15 @@ def test_a_502_whose_picture_came_from_the_history_is_known_once_that_is_archive
         Record(fingerprint="ab" * 32, attempts=(lost,)).archived(picture, "a.png", "a.json", paid_by="one").attempts
     )
     assert (known.status, known.possibly_billed, known.cost_usd, known.reason) == (200, False, PRICE, None)
+
+
+def test_a_request_that_was_under_way_is_not_paid_for_again_because_the_history_fails(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_READ_TIMEOUT_SECONDS", "2")
+    with_history.play(Answer(kind="lost", processing=60))
+    with_history.history.play(Answer(), *[Answer(status=401)] * 50)
+    with pytest.raises(SubmittedError, match="still pending") as under_way:
+        generate(*up_to_upload(photo))
+    assert under_way.value.decision is None
+    assert len(with_history.history) == 1
