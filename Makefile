@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # Tests mostly wait for servers, so four at once suit two cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal --durations 10
-# What `make test-quick` runs; CI runs all but the slow tests once more on the second Python.
+# What `make test-quick` runs; CI runs the same tests and those with a server once more on the second Python.
 QUICK ?= not slow and not many
 QUICK_TESTS ?= tests/unit tests/faults prefect_segmind
 CORE := prefect_segmind/api/history.py,prefect_segmind/api/origin.py,prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/api/submission.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/address.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/template_limits.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/redaction.py,prefect_segmind/text.py

@@ -44,6 +44,8 @@ PENDING_SECONDS = 2.0
 STALE = timedelta(hours=1)
 """The age at which a request that the history has as pending is not waited for any more: the provider keeps none that
 long."""
+OF_THE_MODEL = (422, 500, 502, 504)
+"""Statuses of requests that have failed at the model; others are refused before that, and are not listed."""
 ASKED_FOR_NOTHING = "billed as well, says the provider's history; the picture of another request was taken"
 
 
@@ -209,7 +211,8 @@ class Reconciler:
         outcomes: dict[RequestId, Outcome],
         patience: float,
     ) -> Replies:
-        listing = _Listing(history, [_sought(job, each) for each in attempts], [*others], job)
+        listed = [each for each in others if _may_be_listed(each)]
+        listing = _Listing(history, [_sought(job, each) for each in attempts], listed, job)
         completed: list[tuple[Attempt, Row]] = []
         for index, row in sorted(self._rows(listing, log, patience).items()):
             each = attempts[index]
@@ -330,7 +333,7 @@ class _Listing(NamedTuple):
     Attributes:
         history: The history.
         sought: The requests of unknown outcome.
-        others: The other requests for the picture.
+        others: The other requests for the picture that may have a row.
         job: Its job.
     """
 
@@ -425,6 +428,11 @@ def _not_billed(attempt: Attempt, why: str, request_id: str | None = None) -> Ou
 
 def _is_stale(row: Row, now: datetime) -> bool:
     return row.created_at is not None and now - row.created_at > STALE
+
+
+def _may_be_listed(attempt: Attempt) -> bool:
+    """Whether a request that is not in doubt has reached the model, so that the history may have a row of it."""
+    return attempt.cost_usd is not None or attempt.possibly_billed is not False or attempt.status in OF_THE_MODEL
 
 
 def _may_pass(failure: HistoryError) -> bool:

@@ -44,10 +44,10 @@ class Share(NamedTuple):
 def share(scenario: str) -> Share:
     """The share of the faults that are tried in a scenario: most operations of the longer walks are those of others."""
     if scenario == "plain":
-        return Share(2, 30)
+        return Share(3, 30)
     if scenario in WITHOUT_HISTORY:
-        return Share(4, 90)
-    return Share(6, 120) if scenario in PAIRS or scenario == "v2 submit lost" else Share(18, 300)
+        return Share(6, 90)
+    return Share(8, 120) if scenario in PAIRS or scenario == "v2 submit lost" else Share(24, 300)
 
 
 @cache

@@ -147,7 +147,7 @@ print(prefect_segmind.__version__, prefect_segmind.image_to_image.name)
 
 @pytest.mark.slow
 @pytest.mark.timeout(840)
-def test_the_demo_of_the_wheel_shows_two_failures_a_picture_and_that_it_is_paid_once(
+def test_the_demo_of_the_wheel_shows_a_refusal_a_lost_answer_and_that_its_picture_is_paid_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PREFECT_API_URL")  # Prefect starts a temporary server
@@ -161,7 +161,7 @@ def test_the_demo_of_the_wheel_shows_two_failures_a_picture_and_that_it_is_paid_
     assert Path(facts["before"]).is_file()
     assert Path(facts["after"]).is_file()
     assert json.loads(Path(facts["sidecar"]).read_text())["cost_usd"] == "0.05"
-    assert facts["first run"].startswith("generated after 3 requests, paid 0.05 USD")
+    assert facts["first run"].startswith("generated after 2 requests, paid 0.05 USD")
     assert facts["second run"] == "reused, paid 0.00 USD"
     assert facts["ledger"] == "the sandbox billed 1 picture, 0.05 USD"
     assert re.search(r"http://127.0.0.1:4200/runs/flow-run/[0-9a-f-]{36}", facts["in the UI"])

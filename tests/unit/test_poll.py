@@ -181,7 +181,6 @@ generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
     [
         (signal.SIGKILL, "v2"),
         (signal.SIGTERM, "v2"),
-        (signal.SIGINT, "v2"),
         (signal.SIGKILL, "v1, by the history"),
         (signal.SIGKILL, "v2, forgotten"),
     ],
