@@ -234,14 +234,6 @@ class Outbox:
             failure = f"outbox: {part} holds an answer that was paid for and could not be made durable: {reason(error)}"
             raise OutboxError(failure, status=200) from error
 
-    def remove_answer(self, path: Path) -> None:
-        """Remove a kept answer whose request has brought its picture otherwise, as far as possible.
-
-        Args:
-            path: The answer.
-        """
-        _discard(path, _facts_path(path))
-
     def _set_aside(self, file: Path, answered: Answered | None) -> Path | None:
         if not file.stat().st_size:
             file.unlink()

@@ -370,7 +370,8 @@ class Record(BaseModel):
         elif paid_by and not open_ones:
             doubted = [each for each in senders if each.possibly_billed]
             # A 502 is in doubt too; it has brought the picture only if that came from the provider's history.
-            open_ones = ([each for each in doubted if each.status in (None, 200)] or doubted)[-1:]
+            late = [] if any(each.cost_usd for each in senders) else doubted
+            open_ones = ([each for each in doubted if each.status in (None, 200)] or late)[-1:]
             returned |= {"reason": None, "reported_by": None, "kept": None}
         attempts = tuple(each.model_copy(update=returned) if each in open_ones else each for each in self.attempts)
         done = {"state": "done", "holder": None, "attempts": attempts, "asked": None}

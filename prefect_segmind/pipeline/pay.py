@@ -115,9 +115,9 @@ class Paid(NamedTuple):
     paid_by: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sending:
-    """One request under way, and what it needs; `kept` is its answer, once that is kept as one without a picture."""
+    """One request under way, and what it needs."""
 
     client: SegmindClient
     job: ValidatedJob
@@ -127,7 +127,6 @@ class _Sending:
     admission: Admission
     run: Run
     log: logging.Logger
-    kept: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -237,11 +236,11 @@ class Cashier:
                     raise
                 if not isinstance(error, SegmindError):
                     ended = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
-                    self._fail(run, held, ended, log, sending.kept or self.outbox.arrived(part))
+                    self._fail(run, held, ended, log, self.outbox.arrived(part))
                     raise
                 failed, kept = error, None
                 if error.answered is not None:
-                    if kept := sending.kept or self._keep_answer(part, error.answered, log):
+                    if kept := self._keep_answer(part, error.answered, log):
                         failed = error.with_facts(
                             f"{error}; the answer is kept in {kept}, and read again first when the job is run again"
                         )
@@ -330,8 +329,8 @@ class Cashier:
     def _made_all_the_same(self, sending: _Sending, error: ApiError) -> PaidPicture:
         """The picture that the provider has made of a request of unknown outcome.
 
-        The answer to one that was read whole is kept meanwhile. It keeps its slot too: a few of them in a row stop a
-        batch, and others are not to be sent before they are counted.
+        One whose answer was read whole keeps its slot: a few of them in a row stop a batch, and others are not to be
+        sent before they are counted.
 
         Raises:
             ApiError: It has made none, or cannot be asked: the error, with what the provider says.
@@ -346,17 +345,13 @@ class Cashier:
             raise error
         log.warning("%s: %s; the provider is asked what became of the request", job.name, error)
         with ExitStack() as meanwhile:
-            if error.answered is not None:
-                sending.kept = self._keep_answer(sending.part, error.answered, log)
-            else:
+            if error.answered is None:
                 release(sending.part)
                 sending.admission.stand_aside(error)
                 meanwhile.enter_context(self.gate.parked(job.name))
             replies = self.reconciler.ask(sending.client, job, [sent], sending.part, log, attempts[:-1])
         if replies.picture is None:
             raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
-        if sending.kept is not None:
-            self.outbox.remove_answer(sending.kept)
         return replies.picture
 
     def _enter(
