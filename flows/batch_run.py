@@ -443,9 +443,8 @@ def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
         return cast(R, Cancelled(message=message, data=error))
     by_budget = isinstance(stopped, BudgetReachedError)
     early = stopped and not (by_budget and ended.trimmed)
-    failed = (
-        result.failed or result.submitted
-    ) and not terms.dry_run  # a plan is done when it is made, even if assets will fail
+    undone = result.failed or result.submitted
+    failed = undone and not terms.dry_run  # a plan is done when it is made, even if assets will fail
     if (terms.fail_run_on_failures and (failed or early)) or (stopped and not by_budget):
         raise error
     get_run_logger().info(message)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -17,9 +17,8 @@ from prefect.blocks.core import Block
 from prefect.context import FlowRunContext
 from prefect.runtime import deployment
 
-from prefect_segmind.api.client import on_loopback
 from prefect_segmind.api.history import history_url
-from prefect_segmind.api.origin import is_v2
+from prefect_segmind.api.origin import is_v2, on_loopback
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, OnKept, OnUnknown, Run
@@ -210,19 +209,16 @@ class Services:
                 f"({PREFIX}EVENT_SOURCES)"
             )
 
-    def can_ask(self, attempt: Attempt, run: Run) -> bool:
-        """Whether the provider can be asked what became of a request; no key is needed to tell.
-
-        Args:
-            attempt: The request.
-            run: The run that asks.
+    @cached_property
+    def can_ask(self) -> Callable[[Attempt, Run], bool]:
+        """Tells of a request whether a run can ask the provider what became of it, for which no key is needed.
 
         Raises:
             ConfigurationError: The block cannot be loaded.
         """
         url = load_base_url(self._credentials_block)
         lists = history_url(url, self.settings.history_url) is not None
-        return can_ask(attempt, run, lists=lists, polls=is_v2(url))
+        return partial(can_ask, lists=lists, polls=is_v2(url))
 
     def reconciler(self, gate: Gate, log: logging.Logger) -> Reconciler:
         """Asks the provider what became of requests of unknown outcome.
@@ -234,18 +230,15 @@ class Services:
         Raises:
             ConfigurationError: There is no key, or the history's address is unusable.
         """
-        patience = self.settings.read_timeout_seconds
 
         def sleep(seconds: float) -> None:
             if not gate.rest(seconds):
                 raise HistoryError("the provider's request history was not read: the run is being ended")
 
         return Reconciler(
-            poller=Poller(gate, patience),
-            gate=gate,
+            poller=Poller(gate, self.settings.read_timeout_seconds),
             history=self.credentials.get_history(self.settings, log, sleep),
             polls=is_v2(self.credentials.base_url),
-            patience_seconds=patience,
         )
 
     def publisher(self, refreshed_at: datetime, run: str) -> Publisher | None:

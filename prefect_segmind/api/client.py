@@ -17,7 +17,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from prefect_segmind.api.endpoint import EXCHANGE_SECONDS, Endpoint, document, start_of
-from prefect_segmind.api.origin import on_loopback as on_loopback  # who takes the client takes it from here
+from prefect_segmind.api.origin import is_v2
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.request import ENDPOINT, ImageToImageRequest
 from prefect_segmind.api.response import (
@@ -131,7 +131,7 @@ class SegmindClient:
     @property
     def submits(self) -> bool:
         """Whether a request is submitted and polled for (v2), instead of answered with its picture (v1)."""
-        return self.base_url.endswith("/v2")
+        return is_v2(self.base_url)
 
     def generate(
         self, request: ImageToImageRequest, part: Path, before_sending: Callable[[], None] = lambda: None

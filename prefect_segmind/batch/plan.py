@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.archive.archive import Archive
+from prefect_segmind.archive.archive import READERS, Archive
 from prefect_segmind.archive.leases import held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, FlowRuns, OnKept, OnUnknown, Record, Run, Verdict, verdict
@@ -26,8 +26,6 @@ from prefect_segmind.storage.spool import Spool
 
 INSPECTORS = 8
 """Threads that read and decode source images; they mostly wait for S3 and the disk."""
-READERS = 32
-"""Threads that read records."""
 LOOK_AHEAD = 64
 """Jobs whose images are read ahead while the plan waits for the first of them."""
 KEPT = 10_000

@@ -16,9 +16,8 @@ from prefect.client.orchestration import get_client
 from prefect.logging import get_logger
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL
 
-from prefect_segmind.api.client import on_loopback
 from prefect_segmind.api.history import HISTORY_SETTING, history_url
-from prefect_segmind.api.origin import is_v2
+from prefect_segmind.api.origin import is_v2, on_loopback
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.credentials import load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, StoreError, StoreUnreachableError

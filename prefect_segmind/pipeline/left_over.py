@@ -7,7 +7,6 @@ beside it name its job, so that any run for the same archive can archive it.
 from __future__ import annotations
 
 import os
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,19 +100,15 @@ def _archive(archiving: Archiving, each: Waiting, run: Run, flow_run_id: str | N
     if kept is None:
         return None
     path, entry = kept
-    generated = GeneratedImage(
-        job=job,
-        source_uri=entry.source_uri or job.job.image,
-        archive=archive.url,
-        run=run.id,
-        status="recovered",
-        path=path,
-        picture=entry.paid,
-        paid_by=entry.run,
+    generated = GeneratedImage.paid_before(
+        job,
+        archive.url,
+        run,
+        path,
+        entry.paid,
         attempts=record.attempts if record else entry.attempts,
-        requests_sent=0,
-        cost_usd=Decimal("0.00"),
-        possibly_billed_usd=Decimal("0.00"),
+        paid_by=entry.run,
+        source_uri=entry.source_uri,
     )
     return archiving.archive_picture(generated, flow_run_id)
 

@@ -98,6 +98,46 @@ class GeneratedImage(BaseModel):
         """The name of the job."""
         return self.job.name
 
+    @classmethod
+    def paid_before(
+        cls,
+        job: ValidatedJob,
+        archive: str,
+        run: Run,
+        path: Path,
+        picture: PaidPicture,
+        *,
+        attempts: tuple[Attempt, ...],
+        paid_by: str | None,
+        source_uri: str | None = None,
+    ) -> GeneratedImage:
+        """A picture in the outbox whose job nobody asks for now: this run has nothing to report of its requests.
+
+        Args:
+            job: The job.
+            archive: The archive that has its record.
+            run: The run that archives it.
+            path: The picture in the outbox.
+            picture: Its facts.
+            attempts: Every request that was ever sent for it.
+            paid_by: The run whose request has brought it, where that is known.
+            source_uri: The location of the source image; the job's if None.
+        """
+        return cls(
+            job=job,
+            source_uri=source_uri or job.job.image,
+            archive=archive,
+            run=run.id,
+            status="recovered",
+            path=path,
+            picture=picture,
+            paid_by=paid_by,
+            attempts=attempts,
+            requests_sent=0,
+            cost_usd=NOTHING,
+            possibly_billed_usd=NOTHING,
+        )
+
 
 class Paid(NamedTuple):
     """The picture that a request has brought.

@@ -30,7 +30,6 @@ from prefect_segmind.errors import (
     UnprocessableError,
     UnsafeImageError,
 )
-from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import RequestId
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.poll import Poller
@@ -116,18 +115,14 @@ class Reconciler:
     share it.
 
     Attributes:
-        poller: Waits for the results of submitted requests.
-        gate: Ends the waiting when the run is ended from outside.
+        poller: Waits for the results of submitted requests; what is under way at the provider is waited for as long.
         history: The provider's request history; None where it is not to be asked.
         polls: Whether the API serves results of submitted requests.
-        patience_seconds: How long to wait for a request that is still under way.
     """
 
     poller: Poller
-    gate: Gate
     history: RequestHistory | None = None
     polls: bool = False
-    patience_seconds: float = 180.0
     _warned: list[str] = field(default_factory=list)
 
     def can_ask(self, attempt: Attempt, run: Run) -> bool:
@@ -191,8 +186,8 @@ class Reconciler:
                 return _brought(outcomes, each, picture)
         replies = Replies(outcomes)
         left = [each for each in attempts if each.request not in outcomes]
-        if left and self.history is not None and not (unfinished and self.gate.is_ending):
-            patience = 0.0 if unfinished else self.patience_seconds
+        if left and self.history is not None and not (unfinished and self.poller.gate.is_ending):
+            patience = 0.0 if unfinished else self.poller.patience_seconds
             replies = self._ask_history(self.history, client, job, left, others, part, log, outcomes, patience)
         for request, why in unfinished.items():
             if replies.picture is None and request not in replies.outcomes:
@@ -211,8 +206,9 @@ class Reconciler:
         outcomes: dict[RequestId, Outcome],
         patience: float,
     ) -> Replies:
+        body = job.request("-").body()
         listed = [each for each in others if _may_be_listed(each)]
-        listing = _Listing(history, [_sought(job, each) for each in attempts], listed, job)
+        listing = _Listing(history, _sought(body, attempts), listed, _sought(body, listed))
         completed: list[tuple[Attempt, Row]] = []
         for index, row in sorted(self._rows(listing, log, patience).items()):
             each = attempts[index]
@@ -246,12 +242,8 @@ class Reconciler:
         """
         if self.history is None:
             return {}
-        sought = [
-            Sought({**body, "image_file": each.image_file} if each.image_file else {}, each.sent_at, each.request_id)
-            for each in attempts
-        ]
         outcomes: dict[RequestId, Outcome] = {}
-        for index, row in self.history.find(sought, taken).items():
+        for index, row in self.history.find(_sought(body, attempts), taken).items():
             each = attempts[index]
             if row.outcome is Ended.FAILED:
                 outcomes[each.request] = _not_billed(each, row.error or "no reason given", row.request_id)
@@ -285,7 +277,7 @@ class Reconciler:
                 wait = max(0.0, looks.pop(0) - elapsed)
             else:
                 return found
-            if not self.gate.rest(wait):
+            if not self.poller.gate.rest(wait):
                 if pending:
                     raise _under_way(pending[0], "the run was ended")
                 return found
@@ -334,13 +326,13 @@ class _Listing(NamedTuple):
         history: The history.
         sought: The requests of unknown outcome.
         others: The other requests for the picture that may have a row.
-        job: Its job.
+        sought_by_others: The same, as they are looked for.
     """
 
     history: RequestHistory
     sought: Sequence[Sought]
     others: Sequence[Attempt]
-    job: ValidatedJob
+    sought_by_others: Sequence[Sought]
 
     def look(self) -> tuple[dict[int, Row], HistoryError | None]:
         """The rows of the requests sought, by their place; or why the history cannot be read.
@@ -349,7 +341,7 @@ class _Listing(NamedTuple):
         was refused may have one that says FAILED, which proves nothing for the next.
         """
         try:
-            rows = self.history.find([_sought(self.job, each) for each in self.others])
+            rows = self.history.find(self.sought_by_others)
             theirs = {
                 row.request_id
                 for index, row in rows.items()
@@ -368,11 +360,15 @@ class _Listing(NamedTuple):
         )
 
 
-def _sought(job: ValidatedJob, attempt: Attempt) -> Sought:
-    body: dict[str, Any] = {}
-    if attempt.image_file:
-        body = job.request(attempt.image_file).body()
-    return Sought(body, attempt.sent_at, attempt.request_id)
+def _sought(body: Mapping[str, Any], attempts: Sequence[Attempt]) -> list[Sought]:
+    """Requests as they are looked for in the history.
+
+    Args:
+        body: What they were sent with, but for the address of the image.
+        attempts: The requests; one whose address is not known is looked for by its id alone.
+    """
+    bodies = ({**body, "image_file": each.image_file} if each.image_file else {} for each in attempts)
+    return [Sought(sent, each.sent_at, each.request_id) for sent, each in zip(bodies, attempts, strict=True)]
 
 
 def _answered(row: Row, list_price_usd: Decimal) -> Answered:

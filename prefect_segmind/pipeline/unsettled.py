@@ -12,17 +12,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.api.history import HISTORY_SETTING
-from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.archive.archive import RecordRead
 from prefect_segmind.archive.leases import held_elsewhere
-from prefect_segmind.archive.outbox import OutboxEntry
 from prefect_segmind.archive.record import Attempt, Record, Run, Verdict
 from prefect_segmind.errors import (
     HistoryError,
@@ -289,7 +286,16 @@ class _Settling(NamedTuple):
         finding = pipeline.look_up.look_up(job, run, self.log)
         if finding.verdict is Verdict.RECOVER and finding.kept:
             path, entry = finding.kept
-            generated = self._generated(job, path, entry.paid, finding.attempts, entry.run, entry)
+            generated = GeneratedImage.paid_before(
+                job,
+                pipeline.archiving.archive.url,
+                run,
+                path,
+                entry.paid,
+                attempts=finding.attempts,
+                paid_by=entry.run,
+                source_uri=entry.source_uri,
+            )
             return [self.recovered_from_outbox(pipeline.archiving.archive_picture(generated, self.flow_run_id))]
         if finding.record and finding.verdict in (Verdict.REUSE, Verdict.KEPT):
             return self._correct(finding.record, job)
@@ -301,7 +307,15 @@ class _Settling(NamedTuple):
                 now = pipeline.archiving.archive.read(job.fingerprint)
                 told = now.record.attempts if now else ()
                 return list(_told(finding.record.record, about, told, asked_by=run.id))
-            generated = self._generated(job, paid.path, paid.picture, paid.attempts, paid.paid_by)
+            generated = GeneratedImage.paid_before(
+                job,
+                pipeline.archiving.archive.url,
+                run,
+                paid.path,
+                paid.picture,
+                attempts=paid.attempts,
+                paid_by=paid.paid_by,
+            )
             image, reason = None, None
             try:
                 image = pipeline.archiving.archive_picture(generated, self.flow_run_id).image
@@ -310,30 +324,6 @@ class _Settling(NamedTuple):
             return list(_told(finding.record.record, about, paid.attempts, image=image, reason=reason))
         finally:
             pipeline.cashier.give_up(job, run)
-
-    def _generated(
-        self,
-        job: ValidatedJob,
-        path: Path,
-        picture: PaidPicture,
-        attempts: tuple[Attempt, ...],
-        paid_by: str | None,
-        entry: OutboxEntry | None = None,
-    ) -> GeneratedImage:
-        return GeneratedImage(
-            job=job,
-            source_uri=(entry and entry.source_uri) or job.job.image,
-            archive=self.pipeline.archiving.archive.url,
-            run=self.run.id,
-            status="recovered",
-            path=path,
-            picture=picture,
-            paid_by=paid_by,
-            attempts=attempts,
-            requests_sent=0,
-            cost_usd=NOTHING,
-            possibly_billed_usd=NOTHING,
-        )
 
     def recovered_from_outbox(self, archived: ArchivedImage) -> LookedUp:
         """What is known of the request whose picture was in the outbox, by the record as it is now."""

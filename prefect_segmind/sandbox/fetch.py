@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 from urllib.parse import urlsplit
 
-from prefect_segmind.api.client import on_loopback
+from prefect_segmind.api.origin import on_loopback
 
 LARGEST = 10_000_000
 """Bytes: the provider takes images of up to 10 MB."""

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefect_segmind.api.client import on_loopback
+from prefect_segmind.api.origin import on_loopback
 from prefect_segmind.api.resolutions import DEFAULT_RESOLUTION, Resolution
 from prefect_segmind.sandbox import answers
 from prefect_segmind.sandbox.account import PRICE, Account

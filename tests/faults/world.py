@@ -301,7 +301,7 @@ class World:
         open_client = partial(SegmindClient, KEY, self.api.url)
         uploads = Uploads(s3=lambda: _never())
         gate = Gate(ledger=ledger)
-        reconciler = Reconciler(Poller(gate, PATIENCE), gate, history, self.api.is_v2, patience_seconds=PATIENCE)
+        reconciler = Reconciler(Poller(gate, PATIENCE), history, self.api.is_v2)
         cashier = Cashier(
             archive, kept, open_client, uploads.address, reconciler, on_unknown=self.point.policy, gate=gate
         )

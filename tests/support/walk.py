@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import uuid
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from prefect_segmind.archive import leases
-from prefect_segmind.archive.record import OnKept, OnUnknown, Run
+from prefect_segmind.archive.record import OnKept, OnUnknown, Record, Run
 from prefect_segmind.jobs.job import parse_job
 from prefect_segmind.limits.admission import Gate
-from prefect_segmind.limits.ledger import Ledger
+from prefect_segmind.limits.ledger import NOTHING, Ledger
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.archive import ArchivedImage, Archiving
 from prefect_segmind.pipeline.pay import GeneratedImage
@@ -67,6 +68,17 @@ def generate(
     log = logging.Logger("tests.walk") if said is None else listening(said)
     opened = pipeline(archive, on_unknown=on_unknown, on_kept=on_kept, ledger=ledger)
     return opened.generate(job, lambda: uploaded, Run(run or uuid.uuid4().hex), log)
+
+
+def record_of(fingerprint: str) -> Record:
+    found = Services().archive.read(fingerprint)
+    assert found is not None
+    return found.record
+
+
+def paid_usd(record: Record) -> Decimal:
+    """What all requests in a record have cost."""
+    return sum((each.cost_usd or NOTHING for each in record.attempts), NOTHING)
 
 
 def archive_picture(generated: GeneratedImage) -> ArchivedImage:

@@ -28,7 +28,8 @@ from PIL import Image
 
 from prefect_segmind import errors
 from prefect_segmind.api import client as room
-from prefect_segmind.api.client import SegmindClient, on_loopback
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.origin import on_loopback
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.archive.outbox import Outbox

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_segmind.archive.record import Attempt, Record, Run
+from prefect_segmind.archive.record import Attempt, Run
 from prefect_segmind.errors import (
     AccountError,
     RunCancelledError,
@@ -21,28 +21,18 @@ from prefect_segmind.errors import (
     UnprocessableError,
 )
 from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import NOTHING
 from prefect_segmind.pipeline.poll import Durations
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.waiting import until
-from tests.support.walk import LOG, archive_picture, generate, pipeline, up_to_upload, walk
+from tests.support.walk import LOG, archive_picture, generate, paid_usd, pipeline, record_of, up_to_upload, walk
 
-NOTHING = Decimal("0.00")
 PRICE = Decimal("0.05")
-
-
-def record_of(fingerprint: str) -> Record:
-    found = Services().archive.read(fingerprint)
-    assert found is not None
-    return found.record
 
 
 def last_attempt(fingerprint: str) -> Attempt:
     return record_of(fingerprint).attempts[-1]
-
-
-def paid(record: Record) -> Decimal:
-    return sum((each.cost_usd or NOTHING for each in record.attempts), NOTHING)
 
 
 BILLED_ONCE = {
@@ -68,7 +58,7 @@ def test_whatever_becomes_of_the_answers_it_is_billed_once(with_v2: Sandbox, pho
     archived = archive_picture(generated)
     assert (with_v2.ledger.billed, len(with_v2.ledger.requests)) == (1, 1)
     record = record_of(archived.fingerprint)
-    assert (record.state, paid(record)) == ("done", PRICE)
+    assert (record.state, paid_usd(record)) == ("done", PRICE)
     assert last_attempt(archived.fingerprint).request_id == with_v2.ledger.requests[0].request_id
     assert not list(Services().outbox.folder.iterdir())
 
@@ -127,7 +117,7 @@ def test_a_request_that_is_not_finished_in_time_is_left_to_the_next_run(
         *("recovered", NOTHING, NOTHING),
         0,
     )
-    assert (with_v2.ledger.billed, paid(record_of(job.fingerprint))) == (1, PRICE)
+    assert (with_v2.ledger.billed, paid_usd(record_of(job.fingerprint))) == (1, PRICE)
 
 
 def test_a_batch_that_is_ended_leaves_what_is_submitted_at_once(with_v2: Sandbox, photo: Path) -> None:
@@ -170,7 +160,7 @@ def test_a_batch_that_has_reached_its_budget_still_waits_for_what_is_submitted(w
 
 KILLED = """
 import sys
-from tests.support.walk import generate, up_to_upload
+from tests.support.walk import generate, up_to_upload, paid_usd, record_of
 generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
 """
 
@@ -203,7 +193,7 @@ def test_a_run_that_dies_is_resumed_by_the_next(
     archived = walk(photo)
     assert (archived.status, archived.cost_usd, archived.possibly_billed_usd) == ("recovered", NOTHING, NOTHING)
     assert (with_v2.ledger.billed, len(with_v2.ledger.requests)) == (1, 1)
-    assert paid(record_of(job.fingerprint)) == PRICE
+    assert paid_usd(record_of(job.fingerprint)) == PRICE
 
 
 def test_what_is_submitted_is_resumed_without_the_history(

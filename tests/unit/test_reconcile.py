@@ -26,24 +26,14 @@ from prefect_segmind.errors import (
     SubmittedError,
 )
 from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.ledger import NOTHING
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.asking import rows
 from tests.support.waiting import until
-from tests.support.walk import LOG, archive_picture, generate, pipeline, up_to_upload, walk
+from tests.support.walk import LOG, archive_picture, generate, paid_usd, pipeline, record_of, up_to_upload, walk
 
-NOTHING = Decimal("0.00")
 PRICE = Decimal("0.05")
-
-
-def record_of(fingerprint: str) -> Record:
-    found = Services().archive.read(fingerprint)
-    assert found is not None
-    return found.record
-
-
-def paid(record: Record) -> Decimal:
-    return sum((each.cost_usd or NOTHING for each in record.attempts), NOTHING)
 
 
 LOST = {
@@ -71,7 +61,7 @@ def test_what_the_provider_has_made_is_fetched_and_billed_once(
     archived = archive_picture(generated)
     assert (with_history.ledger.billed, len(with_history.ledger.requests)) == (1, 1)
     record = record_of(archived.fingerprint)
-    assert (record.state, paid(record), record.asked) == ("done", PRICE, None)
+    assert (record.state, paid_usd(record), record.asked) == ("done", PRICE, None)
     (attempt,) = record.attempts
     assert attempt.request_id == with_history.ledger.requests[0].request_id
     assert generated.picture.cost_source == "history"
@@ -135,7 +125,7 @@ def test_a_request_that_was_not_listed_and_is_now_is_fetched_by_the_next_run(
     until(lambda: rows(with_history))
     again = generate(job, uploaded, run="two", on_unknown="fail")
     assert (again.status, again.cost_usd, again.possibly_billed_usd) == ("recovered", NOTHING, NOTHING)
-    assert paid(record_of(archive_picture(again).fingerprint)) == PRICE
+    assert paid_usd(record_of(archive_picture(again).fingerprint)) == PRICE
     assert with_history.ledger.billed == 1
 
 
@@ -200,7 +190,7 @@ def test_what_a_dead_run_has_sent_is_recovered_and_not_paid_for_again(with_histo
     archived = walk(photo)
     assert (archived.status, archived.cost_usd, archived.possibly_billed_usd) == ("recovered", NOTHING, NOTHING)
     record = record_of(archived.fingerprint)
-    assert (with_history.ledger.billed, paid(record), record.attempts[0].status) == (1, PRICE, 200)
+    assert (with_history.ledger.billed, paid_usd(record), record.attempts[0].status) == (1, PRICE, 200)
     assert record.attempts[0].reason is None
 
 
@@ -233,7 +223,7 @@ def test_of_two_runs_that_look_up_the_same_lost_picture_one_downloads_it(
 
 KILLED = """
 import sys
-from tests.support.walk import generate, up_to_upload
+from tests.support.walk import generate, up_to_upload, paid_usd, record_of
 generate(*up_to_upload(sys.argv[1]), run="a run that is killed")
 """
 

@@ -28,7 +28,7 @@ from botocore.exceptions import ClientError
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 from pydantic import ValidationError
 
-from prefect_segmind.api.client import on_loopback
+from prefect_segmind.api.origin import on_loopback
 from prefect_segmind.api.resolutions import Resolution
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.sandbox import Answer, Sandbox, Script, make_picture, sample_photo

@@ -23,7 +23,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.asking import rows
-from tests.support.walk import LOG, archive_picture, generate, left, up_to_upload
+from tests.support.walk import LOG, archive_picture, generate, left, record_of, up_to_upload
 
 HISTORY = "PREFECT_INTEGRATIONS_SEGMIND_HISTORY_URL"
 KEYS = set(Reconciled.model_fields)
@@ -53,12 +53,6 @@ def reconciled(monkeypatch: pytest.MonkeyPatch) -> Reconciled:
     return reconcile_archive(Services().pipeline(Gate()), Run("the one that asks"), LOG)
 
 
-def record_of(job: ValidatedJob) -> Record:
-    found = Services().archive.read(job.fingerprint)
-    assert found is not None
-    return found.record
-
-
 def test_a_picture_that_was_billed_and_lost_is_archived_unpaid_though_its_sender_is_gone(
     sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +62,7 @@ def test_a_picture_that_was_billed_and_lost_is_archived_unpaid_though_its_sender
     (picture,) = found.pictures
     assert (picture.name, picture.outcome, picture.cost_usd) == ("hero/summer", "recovered", Decimal("0.05"))
     assert picture.image == Services().archive.store.uri(f"hero/summer/{job.fingerprint[:16]}.jpg")
-    record = record_of(job)
+    record = record_of(job.fingerprint)
     assert (record.state, record.attempts[0].possibly_billed, picture.sent_at) == (
         "done",
         False,
@@ -89,8 +83,10 @@ def test_what_failed_at_the_provider_is_not_billed_and_what_it_does_not_list_sta
         ("b", "unknown", None),
     ]
     assert (found.looked_up, found.not_billed, found.unknown, found.recovered) == (2, 1, 1, 0)
-    assert [record_of(each).attempts[0].possibly_billed for each in (failed, unlisted)] == [False, True]
-    assert [record_of(each).holder for each in (failed, unlisted)] == [None, None], "the claims were given up"
+    assert [record_of(each.fingerprint).attempts[0].possibly_billed for each in (failed, unlisted)] == [False, True]
+    assert [record_of(each.fingerprint).holder for each in (failed, unlisted)] == [None, None], (
+        "the claims were given up"
+    )
     assert sandbox.ledger.billed == 0
 
 
@@ -101,9 +97,9 @@ def test_a_picture_that_a_live_run_holds_is_left_to_it(
     sandbox.play(Answer(kind="lost"))
     with pytest.raises(ApiError):
         generate(job, uploaded)  # it waits for its next try
-    before = record_of(job)
+    before = record_of(job.fingerprint)
     assert reconciled(monkeypatch).pictures == ()
-    assert record_of(job) == before
+    assert record_of(job.fingerprint) == before
 
 
 def test_a_picture_that_was_paid_for_twice_is_told_and_its_record_corrected(
@@ -115,7 +111,7 @@ def test_a_picture_that_was_paid_for_twice_is_told_and_its_record_corrected(
     assert (found.looked_up, found.billed_again, found.recovered, sandbox.ledger.billed) == (1, 1, 0, 2)
     (picture,) = found.pictures
     assert (picture.name, picture.outcome, picture.cost_usd) == (again.name, "billed again", Decimal("0.05"))
-    record = record_of(job)
+    record = record_of(job.fingerprint)
     assert [(each.possibly_billed, each.cost_usd) for each in record.attempts] == [(False, Decimal("0.05"))] * 2
     assert record.picture is not None
     assert record.picture.sha256 == again.sha256
@@ -129,12 +125,12 @@ def test_the_row_of_the_request_that_brought_the_picture_is_not_taken_for_that_o
     job = lost(photo, Answer(status=502, listed=False), sandbox)
     sandbox.play(*([] if names_its_request else [Answer(headers={"x-request-id": ""})]))
     archive_picture(generate(job, up_to_upload(photo)[1]))
-    picture = record_of(job).picture
+    picture = record_of(job.fingerprint).picture
     assert picture is not None
     assert bool(picture.request_id) is names_its_request
     found = reconciled(monkeypatch)
     assert [each.outcome for each in found.pictures] == ["unknown"]
-    assert record_of(job).attempts[0].possibly_billed is True
+    assert record_of(job.fingerprint).attempts[0].possibly_billed is True
 
 
 def test_where_the_row_of_the_paid_request_cannot_be_told_from_another_nothing_is_concluded(
@@ -152,7 +148,7 @@ def test_where_the_row_of_the_paid_request_cannot_be_told_from_another_nothing_i
     }
     Services().archive.write(found.record.model_copy(update=of_a_version_before), found.etag)
     assert reconciled(monkeypatch).pictures == ()
-    assert record_of(job).attempts[0].possibly_billed is True
+    assert record_of(job.fingerprint).attempts[0].possibly_billed is True
 
 
 def test_a_picture_that_another_machine_has_stays_there_and_the_record_is_corrected(
@@ -167,7 +163,7 @@ def test_a_picture_that_another_machine_has_stays_there_and_the_record_is_correc
     Services().archive.write(found.record.model_copy(update={"attempts": (first, kept)}), found.etag)
     told = reconciled(monkeypatch)
     assert [(each.outcome, each.cost_usd) for each in told.pictures] == [("billed again", Decimal("0.05"))]
-    record = record_of(job)
+    record = record_of(job.fingerprint)
     assert (record.state, record.kept_picture, record.attempts[0].possibly_billed) == ("claimed", there["kept"], False)
 
 
@@ -183,8 +179,8 @@ def test_an_interrupt_ends_the_waiting_and_gives_up_the_claims(
     threading.Timer(1.0, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         reconciled(monkeypatch)
-    assert record_of(job).holder is None
-    assert record_of(job).attempts[0].possibly_billed is True
+    assert record_of(job.fingerprint).holder is None
+    assert record_of(job.fingerprint).attempts[0].possibly_billed is True
 
 
 def test_a_submitted_request_is_fetched_and_one_still_under_way_is_told_as_submitted(
@@ -262,13 +258,13 @@ def test_a_picture_that_cannot_be_archived_now_is_told_and_found_by_the_next_loo
 
 def test_without_a_history_nothing_is_touched(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = lost(photo, Answer(kind="lost"), sandbox)
-    before = record_of(job)
+    before = record_of(job.fingerprint)
     with pytest.raises(HistoryError, match=HISTORY):
         reconcile_archive(Services().pipeline(Gate()), Run("another"), LOG)
     sandbox.history.off = True
     with pytest.raises(HistoryError, match="404"):
         reconciled(monkeypatch)
-    assert record_of(job) == before
+    assert record_of(job.fingerprint) == before
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
