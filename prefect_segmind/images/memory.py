@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from PIL import Image, _imaging
 
@@ -17,6 +17,14 @@ _PILLOWS: Final = 4  # of every other format, and of everything that Pillow make
 # (`Image.core` of https://pillow.readthedocs.io/en/stable/reference/block_allocator.html, by its typed name).
 _imaging.set_block_size(1 << 30)
 _LOOK_SECONDS: Final = 0.5  # so that a thread that waits can be interrupted
+
+
+class _Share:
+    """What one block waits for, and then holds, in bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held = False
 
 
 class Budget:
@@ -33,9 +41,10 @@ class Budget:
     """
 
     def __init__(self, size: int) -> None:
-        self._size = self._free = size
+        self._size = size
         self._changed = threading.Condition()
-        self._waiting = deque[object]()
+        # In the order they came. Weakly, as an interrupt may come anywhere: whoever is gone neither waits nor holds.
+        self._shares = WeakKeyDictionary[_Share, None]()
 
     @contextmanager
     def taken(self, size: int) -> Iterator[None]:
@@ -44,22 +53,24 @@ class Budget:
         Args:
             size: In bytes; the whole budget if it is more.
         """
-        size, ticket, held = min(size, self._size), object(), 0
+        share = _Share(min(size, self._size))
         try:
             with self._changed:
-                self._waiting.append(ticket)
-                try:
-                    while self._waiting[0] is not ticket or self._free < size:
-                        self._changed.wait(_LOOK_SECONDS)
-                    self._free, held = self._free - size, size
-                finally:
-                    self._waiting.remove(ticket)
-                    self._changed.notify_all()
+                self._shares[share] = None
+                while not self._is_next(share):
+                    self._changed.wait(_LOOK_SECONDS)
+                share.held = True
+                self._changed.notify_all()
             yield
         finally:
             with self._changed:
-                self._free += held
+                self._shares.pop(share, None)
                 self._changed.notify_all()
+
+    def _is_next(self, share: _Share) -> bool:
+        shares = list(self._shares)
+        free = self._size - sum(each.size for each in shares if each.held)
+        return next(each for each in shares if not each.held) is share and share.size <= free
 
 
 MEMORY: Final = Budget(1_000_000_000)

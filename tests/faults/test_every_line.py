@@ -129,7 +129,7 @@ def walk_through(
     raise AssertionError
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(2 if EVERYTHING else 1))
 def test_an_interrupt_at_any_line_of_a_walk_leaves_sums_that_are_true_and_nothing_paid_twice(
     part: int, quick_sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,7 +138,7 @@ def test_an_interrupt_at_any_line_of_a_walk_leaves_sums_that_are_true_and_nothin
     assert lines > (300 if EVERYTHING else 30)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["v1 with history", "v2"])
 def test_an_interrupt_at_any_line_leaves_a_picture_that_is_billed_once_where_the_provider_tells(
     kind: Kind, quick_sandbox: Sandbox, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 
 from prefect_segmind.images import contact_sheet, conversion, inspection
 from prefect_segmind.images.memory import Budget, bytes_to_decode
+from tests.support.stepping import interrupted_at
 from tests.support.waiting import until
 
 
@@ -53,9 +55,9 @@ def test_a_large_picture_is_not_overtaken_for_ever_by_small_ones() -> None:
 
     with budget.taken(60):
         threads = [threading.Thread(target=work, args=each) for each in (("large", 100), ("small", 10))]
-        for count, thread in enumerate(threads, start=1):
+        for waiting, thread in enumerate(threads, start=1):
             thread.start()
-            until(lambda count=count: len(budget._waiting) == count)  # type: ignore[misc]
+            until(lambda waiting=waiting: len(budget._shares) == 1 + waiting)  # type: ignore[misc]
     for thread in threads:
         thread.join(60)
     assert order == ["large", "small"]
@@ -77,6 +79,23 @@ def test_a_thread_that_waits_can_be_interrupted_and_leaves_the_others_their_turn
             pass
     with budget.taken(100):
         pass
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_taken_and_nobody_waiting() -> None:
+    for number in count():
+        budget = Budget(100)
+
+        def work(budget: Budget = budget) -> None:
+            with budget.taken(100):
+                pass
+
+        at = interrupted_at(number, KeyboardInterrupt, work)
+        assert not list(budget._shares), at
+        with budget.taken(100):
+            pass
+        if at is None:
+            break
+    assert number > 10
 
 
 def test_an_error_gives_back_what_was_taken() -> None:
