@@ -198,8 +198,8 @@ def _compiled(text: str) -> _Compiled:
         problem = " ".join((error.message or "").split())
         where = f" in its line {error.lineno}" if "\n" in text else ""
         raise TemplateMistake([f"the template is wrong{where}: {problem}"]) from None
-    except (ArithmeticError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        raise _failure(error) from None  # nested too deeply for Python, or a constant that cannot be computed
+    except Exception as error:  # noqa: BLE001 - nested too deeply for Python, or a constant that fails in any way
+        raise _failure(error) from None
 
 
 def _failure(error: Exception) -> TemplateMistake:

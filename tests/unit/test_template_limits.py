@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind.errors import ManifestError
@@ -207,6 +207,7 @@ EXPRESSIONS = st.recursive(
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Python's, of constants in the code that Jinja makes
 @settings(deadline=None)
+@example("'<b>' ~ 99999[1:]")
 @given(EXPRESSIONS)
 def test_whatever_a_template_computes_it_is_small_or_refused(expression: str) -> None:
     template = f"{{% for i in range(3) %}}{{% set b = {expression} %}}{{{{ b }}}}{{{{ b is string }}}}{{% endfor %}}"
