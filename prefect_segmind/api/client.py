@@ -379,14 +379,18 @@ class SegmindClient:
 
         Raises:
             AnswerCutError: The connection broke before that.
-            NotAnImageError: It is too large, and was not read to its end.
+            NotAnImageError: It is too large, and was not read to its end. If it was not for the request to be billed,
+                the request is finished, and `answered` has its cost.
             OutboxError: The file cannot be written or read.
         """
         answer: httpx.Response | None = None
         try:
             with exchange as answer:
                 refuse(answer)
-                self._write(answer, part)
+                try:
+                    self._write(answer, part)
+                except NotAnImageError as too_large:
+                    raise too_large if billable else too_large.with_facts(answered=self._answered(answer)) from None
         except httpx.TransportError as error:
             if answer is None:
                 raise

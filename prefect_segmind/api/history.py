@@ -89,7 +89,7 @@ class Sought(NamedTuple):
     """A request whose outcome is not known.
 
     Attributes:
-        body: Its body as it was sent.
+        body: Its body as it was sent; empty if it is to be found by its id alone.
         sent_at: When it was sent, aware.
         request_id: The provider's id, where an answer named one.
     """
@@ -221,7 +221,7 @@ def matched(sought: Sequence[Sought], rows: Iterable[Row], taken: Collection[str
     pairs = [
         (_distance(each, row), _RANKS.index(row.outcome), index, row.request_id)
         for index, each in enumerate(sought)
-        if index not in found
+        if index not in found and each.body
         for row in alike.get(_key(each.body), ())
         if _may_be(each, row)
     ]

@@ -47,6 +47,9 @@ REUSED_SECONDS: Final = 2.0
 """How long a listing answers further questions."""
 FAILED_SECONDS: Final = 3.0
 """How long a failure answers further questions, so that not every thread waits for a history that is out of reach."""
+_NO_SUCH_REQUEST: Final = (400, 404, 422)
+"""The HTTP statuses about a request that the provider does not know: its id may be that of an edge before the provider,
+and of another form than the provider's own."""
 _PAGE_LIMIT: Final = 30_000_000
 """The most bytes of a page."""
 _LONGEST_WAIT: Final = 30.0
@@ -253,7 +256,7 @@ class RequestHistory:
             endpoint.translated(billable=False),
             endpoint.exchange("GET", request_id, params=params) as answer,
         ):
-            if request_id and answer.status_code == 404:
+            if request_id and answer.status_code in _NO_SUCH_REQUEST:
                 return None
             endpoint.raise_unless_ok(answer)
             body = bytearray()

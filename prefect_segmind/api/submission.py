@@ -144,13 +144,15 @@ def judged(
     found = None if status in _ABOUT_THE_ASKING else _object(body).get("status")
     name = found.upper() if isinstance(found, str) else ""
     known = Status(name) if name in Status.__members__ else None
-    if name == _FAILED:  # a 422 alone may be an edge's word about the question
+    told = status in SUCCESS or status == 422
+    # A 422 alone may be an edge's word about the question, and a 503 that says "failed" a gateway's about itself.
+    if name == _FAILED and told:
         raise UnprocessableError(
             f"the provider reports that the request failed: {error_text(body, secret)} ({UnprocessableError.advice})",
             status=422,
             request_id=submitted.request_id,
         )
-    if status in SUCCESS or status == 422 or known is Status.COMPLETED:
+    if told or known is Status.COMPLETED:
         return known
     if status == 404:
         raise ForgottenError(

@@ -113,12 +113,7 @@ class Claim:
             PreconditionFailedError: The claim was lost to another run, or released.
             StoreError: The record could not be written.
         """
-        with self._lock:
-            self._require()
-            ours = self.record.holder is not None and self.record.holder.run == self.run
-            self._before = self.record.given_up() if ours else self.record
-            self._put(self.record.claimed_by(holder, datetime.now(UTC), asked, image_file))
-            self._until = max(self._until, self._written + LEASE_SECONDS)
+        self._begin(lambda record: record.claimed_by(holder, datetime.now(UTC), asked, image_file))
 
     def take_over(self, holder: Holder) -> None:
         """Write the claim into the record without a request, to ask the provider for earlier ones.
@@ -130,7 +125,18 @@ class Claim:
             PreconditionFailedError: The claim was lost to another run, or released.
             StoreError: The record could not be written.
         """
-        self.write(lambda record: record.taken_over_by(holder))
+        with self._lock:
+            self._begin(lambda record: record.taken_over_by(holder))
+            self._before = None
+
+    def _begin(self, change: Callable[[Record], Record]) -> None:
+        """Write the claim with a change, which is undone by a release until it is known to be written."""
+        with self._lock:
+            self._require()
+            ours = self.record.holder is not None and self.record.holder.run == self.run
+            self._before = self.record.given_up() if ours else self.record
+            self._put(change(self.record))
+            self._until = max(self._until, self._written + LEASE_SECONDS)
 
     def confirm(self) -> None:
         """Make sure that the claim is still held; the request must be sent as soon as this returns.

@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -220,7 +220,7 @@ class Outbox:
             answered: The facts in the headers.
 
         Returns:
-            Its new path; None if it was empty.
+            Its new path; None if there is none, or it was empty.
 
         Raises:
             OutboxError: The disk failed; the body is still in `part`.
@@ -234,7 +234,27 @@ class Outbox:
             failure = f"outbox: {part} holds an answer that was paid for and could not be made durable: {reason(error)}"
             raise OutboxError(failure, status=200) from error
 
+    def remove_answer(self, fingerprint: str, sent: Attempt, attempts: Iterable[Attempt]) -> None:
+        """Remove the answer without a picture to a request whose picture has come by another way, as far as possible.
+
+        Args:
+            fingerprint: The job's.
+            sent: The request. A process that was killed may not have noted where its answer is kept.
+            attempts: All requests for the picture; answers to others stay.
+        """
+        others = [each for each in attempts if each.request != sent.request]
+        if any(each.run == sent.run and not each.kept and each.possibly_billed is not False for each in others):
+            return  # it may be the answer to that one
+        stay = {path_and_host(each.kept)[0].name for each in others if each.kept}
+        stem = self._part(fingerprint, sent.run).stem
+        with suppress(OutboxError):
+            for each in self.reaching(fingerprint, [sent.kept] if sent.kept else []).answers(fingerprint):
+                if each.name.startswith(f"{stem}.") and each.name not in stay:
+                    _discard(_facts_path(each), each)
+
     def _set_aside(self, file: Path, answered: Answered | None) -> Path | None:
+        if not file.exists():
+            return None
         if not file.stat().st_size:
             file.unlink()
             return None
@@ -260,7 +280,14 @@ class Outbox:
         return sorted(each for each in self._listed(fingerprint) if each.suffix == ".answer")
 
     def read_again(
-        self, fingerprint: str, run: str, read: Reader, *, seed: int, list_price_usd: Decimal
+        self,
+        fingerprint: str,
+        run: str,
+        read: Reader,
+        *,
+        seed: int,
+        list_price_usd: Decimal,
+        attempts: Sequence[Attempt] = (),
     ) -> tuple[Path, OutboxEntry] | None:
         """The picture in an answer that could not be read at first, made durable; None if it still cannot be read.
 
@@ -272,6 +299,7 @@ class Outbox:
             read: Reads an answer.
             seed: The job's.
             list_price_usd: The assumed cost of an answer whose headers were not kept.
+            attempts: All requests for the picture, as far as they are known.
 
         Raises:
             OutboxError: The outbox cannot be read.
@@ -301,6 +329,9 @@ class Outbox:
                     raise
                 continue  # another run has kept it meanwhile
             _discard(body, _facts_path(body))
+            sent = next((each for each in reversed(attempts) if each.run == entry.run), None)
+            if sent is not None and body in received:  # it may have been downloaded after an answer without a picture
+                self.remove_answer(fingerprint, sent, attempts)
             return path, entry
         return None
 
@@ -461,10 +492,10 @@ class Outbox:
         """
         with suppress(OutboxError):
             files = self._listed(fingerprint)
-            stay = {each for each in files if each.name.endswith(_ANSWER)} | {
-                *self.others(fingerprint, sha256, in_doubt)
+            stay = {*self.others(fingerprint, sha256, in_doubt), *(each for each in files if each.suffix == ".answer")}
+            stay |= {
+                about for each in stay for about in (_facts_path(each), each.with_suffix(".json"), _asked_path(each))
             }
-            stay |= {about for each in stay for about in (each.with_suffix(".json"), _asked_path(each))}
             _discard(*(each for each in files if each not in stay))
 
     def _part(self, fingerprint: str, run: str) -> Path:

@@ -63,6 +63,7 @@ class Budget:
                 self._changed.notify_all()
             yield
         finally:
+            share.size, share.held = 0, True  # at once: what keeps the interrupt keeps the share too
             with self._changed:
                 self._shares.pop(share, None)
                 self._changed.notify_all()

@@ -382,8 +382,11 @@ class Gate:
                     elif delay > 0:
                         turn.wait(min(delay, threading.TIMEOUT_MAX))
                     else:
+                        try:
+                            self.ledger.reserve(price)
+                        except ValueError:  # what a request of another run has cost was entered just now
+                            continue
                         self._admitted += 1
-                        self.ledger.reserve(price)
                         self._keep_money(asset, False)
                         return Admission(self, asset, self._pace.reserve(now), price)
             finally:

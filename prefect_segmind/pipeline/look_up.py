@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +157,8 @@ class LookUp:
         kept = None if done else _in_outbox(outbox, job, unfinished=not elsewhere)
         if read_again and not (done or kept or elsewhere):
             # Another run may have read the same answer meanwhile, and put its picture there.
-            kept = self._read_again(outbox, job, run, log) or _in_outbox(outbox, job, unfinished=True)
+            attempts = found.record.attempts if found else ()
+            kept = self._read_again(outbox, job, run, attempts, log) or _in_outbox(outbox, job, unfinished=True)
         if found and not (done or kept or elsewhere) and found.record.may_be_archived_by_another(run):
             found = self._finished(job, found, log)
             done = found.record.state == "done"
@@ -227,7 +228,7 @@ class LookUp:
         return self.archive.read(job.fingerprint) or found
 
     def _read_again(
-        self, outbox: Outbox, job: ValidatedJob, run: Run, log: logging.Logger
+        self, outbox: Outbox, job: ValidatedJob, run: Run, attempts: Sequence[Attempt], log: logging.Logger
     ) -> tuple[Path, OutboxEntry] | None:
         """The picture in an answer that could not be read before: by now its link, or a newer version, may work."""
 
@@ -239,7 +240,9 @@ class LookUp:
                 log.info("read again, %s still does not hold a picture: %s", body, error)
                 raise
 
-        return outbox.read_again(job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd)
+        return outbox.read_again(
+            job.fingerprint, run.id, read, seed=job.seed, list_price_usd=job.price_usd, attempts=attempts
+        )
 
 
 def _report_others(

@@ -155,9 +155,13 @@ class Paid(NamedTuple):
     paid_by: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sending:
-    """One request under way, and what it needs."""
+    """One request under way, and what it needs.
+
+    Once its answer is kept as one without a picture, `kept` is where. `is_unasked` if the provider could be asked about
+    it, and was not.
+    """
 
     client: SegmindClient
     job: ValidatedJob
@@ -167,6 +171,8 @@ class _Sending:
     admission: Admission
     run: Run
     log: logging.Logger
+    kept: Path | None = None
+    is_unasked: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +258,8 @@ class Cashier:
                 admission.paid(paid.cost_usd, paid.paid_at)
                 entry = OutboxEntry(paid=paid, attempts=held.record.attempts, **asked.model_dump())
                 path = self.outbox.keep(job.fingerprint, part, entry)
+                if sending.kept:
+                    self.outbox.remove_answer(job.fingerprint, held.record.attempts[-1], held.record.attempts)
             except BaseException as error:
                 if admission.request is None and not isinstance(error, ApiError):
                     # It was not sent: the claim is lost or cannot be confirmed, or the run was interrupted.
@@ -276,16 +284,17 @@ class Cashier:
                     raise
                 if not isinstance(error, SegmindError):
                     ended = SegmindError(f"ended by {type(error).__name__}", possibly_billed=True)
-                    self._fail(run, held, ended, log, self.outbox.arrived(part))
+                    self._fail(run, held, ended, log, sending.kept or self.outbox.arrived(part))
                     raise
                 failed, kept = error, None
                 if error.answered is not None:
-                    if kept := self._keep_answer(part, error.answered, log):
+                    # What it has brought is kept already, and a link to its picture that did not work may be here.
+                    if kept := self._keep_answer(part, error.answered, log) or sending.kept:
                         failed = error.with_facts(
                             f"{error}; the answer is kept in {kept}, and read again first when the job is run again"
                         )
                     admission.unusable(failed)
-                decision = self._fail(run, held, error, log, kept)
+                decision = self._fail(run, held, error, log, kept, is_asked=not sending.is_unasked)
                 raise failed.with_facts(decision=decision) from error.__cause__
             self._write_outcome(held, _answered(paid, path), log)  # before anything else can end the run
         return self._paid(held, path, paid, run.id, log)
@@ -336,6 +345,7 @@ class Cashier:
             facts = asked.model_copy(update={"run": brought_by.run}).model_dump()
             entry = OutboxEntry(paid=replies.picture, attempts=held.record.attempts, **facts)
             path = self.outbox.keep(job.fingerprint, part, entry)
+            self.outbox.remove_answer(job.fingerprint, brought_by, held.record.attempts)
             self.gate.picture(replies.picture.paid_at)
             self._enter(held, job, doubtful, replies, run, log, _on_this_host(path))
         return self._paid(held, path, replies.picture, brought_by.run, log)
@@ -370,7 +380,7 @@ class Cashier:
         """The picture that the provider has made of a request of unknown outcome.
 
         One whose answer was read whole keeps its slot: a few of them in a row stop a batch, and others are not to be
-        sent before they are counted.
+        sent before they are counted. The answer is kept first, until the picture is.
 
         Raises:
             ApiError: It has made none, or cannot be asked: the error, with what the provider says.
@@ -385,7 +395,13 @@ class Cashier:
             raise error
         log.warning("%s: %s; the provider is asked what became of the request", job.name, error)
         with ExitStack() as meanwhile:
-            if error.answered is None:
+            if error.answered is not None:
+                try:
+                    sending.kept = self.outbox.keep_answer(sending.part, error.answered)
+                except OutboxError:  # it stays where it is, and nothing else may come there
+                    sending.is_unasked = True
+                    raise error from None
+            else:
                 release(sending.part)
                 sending.admission.stand_aside(error)
                 meanwhile.enter_context(self.gate.parked(job.name))
@@ -490,7 +506,14 @@ class Cashier:
             return part
 
     def _fail(
-        self, run: Run, held: Claim, error: SegmindError, log: logging.Logger, kept: Path | None = None
+        self,
+        run: Run,
+        held: Claim,
+        error: SegmindError,
+        log: logging.Logger,
+        kept: Path | None = None,
+        *,
+        is_asked: bool = True,
     ) -> Decision:
         """Decides what follows a failed request, and writes it into the record.
 
@@ -500,6 +523,7 @@ class Cashier:
             error: The failure.
             log: Logs that the record cannot be written.
             kept: Where the body of a 200 without a picture is kept, or what has arrived of an answer.
+            is_asked: Whether the provider was asked about it, if that can be.
         """
         mine = tuple(filter(run.owns, held.record.attempts))
         alike = mine[:-1]
@@ -508,6 +532,7 @@ class Cashier:
         policy = self.policy if self.on_unknown == "repay" else replace(self.policy, unknown_retries=0)
         # The failed one has no outcome yet. A flow run may be run again days later.
         counted_from = next(each.sent_at for each in mine if each.run == run.id and not each.held_all)
+        can_ask = self.reconciler.can_ask
         decision = decide(
             error,
             attempts=len(alike) + 1,
@@ -527,7 +552,7 @@ class Cashier:
                 kept=_on_this_host(kept) if kept else None,
                 cost_usd=None if error.possibly_billed or error.answered is None else error.answered.cost_usd,
                 request_id=error.request_id or record.attempts[-1].request_id,
-                asked_by=run.id if could_tell(error) and self.reconciler.can_ask(record.attempts[-1], run) else None,
+                asked_by=run.id if is_asked and could_tell(error) and can_ask(record.attempts[-1], run) else None,
             )
 
         self._write_outcome(held, outcome, log)

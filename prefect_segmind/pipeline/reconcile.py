@@ -43,8 +43,9 @@ PENDING_SECONDS = 2.0
 STALE = timedelta(hours=1)
 """The age at which a request that the history has as pending is not waited for any more: the provider keeps none that
 long."""
-OF_THE_MODEL = (422, 500, 502, 504)
-"""Statuses of requests that have failed at the model; others are refused before that, and are not listed."""
+OF_THE_MODEL = (400, 422, 500, 502, 504)
+"""Statuses of requests that may have failed at the model (a 400 where it could not get the image); others are refused
+before that, and are not listed."""
 ASKED_FOR_NOTHING = "billed as well, says the provider's history; the picture of another request was taken"
 
 
@@ -337,16 +338,20 @@ class _Listing(NamedTuple):
     def look(self) -> tuple[dict[int, Row], HistoryError | None]:
         """The rows of the requests sought, by their place; or why the history cannot be read.
 
-        A row may also be that of another request for the same picture. One that was paid for has a row, and one that
-        was refused may have one that says FAILED, which proves nothing for the next.
+        A row may also be that of another request for the same picture: one that says FAILED proves nothing for the
+        next where it may be that of an earlier one, and a row nearer to one that was paid for is that one's. Such a one
+        may have no row, where a proxy has answered it, so it has no claim on the row of another.
         """
         try:
-            rows = self.history.find(self.sought_by_others)
-            theirs = {
-                row.request_id
-                for index, row in rows.items()
-                if row.outcome is Ended.FAILED or self.others[index].cost_usd is not None
-            }
+            # First, so that the others are looked for in nothing older.
+            nearest = self.history.find([*self.sought, *self.sought_by_others])
+            if not self.others:
+                return nearest, None
+            failed = self.history.find(self.sought_by_others).values()
+            theirs = {row.request_id for row in failed if row.outcome is Ended.FAILED}
+            for index, other in enumerate(self.others, len(self.sought)):
+                if other.cost_usd is not None and index in nearest:
+                    theirs.add(nearest[index].request_id)
             return self.history.find(self.sought, theirs), None
         except HistoryError as failure:
             return {}, failure

@@ -68,7 +68,7 @@ def replacing(file: Path) -> Iterator[Writer]:
     """Replace the content of a file, piece by piece and without a buffer; at the end its reserved space is given up.
 
     Args:
-        file: Its path; it is created if there is none.
+        file: Its path; it is created, for this user alone, if there is none.
 
     Raises:
         OSError: It cannot be written; when the disk is full, only after its reserved space was used up too.
@@ -90,6 +90,7 @@ def replacing(file: Path) -> Iterator[Writer]:
                 at += written
 
     try:
+        file.touch(0o600)
         with file.open("wb", buffering=0) as raw:
             yield write
     finally:

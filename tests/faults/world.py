@@ -21,6 +21,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 from unittest import mock
 
+from prefect.exceptions import TerminationSignal
+
 from prefect_segmind.api import client
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.endpoint import Endpoint
@@ -47,7 +49,7 @@ from prefect_segmind.pipeline.validate import InspectedSource, ValidatedJob, res
 from prefect_segmind.storage import store
 from prefect_segmind.storage.local import LocalStore
 from tests.faults.api import PRICE, Api
-from tests.faults.tap import ENDS, GONE, Exchange, Fault, Operation, Tap, TappedStore
+from tests.faults.tap import ENDS, GONE, Exchange, Fault, Mistake, Operation, Tap, TappedStore
 
 MEMORY = Path("/dev/shm")
 RUNS = 5
@@ -343,10 +345,11 @@ class World:
 
     def _end_process(self) -> None:
         """A process that comes to its end gives up in the record what it still can; nobody renews its claims."""
-        for claim in list(leases._claims.values()):
-            if claim.is_released:
-                with suppress(SegmindError):
-                    claim.settle()
+        with suppress(KeyboardInterrupt, TerminationSignal, Mistake):  # it ends all the same
+            for claim in list(leases._claims.values()):
+                if claim.is_released:
+                    with suppress(SegmindError):
+                        claim.settle()
         leases._claims.clear()
 
     def _elapse(self, seconds: float) -> None:

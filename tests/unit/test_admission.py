@@ -38,7 +38,7 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.limits import admission as module
 from prefect_segmind.limits.admission import PARKED, Admission, Gate
-from prefect_segmind.limits.ledger import Ledger, RequestId
+from prefect_segmind.limits.ledger import NOTHING, Ledger, PastRequest, RequestId, Totals
 from tests.support.logs import listening
 from tests.support.waiting import until
 
@@ -144,6 +144,25 @@ def test_a_picture_that_was_paid_for_is_spent_whatever_happens_afterwards():
     with pytest.raises(SegmindError):
         send(gate, SegmindError("the disk is full", possibly_billed=True), lambda each: each.paid(Decimal("0.07")))
     assert money(gate) == (Decimal("0.07"), 0, 0)
+
+
+def test_a_cost_that_is_entered_just_as_a_request_is_let_in_takes_no_place_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate(max_concurrency=1, ledger=Ledger(Decimal("0.10")))
+    delay = gate._pace.delay
+
+    def entered(now: float) -> float:
+        """A look at the history says, between two lines of the gate's, that an earlier request has cost 0.06."""
+        monkeypatch.setattr(gate._pace, "delay", delay)
+        earlier, cost = RequestId("a dead run", datetime(2026, 1, 2, tzinfo=UTC)), Totals(1, Decimal("0.06"))
+        gate.ledger.carry("a picture", [PastRequest(earlier, cost, cost)], "this run")
+        return delay(now)
+
+    monkeypatch.setattr(gate._pace, "delay", entered)
+    with pytest.raises(NotStartedError, match=r"the budget of 0\.10 USD is reached"), gate.admit(PRICE):
+        pass
+    assert (gate._admitted, gate.ledger.in_flight_usd) == (0, NOTHING)
 
 
 def test_once_an_answer_has_been_read_the_next_request_may_go_while_the_picture_is_put_away(start):

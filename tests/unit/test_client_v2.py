@@ -268,7 +268,6 @@ class TestAsking:
         [
             http_json({"status": "FAILED", "error": "NSFW content detected"}, "422 X"),
             http_json({"status": "FAILED", "error": "NSFW content detected"}),
-            http_json({"status": "FAILED", "error": "NSFW content detected"}, "500 X"),
         ],
     )
     @pytest.mark.parametrize("call", ["status", "fetch"])
@@ -461,7 +460,9 @@ class TestFetching:
         server.answers = [http(PNG + bytes(5_000_000))]
         with pytest.raises(errors.NotAnImageError, match="more than 30,000 bytes") as caught:
             client.fetch(named(server), 4711, part)
-        assert (caught.value.possibly_billed, caught.value.answered, caught.value.request_id) == (False, None, "r-1")
+        assert (caught.value.possibly_billed, caught.value.request_id) == (False, "r-1")
+        assert caught.value.answered is not None, "the request is finished, so it is billed"
+        assert (caught.value.answered.cost_usd, caught.value.answered.cost_source) == (Decimal("0.09"), "list price")
 
     def test_a_result_that_cannot_be_read_from_the_disk_can_be_fetched_again(
         self, server: Wire, client: SegmindClient, part: Path, monkeypatch: pytest.MonkeyPatch

@@ -342,6 +342,10 @@ class TestMatching:
         assert matched([Sought(OURS, NOW)], [row("r-1")], {"r-1"}) == {}
         assert matched([Sought(OURS, NOW, "r-1")], [row("r-1")], ["r-1"]) == {}
 
+    def test_a_request_that_is_known_by_its_id_alone_has_no_row_of_which_the_body_is_not_known(self) -> None:
+        assert matched([Sought({}, NOW, "ours")], [row("another", body={})]) == {}
+        assert matched([Sought({}, NOW, "ours")], [row("ours", body={})]) == {0: row("ours", body={})}
+
 
 UNSEEDED = {name: value for name, value in OURS.items() if name != "seed"}
 BODIES = [OURS, OURS | {"seed": 4712}, UNSEEDED]

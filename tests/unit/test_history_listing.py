@@ -264,6 +264,13 @@ class TestOneRequest:
         assert history.find([Sought(ours(), NOW, "of-the-edge")])[0].request_id == "r-1"
         assert [path for path, _ in asked(server)] == ["/of-the-edge", ""]
 
+    @pytest.mark.parametrize("answer", ["400 X", "422 X"])
+    def test_is_sought_in_the_listing_where_its_id_is_refused_as_none_of_the_providers(
+        self, answer: str, server: Wire, history: RequestHistory
+    ) -> None:
+        server.answers = [http_json({"error": "invalid input syntax for type uuid"}, answer), http_json([entry()])]
+        assert history.find([Sought(ours(), NOW, "8f1c-edge")])[0].request_id == "r-1"
+
     @pytest.mark.parametrize("id", ["../credits", "..", "r 1", "a?b", "r/1", ""])
     def test_no_id_becomes_another_address(self, id: str, server: Wire, history: RequestHistory) -> None:
         server.answers = [http_json({"data": [entry(id)]})]

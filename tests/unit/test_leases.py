@@ -476,8 +476,13 @@ when = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 
 @failures
 @when
+@pytest.mark.parametrize("begin", [leases.Claim.begin_request, leases.Claim.take_over], ids=["to pay", "to ask"])
 def test_a_claim_whose_write_has_failed_counts_nothing_even_if_it_took_effect(
-    archive: Archive, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: bool
+    archive: Archive,
+    monkeypatch: pytest.MonkeyPatch,
+    begin: Callable[[leases.Claim, Holder], None],
+    error: BaseException,
+    after: bool,
 ) -> None:
     lost = Record(fingerprint="ab" * 32).claimed_by(
         Holder(run="long ago", host="another", pid=1, started=""), datetime.now(UTC)
@@ -486,7 +491,7 @@ def test_a_claim_whose_write_has_failed_counts_nothing_even_if_it_took_effect(
     renewed_by_this_thread_alone(monkeypatch)
     broken(archive, monkeypatch, error, after=after)
     with pytest.raises(type(error)):
-        claimed(archive, "ab" * 32)
+        leases.claim(archive, archive.read("ab" * 32), "ab" * 32, Run("a run"), begin)
     assert leases.held_claim(archive, "ab" * 32) is None
     assert leases.settle(archive, "ab" * 32)
     found = archive.read("ab" * 32)

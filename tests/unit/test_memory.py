@@ -98,6 +98,24 @@ def test_an_interrupt_at_any_line_leaves_nothing_taken_and_nobody_waiting() -> N
     assert number > 10
 
 
+class Interrupted:
+    """A lock that an interrupt comes before."""
+
+    def __enter__(self) -> None:
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        """It is never taken."""
+
+
+def test_an_interrupt_that_somebody_keeps_takes_nothing_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(100)
+    with monkeypatch.context() as now, pytest.raises(KeyboardInterrupt) as kept, budget.taken(100):
+        now.setattr(budget, "_changed", Interrupted())
+    with budget.taken(100):
+        assert kept.traceback, "its frames hold the share of the interrupted one"
+
+
 def test_an_error_gives_back_what_was_taken() -> None:
     budget = Budget(100)
     with pytest.raises(ZeroDivisionError), budget.taken(100):

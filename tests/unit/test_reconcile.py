@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from prefect_segmind.api import listing
+from prefect_segmind.api.history import Outcome, Row, Sought
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive import leases
+from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, Record, Run
 from prefect_segmind.errors import (
     AnswerCutError,
@@ -27,13 +32,17 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import NOTHING
+from prefect_segmind.pipeline import reconcile
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
+from prefect_segmind.storage.http import DownloadError
 from tests.support.asking import rows
 from tests.support.waiting import until
 from tests.support.walk import LOG, archive_picture, generate, paid_usd, pipeline, record_of, up_to_upload, walk
 
 PRICE = Decimal("0.05")
+UNNAMED = {"x-request-id": ""}
+"""Headers of an answer that does not name its request."""
 
 
 LOST = {
@@ -251,8 +260,7 @@ def test_one_failure_of_the_history_proves_nothing(with_history: Sandbox, photo:
 def test_a_row_of_an_earlier_request_that_failed_does_not_prove_that_the_next_one_did(
     with_history: Sandbox, photo: Path
 ) -> None:
-    unnamed = {"x-request-id": ""}
-    with_history.play(Answer(status=500, headers=unnamed))
+    with_history.play(Answer(status=500, headers=UNNAMED))
     job, uploaded = up_to_upload(photo)
     with pytest.raises(SegmindError):
         generate(job, uploaded, run="one")
@@ -260,6 +268,128 @@ def test_a_row_of_an_earlier_request_that_failed_does_not_prove_that_the_next_on
     generated = generate(job, uploaded, run="two")
     assert (generated.status, generated.cost_usd, with_history.ledger.billed) == ("generated", PRICE, 1)
     assert len(with_history.ledger.requests) == 2
+
+
+def test_a_row_that_lands_meanwhile_is_that_of_the_request_that_was_sent_before(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "REUSED_SECONDS", 2.0)
+    monkeypatch.setattr(reconcile, "LOOK_AGAIN_SECONDS", (2.5, 5.0))
+    with_history.play(Answer(status=500, lands_after=1.0, headers=UNNAMED))
+    job, uploaded = up_to_upload(photo)
+    opened = pipeline()
+    with pytest.raises(SegmindError):
+        opened.generate(job, lambda: uploaded, Run("one"), LOG)
+    history = opened.cashier.reconciler.history
+    assert history is not None
+    history.find([Sought({"prompt": "of another job"}, record_of(job.fingerprint).attempts[0].sent_at)])
+    until(lambda: rows(with_history))  # the listing that was just read does not have it
+    with_history.play(Answer(kind="lost", lands_after=0.8))
+    generated = opened.generate(job, lambda: uploaded, Run("two"), LOG)
+    assert (generated.status, generated.cost_usd, generated.possibly_billed_usd) == ("generated", PRICE, NOTHING)
+    assert with_history.ledger.billed == 1
+
+
+def test_a_row_of_a_request_that_was_refused_for_its_image_proves_nothing_for_the_next(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(Answer(status=400, listed=True, fails="cannot fetch the image", headers=UNNAMED))
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(SegmindError):
+        generate(job, uploaded, run="one")
+    with_history.play(Answer(kind="lost", lands_after=0.4))
+    assert generate(job, uploaded, run="two").cost_usd == PRICE
+    assert with_history.ledger.billed == 1
+
+
+def test_an_answer_that_was_paid_for_and_is_not_listed_takes_no_row_of_another_request(
+    with_history: Sandbox, photo: Path
+) -> None:
+    with_history.play(
+        Answer(kind="html", listed=False, billed=False)
+    )  # by a proxy, which the provider knows nothing of
+    job, uploaded = up_to_upload(photo)
+    with pytest.raises(NotAnImageError):
+        generate(job, uploaded, run="one")
+    with_history.play(Answer(kind="lost"))
+    generated = generate(job, uploaded, run="two")
+    assert (generated.status, generated.cost_usd, with_history.ledger.billed) == ("generated", PRICE, 1)
+
+
+UNREADABLE = "PAID FOR, IN A FORMAT OF LATER YEARS. " * 9
+
+
+def unreadable(**other: Any) -> Answer:
+    return Answer(kind="html", body=UNREADABLE, billed=True, **other)
+
+
+def answers() -> list[str]:
+    return [each.read_text() for each in Services().outbox.folder.glob("*.answer")]
+
+
+def test_an_answer_that_was_paid_for_is_replaced_by_its_picture_alone(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise DownloadError("the server answered 404", status=404, retryable=False)
+
+    with_history.play(unreadable())
+    monkeypatch.setattr("prefect_segmind.api.client.download", gone)
+    with pytest.raises(NotAnImageError, match="is kept in"):
+        generate(*up_to_upload(photo))
+    assert UNREADABLE in answers()
+
+
+def test_an_answer_stays_though_the_provider_says_that_its_request_has_failed(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(_: object, sought: Sequence[Sought], *__: object) -> dict[int, Row]:
+        return {0: Row(request_id="r-1", outcome=Outcome.FAILED, body={}, error="out of memory")} if sought else {}
+
+    with_history.play(unreadable())
+    with monkeypatch.context() as now:
+        now.setattr(listing.RequestHistory, "find", failed)
+        with pytest.raises(SegmindError, match="not billed, says the provider: out of memory"):
+            generate(*up_to_upload(photo))
+    assert answers() == [UNREADABLE]
+    assert walk(photo).status == "generated"
+    assert answers() == [UNREADABLE], "what does not fit together is for a person to judge"
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_answer_that_was_paid_for_outlasts_an_interrupt_and_another_payment_unless_its_picture_comes(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with_history.play(unreadable(listed=listed))
+    with monkeypatch.context() as now:
+        now.setattr(reconcile.Reconciler, "ask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(*up_to_upload(photo), run="one")
+    leases._claims.clear()  # its process has ended
+    assert walk(photo).status == ("recovered" if listed else "generated")
+    assert answers() == ([] if listed else [UNREADABLE])
+    assert with_history.ledger.billed == (1 if listed else 2)
+
+
+def test_an_answer_that_cannot_be_kept_stays_and_the_provider_is_asked_by_the_next_try(
+    with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with_history.play(unreadable())
+    job, uploaded = up_to_upload(photo)
+    with monkeypatch.context() as now:
+        now.setattr(Outbox, "_set_aside", full)
+        with pytest.raises(NotAnImageError, match=r"is kept in .*\.part"):
+            generate(job, uploaded, run="one")
+    (part,) = Services().outbox.folder.glob("*.part")
+    assert part.read_text() == UNREADABLE
+    again = generate(job, uploaded, run="one")
+    assert (again.requests_sent, again.cost_usd, with_history.ledger.billed) == (1, PRICE, 1)
 
 
 def test_an_answer_that_was_paid_for_is_kept_while_the_provider_is_asked(with_history: Sandbox, photo: Path) -> None:

@@ -93,6 +93,11 @@ def test_the_space_is_given_up_once(file: Path) -> None:
     assert file.exists()
 
 
-def test_nobody_else_may_read_it(file: Path) -> None:
-    reserve(file, 10)
+@pytest.mark.parametrize("is_reserved", [True, False])
+def test_nobody_else_may_read_it(file: Path, is_reserved: bool) -> None:
+    if is_reserved:
+        reserve(file, 10)
+    with replacing(file) as write:
+        write(b"a signed link")
+        assert file.stat().st_mode & 0o077 == 0
     assert file.stat().st_mode & 0o077 == 0

@@ -105,11 +105,20 @@ def test_no_other_word_is_a_status(word: object) -> None:
     assert judge(json.dumps({"status": word}).encode()) is None
 
 
-@pytest.mark.parametrize("code", [200, 400, 404, 422, 500, 502])
-def test_failed_is_failed_whatever_the_code(code: int) -> None:
+@pytest.mark.parametrize("code", [200, 202, 422])
+def test_failed_is_failed(code: int) -> None:
     with pytest.raises(errors.UnprocessableError, match="not safe") as caught:
         judge(b'{"status": "FAILED", "error": "not safe"}', code)
     assert (caught.value.status, caught.value.possibly_billed, caught.value.request_id) == (422, False, "r-1")
+
+
+@pytest.mark.parametrize("status", ["FAILED", "failed"])
+@pytest.mark.parametrize("code", [400, 404, 500, 502, 503])
+def test_failed_with_a_code_of_which_the_provider_says_nothing_may_be_a_gateways_word(code: int, status: str) -> None:
+    with pytest.raises(errors.ApiError) as caught:
+        judge(json.dumps({"status": status, "message": "upstream timed out"}).encode(), code)
+    assert not isinstance(caught.value, errors.UnprocessableError)
+    assert caught.value.status == code
 
 
 @pytest.mark.parametrize("status", ["FAILED", "COMPLETED", "QUEUED"])
