@@ -142,10 +142,13 @@ def read_page(data: bytes) -> Page:
         data: The body of the answer.
 
     Raises:
-        ValueError: There is no list.
+        ValueError: There is no list, or no entry of it can be read.
     """
     listed = _list(json_value(data))
-    return Page(tuple(_one_each(row for row in map(_row, listed) if row is not None)), len(listed))
+    rows = tuple(_one_each(row for row in map(_row, listed) if row is not None))
+    if listed and not rows:
+        raise ValueError(f"none of its {len(listed)} rows names its request")
+    return Page(rows, len(listed))
 
 
 def parse_row(data: bytes) -> Row:

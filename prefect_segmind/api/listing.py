@@ -50,6 +50,7 @@ FAILED_SECONDS: Final = 3.0
 _NO_SUCH_REQUEST: Final = (400, 404, 422)
 """The HTTP statuses about a request that the provider does not know: its id may be that of an edge before the provider,
 and of another form than the provider's own."""
+_CHECKED: Final = 10
 _PAGE_LIMIT: Final = 30_000_000
 """The most bytes of a page."""
 _LONGEST_WAIT: Final = 30.0
@@ -152,19 +153,24 @@ class RequestHistory:
                 self._failure, self._failed_at = error, self._clock()
                 raise
             self._failure = None
-        return matched(sought, rows, taken)
+        found = matched(sought, rows, taken)
+        if any(each.body and index not in found for index, each in enumerate(sought)):
+            _check_bodies(rows)
+        return found
 
     def check(self) -> int:
-        """Reads one row, whatever has failed before.
+        """Reads the newest rows, whatever has failed before.
 
         Returns:
-            The number of rows read: 0 or 1.
+            The number of rows read, at most 10.
 
         Raises:
-            HistoryError: The history cannot be read.
+            HistoryError: The history cannot be read, or requests cannot be told by its rows.
         """
         with self._lock:
-            return min(1, self._page(page=1, per_page=1, model_name=self._model).listed)
+            rows = self._page(page=1, per_page=_CHECKED, model_name=self._model).rows
+        _check_bodies(rows)
+        return len(rows)
 
     def _rows(self, sought: Sequence[Sought]) -> list[Row]:
         """The rows among which those of the requests are."""
@@ -185,12 +191,12 @@ class RequestHistory:
         return found
 
     def _row(self, request_id: str | None) -> Row | None:
-        """The row of one request, of any age; None if there is none."""
+        """The row of one request, of any age; None if there is none, which the listing may have all the same."""
         try:
             body = self._get(f"{request_id}")
             row = None if body is None else parse_row(body)
-        except ValueError as error:
-            raise _failure(f"its answer about a request has another form ({error})") from None
+        except ValueError:
+            return None
         return row if row is not None and row.request_id == request_id else None
 
     def _listed(self, days: tuple[date, date], back_to: datetime, last_sent_at: datetime) -> list[Row]:
@@ -267,6 +273,16 @@ class RequestHistory:
             return bytes(body).replace(endpoint.secret.encode(), b"SG_...")  # should the history echo it
 
 
+def _check_bodies(rows: Sequence[Row]) -> None:
+    """Checks that requests can be told by rows: otherwise that one is not found proves nothing.
+
+    Raises:
+        HistoryError: No row has the body of its request.
+    """
+    if rows and not any(each.body for each in rows):
+        raise _failure(f"none of its {len(rows)} rows has the request_body by which a request is known")
+
+
 def _failure(why: str, error: SegmindError | None = None) -> HistoryError:
     """The error for a history that cannot be read.
 
@@ -276,7 +292,8 @@ def _failure(why: str, error: SegmindError | None = None) -> HistoryError:
     """
     if isinstance(error, ApiError) and not isinstance(error, InvalidKeyError):
         why = why.removesuffix(f" ({error.advice})")
-    advice = "" if HISTORY_SETTING in why else f" (check {HISTORY_SETTING}, or set it to off)"
+    told = HISTORY_SETTING in why or isinstance(error, InvalidKeyError)
+    advice = "" if told else f" (check {HISTORY_SETTING}, or set it to off)"
     status, retry_after = (error.status, error.retry_after) if error else (None, None)
     return HistoryError(
         f"the provider's request history cannot be read: {why}{advice}", status=status, retry_after=retry_after

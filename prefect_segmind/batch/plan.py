@@ -90,12 +90,14 @@ class PlannedJob(BaseModel):
             >>> PlannedJob(name="mug", needs="generate", usd=Decimal("0.05")).sentence()
             'mug: generate, 0.05 USD'
         """
-        details = f", {usd(self.usd)} USD" if self.usd else f", {self.problem}" if self.problem else ""
+        most = "at most " if self.needs == "ask" else ""
+        details = f", {most}{usd(self.usd)} USD" if self.usd else f", {self.problem}" if self.problem else ""
         return f"{self.name}: {self.needs}{details}"
 
 
 _KEPT_ANSWER = "was paid for before; its answer is kept in the outbox and read again before anything is paid"
 
+_MAY_BE_PAID_TWICE = 'an earlier request may have been billed, and another is paid for (on_unknown="repay")'
 
 _SAME_BUT_FOR_CASE = (
     "the name is that of another asset but for upper and lower case, which the disk takes for one: both go into one "
@@ -144,6 +146,11 @@ class Plan(BaseModel):
     def planned_usd(self) -> Decimal:
         """The cost of the pictures to pay for, if the provider has made none of those that it is asked about."""
         return self.price_usd * (self.generate + self.ask)
+
+    @property
+    def planned(self) -> str:
+        """The same in words: at most so much, where the provider is asked about earlier requests first."""
+        return f"{'at most ' if self.ask else ''}{usd(self.planned_usd)} USD"
 
     def with_failures(self, problems: Iterable[tuple[str, str]]) -> Plan:
         """The plan with jobs that had failed before it was made; they come first.
@@ -203,8 +210,8 @@ class Plan(BaseModel):
             ("the account's credits of {} USD pay", self.credits_usd),
         )
         return [
-            f"the plan costs {usd(self.planned_usd)} USD, {what.format(usd(limit))} for {int(limit / self.price_usd)} "
-            f"of {self.generate + self.ask} pictures: the run stops there"
+            f"the plan costs {self.planned}, {what.format(usd(limit))} for {int(limit / self.price_usd)} of "
+            f"{self.generate + self.ask} pictures: the run stops {'if that is spent' if self.ask else 'there'}"
             for what, limit in limits
             if limit is not None and self.planned_usd > limit
         ]
@@ -303,6 +310,7 @@ def make_plan(
     if unread := unread - kept:  # no link is followed here: what it would cost to pay again is in the plan
         warnings[_KEPT_ANSWER] += sum(wanted[each] for each in unread)
     out_of_reach: dict[str, str] = {}
+    doubted = set[str]()
 
     def look(fingerprint: str) -> tuple[str, Verdict]:
         found = archive.read(fingerprint)
@@ -320,6 +328,13 @@ def make_plan(
         )
         if need is Verdict.KEPT and record and record.kept_picture:
             out_of_reach[fingerprint] = record.kept_picture
+        if (
+            need is Verdict.PAY
+            and record
+            and fingerprint not in unread
+            and any(each.in_doubt for each in record.attempts)
+        ):
+            doubted.add(fingerprint)
         return fingerprint, need
 
     verdicts = dict.fromkeys(survey.archived, Verdict.REUSE)
@@ -328,6 +343,8 @@ def make_plan(
         verdicts[new] = Verdict.RECOVER if new in kept else Verdict.REFUSE if refused else Verdict.PAY
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
         verdicts |= pool.map(look, survey.recorded - survey.archived)
+    if doubted:
+        warnings[_MAY_BE_PAID_TWICE] += sum(wanted[each] for each in doubted)
     for fingerprint, need in verdicts.items():
         needs[need] += 1
         # The other jobs for the same picture find it archived.

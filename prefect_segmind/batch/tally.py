@@ -129,7 +129,7 @@ class BatchResult(BaseModel):
         )
         counted = ", ".join(f"{what} {count}" for count, what in counts if count)
         parts = (f"would {counted}" if counted else "", f"{self.failed} would fail" if self.failed else "")
-        cost = f"would cost {usd(self.planned_usd)} USD"
+        cost = f"would cost {self.plan.planned}"
         return f"{self.total} asset{'s' * (self.total != 1)}: {'; '.join(filter(None, (*parts, cost)))}"
 
 

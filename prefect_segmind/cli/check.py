@@ -88,6 +88,8 @@ def _api_version(block: str | None) -> CheckResult:
     url = load_base_url(block)
     if is_v2(url):
         return CheckResult(f"v2 ({url}): the next run fetches what a run that has died had requested")
+    if not url.strip().rstrip("/").endswith("/v1"):
+        return CheckResult(f"{url} names none: end SEGMIND_BASE_URL in /v1 or in /v2, if it is the provider's", "mind")
     return CheckResult(
         f"v1 ({url}), as the provider documents this model; where pictures take longer than about 10 s, or runs may be "
         "killed, v2 is the better choice, as the next run fetches what was requested: end SEGMIND_BASE_URL in /v2"

@@ -129,9 +129,10 @@ class BatchRun(Run):
         if self._yes:
             return Reply(GO_ON)
         if not sys.stdin.isatty():
+            unpaid = "; prefect-segmind reconcile fetches what is paid for already" if question.plan.ask else ""
             raise ConfigurationError(
-                f"approve_above_usd: the plan costs {usd(question.plan.planned_usd)} USD, more than "
-                f"{usd(question.above_usd)} USD, and this is not a terminal; run it in a terminal, or with --yes"
+                f"approve_above_usd: the plan costs {question.plan.planned}, more than {usd(question.above_usd)} USD, "
+                f"and this is not a terminal; run it in a terminal, or with --yes{unpaid}"
             )
         self.bar.stop()
         print_facts(

@@ -408,6 +408,7 @@ class Cashier:
             replies = self.reconciler.ask(sending.client, job, [sent], sending.part, log, attempts[:-1])
         if replies.picture is None:
             raise _as_told(error, replies.outcomes.get(sent.request)) from error.__cause__
+        log.warning("%s: the provider has made its picture all the same, and it is paid for once", job.name)
         return replies.picture
 
     def _enter(

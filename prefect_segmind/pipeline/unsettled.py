@@ -103,6 +103,7 @@ class Reconciled(BaseModel):
 
     Attributes:
         archive: The address of the archive.
+        records: Records of pictures in it.
         looked_up: Requests that the provider was asked about.
         recovered: Pictures that were paid for and are archived now.
         not_billed: Requests that have failed at the provider, unbilled.
@@ -119,6 +120,7 @@ class Reconciled(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     archive: str = ""
+    records: int = 0
     looked_up: int = 0
     recovered: int = 0
     not_billed: int = 0
@@ -153,7 +155,8 @@ class Reconciled(BaseModel):
         )
         counted = ", ".join(f"{count} {what}" for count, what in counts if count)
         looked_up = f"{self.looked_up} request{'s' * (self.looked_up != 1)} looked up"
-        return f"{looked_up}{': ' if counted else ''}{counted}; nothing was paid"
+        empty = "" if self.records else "; there are no records of pictures: is this the address of the archive?"
+        return f"{looked_up}{': ' if counted else ''}{counted}; this run paid nothing{empty}"
 
 
 def reconcile_archive(pipeline: Pipeline, run: Run, log: logging.Logger, flow_run_id: str | None = None) -> Reconciled:
@@ -182,11 +185,12 @@ def reconcile_archive(pipeline: Pipeline, run: Run, log: logging.Logger, flow_ru
     settling = _Settling(pipeline, run, log, flow_run_id)
     left = archive_left_over(pipeline.archiving, run, flow_run_id)
     found = [settling.recovered_from_outbox(each) for each in left.archived.values()]
+    seen = set[str]()
     problems = [f"{path} was paid for and stays in the outbox: {why}" for path, why in left.stayed.items()]
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="segmind-reconcile")
     tasks: list[Future[list[LookedUp]]] = []
     try:
-        tasks += (pool.submit(settling.settle, each) for each in _unsettled(pipeline, run, problems))
+        tasks += (pool.submit(settling.settle, each) for each in _unsettled(pipeline, run, seen, problems))
         for task in tasks:
             found += task.result()
     except BaseException:
@@ -201,13 +205,14 @@ def reconcile_archive(pipeline: Pipeline, run: Run, log: logging.Logger, flow_ru
             history.check()
         except HistoryError as error:
             problems.append(str(error))
-    return _counted(pipeline.archiving.archive.url, found, problems)
+    return _counted(pipeline.archiving.archive.url, len(seen), found, problems)
 
 
-def _unsettled(pipeline: Pipeline, run: Run, problems: list[str]) -> Iterator[RecordRead]:
-    """The records to look into; those that cannot be read are added to the problems."""
+def _unsettled(pipeline: Pipeline, run: Run, seen: set[str], problems: list[str]) -> Iterator[RecordRead]:
+    """The records to look into; `seen` receives the fingerprints of all, and `problems` those that cannot be read."""
     archive = pipeline.archiving.archive
-    for _, found in archive.records():
+    for fingerprint, found in archive.records():
+        seen.add(fingerprint)
         if isinstance(found, StoreError):
             if isinstance(found.__cause__ or found, OUT_OF_REACH):
                 raise found
@@ -216,11 +221,12 @@ def _unsettled(pipeline: Pipeline, run: Run, problems: list[str]) -> Iterator[Re
             yield found
 
 
-def _counted(archive: str, found: Iterable[LookedUp], problems: Sequence[str]) -> Reconciled:
+def _counted(archive: str, records: int, found: Iterable[LookedUp], problems: Sequence[str]) -> Reconciled:
     pictures = tuple(sorted(found, key=lambda each: (each.title, str(each.sent_at))))
     counts = Counter(each.outcome for each in pictures)
     return Reconciled(
         archive=archive,
+        records=records,
         looked_up=sum(each.asked for each in pictures),
         recovered=counts["recovered"],
         not_billed=counts["not billed"],

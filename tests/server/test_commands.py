@@ -334,6 +334,9 @@ def test_check_tells_the_version_of_the_api_and_when_v2_is_the_better_choice(
     out = capsys.readouterr().out
     assert re.search(r"^ok +API version: v2 .* the next run fetches", out, re.M)
     assert re.search(r"^ok +key and credits: ", out, re.M), "credits are asked of v1"
+    monkeypatch.setenv("SEGMIND_BASE_URL", sandbox.base_url.replace("/v1", "/v3"))
+    commands.run(["check"])
+    assert re.search(r"^mind +API version: .*/v3 names none: end .* in /v1 or in /v2", capsys.readouterr().out, re.M)
 
 
 def test_check_finds_an_upload_place_whose_signed_addresses_cannot_be_read(

@@ -55,7 +55,7 @@ def test_the_flow_archives_what_was_billed_and_lost_and_shows_a_table(
     assert "| hero/\\[summer\\] |" in page
     assert "| recovered | 0.05 |" in page
     assert str(result.pictures[0].image).rpartition("/")[2] in page.replace("<wbr>", "")
-    assert "1 request looked up: 1 recovered (0.05 USD, paid before); nothing was paid" in caplog.text
+    assert "1 request looked up: 1 recovered (0.05 USD, paid before); this run paid nothing" in caplog.text
     assert reconcile().pictures == ()
 
 

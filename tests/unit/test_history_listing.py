@@ -200,10 +200,10 @@ class TestTheListing:
         server.answers = [http_json({"data": [entry()]})]
         assert history.find([Sought(ours(), NOW)], {"r-1"}) == {}
 
-    def test_a_check_reads_a_row(self, server: Wire, history: RequestHistory) -> None:
+    def test_a_check_reads_the_newest_rows(self, server: Wire, history: RequestHistory) -> None:
         server.answers = [http_json({"data": [entry()]}), http_json([])]
         assert (history.check(), history.check()) == (1, 0)
-        assert asked(server)[0] == ("", {"page": "1", "per_page": "1", "model_name": "ideogram-2a-img-2-img"})
+        assert asked(server)[0] == ("", {"page": "1", "per_page": "10", "model_name": "ideogram-2a-img-2-img"})
 
 
 class TestManyThreads:
@@ -273,7 +273,7 @@ class TestOneRequest:
 
     @pytest.mark.parametrize("id", ["../credits", "..", "r 1", "a?b", "r/1", ""])
     def test_no_id_becomes_another_address(self, id: str, server: Wire, history: RequestHistory) -> None:
-        server.answers = [http_json({"data": [entry(id)]})]
+        server.answers = [http_json({"data": [entry(id), entry("r-9")]})]
         assert (0 in history.find([Sought({}, NOW, id)])) is bool(id), "it is known in the listing all the same"
         assert [path for path, _ in asked(server)] == [""]
 
@@ -281,10 +281,44 @@ class TestOneRequest:
         server.answers = [http_json(entry("r-8")), http_json([])]
         assert history.find([Sought(ours(), NOW, "r-7")]) == {}
 
-    def test_an_answer_of_another_form_is_told(self, server: Wire, history: RequestHistory) -> None:
-        server.answers = [http_json({"ok": True})]
+    def test_is_sought_in_the_listing_where_the_answer_about_it_has_another_form(
+        self, server: Wire, history: RequestHistory, clock: Clock
+    ) -> None:
+        server.answers = [http_json({"data": []}), http_json({"data": [entry("r-7")]})]
+        assert history.find([Sought(ours(), NOW, "r-7")])[0].request_id == "r-7"
+        clock.now += 3
+        server.answers = [http_json({"ok": True}), http_json({"ok": True})]
         with pytest.raises(errors.HistoryError, match="another form"):
-            history.find([Sought(ours(), NOW, "r-7")])
+            history.find([Sought(ours(), NOW, "r-8")])
+
+
+UNTOLD = {
+    "no id": ([{"id": 5}, None, 7, {"model_status": [1]}], "none of its 4 rows names its request"),
+    "no body": (
+        [{**entry("r-7", seed=500), "request_body": None, "input": ours()}],
+        "none of its 1 rows has the request_body",
+    ),
+}
+
+
+class TestRowsByWhichNoRequestIsKnown:
+    @pytest.mark.parametrize(("rows", "words"), UNTOLD.values(), ids=UNTOLD)
+    def test_are_a_history_that_cannot_be_read_and_prove_nothing(
+        self, rows: list[Any], words: str, server: Wire, history: RequestHistory
+    ) -> None:
+        server.answers = [http_json({"data": rows})]
+        with pytest.raises(errors.HistoryError, match=words):
+            history.find([Sought(ours(), NOW)])
+        with pytest.raises(errors.HistoryError, match=words):
+            history.check()
+
+    def test_are_none_beside_others(self, server: Wire, history: RequestHistory) -> None:
+        server.answers = [http_json({"data": [None, {**entry("r-8"), "request_body": None}, entry("r-7", seed=500)]})]
+        assert history.find([Sought(ours(), NOW)]) == {}
+
+    def test_do_not_matter_where_the_id_is_known(self, server: Wire, history: RequestHistory) -> None:
+        server.answers = [http_json({}, "404 X"), http_json([{**entry("r-7"), "request_body": None}])]
+        assert history.find([Sought(ours(), NOW, "r-7")])[0].request_id == "r-7"
 
 
 class TestPoliteness:
@@ -347,7 +381,9 @@ class TestFailures:
             history.find([Sought(ours(), NOW)])
         error = caught.value
         assert words in str(error)
-        assert HISTORY_SETTING in str(error)
+        # Of a refused key that of the history is not to be switched off: it is refused everywhere.
+        assert ("SEGMIND_API_KEY" if cause is errors.InvalidKeyError else HISTORY_SETTING) in str(error)
+        assert (HISTORY_SETTING in str(error)) is (cause is not errors.InvalidKeyError)
         assert "SEGMIND_BASE_URL" not in str(error)
         assert error.possibly_billed is False
         if cause is None:

@@ -20,7 +20,7 @@ from prefect_segmind.archive.leases import this_process
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Holder, OnKept, OnUnknown, Record, Run
 from prefect_segmind.batch import plan as plan_module
-from prefect_segmind.batch.plan import Plan, make_plan
+from prefect_segmind.batch.plan import Plan, PlannedJob, make_plan
 from prefect_segmind.batch.tally import planned
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.pipeline.source import SourceReader
@@ -96,6 +96,11 @@ class House:
         self.archive.write(
             claimed.with_outcome(possibly_billed=False, kept=f"{place} on another-machine").given_up(), None
         )
+
+    def lost(self, seed: int) -> None:
+        """A request whose answer was lost, by a run that has ended."""
+        claimed = Record(fingerprint=self.fingerprint(seed)).claimed_by(this_process(Run("a run")), datetime.now(UTC))
+        self.archive.write(claimed.with_outcome(possibly_billed=True, reason="the answer was cut").given_up(), None)
 
     def plan(
         self, *jobs: Job, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", in_place: set[str] | None = None
@@ -321,6 +326,31 @@ def test_a_plan_above_the_budget_or_the_credits_warns(budget: str | None, credit
     warnings = plan.shortfalls()
     assert len(warnings) == len(told)
     assert all(text in warning for text, warning in zip(told, warnings, strict=True))
+
+
+def test_what_a_plan_costs_is_the_most_where_the_provider_is_asked_first() -> None:
+    plan = Plan(
+        **{"total": 3, "generate": 1, "ask": 2, "reuse": 0, "recover": 0, "wait": 0, "fail": 0},
+        price_usd=Decimal("0.05"),
+        budget_usd=Decimal("0.05"),
+    )
+    assert plan.planned == "at most 0.15 USD"
+    (warning,) = plan.shortfalls()
+    assert warning == (
+        "the plan costs at most 0.15 USD, the budget of 0.05 USD pays for 1 of 3 pictures: the run stops if that is "
+        "spent"
+    )
+    assert PlannedJob(name="mug", needs="ask", usd=Decimal("0.05")).sentence() == "mug: ask, at most 0.05 USD"
+
+
+def test_what_may_be_paid_for_a_second_time_is_told_where_the_provider_is_not_asked(house: House) -> None:
+    house.lost(100)
+    job = house.job(100)
+    plan, _ = house.plan(job, house.job(101))
+    assert plan.generate == 2
+    assert plan.warnings[1:] == (
+        ('an earlier request may have been billed, and another is paid for (on_unknown="repay")', 1),
+    )
 
 
 def test_warnings_are_told_once_with_their_number(house: House) -> None:

@@ -75,6 +75,7 @@ def test_what_the_provider_has_made_is_fetched_and_billed_once(
     assert attempt.request_id == with_history.ledger.requests[0].request_id
     assert generated.picture.cost_source == "history"
     assert any("the provider's history has the picture" in each for each in said), said
+    assert "mug: the provider has made its picture all the same, and it is paid for once" in said
     assert not list(Services().outbox.folder.iterdir()), "nothing is left in the outbox"
     assert walk(photo).status == "reused"
 

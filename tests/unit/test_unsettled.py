@@ -287,7 +287,7 @@ def test_the_command_prints_a_table_and_its_json_has_every_count(
     assert lines[0].split() == ["name", "sent", "(UTC)", "outcome", "USD"]
     assert [line.split()[0] for line in lines[1:3]] == ["b", "hero/[summer]"]
     assert lines[2].split()[-2:] == ["recovered", "0.05"]
-    assert "2 requests looked up: 1 recovered (0.05 USD, paid before), 1 not billed; nothing was paid" in told
+    assert "2 requests looked up: 1 recovered (0.05 USD, paid before), 1 not billed; this run paid nothing" in told
     lost(photo, Answer(kind="lost"), sandbox, name="c", prompt="a third mug")
     code, found, _ = command(capsys)
     assert (code, found.keys()) == (output.DONE, KEYS)
@@ -304,7 +304,10 @@ def test_the_exit_codes_tell_a_history_out_of_reach_from_a_refused_key_and_from_
     assert (code, found.keys()) == (output.FAILED, KEYS | {"error"})
     assert HISTORY in found["error"]
     monkeypatch.setenv(HISTORY, "")
-    assert command(capsys)[0] == output.DONE
+    code, found, _ = command(capsys)
+    assert (code, found["records"]) == (output.DONE, 0)
+    assert commands.run(["reconcile"]) == output.DONE
+    assert "no records of pictures: is this the address of the archive?" in capsys.readouterr().out
     assert command(capsys, "ftp://nowhere")[0] == output.BAD_INPUT
     sandbox.history.off = True
     assert command(capsys)[0] == output.FAILED
