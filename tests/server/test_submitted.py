@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from prefect_segmind.archive.archive import RecordRead
 from prefect_segmind.cli import commands, output
 from prefect_segmind.flows import refresh_assets
 from prefect_segmind.sandbox import Answer, Sandbox
+from prefect_segmind.services import Services
 from tests.support.asking import rows
 from tests.support.manifests import mugs, write_campaign
 from tests.support.waiting import until
@@ -37,8 +39,8 @@ def manifest(photo: Path) -> str:
     return write_campaign(photo, mugs(photo, 6, "a mug, number {}"))
 
 
-def interrupted(sandbox: Sandbox, arguments: Sequence[str], how: signal.Signals, when: int) -> tuple[int, Any, str]:
-    """Runs a command that is interrupted once so many requests are at the provider."""
+def interrupted(arguments: Sequence[str], how: signal.Signals, when: int) -> tuple[int, Any, str]:
+    """Runs a command that is interrupted once so many requests are submitted: their ids are noted in the archive."""
     process = subprocess.Popen(
         [sys.executable, "-m", "prefect_segmind", *arguments, "--json"],
         env=os.environ,
@@ -47,10 +49,15 @@ def interrupted(sandbox: Sandbox, arguments: Sequence[str], how: signal.Signals,
         text=True,
         start_new_session=True,
     )
-    until(lambda: process.poll() is not None or len(rows(sandbox)) >= when, 120)
+    until(lambda: process.poll() is not None or submitted() >= when, 120)
     process.send_signal(how)
     out, told = process.communicate(timeout=240)
     return process.returncode, json.loads(out), told
+
+
+def submitted() -> int:
+    records = [found.record for _, found in Services().archive.records() if isinstance(found, RecordRead)]
+    return sum(attempt.is_submitted for record in records for attempt in record.attempts)
 
 
 def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
@@ -67,7 +74,7 @@ def test_an_interrupted_batch_leaves_what_is_submitted_and_the_next_run_fetches_
 ) -> None:
     sandbox.play(*[Answer(processing=15.0)] * 4)
     command = ["refresh", manifest, "--max-concurrency", "4"]
-    code, first, _ = interrupted(sandbox, command, how, 4)
+    code, first, _ = interrupted(command, how, 4)
     assert (code, first["submitted"], first["not_started"], first["failed"]) == (output.INTERRUPTED, 4, 2, 0)
     assert (first["cost_usd"], first["possibly_billed_usd"], first["failed_manifest"]) == ("0.00", "0.20", None)
     assert len(first["submitted_names"]) == 4
@@ -81,10 +88,10 @@ def test_an_interrupted_batch_leaves_what_is_submitted_and_the_next_run_fetches_
 def test_an_interrupted_picture_is_told_as_submitted_and_fetched_by_the_same_command(
     sandbox: Sandbox, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sandbox.play(Answer(processing=8.0))
+    sandbox.play(Answer(processing=15.0))
     command = ["generate", str(photo), "a red mug"]
-    code, first, told = interrupted(sandbox, command, signal.SIGINT, 1)
-    assert (code, first["status"], first["name"]) == (output.INTERRUPTED, "submitted", "mug")
+    code, first, told = interrupted(command, signal.SIGINT, 1)
+    assert (code, first["status"], first["name"]) == (output.INTERRUPTED, "submitted", "mug"), told
     assert (first["cost_usd"], first["possibly_billed_usd"], first["attempts"]) == ("0.00", "0.05", 1)
     assert "the same command again, or prefect-segmind reconcile, fetches it" in first["error"]
     assert "possibly billed: 0.05 USD" in told
