@@ -21,7 +21,7 @@ FOREIGN = ("AWS_", "SEGMIND_", "PREFECT_INTEGRATIONS_SEGMIND_")
 # Before Prefect is imported: nothing of the tests reaches the home or the server of the person who runs them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     prefect_server.prepare()
-os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="home-", dir=prefect_server.folder())
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="home-", dir=prefect_server.homes())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

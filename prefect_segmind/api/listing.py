@@ -142,8 +142,26 @@ class RequestHistory:
             HistoryError: The history cannot be read; its cause is the error of the exchange. For the next 3 s it is
                 raised again at once.
         """
+        rows = self.rows(sought)
+        found = matched(sought, rows, taken)
+        if not found and any(each.body for each in sought):
+            check_bodies(rows)
+        return found
+
+    def rows(self, sought: Sequence[Sought]) -> list[Row]:
+        """Reads the rows among which those of some requests are, for those who match them in a way of their own.
+
+        Args:
+            sought: The requests; without any nothing is asked.
+
+        Returns:
+            The rows, and some more.
+
+        Raises:
+            HistoryError: As for `find`.
+        """
         if not sought:
-            return {}
+            return []
         with self._lock:
             if self._failure is not None and self._clock() - self._failed_at < FAILED_SECONDS:
                 raise self._failure.with_facts() from self._failure.__cause__
@@ -153,10 +171,7 @@ class RequestHistory:
                 self._failure, self._failed_at = error, self._clock()
                 raise
             self._failure = None
-        found = matched(sought, rows, taken)
-        if any(each.body and index not in found for index, each in enumerate(sought)):
-            _check_bodies(rows)
-        return found
+        return rows
 
     def check(self) -> int:
         """Reads the newest rows, whatever has failed before.
@@ -169,7 +184,7 @@ class RequestHistory:
         """
         with self._lock:
             rows = self._page(page=1, per_page=_CHECKED, model_name=self._model).rows
-        _check_bodies(rows)
+        check_bodies(rows)
         return len(rows)
 
     def _rows(self, sought: Sequence[Sought]) -> list[Row]:
@@ -273,8 +288,11 @@ class RequestHistory:
             return bytes(body).replace(endpoint.secret.encode(), b"SG_...")  # should the history echo it
 
 
-def _check_bodies(rows: Sequence[Row]) -> None:
+def check_bodies(rows: Sequence[Row]) -> None:
     """Checks that requests can be told by rows: otherwise that one is not found proves nothing.
+
+    Args:
+        rows: Rows of the history.
 
     Raises:
         HistoryError: No row has the body of its request.

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.history import Outcome as Ended
-from prefect_segmind.api.history import Row, Sought
-from prefect_segmind.api.listing import RequestHistory
+from prefect_segmind.api.history import Row, Sought, matched
+from prefect_segmind.api.listing import RequestHistory, check_bodies
 from prefect_segmind.api.picture import Answered, PaidPicture
 from prefect_segmind.api.submission import is_request_id
 from prefect_segmind.archive.record import RUN_ENDED, Attempt, Outcome, Record, Run
@@ -343,16 +343,17 @@ class _Listing(NamedTuple):
         may have no row, where a proxy has answered it, so it has no claim on the row of another.
         """
         try:
-            # First, so that the others are looked for in nothing older.
-            nearest = self.history.find([*self.sought, *self.sought_by_others])
-            if not self.others:
-                return nearest, None
-            failed = self.history.find(self.sought_by_others).values()
+            rows = self.history.rows([*self.sought, *self.sought_by_others])
+            failed = matched(self.sought_by_others, rows).values()
             theirs = {row.request_id for row in failed if row.outcome is Ended.FAILED}
+            nearest = matched([*self.sought, *self.sought_by_others], rows)
             for index, other in enumerate(self.others, len(self.sought)):
                 if other.cost_usd is not None and index in nearest:
                     theirs.add(nearest[index].request_id)
-            return self.history.find(self.sought, theirs), None
+            found = matched(self.sought, rows, theirs)
+            if not found:
+                check_bodies(rows)
+            return found, None
         except HistoryError as failure:
             return {}, failure
 

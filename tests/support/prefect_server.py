@@ -23,6 +23,11 @@ from tests.support.waiting import until
 
 FOLDER = "PREFECT_SEGMIND_TEST_RUN"
 """The variable with the folder that the workers of a run share."""
+HOMES = "PREFECT_SEGMIND_TEST_HOMES"
+"""The variable with the folder of Prefect's homes, and so of its databases."""
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 2_000_000_000
+"""The free space in memory without which the databases are on disk."""
 
 SERVER = """
 import os, runpy, signal, sys, threading, time
@@ -41,10 +46,16 @@ runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 
 def prepare() -> None:
-    """Decides, once for all workers, where the server keeps its files and where it listens."""
+    """Decides, once for all workers, where the server keeps its files and where it listens.
+
+    Its database is in memory where there is room: where a disk is slow to sync, its one writer keeps the others waiting
+    for a minute and more, and what a run has asked for is done twice or too late.
+    """
     folder = tempfile.mkdtemp(prefix="prefect-segmind-tests-")
+    in_memory = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES
     os.environ |= {
         FOLDER: folder,
+        HOMES: tempfile.mkdtemp(prefix="prefect-segmind-tests-", dir=MEMORY if in_memory else folder),
         "PREFECT_SEGMIND_TEST_RUN_PID": str(os.getpid()),
         "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -57,9 +68,14 @@ def folder() -> Path:
     return Path(os.environ[FOLDER])
 
 
+def homes() -> Path:
+    """Where the server and the workers of this run have their PREFECT_HOME."""
+    return Path(os.environ[HOMES])
+
+
 def home() -> Path:
     """The server's PREFECT_HOME, with its database and its log."""
-    return folder() / "server"
+    return homes() / "server"
 
 
 def start() -> None:
@@ -113,4 +129,5 @@ def stop() -> None:
                     os.waitpid(pid, os.WNOHANG)
                 os.kill(pid, 0)
                 time.sleep(0.05)
-    shutil.rmtree(folder(), ignore_errors=True)
+    for each in (homes(), folder()):
+        shutil.rmtree(each, ignore_errors=True)

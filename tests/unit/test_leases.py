@@ -639,7 +639,7 @@ def test_a_claim_that_nobody_holds_any_more_is_given_up_in_the_record_as_soon_as
             while not claim.take_turn():
                 clock.now += 1
             claim.renew()
-            pauses.append(clock.now - began)
+            pauses.append(round(clock.now - began))
     assert pauses == sorted(pauses)
     assert 0 < pauses[-1] <= leases.LONGEST_PAUSE_SECONDS
     assert leases.held_claim(archive, "ab" * 32) is None

@@ -344,12 +344,13 @@ def test_an_answer_that_was_paid_for_is_replaced_by_its_picture_alone(
 def test_an_answer_stays_though_the_provider_says_that_its_request_has_failed(
     with_history: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failed(_: object, sought: Sequence[Sought], *__: object) -> dict[int, Row]:
-        return {0: Row(request_id="r-1", outcome=Outcome.FAILED, body={}, error="out of memory")} if sought else {}
+    def failed(_: object, sought: Sequence[Sought]) -> list[Row]:
+        facts = {"outcome": Outcome.FAILED, "error": "out of memory"}
+        return [Row(request_id=each.request_id or "r-1", body=each.body, **facts) for each in sought]
 
     with_history.play(unreadable())
     with monkeypatch.context() as now:
-        now.setattr(listing.RequestHistory, "find", failed)
+        now.setattr(listing.RequestHistory, "rows", failed)
         with pytest.raises(SegmindError, match="not billed, says the provider: out of memory"):
             generate(*up_to_upload(photo))
     assert answers() == [UNREADABLE]
