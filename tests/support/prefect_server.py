@@ -48,8 +48,7 @@ runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 def prepare() -> None:
     """Decides, once for all workers, where the server keeps its files and where it listens.
 
-    Its database is in memory where there is room: where a disk is slow to sync, its one writer keeps the others waiting
-    for a minute and more, and what a run has asked for is done twice or too late.
+    Its database is in memory where there is room, so that a disk that is slow to sync keeps no writer waiting.
     """
     folder = tempfile.mkdtemp(prefix="prefect-segmind-tests-")
     in_memory = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES
@@ -58,6 +57,9 @@ def prepare() -> None:
         HOMES: tempfile.mkdtemp(prefix="prefect-segmind-tests-", dir=MEMORY if in_memory else folder),
         "PREFECT_SEGMIND_TEST_RUN_PID": str(os.getpid()),
         "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
+        # SQLite waits for a lock for 60 s, and Prefect's clients for an answer as long: they would ask again for what
+        # is done, and a state that is set twice uses a retry of a flow.
+        "PREFECT_API_REQUEST_TIMEOUT": "240",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
