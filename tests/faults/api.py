@@ -23,6 +23,8 @@ from PIL import Image
 from tests.support.wire import http, http_json, read_request
 
 PRICE = Decimal("0.05")
+PATIENCE = 10.0
+"""Seconds for which a client may stand still, on a machine that has much to do."""
 HISTORY = "/inference-request/request-history"
 NOT_FOUND = http(b'{"error": "not found"}', "404 Not Found")
 POLLS_THAT_FAIL = {
@@ -324,7 +326,7 @@ class Api:
     def settle(self, ports: set[int]) -> None:
         """Waits until it has done with the connections of these ports."""
         with self._change:
-            assert self._change.wait_for(lambda: ports <= self._ended, 20), "the API of the harness hangs"
+            assert self._change.wait_for(lambda: ports <= self._ended, 2 * PATIENCE), "the API of the harness hangs"
 
     def _accept(self) -> None:
         while True:
@@ -332,8 +334,7 @@ class Api:
             threading.Thread(target=self._serve, args=(connection, port), daemon=True).start()
 
     def _serve(self, connection: socket.socket, port: int) -> None:
-        # A client that was interrupted may hold its end open for as long as somebody keeps the traceback.
-        connection.settimeout(0.5)
+        connection.settimeout(PATIENCE)
         with connection, suppress(OSError):
             try:
                 text = read_request(connection)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -232,6 +234,7 @@ class Tap:
             def connecting(backend: Any, *where: Any, **more: Any) -> Any:
                 def do() -> Any:
                     stream = connect(backend, *where, **more)
+                    patches.callback(stream.close)  # an interrupted client may leave it to its traceback
                     exchange = Exchange(stream.get_extra_info("client_addr")[1])
                     self.exchanges.append(exchange)
                     open_exchanges[id(stream)] = exchange
@@ -247,9 +250,16 @@ class Tap:
                 exchange.sent = True
                 exchange.asks |= data.startswith(b"GET ")
                 name = "ask" if exchange.asks else "send"
-                self.through(Operation(WIRE, name, reads=False), lambda: send(stream, data, timeout))
+                try:
+                    self.through(Operation(WIRE, name, reads=False), lambda: send(stream, data, timeout))
+                except httpcore.WriteError:  # httpcore looks for an answer all the same
+                    stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                    raise
 
             def receiving(stream: Any, size: int, timeout: float | None = None) -> bytes:
+                # Only an answer that is there can be lost: the looks that follow take none of the time in which the API
+                # could still take the request.
+                select.select([stream.get_extra_info("socket")], [], [], timeout)
                 data = self.through(
                     Operation(WIRE, "receive", reads=False), lambda: receive(stream, min(size, READ_BYTES), timeout)
                 )
