@@ -43,7 +43,6 @@ RESERVED_BYTES = 8 << 20
 """Bytes reserved on disk before a request is sent; more than the largest picture of the listed resolutions needs."""
 
 _NO_PICTURES = (".json", ".facts", ".part", ".found", ".answer")
-_ANSWER = (".answer", ".answer.json")
 _LOOKS = 10
 """How often the folder is listed again because a file in it has vanished meanwhile."""
 ABANDONED_SECONDS = 86_400.0
@@ -567,7 +566,7 @@ def _is_another(file: Path, sha256: str, doubted: Collection[str] | None) -> boo
 def _known(files: Iterable[Path], sha256: str) -> OutboxEntry | None:
     """The facts of a picture, if they were written; those of a run that died before it renamed them too."""
     for each in files:
-        if each.suffix in (".json", ".facts") and not each.name.endswith(_ANSWER):
+        if each.suffix in (".json", ".facts") and not each.name.endswith(".answer.json"):
             with suppress(OSError, ValidationError):
                 known = OutboxEntry.model_validate_json(each.read_bytes())
                 if known.paid.sha256 == sha256:

@@ -159,8 +159,8 @@ class Paid(NamedTuple):
 class _Sending:
     """One request under way, and what it needs.
 
-    Once its answer is kept as one without a picture, `kept` is where. `is_unasked` if the provider could be asked about
-    it, and was not.
+    Once its answer is kept as one without a picture, `kept` is where. Not `is_asked` if the provider could be asked
+    about it, and was not.
     """
 
     client: SegmindClient
@@ -172,7 +172,7 @@ class _Sending:
     run: Run
     log: logging.Logger
     kept: Path | None = None
-    is_unasked: bool = False
+    is_asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class Cashier:
                             f"{error}; the answer is kept in {kept}, and read again first when the job is run again"
                         )
                     admission.unusable(failed)
-                decision = self._fail(run, held, error, log, kept, is_asked=not sending.is_unasked)
+                decision = self._fail(run, held, error, log, kept, is_asked=sending.is_asked)
                 raise failed.with_facts(decision=decision) from error.__cause__
             self._write_outcome(held, _answered(paid, path), log)  # before anything else can end the run
         return self._paid(held, path, paid, run.id, log)
@@ -399,7 +399,7 @@ class Cashier:
                 try:
                     sending.kept = self.outbox.keep_answer(sending.part, error.answered)
                 except OutboxError:  # it stays where it is, and nothing else may come there
-                    sending.is_unasked = True
+                    sending.is_asked = False
                     raise error from None
             else:
                 release(sending.part)

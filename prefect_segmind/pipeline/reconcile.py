@@ -342,11 +342,12 @@ class _Listing(NamedTuple):
         next where it may be that of an earlier one, and a row nearer to one that was paid for is that one's. Such a one
         may have no row, where a proxy has answered it, so it has no claim on the row of another.
         """
+        everyone = [*self.sought, *self.sought_by_others]
         try:
-            rows = self.history.rows([*self.sought, *self.sought_by_others])
+            rows = self.history.rows(everyone)
             failed = matched(self.sought_by_others, rows).values()
             theirs = {row.request_id for row in failed if row.outcome is Ended.FAILED}
-            nearest = matched([*self.sought, *self.sought_by_others], rows)
+            nearest = matched(everyone, rows)
             for index, other in enumerate(self.others, len(self.sought)):
                 if other.cost_usd is not None and index in nearest:
                     theirs.add(nearest[index].request_id)
