@@ -253,7 +253,8 @@ class Tap:
                 try:
                     self.through(Operation(WIRE, name, reads=False), lambda: send(stream, data, timeout))
                 except httpcore.WriteError:  # httpcore looks for an answer all the same
-                    stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                    with suppress(OSError):  # the other end was faster
+                        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
                     raise
 
             def receiving(stream: Any, size: int, timeout: float | None = None) -> bytes:
