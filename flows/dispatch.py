@@ -37,7 +37,9 @@ LAST_SECONDS = 2.0
 """How long the end of a run waits for each thing that Prefect's server or the archive may be slow to take."""
 
 
-def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: Tally, grace_seconds: float) -> None:
+def dispatch(
+    entries: Iterable[tuple[int, Job | ValidatedJob]], pipeline: Pipeline, tally: Tally, grace_seconds: float
+) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
 
     When interrupted, it sends nothing new, and waits for what is in flight to be archived, no longer than the grace.
@@ -45,7 +47,7 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
     join theirs, however long a request takes.) Where the process goes on, so do they.
 
     Args:
-        entries: The assets, in their order.
+        entries: The assets in their order, each with its position.
         pipeline: Takes them through their stages.
         tally: Counts their outcomes.
         grace_seconds: How long to wait for what is in flight when the run is interrupted.
@@ -53,10 +55,10 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
         try:
-            for entry in entries:
+            for position, entry in entries:
                 if not gate.enter(entry.name):
                     break
-                tally.start(entry)
+                tally.start(position, entry)
                 _start(partial(_produce, entry, produce, gate, tally), f"segmind-{entry.name}")
             tally.wait()
         except BaseException as error:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
 from prefect_segmind import BatchError, BatchResult, produce_asset, refresh_assets
 from prefect_segmind.batch import plan
+from prefect_segmind.batch import results as results_module
 from prefect_segmind.batch import tally as batch_module
 from prefect_segmind.batch.approval import Reply
 from prefect_segmind.cli import output
@@ -181,6 +183,67 @@ def test_of_two_hundred_assets_the_bad_ones_fail_alone_and_the_ledger_agrees_to_
         again = {prompt for prompt, times in asked.items() if times > 1}
         assert {f"a red mug, number {n}" for n in (110, 111, 112)} <= again
         assert len(again) <= 5
+
+
+def lines(result: BatchResult) -> list[dict[str, Any]]:
+    """The file of all results."""
+    assert result.results
+    return [json.loads(line) for line in (Services().archive.content(result.results) or b"").splitlines()]
+
+
+def test_the_result_of_each_asset_is_a_line_in_the_archive_however_few_a_report_names(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(campaign(2))
+    monkeypatch.setattr(results_module, "NAMED", 2)
+    lost = [{"name": f"lost/{number}", "image": "lost.jpg", "prompt": "x"} for number in range(3)]
+    result = run(campaign(5, *lost))
+    assert (result.reused, result.generated, result.failed, result.total) == (2, 3, 3, 8)
+    assert [len(each) for each in (result.images, result.failures)] == [2, 2]
+    told = lines(result)
+    assert Counter(each["status"] for each in told) == {"reused": 2, "generated": 3, "failed": 3}
+    assert {each["name"] for each in told} == {*(f"mug/00{n}" for n in range(5)), *(f"lost/{n}" for n in range(3))}
+    assert {each["stage"] for each in told if each["status"] == "failed"} == {"validate"}
+    assert result.failed_manifest
+    assert Path(str(result.results)).parent == Path(result.failed_manifest).parent
+
+
+def test_an_interrupted_run_keeps_the_results_that_it_has(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = batch_module.Tally.end
+
+    def interrupted(tally: Any, entry: Any, result: Any) -> None:
+        ended(tally, entry, result)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(batch_module.Tally, "end", interrupted)
+    run = Run()
+    with heard_by(run), pytest.raises(KeyboardInterrupt):
+        refresh_assets(campaign(4), max_concurrency=1)
+    assert run.result is not None
+    assert run.result.not_started
+    assert len(lines(run.result)) == run.result.generated + run.result.failed
+
+
+def test_the_results_are_beside_the_outbox_where_the_archive_takes_nothing(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Services().archive.store
+    put = store.put
+
+    def full(key: str, *arguments: Any, **options: Any) -> str:
+        if key.startswith(".segmind/runs/"):
+            raise StoreError("the archive is full")
+        return put(key, *arguments, **options)
+
+    monkeypatch.setattr(store, "put", full)
+    result = run(campaign(1, {"name": "lost", "image": "lost.jpg", "prompt": "x"}))
+    assert result.results
+    assert Path(result.results).is_relative_to(Services().outbox.folder.parent)
+    assert {each["name"] for each in map(json.loads, Path(result.results).read_text().splitlines())} == {
+        *("mug/000", "lost"),
+    }
 
 
 def test_a_run_with_failures_is_completed_where_that_is_wanted(sandbox: Sandbox, campaign: Callable[..., str]) -> None:
