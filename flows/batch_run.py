@@ -225,7 +225,8 @@ class _PlannedBatch(NamedTuple):
     Attributes:
         plan: The plan, without the jobs that are left out.
         entries: All jobs in their order, each validated unless it will fail.
-        archived: The places of jobs that are left out because their pictures are archived.
+        in_place: For each of them, 1 if its picture is archived under its name, else 0.
+        skip_archived: Whether those are left out.
         skipped: The names of jobs that are left out because their images cannot be used.
         unusable: The names of all jobs whose images cannot be used, with the reason.
         answers: When each paid request of earlier tries was sent, and whether its answer held a picture.
@@ -233,7 +234,8 @@ class _PlannedBatch(NamedTuple):
 
     plan: Plan
     entries: Spool[Job | ValidatedJob]
-    archived: Collection[str]
+    in_place: bytearray
+    skip_archived: bool
     skipped: Collection[str]
     unusable: Mapping[str, str]
     answers: Sequence[tuple[datetime, bool]]
@@ -241,7 +243,7 @@ class _PlannedBatch(NamedTuple):
     def wanted(self) -> Iterator[tuple[int, Job | ValidatedJob]]:
         """The jobs that are not left out, each with its position among all jobs."""
         for position, each in enumerate(self.entries):
-            if each.place not in self.archived if isinstance(each, ValidatedJob) else each.name not in self.skipped:
+            if not (self.skip_archived and self.in_place[position]) and each.name not in self.skipped:
                 yield position, each
 
     def skipped_failures(self) -> list[Failure]:
@@ -250,8 +252,9 @@ class _PlannedBatch(NamedTuple):
 
     def ended(self, result: BatchResult, stopped: SegmindError | None = None, *, trimmed: bool = False) -> Ended:
         """The batch when it has ended; see `Ended` for the arguments."""
-        in_place = frozenset(place.rpartition("/")[0] for place in self.archived)
-        return Ended(result, stopped, trimmed, in_place, self.unusable)
+        left_out = self.entries if self.skip_archived else ()
+        names = frozenset(each.name for position, each in enumerate(left_out) if self.in_place[position])
+        return Ended(result, stopped, trimmed, names, self.unusable)
 
 
 def _plan(
@@ -263,7 +266,7 @@ def _plan(
     skip_unusable: Collection[str],
 ) -> _PlannedBatch:
     services, (runs, call) = terms.services, flow_call()
-    archived: set[str] = set()
+    in_place = bytearray()
     unusable: dict[str, str] = {}
     plan = make_plan(
         jobs,
@@ -275,19 +278,21 @@ def _plan(
         on_unknown=terms.on_unknown,
         on_kept=terms.on_kept,
         can_ask=services.can_ask,
-        in_place=archived if skip_archived else None,
+        in_place=in_place,
+        leave_out=skip_archived,
         flow_runs=runs,
         call=call,
         unusable=unusable,
         folds_case=services.publishing is not None and services.publishing.store.folds_case,
     )
-    if archived:
-        run_logger().info("%s have their picture in the archive already", len(archived))
+    left_out = in_place.count(1) if skip_archived else 0
+    if left_out:
+        run_logger().info("%s have their picture in the archive already", left_out)
     skipped = unusable.keys() & set(skip_unusable)
     answers = _carry_earlier_tries(ledger, entries, services)
     limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
-    plan = plan.without(len(archived), skipped).model_copy(update=limits)
-    return _PlannedBatch(plan, entries, archived, skipped, unusable, answers)
+    plan = plan.without(left_out, skipped).model_copy(update=limits)
+    return _PlannedBatch(plan, entries, in_place, skip_archived, skipped, unusable, answers)
 
 
 def _produce(
@@ -317,7 +322,8 @@ def _produce(
             listener().ended(pipeline.ledger, ended)
 
     try:
-        dispatch(batch.wanted(), pipeline, tally, kept.services.settings.grace_seconds)
+        in_place = () if batch.skip_archived else batch.in_place
+        dispatch(batch.wanted, in_place, pipeline, tally, kept.services.settings.grace_seconds)
         end()
         keep("failed_manifest", kept.keep_failed)
         keep("results", kept.keep_results)
@@ -365,6 +371,8 @@ def _carry_earlier_tries(
     """
     run, price_usd = Run("", flow_call().runs), services.settings.price_usd
     answers: list[tuple[datetime, bool]] = []
+    if all(number == 1 for _, number in run.flow_runs):  # in the first try there are none to look for
+        return answers
     wanted = {each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as}
     for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
         ledger.carry(picture, past_requests(run, record.attempts, price_usd), run.id)

@@ -233,6 +233,28 @@ class Tally:
             progress = self.progress
         self._report(progress)
 
+    def count(self, position: int, reused: ArchivedImage) -> None:
+        """Records the result of an asset that was never under way: its picture was there.
+
+        Args:
+            position: Its position among all jobs of the run.
+            reused: The picture.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._finish(position, reused.status, reused)
+            progress = self.progress
+        self._report(progress)
+
+    def has_ended(self, position: int) -> bool:
+        """Whether an asset has ended with a result; False if it was stopped before anything was sent.
+
+        Args:
+            position: Its position among all jobs of the run.
+        """
+        return position < len(self._ended) and bool(self._ended[position])
+
     def close(self) -> None:
         """Counts the assets that are still under way as failed, and nothing after that."""
         late = SegmindError("the run ended before this asset; run it again: a picture that still arrives is recovered")
@@ -277,7 +299,7 @@ class Tally:
         with self._lock:
             counts, spent = self._counts, self._ledger.totals
             not_started = self._plan.total - self.progress.done - counts["submitted"]
-            left = (each.name for position, each in (entries if not_started else ()) if not self._has_ended(position))
+            left = (each.name for position, each in (entries if not_started else ()) if not self.has_ended(position))
             return BatchResult(
                 total=self._plan.total,
                 generated=counts["generated"],
@@ -301,9 +323,6 @@ class Tally:
     def _report(self, progress: Progress) -> None:
         with suppress(Exception):  # an observer that fails does not affect the run
             self._observe(progress)
-
-    def _has_ended(self, position: int) -> bool:
-        return position < len(self._ended) and bool(self._ended[position])
 
     def _finish(self, position: int, status: str, result: ArchivedImage | Failure) -> None:
         self._counts[status] += 1
