@@ -1,4 +1,4 @@
-"""The accounts of shared budgets in an archive, and the permits for requests: small JSON objects, changed by conditions.
+"""The accounts of shared budgets in an archive, and the permits for requests: JSON objects, changed by conditions.
 
 {archive}/.segmind/budgets/{name}.json            the account of a budget
 {archive}/.segmind/requests-per-minute.json       the permits of all runs that share the rate

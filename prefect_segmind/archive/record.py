@@ -287,9 +287,7 @@ class Record(BaseModel):
             image_file: The address of the source image that is sent, without its query.
             shares: The shares of shared budgets that the request is paid from.
         """
-        attempt = Attempt(
-            run=holder.run, sent_at=now, flow_runs=holder.flow_runs, image_file=image_file, shares=shares
-        )
+        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs, image_file=image_file, shares=shares)
         record = self.taken_over_by(holder)
         return record.model_copy(update={"attempts": (*record.attempts, attempt), "asked": asked or self.asked})
 

@@ -14,16 +14,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
 from decimal import Decimal
 from typing import Literal, NamedTuple
-from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.errors import ConfigurationError
 from prefect_segmind.limits.ledger import NOTHING
-from prefect_segmind.money import Usd
+from prefect_segmind.money import Usd, usd
 
 LEASE_SECONDS = 60.0
 """How long a share is its run's after it was last renewed."""
@@ -48,6 +47,7 @@ class Budget:
         zone: The time zone of days and months.
 
     Example:
+        >>> from zoneinfo import ZoneInfo
         >>> budget = Budget("daily", Decimal(5), "DAILY_BUDGET_USD", zone=ZoneInfo("Europe/Berlin"))
         >>> budget.account(datetime.fromisoformat("2026-11-27T23:30:00+00:00"))
         'daily-2026-11-28'
@@ -57,7 +57,7 @@ class Budget:
     limit_usd: Decimal
     setting: str
     campaign: str = ""
-    zone: ZoneInfo = ZoneInfo("UTC")
+    zone: tzinfo = UTC
 
     def account(self, now: datetime) -> str:
         """The name of its account.
@@ -75,6 +75,35 @@ class Budget:
     def title(self) -> str:
         """What people call it: `daily budget`, `monthly budget`, `budget summer`."""
         return f"budget {self.campaign}" if self.kind == "campaign" else f"{self.kind} budget"
+
+
+class BudgetLeft(BaseModel):
+    """What a shared budget has left.
+
+    Attributes:
+        title: What people call it.
+        limit_usd: The limit.
+        left_usd: What may still be drawn.
+        held_usd: What live runs have drawn and not spent: some of it may come back.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    limit_usd: Decimal
+    left_usd: Decimal
+    held_usd: Decimal
+
+    def sentence(self) -> str:
+        """The same in words.
+
+        Example:
+            >>> amounts = {"limit_usd": Decimal(5), "left_usd": Decimal("1.2"), "held_usd": Decimal("0.5")}
+            >>> BudgetLeft(title="daily budget", **amounts).sentence()
+            '1.20 of 5.00 USD left, and 0.50 USD held by runs'
+        """
+        held = f", and {usd(self.held_usd)} USD held by runs" if self.held_usd else ""
+        return f"{usd(self.left_usd)} of {usd(self.limit_usd)} USD left{held}"
 
 
 def checked_name(name: str) -> str:

@@ -42,12 +42,12 @@ class Granted(NamedTuple):
 
     Attributes:
         permits: The permits of all runs after it.
-        count: How many are granted.
+        number: How many are granted.
         wait_seconds: When to ask again if none are.
     """
 
     permits: Permits
-    count: int
+    number: int
     wait_seconds: float = 0.0
 
 
@@ -60,7 +60,7 @@ class Permits(BaseModel):
 
     Example:
         >>> first = Permits().drawn("a", wanted=5, requests_per_minute=120, now=0.0)
-        >>> first.count, first.permits.drawn("b", wanted=500, requests_per_minute=120, now=0.0).count
+        >>> first.number, first.permits.drawn("b", wanted=500, requests_per_minute=120, now=0.0).number
         (5, 6)
     """
 

@@ -588,7 +588,7 @@ class Purse:
             drawn = permits.drawn(
                 new.id, wanted=wanted, requests_per_minute=limit, now=at, known=[each.told() for each in over]
             )
-            granted, wait, new.at = drawn.count, drawn.wait_seconds, at
+            granted, wait, new.at = drawn.number, drawn.wait_seconds, at
             return drawn.permits
 
         self._book.change_permits(change)

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
-from zoneinfo import ZoneInfo
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prefect_segmind.errors import PreconditionFailedError, StoreUnreachableError
-from prefect_segmind.limits.account import LEASE_SECONDS, Account, Announcement, Budget, Share
+from prefect_segmind.limits.account import Account, Announcement, Budget, Share
 from prefect_segmind.limits.ledger import Fit
 from prefect_segmind.limits.permits import Permits
-from prefect_segmind.limits.purse import LONGEST_WAIT_SECONDS, POLL_SECONDS, Hold, Purse
-from tests.support.waiting import until
+from prefect_segmind.limits.purse import POLL_SECONDS, Hold, Purse
 
 PRICE = Decimal("0.05")
 BEGIN = datetime(2026, 11, 27, 23, 59, tzinfo=UTC)
@@ -197,7 +193,10 @@ class SharedBudgets(RuleBasedStateMachine):
     """Any order of steps of several runs: some crash, some sleep, and writes are lost or their answers are."""
 
     @initialize(
-        daily=st.integers(0, 6), campaign=st.integers(1, 9), rest=st.sampled_from(["0", "0.01", "0.049"]), known=st.booleans()
+        daily=st.integers(0, 6),
+        campaign=st.integers(1, 9),
+        rest=st.sampled_from(["0", "0.01", "0.049"]),
+        known=st.booleans(),
     )
     def begin(self, daily: int, campaign: int, rest: str, known: bool) -> None:
         self.world = World()
@@ -214,7 +213,12 @@ class SharedBudgets(RuleBasedStateMachine):
     which = st.integers(0, 2)
     faults = st.lists(st.sampled_from(["none", "none", "not written", "answer lost"]), max_size=4)
 
-    @rule(which=which, faults=faults, count=st.integers(1, 4), then=st.sampled_from(["waits", "records", "sends", "sends"]))
+    @rule(
+        which=which,
+        faults=faults,
+        count=st.integers(1, 4),
+        then=st.sampled_from(["waits", "records", "sends", "sends"]),
+    )
     def take_some(self, which: int, faults: list[Fault], count: int, then: str) -> None:
         run = self.runs[which]
         for _ in range(count):
