@@ -231,7 +231,7 @@ class Cashier:
             self.open_client() as client,
         ):
             request = job.request(self.address(uploaded.uri))
-            held = self._claim(job, finding, run, asked, address(request.image_file))
+            held = self._claim(job, finding, run, asked, address(request.image_file), admission.shares)
             if held is None:
                 return None
             request_id = held.record.attempts[-1].request
@@ -248,6 +248,7 @@ class Cashier:
 
             def before_sending() -> None:
                 held.confirm()
+                admission.confirm()
                 enter()
                 held.sending()
 
@@ -480,9 +481,17 @@ class Cashier:
         if left.record.holder and run.follows(left.record.holder.flow_runs):
             left.release()
 
-    def _claim(self, job: ValidatedJob, finding: Finding, run: Run, asked: Asked, image_file: str) -> Claim | None:
+    def _claim(
+        self,
+        job: ValidatedJob,
+        finding: Finding,
+        run: Run,
+        asked: Asked,
+        image_file: str,
+        shares: tuple[str, ...],
+    ) -> Claim | None:
         def begin(held: Claim, holder: Holder) -> None:
-            held.begin_request(holder, asked, image_file)
+            held.begin_request(holder, asked, image_file, shares)
 
         return self._claimed_by(begin, job, finding, run)
 

@@ -524,6 +524,11 @@ class S3Store:
             except aws.ClientError:
                 return None
 
+    def dated_keys(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """The same with their times, which S3 counts in whole seconds; see `Store.dated_keys`."""
+        for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
+            yield each.key.removeprefix(self._root), each.modified
+
     def _put(self, key: str, data: bytes, content_type: str, **more: Any) -> str:
         request: PutObjectRequestTypeDef = {
             "Bucket": self._bucket,
