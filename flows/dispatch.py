@@ -46,6 +46,7 @@ def dispatch(
     pipeline: Pipeline,
     tally: Tally,
     grace_seconds: float,
+    elsewhere: Callable[[], None] | None = None,
 ) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
 
@@ -61,12 +62,15 @@ def dispatch(
         pipeline: Takes them through their stages.
         tally: Counts their outcomes.
         grace_seconds: How long to wait for what is in flight when the run is interrupted.
+        elsewhere: Has others work on the assets that are not in place, and waits for them, instead of task runs here.
     """
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
         try:
             if any(in_place):
                 _reuse_in_place((each for each in wanted() if in_place[each[0]]), pipeline, tally)
+            if elsewhere:
+                return elsewhere()
             for position, entry in wanted():
                 if tally.has_ended(position):
                     continue
