@@ -53,7 +53,7 @@ from prefect_segmind.reporting.listener import listener
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
 from prefect_segmind.tasks.failures import TOLD_AT_END
-from prefect_segmind.tasks.interrupts import end_run_on_hangup
+from prefect_segmind.tasks.interrupts import end_run_on_hangup, outlive_the_reader_of_the_log
 from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.run_context import (
     flow_call,
@@ -197,6 +197,7 @@ def run_batch(
         BaseException: What has interrupted the run, after its totals were logged.
     """
     end_run_on_hangup()
+    outlive_the_reader_of_the_log()
     services, ledger = terms.services, run_ledger()
     sharded = ShardedRun(terms.shards, services, terms.max_concurrency) if terms.shards > 1 else None
     with (
@@ -245,8 +246,8 @@ def run_batch(
                 run_stopped(stopped, result)
 
         kept = _Kept(services, results, apart, failed_jobs if keep_failed and not shard else None)
-        if shard:
-            kept = replace(kept, folder=shard.results_folder)
+        if own := shard or sharded:
+            kept = replace(kept, folder=own.folder)
         try:
             result = _produce(batch, pipeline, tally, kept, report, sharded, terms.requests_per_minute)
         finally:

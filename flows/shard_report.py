@@ -26,7 +26,7 @@ class ReportedShard:
 
     def __init__(self, key: ShardKey, folder: ShardFolder) -> None:
         self._key = key
-        self._folder = folder
+        self._place = folder
         self._tally: Tally | None = None
         self._ledger = Ledger()
         self._earlier = Totals()
@@ -35,9 +35,9 @@ class ReportedShard:
         self._writing = threading.Lock()
 
     @property
-    def results_folder(self) -> str:
+    def folder(self) -> str:
         """Where its results are kept, below `.segmind/` of the archive."""
-        return self._folder.results_of(self._key)
+        return self._place.results_of(self._key)
 
     def follow(self, tally: Tally, ledger: Ledger) -> None:
         """Has the reports tell how far the run is.
@@ -61,7 +61,7 @@ class ReportedShard:
             StoreError: It cannot be written.
         """
         self._ended.set()
-        key = f".segmind/{self.results_folder}/results.jsonl"
+        key = f".segmind/{self.folder}/results.jsonl"
         self._write(
             ended=True,
             stopped=str(stopped) if stopped else None,
@@ -91,7 +91,7 @@ class ReportedShard:
             spent = self._ledger.totals.plus(self._earlier, -1)
             report = ShardReport(number=self._number, counts=counts, **spent._asdict(), ended=ended, **more)
             self._number += 1
-            self._folder.write_report(self._key, report)
+            self._place.write_report(self._key, report)
 
 
 @contextmanager

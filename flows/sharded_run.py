@@ -6,6 +6,7 @@ run again, and takes their results over as if it had made the pictures itself.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -156,6 +157,11 @@ class ShardedRun:
         self._parameters: dict[int, dict[str, Any]] = {}
         self._is_cancelled = False
         self._told_waiting = time.monotonic()
+
+    @property
+    def folder(self) -> str:
+        """The folder of this run below `.segmind/` of the archive, the same in all its tries."""
+        return f"runs/{self._folder.run}"
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -429,16 +435,8 @@ class ShardedRun:
             elif line is not None:
                 tally.take_over(position, entry, parse_result(line))
         with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-shards") as pool:
-            found = pool.map(
-                lambda each: self._settled(
-                    each[1],
-                    each[2],
-                    dead[shard_of(each[1], self._shards)],
-                    last[shard_of(each[1], self._shards)],
-                    pipeline,
-                ),
-                open_ended,
-            )
+            log = run_logger()  # a thread has no run of its own
+            found = pool.map(lambda each: self._settled(each[1], each[2], dead, last, pipeline, log), open_ended)
             for (position, entry, _), result in zip(open_ended, found, strict=True):
                 if result is not None:
                     tally.take_over(position, entry, result)
@@ -459,15 +457,18 @@ class ShardedRun:
         self,
         entry: Job | ValidatedJob,
         line: bytes | None,
-        dead: Sequence[_ShardRun],
-        last: _ShardRun,
+        dead_runs: Mapping[int, Sequence[_ShardRun]],
+        last_runs: Mapping[int, _ShardRun],
         pipeline: Pipeline,
+        log: logging.Logger,
     ) -> ArchivedImage | Failure | None:
         """The result of an asset of a shard with runs that did not end in order, and what those have paid for it.
 
         None if it was not started.
         """
-        archive, log = pipeline.archiving.archive, run_logger()
+        archive = pipeline.archiving.archive
+        number = shard_of(entry, self._shards)
+        dead, last = dead_runs[number], last_runs[number]
         told = None if line is None else parse_result(line)
         is_new = isinstance(told, ArchivedImage) and told.status == "generated"
         # As a later try of theirs, which reports what they have sent.
