@@ -13,7 +13,7 @@ from prefect_segmind.errors import SegmindError, StoreError
 from prefect_segmind.limits.ledger import Ledger, Totals
 from prefect_segmind.services import Services
 from prefect_segmind.storage.store import Store
-from prefect_segmind.tasks.run_context import current_flow_run, run_logger
+from prefect_segmind.tasks.run_context import current_flow_run, flow_call, run_logger
 
 
 class ReportedShard:
@@ -31,6 +31,7 @@ class ReportedShard:
         self._ledger = Ledger()
         self._earlier = Totals()
         self._number = 0
+        self._tries = 1
         self._ended = threading.Event()
         self._writing = threading.Lock()
 
@@ -44,9 +45,13 @@ class ReportedShard:
 
         Args:
             tally: Its tally.
-            ledger: Its ledger; what it has from earlier tries is reported by the run that has started this one.
+            ledger: Its ledger. What it has by now was sent in earlier tries: of this run, or of the one that has
+                started it, which reports that itself.
         """
-        self._earlier = ledger.totals
+        (*around, (_, tries)) = flow_call().runs
+        if tries == 1 and any(number > 1 for _, number in around):
+            self._earlier = ledger.totals
+        self._tries = tries
         self._tally, self._ledger = tally, ledger
 
     def end(self, result: BatchResult, stopped: SegmindError | None, store: Store) -> None:
@@ -89,7 +94,8 @@ class ReportedShard:
                 return
             counts = self._tally.progress.counts if self._tally else {}
             spent = self._ledger.totals.plus(self._earlier, -1)
-            report = ShardReport(number=self._number, counts=counts, **spent._asdict(), ended=ended, **more)
+            numbers = {"number": self._number, "tries": self._tries}
+            report = ShardReport(**numbers, counts=counts, **spent._asdict(), ended=ended, **more)
             self._number += 1
             self._place.write_report(self._key, report)
 

@@ -419,7 +419,9 @@ class ShardedRun:
             results = self._results(each)
             if results is not None:
                 lines |= results
-            if each.is_over and results is None:
+            # In a later try of both nobody can tell from the sums alone who reports which request; the records can.
+            is_mixed = bool(each.report and each.report.tries > 1 and self._run.run_count > 1)
+            if each.is_over and (results is None or is_mixed):
                 dead[each.key.number].append(each)
             elif each.report:
                 reports.append(each.report)
@@ -472,7 +474,7 @@ class ShardedRun:
         told = None if line is None else parse_result(line)
         is_new = isinstance(told, ArchivedImage) and told.status == "generated"
         # As a later try of theirs, which reports what they have sent.
-        run = Run(uuid4().hex, tuple((str(each.id), 2) for each in dead))
+        run = Run(uuid4().hex, tuple((str(each.id), _LATER) for each in dead))
         image: ArchivedImage | None = None
         if isinstance(entry, ValidatedJob):
             with suppress(SegmindError):
@@ -500,6 +502,7 @@ class ShardedRun:
 
 
 _DEAD = "its run has died"
+_LATER = 1_000_000  # the number of a try after all others
 
 
 def _weight(run: _ShardRun) -> tuple[int, int]:

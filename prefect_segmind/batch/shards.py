@@ -79,8 +79,9 @@ class ShardReport(BaseModel):
 
     Attributes:
         number: How many reports it has written before, so that each is a new version.
+        tries: How often the run has begun; more than once where its pool has put it back.
         counts: The number of assets by their status, as in `Progress`.
-        requests_sent: The requests that it has sent itself, without those of earlier tries.
+        requests_sent: The requests that it has sent in all its tries.
         cost_usd: What they have cost.
         possibly_billed_usd: What those of unknown outcome may have cost.
         ended: Whether it has ended in order, and its results are complete.
@@ -92,6 +93,7 @@ class ShardReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     number: int = 0
+    tries: int = 1
     counts: dict[str, int] = {}
     requests_sent: int = 0
     cost_usd: Decimal = NOTHING
@@ -133,15 +135,15 @@ def fate(state: str, unchanged_seconds: float, *, has_ended: bool) -> Fate:
         >>> fate("SCHEDULED", 9000, has_ended=False).name, fate("FAILED", 0, has_ended=False).name
         ('WAITS', 'FAILED')
     """
-    is_final = state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    if has_ended and (is_final or unchanged_seconds > SILENT_SECONDS):
-        return Fate.ENDED
-    if is_final:
-        return Fate.DIED if state == "CRASHED" else Fate.FAILED
-    if state in ("SCHEDULED", "PAUSED"):
+    if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        return Fate.ENDED if has_ended else Fate.DIED if state == "CRASHED" else Fate.FAILED
+    if state in ("SCHEDULED", "PAUSED"):  # also one that a pool has put back, as Kubernetes' does when a node goes
         return Fate.WAITS
-    longest = PENDING_SECONDS if state == "PENDING" else SILENT_SECONDS
-    return Fate.DIED if unchanged_seconds > longest else Fate.WORKS
+    if state == "PENDING":
+        return Fate.DIED if unchanged_seconds > PENDING_SECONDS else Fate.WORKS
+    if unchanged_seconds <= SILENT_SECONDS:
+        return Fate.WORKS
+    return Fate.ENDED if has_ended else Fate.DIED
 
 
 def shard_of(entry: Job | ValidatedJob, shards: int) -> int:

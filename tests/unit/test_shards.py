@@ -60,6 +60,7 @@ def test_a_run_of_a_shard_is_known_by_its_key_alone() -> None:
     ("state", "silent", "has_ended", "expected"),
     [
         ("SCHEDULED", 1e6, False, Fate.WAITS),  # for as long as the pool has no place for it
+        ("SCHEDULED", 1e6, True, Fate.WAITS),  # its pool has put it back, as when a node went
         ("PENDING", PENDING_SECONDS - 1, False, Fate.WORKS),
         ("PENDING", PENDING_SECONDS + 1, False, Fate.DIED),  # its worker was killed before it began
         ("RUNNING", SILENT_SECONDS - 1, False, Fate.WORKS),
