@@ -269,6 +269,17 @@ def test_a_run_that_dies_and_is_run_again_waits_for_the_shards_that_it_has_start
     assert all(each.state == "done" for each in cluster.records("again"))
 
 
+def test_all_shards_draw_from_one_budget(cluster: Cluster) -> None:
+    manifest, archive = cluster.campaign("budget", 40)
+    run = cluster.run(manifest, archive, max_concurrency=8, budget_usd="0.75", requests_per_minute=600)
+    ended = cluster.wait_for(run, "FAILED", "COMPLETED")
+    assert ended["state_type"] == "FAILED"
+    assert "not started; paid 0.75 USD" in ended["state"]["message"], ended["state"]["message"]
+    assert cluster.billed("budget") == 15
+    account = cluster.s3.get_object(Bucket=BUCKET, Key=f"budget/.segmind/budgets/run-{run}.json")
+    assert b"shares" in account["Body"].read()
+
+
 def _has_child(parent: int, child: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1] == str(parent)
