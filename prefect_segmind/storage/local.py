@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import IO
 from uuid import uuid4
@@ -96,8 +97,9 @@ class LocalStore:
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
         with disk_errors(f"cannot write {path}"):
-            above_new = [folder.parent for folder in path.parents if not folder.exists()]
-            path.parent.mkdir(parents=True, exist_ok=True)
+            above_new = [folder.parent for folder in takewhile(lambda each: not each.exists(), path.parents)]
+            if above_new:
+                path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with draft.open("xb") as file:
                     file.write(data)
@@ -186,8 +188,11 @@ class LocalStore:
         comes: whoever handles that may write here too, and would wait for the lock for ever.
         """
         path = self.folder / LOCK_KEY
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+b")
+        try:
+            return path.open("a+b")
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+b")
 
 
 def _is_ours(key: str) -> bool:
