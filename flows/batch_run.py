@@ -190,7 +190,7 @@ def run_batch(
         except (NotApprovedError, RunCancelledError) as error:
             return batch.ended(tally.result(stopped=error, entries=batch.wanted()), error)
         ledger.limit_usd = approved.budget_usd
-        pipeline = _open_pipeline(terms, ledger, batch.answers)
+        pipeline = _open_pipeline(terms, ledger, batch)
 
         def report(result: BatchResult) -> None:
             publish_batch(result.with_failures(apart), title, services.archive, services.reader)
@@ -212,6 +212,7 @@ class _PlannedBatch(NamedTuple):
         archived: The places of jobs that are left out because their pictures are archived.
         skipped: The names of jobs that are left out because their images cannot be used.
         unusable: The names of all jobs whose images cannot be used, with the reason.
+        unseen: The fingerprints of the pictures to pay for of which neither archive nor outbox has anything.
         answers: When each paid request of earlier tries was sent, and whether its answer held a picture.
     """
 
@@ -220,6 +221,7 @@ class _PlannedBatch(NamedTuple):
     archived: Collection[str]
     skipped: Collection[str]
     unusable: Mapping[str, str]
+    unseen: set[str]
     answers: Sequence[tuple[datetime, bool]]
 
     def wanted(self) -> Iterator[Job | ValidatedJob]:
@@ -249,6 +251,7 @@ def _plan(
     services, (runs, call) = terms.services, flow_call()
     archived: set[str] = set()
     unusable: dict[str, str] = {}
+    unseen: set[str] = set()
     plan = make_plan(
         jobs,
         entries,
@@ -264,6 +267,7 @@ def _plan(
         call=call,
         unusable=unusable,
         folds_case=services.publishing is not None and services.publishing.store.folds_case,
+        unseen=unseen,
     )
     if archived:
         run_logger().info("%s have their picture in the archive already", len(archived))
@@ -271,7 +275,7 @@ def _plan(
     answers = _carry_earlier_tries(ledger, entries, services)
     limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
     plan = plan.without(len(archived), skipped).model_copy(update=limits)
-    return _PlannedBatch(plan, entries, archived, skipped, unusable, answers)
+    return _PlannedBatch(plan, entries, archived, skipped, unusable, unseen, answers)
 
 
 def _produce(
@@ -313,21 +317,27 @@ def _produce(
         raise
 
 
-def _open_pipeline(terms: Terms, ledger: Ledger, earlier_answers: Iterable[tuple[datetime, bool]]) -> Pipeline:
+def _open_pipeline(terms: Terms, ledger: Ledger, batch: _PlannedBatch) -> Pipeline:
     """The pipeline of a batch, whose gate holds its terms."""
     services = terms.services
     gate = Gate(
         max_concurrency=terms.max_concurrency,
         requests_per_minute=terms.requests_per_minute,
         ledger=ledger,
-        earlier_answers=earlier_answers,
+        earlier_answers=batch.answers,
         stop_after_unusable=services.settings.stop_after_unusable,
         longest_wait_seconds=services.settings.longest_wait_seconds,
         log=run_logger(),
     )
     publisher = services.publisher(refreshed_at(), str(flow_run.id))
     pipeline = services.pipeline(
-        gate, on_unknown=terms.on_unknown, on_kept=terms.on_kept, policy=POLICY, publisher=publisher, log=run_logger()
+        gate,
+        on_unknown=terms.on_unknown,
+        on_kept=terms.on_kept,
+        policy=POLICY,
+        publisher=publisher,
+        unseen=batch.unseen,
+        log=run_logger(),
     )
     warn_once_without_conditional_writes(services.archive)
     return pipeline

@@ -14,7 +14,6 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.tasks import Task
 
 from prefect_segmind.batch.tally import Tally
 from prefect_segmind.errors import RunCancelledError
@@ -90,12 +89,12 @@ def _start(work: Callable[[], object], name: str) -> threading.Thread:
 
 
 def _produce(
-    entry: Job | ValidatedJob, produce: Task[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
+    entry: Job | ValidatedJob, produce: Callable[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
 ) -> None:
     """Works on an asset, and counts its outcome."""
     outcome: object
     try:
-        outcome = produce(entry, return_state=True).result(raise_on_failure=False)
+        outcome = produce(entry)
     except BaseException as error:  # noqa: BLE001
         outcome = error
     try:

@@ -224,7 +224,9 @@ class Archive:
             raise gone
         return copy
 
-    def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
+    def put_picture(
+        self, name: str, fingerprint: str, picture: PaidPicture, data: bytes, *, is_new: bool = False
+    ) -> str:
         """Store a picture under a job's name and never over a different one, nor beside the sidecar of a different one.
 
         Args:
@@ -232,6 +234,7 @@ class Archive:
             fingerprint: The job's.
             picture: The picture's facts.
             data: The picture.
+            is_new: Whether the archive is known to have no sidecar of the job, so that none is looked for.
 
         Returns:
             Its key: `{name}/{fingerprint[:16]}.{ext}`, with the picture's own hash if that is another one's.
@@ -241,13 +244,14 @@ class Archive:
         """
         stem = f"{name}/{fingerprint[:16]}"
         for key in (f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"):
-            beside = self.store.get(sidecar_key(key))
+            beside = None if is_new else self.store.get(sidecar_key(key))
             if beside is not None and not _describes(beside.data, picture):
                 continue
             try:
                 self.store.put(key, data, picture.content_type, if_absent=True)
             except PreconditionFailedError:
                 if not self.store.holds(key, data):
+                    is_new = False
                     continue
             return key
         raise StoreError(f"{self.store.uri(stem)} is taken by other pictures; choose another name for the job")

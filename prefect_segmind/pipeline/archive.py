@@ -91,13 +91,17 @@ class Archiving:
                 same job again archives it without paying.
         """
         held = held_claim(self.archive, generated.job.fingerprint)
-        if held is not None and held.run == generated.run:
+        if held is not None and held.run != generated.run:
+            held = None
+        if held is not None:
             held.is_idle = False
         try:
             if generated.path is None:
                 return self._reuse(generated, flow_run_id)
             return self._archive(generated, generated.path, flow_run_id, held)
         except SegmindError as error:
+            if held is not None:  # in the record the picture may not be paid for yet
+                held.give_up()
             safe = (
                 f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again on this "
                 "machine when the archive is back, and it is archived without another payment"
@@ -112,7 +116,7 @@ class Archiving:
                 possibly_billed_usd=generated.possibly_billed_usd,
             ) from error
         finally:
-            if held is not None and held.run == generated.run:
+            if held is not None:
                 held.release()
 
     def _archive(
@@ -127,7 +131,8 @@ class Archiving:
             raise StoreError(f"outbox: {path} cannot be read: {reason(error)}") from error
         if hashlib.sha256(data).hexdigest() != picture.sha256:
             raise StoreError(f"outbox: {path} is no longer the picture that was paid for")
-        image = self.archive.put_picture(generated.name, fingerprint, picture, data)
+        is_new = held is not None and held.is_new
+        image = self.archive.put_picture(generated.name, fingerprint, picture, data, is_new=is_new)
         beside_key = sidecar_key(image)
         before = Record(fingerprint=fingerprint, attempts=generated.attempts)
 
@@ -135,7 +140,7 @@ class Archiving:
             return record.archived(picture, image, beside_key, paid_by=generated.paid_by)
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
-        done = self._record_done(held if held and held.run == generated.run else None, before, archived)
+        done = self._record_done(held, before, archived)
         outbox = replace(self.outbox, also=(*self.outbox.also, path.parent))
         outbox.remove(fingerprint, picture.sha256, done.runs_in_doubt)
         return self._result(generated, image, beside_key)
