@@ -68,7 +68,9 @@ def main() -> None:
     sys.exit(bool(failures))
 
 
-def batches(cells: Sequence[Cell], strategies: Sequence[Strategy], most_naive: int) -> Iterator[tuple[Cell, Strategy]]:
+def batches(
+    cells: Sequence[Cell], strategies: Sequence[Strategy], most_naive: int = NAIVE.most
+) -> Iterator[tuple[Cell, Strategy]]:
     """What is to be measured, in this order: what takes longest for its worth comes last.
 
     Args:
