@@ -19,8 +19,8 @@ SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }
-_IDLE = 0.25
-"""Seconds of CPU in one second below which the server has nothing more to record. Its services alone take some 0.1."""
+_IDLE = 0.1
+"""Seconds of CPU in one second below which the server has nothing more to record. Its services alone take some 0.02."""
 
 
 class PrefectServer:

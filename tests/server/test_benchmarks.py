@@ -19,9 +19,7 @@ def test_the_smallest_batch_is_measured_with_its_requests_its_memory_and_the_ser
     command = [sys.executable, "-m", "benchmarks.bench", "--cell", "6,3,0.1,s3", "--by", "ours", "--output", str(table)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    (row,) = re.findall(
-        r"^\| 6 \| 3 \| 0.1 s \| s3 \| prefect-segmind refresh \|(.*) \|$", table.read_text("utf-8"), re.M
-    )
+    (row,) = re.findall(r"^\| 6 \| 3 \| 0.1 s \| s3 \| prefect-segmind refresh \|(.*) \|$", table.read_text(), re.M)
     cells = [each.strip() for each in row.split("|")]
     _, _, first_post, whole, cpu, without_start, server_cpu, s3_requests, memory = cells
     assert 0 < number(first_post) < number(whole)
