@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ def main() -> None:
     given = parser.parse_args()
     if not sys.platform.startswith("linux"):
         parser.error("it reads /proc, which only Linux has")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     load = os.getloadavg()[0]
     compileall.compile_dir(ROOT / "prefect_segmind", quiet=1)  # or the first batch alone would pay for it
     cells = given.cells or (QUICK if given.quick else FULL)

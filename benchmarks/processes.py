@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -66,23 +67,37 @@ class Use(NamedTuple):
 
 
 class Measured:
-    """A process under measurement. It has begun when this returns.
+    """A process under measurement: started with the context, and killed with it if it has not ended.
 
     Args:
         command: The command line.
         environment: Its whole environment.
         folder: Its working directory.
         output: Where its output goes.
+        seconds: How long it may take; then it is killed.
 
     Attributes:
         pid: Its id.
         began: When it was started, by `time.monotonic`.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path, output: IO[str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], folder: Path, output: IO[str], seconds: float
+    ) -> None:
         self.began = time.monotonic()
         self._process = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         self.pid = self._process.pid
+        self._timer = threading.Timer(seconds, self._process.kill)
+
+    def __enter__(self) -> Measured:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
 
     def wait(self) -> Use:
         """Waits for its end."""

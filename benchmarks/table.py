@@ -33,7 +33,7 @@ HEADS = (
     "peak memory",
 )
 LATE, FOREIGN = 0.05, 0.05
-"""From which share of the latency on a stub counts as slow, and of the machine other work as a disturbance."""
+"""From which share of the latency on the stub counts as late, and of the machine other work as a disturbance."""
 
 
 def machine(load: float) -> str:
@@ -109,7 +109,14 @@ def _notes(results: Sequence[Result]) -> list[str]:
     if any(each.strategy.extrapolated for each in results):
         notes.append("≈: extrapolated from 5 pictures, made one after the other.")
     if any(each.late > LATE * each.cell.latency for each in results):
-        notes.append(f"†: the stub answered later than it should have by more than {LATE:.0%} of the latency.")
+        notes.append(f"†: answers of the stub were sent later than due by more than {LATE:.0%} of the latency.")
+    if results:
+        notes.append(f"The busier stub used at most {max(each.stub_busy for each in results):.0%} of a core.")
+    notes += [
+        f"{each.strategy.name} has paid {each.paid:,} times for {each.cell.assets:,} pictures."
+        for each in results
+        if each.paid > each.cell.assets
+    ]
     if any(each.foreign > FOREIGN for each in results):
         notes.append(f"‡: other programs took more than {FOREIGN:.0%} of the machine's CPU at the time.")
     ours = sorted((each for each in results if each.strategy is OURS), key=lambda each: each.cell.assets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import doctest
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks import cells, stub_http
 from benchmarks.bench import batches, tried
 from benchmarks.cells import FULL, Cell
 from benchmarks.measuring import Result
+from benchmarks.processes import Measured, cpu_seconds
 from benchmarks.strategies import ALL, OURS, SAMPLE
 from benchmarks.stub_s3 import StubS3
 from benchmarks.stubs import Stub
@@ -251,6 +253,7 @@ def test_what_no_picture_can_be_made_of_is_refused_and_not_counted(key: str, bod
 def result(cell: Cell, strategy: str = "ours", **more: Any) -> Result:
     """A batch that took as long as it would ideally, 10 s of CPU of which 3 s were the start."""
     usual: dict[str, Any] = {
+        "paid": cell.assets,
         "window": cell.ideal,
         "wall": cell.ideal + 5,
         "to_first_post": 4.0,
@@ -261,6 +264,7 @@ def result(cell: Cell, strategy: str = "ours", **more: Any) -> Result:
         "peak_mb": 200.0,
         "peak_at_once": cell.at_once,
         "late": 0.0,
+        "stub_busy": 0.02,
         "foreign": 0.0,
     }
     return Result(cell, ALL[strategy], **usual | more)
@@ -295,7 +299,14 @@ def test_what_was_extrapolated_or_disturbed_is_marked() -> None:
     assert [cells_of(table, row)["wall ÷ ideal"] for row in range(3)] == ["1.000†", "1.000‡", "≈ 70.400"]
     assert cells_of(table, 2)["made by"] == f"{SAMPLE.name}, from 5"
     assert cells_of(table, 2)["CPU an asset"] == "100.2 ms", "it starts once"
-    assert table.count("\n- ") == 3
+    assert table.count("\n- ") == 4
+
+
+@linux
+def test_what_was_paid_for_twice_is_told() -> None:
+    table = page([result(Cell(640, 64, 2, "folder"), "naive", paid=643, stub_busy=0.25)], [], 0.5)
+    assert "- naive Prefect has paid 643 times for 640 pictures." in table
+    assert "- The busier stub used at most 25% of a core." in table
 
 
 @linux
@@ -328,6 +339,28 @@ def test_a_batch_without_prefect_is_measured_from_its_first_request_to_its_end(t
     assert floor["S3 requests an asset"] == "1.12 (1.12 PUT)", "a picture each, and the image once"
     assert float(floor["wall ÷ ideal"].rstrip("†‡")) >= 1
     assert float(sample["wall ÷ ideal"].strip("≈ †‡")) >= 4, "one after the other, where four could be made at once"
+
+
+@linux
+def test_a_process_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with (tmp_path / "output").open("w") as output, Measured(command, {}, tmp_path, output, 0.5) as process:
+        used = process.wait()
+    assert used.code < 0
+    assert 0.5 <= used.wall < 50
+
+
+@linux
+def test_what_a_process_has_started_counts_as_its_own(tmp_path: Path) -> None:
+    burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"]
+    before = cpu_seconds(os.getpid())
+    with (tmp_path / "output").open("w") as output, Measured(command, {}, tmp_path, output, 60) as process:
+        used = process.wait()
+    assert used.code == 0
+    assert used.cpu >= 0.3
+    assert cpu_seconds(os.getpid()) - before >= 0.3
+    assert used.peak_mb > 1
 
 
 @linux
