@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cells import FULL, QUICK, QUICK_NAIVE, S3_LATENCY, Cell
-from benchmarks.measuring import BenchError, Result, measure
+from benchmarks.measuring import Result, measure
+from benchmarks.processes import BenchError
 from benchmarks.strategies import ALL, NAIVE, Strategy
 from benchmarks.stubs import ROOT
-from benchmarks.table import page
+from benchmarks.table import page, write
 
 
 def main() -> None:
@@ -40,13 +41,16 @@ def main() -> None:
     parser.add_argument("--by", action="append", choices=ALL, help="only in this way; may be repeated")
     parser.add_argument("--s3-latency", type=float, default=S3_LATENCY, help="seconds that S3 takes for a request")
     parser.add_argument("--minutes", type=float, default=60, help="begin no batch that would not end by then")
-    parser.add_argument("--output", type=Path, help="a file for the table, written after each batch")
+    parser.add_argument(
+        "--output", type=Path, help="a file for the table, or a page with a place for it; after each batch"
+    )
     given = parser.parse_args()
     if not sys.platform.startswith("linux"):
         parser.error("it reads /proc, which only Linux has")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     load = os.getloadavg()[0]
-    compileall.compile_dir(ROOT / "prefect_segmind", quiet=1)  # or the first batch alone would pay for it
+    for folder in ("prefect_segmind", "flows", "tasks"):  # or the first batch alone would pay for it
+        compileall.compile_dir(ROOT / folder, quiet=1)
     cells = given.cells or (QUICK if given.quick else FULL)
     strategies = [ALL[name] for name in given.by or ALL]
     results, failures = list[Result](), list[str]()
@@ -65,7 +69,7 @@ def main() -> None:
             print(f"{label(cell, strategy)}: {took}", file=sys.stderr, flush=True)
         results.sort(key=lambda each: cells.index(each.cell))
         if given.output:
-            given.output.write_text(page(results, failures, load), encoding="utf-8")
+            write(given.output, page(results, failures, load))
     print(page(results, failures, load))
     sys.exit(bool(failures))
 
@@ -93,7 +97,7 @@ def tried(cell: Cell, strategy: Strategy, s3_latency: float) -> Result | str:
     """The result of a batch, or what went wrong."""
     try:
         return measure(cell, strategy, s3_latency)
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         return f"{label(cell, strategy)}: {error}"
 
 

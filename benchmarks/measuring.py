@@ -12,16 +12,12 @@ from pathlib import Path
 
 from benchmarks.cells import Cell
 from benchmarks.prefect_server import PrefectServer, prefect_server
-from benchmarks.processes import Measured, Use, busy_seconds, clean_environment, cpu_seconds
+from benchmarks.processes import BenchError, Measured, Use, busy_seconds, clean_environment, cpu_seconds
 from benchmarks.strategies import OURS, Strategy
 from benchmarks.stub_api import picture
 from benchmarks.stubs import ROOT, Stub
 
 BUCKET = "bench"
-
-
-class BenchError(Exception):
-    """A batch that did not do what it was to do, with the end of what it has said."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,6 @@ class Result:
         server_cpu: Seconds of CPU of Prefect's server; None without one.
         s3: The number of requests to S3 by method.
         peak_mb: The most memory of the process, in MB.
-        peak_at_once: The most requests that the API had at once.
         late: Mean seconds by which the API's stub answered later than it should have.
         stub_busy: The CPU of the busier stub over the window: 1 is a core, which is the most that one can use.
         foreign: The share of the machine's CPU that processes took which have nothing to do with this, 0 to 1.
@@ -57,7 +52,6 @@ class Result:
     server_cpu: float | None
     s3: dict[str, int]
     peak_mb: float
-    peak_at_once: int
     late: float
     stub_busy: float
     foreign: float
@@ -94,6 +88,7 @@ def measure(cell: Cell, strategy: Strategy, s3_latency: float) -> Result:
 
     Raises:
         BenchError: It did not end well or in time, or has made too few pictures, or ours one twice.
+        OSError: A stub or the server does not answer.
     """
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
@@ -130,7 +125,6 @@ def measure(cell: Cell, strategy: Strategy, s3_latency: float) -> Result:
             server_cpu=server.cpu_seconds() - served if server else None,
             s3=stored["requests"],
             peak_mb=used.peak_mb,
-            peak_at_once=stats["peak_in_flight"],
             late=stats["mean_late_seconds"],
             stub_busy=max(stats["cpu_seconds"], stored["cpu_seconds"]) / window,
             foreign=foreign,

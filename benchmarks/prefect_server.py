@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.processes import clean_environment, cpu_seconds
+from benchmarks.processes import BenchError, clean_environment, cpu_seconds
 
 SETTINGS = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
@@ -58,6 +58,9 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
 
     Args:
         home: Its folder.
+
+    Raises:
+        BenchError: It does not start.
     """
     port = _free_port()
     environment = clean_environment(**SETTINGS, PREFECT_HOME=str(home), PREFECT_SERVER_API_PORT=str(port))
@@ -67,12 +70,16 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
         process = subprocess.Popen(command, env=environment, cwd=home, stdout=log, stderr=log)
     server = PrefectServer(process.pid, f"http://127.0.0.1:{port}/api")
     try:
-        _wait_for(f"{server.api}/health", process)
+        _wait_for(f"{server.api}/health", process, home / "server.log")
         server.settle()
         yield server
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _free_port() -> int:
@@ -81,7 +88,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
@@ -89,5 +96,5 @@ def _wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 1
                 return
         except OSError:
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError("Prefect's server did not start") from None
+                raise BenchError(f"Prefect's server did not start\n{log.read_text()[-2000:]}") from None
             time.sleep(0.2)

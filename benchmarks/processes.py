@@ -16,6 +16,10 @@ FOREIGN = ("AWS_", "PREFECT_", "SEGMIND_")
 """What of the environment would reach the processes that are measured, and may not."""
 
 
+class BenchError(Exception):
+    """A process that did not do what it was to do, with the end of what it has said."""
+
+
 def clean_environment(**more: str) -> dict[str, str]:
     """The environment without settings of whoever runs the benchmark: keys, profiles, servers, proxies.
 

@@ -42,7 +42,7 @@ class Strategy:
             return [*started, str(manifest), archive, str(cell.at_once)]
         return [
             *(*started, "refresh", str(manifest), "--archive", archive),
-            *("--max-concurrency", str(cell.at_once), "--yes", "--json"),
+            *("--max-concurrency", str(cell.at_once), "--yes"),
         ]
 
     def seconds(self, cell: Cell) -> float:

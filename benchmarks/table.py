@@ -32,6 +32,8 @@ HEADS = (
     "S3 requests an asset",
     "peak memory",
 )
+PLACE = ("<!-- measured -->", "<!-- end of measured -->")
+"""The lines around the place for a table in a page."""
 LATE, FOREIGN = 0.05, 0.05
 """From which share of the latency on the stub counts as late, and of the machine other work as a disturbance."""
 
@@ -74,6 +76,19 @@ def page(results: Sequence[Result], failures: Sequence[str], load: float) -> str
             lines.append(f"| {' | '.join((*_batch(cell, first=number == 0), *_figures(result)))} |")
     notes = [*failures, *_notes(results)]
     return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)]) + "\n"
+
+
+def write(path: Path, table: str) -> None:
+    """Writes a page into a file.
+
+    Args:
+        path: The file. If it has a place for a table, that alone is replaced; else the whole file.
+        table: The page.
+    """
+    present = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = present.partition(PLACE[0])
+    _, end, after = rest.partition(PLACE[1])
+    path.write_text(f"{before}{begin}\n\n{table}\n{end}{after}" if end else table, encoding="utf-8")
 
 
 def _batch(cell: Cell, *, first: bool) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from benchmarks.processes import Measured, cpu_seconds
 from benchmarks.strategies import ALL, OURS, SAMPLE
 from benchmarks.stub_s3 import StubS3
 from benchmarks.stubs import Stub
-from benchmarks.table import HEADS, page
+from benchmarks.table import HEADS, page, write
 from prefect_segmind.api.client import SegmindClient
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.errors import PreconditionFailedError
@@ -262,7 +262,6 @@ def result(cell: Cell, strategy: str = "ours", **more: Any) -> Result:
         "server_cpu": 20.0,
         "s3": {"PUT": 5 * cell.assets, "GET": cell.assets, "LIST": 1},
         "peak_mb": 200.0,
-        "peak_at_once": cell.at_once,
         "late": 0.0,
         "stub_busy": 0.02,
         "foreign": 0.0,
@@ -307,6 +306,20 @@ def test_what_was_paid_for_twice_is_told() -> None:
     table = page([result(Cell(640, 64, 2, "folder"), "naive", paid=643, stub_busy=0.25)], [], 0.5)
     assert "- naive Prefect has paid 643 times for 640 pictures." in table
     assert "- The busier stub used at most 25% of a core." in table
+
+
+def test_a_table_is_written_into_its_place_in_a_page_again_and_again(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    for table in ("first\n", "second\n"):
+        write(path, table)
+    text = path.read_text(encoding="utf-8")
+    assert "\n\nsecond\n\n" in text
+    assert "first\n" not in text
+    assert text.startswith("# Benchmarks\n")
+    assert "## Where the CPU of an asset goes" in text
+    write(path.with_name("bench.md"), "table\n")
+    assert path.with_name("bench.md").read_text(encoding="utf-8") == "table\n"
 
 
 @linux
