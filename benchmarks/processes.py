@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-_TICKS = os.sysconf("SC_CLK_TCK")
 FOREIGN = ("AWS_", "PREFECT_", "SEGMIND_")
 """What of the environment would reach the processes that are measured, and may not."""
 
@@ -41,7 +40,7 @@ def cpu_seconds(pid: int) -> float:
         pid: Its id.
     """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    spent = sum(map(int, fields[11:15])) / _TICKS
+    spent = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError):  # a thread that has just ended
             spent += sum(map(cpu_seconds, map(int, (task / "children").read_text().split())))
@@ -51,7 +50,7 @@ def cpu_seconds(pid: int) -> float:
 def busy_seconds() -> float:
     """User and system seconds of all processes of the machine since it was started."""
     user, nice, system, *_ = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
-    return sum(map(int, (user, nice, system))) / _TICKS
+    return sum(map(int, (user, nice, system))) / os.sysconf("SC_CLK_TCK")
 
 
 class Use(NamedTuple):
