@@ -6,7 +6,7 @@ import csv
 import os
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,7 +139,8 @@ class _First:
 
     def note(self) -> None:
         """Is called when it has come."""
-        self.cpu = cpu_seconds(self.pid)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it was killed
+            self.cpu = cpu_seconds(self.pid)
 
 
 class _Machine:

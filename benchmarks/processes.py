@@ -42,7 +42,7 @@ def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     spent = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError):  # a thread that has just ended
+        with suppress(FileNotFoundError, ProcessLookupError):  # what has just ended
             spent += sum(map(cpu_seconds, map(int, (task / "children").read_text().split())))
     return spent
 
