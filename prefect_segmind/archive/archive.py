@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
+
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import InvalidJobError, PreconditionFailedError, StoreError
@@ -270,7 +272,7 @@ class Archive:
             StoreError: It cannot be written.
         """
         key = sidecar_key(image_key)
-        data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
+        data = to_json(sidecar, indent=2)
         try:
             self.store.put(key, data, "application/json", if_absent=True)
         except PreconditionFailedError:

@@ -196,12 +196,16 @@ class Outbox:
         path = part.with_name(f"{fingerprint}.{entry.paid.sha256[:16]}.{entry.paid.extension}")
         facts = part.with_suffix(".facts")
         try:
-            with suppress(FileNotFoundError):  # another run of the same job may have renamed it
+            renamed = False
+            try:
                 sync(part)
+            except FileNotFoundError:  # another run of the same job has renamed it
+                renamed = True
             _note(facts, entry)  # first: wherever the process is killed, the picture has its facts beside it
             with suppress(FileNotFoundError):
                 part.replace(path)
-            sync(path)
+            if renamed:
+                sync(path)
             sync(path.parent)
         except OSError as error:
             failure = f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import takewhile
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
@@ -108,13 +108,14 @@ class LocalStore:
                 with self._lock_file() as lock:
                     try:
                         _lock(lock.fileno())
-                        if if_absent or if_match is not None:
+                        if if_match is not None or (if_absent and path.exists()):
                             require(self.get(key), str(path), if_absent=if_absent, if_match=if_match)
                         _replace(draft, path)
                     finally:
                         _unlock(lock.fileno())  # a process forked meanwhile would keep the lock of a closed file
-            finally:
+            except BaseException:
                 draft.unlink(missing_ok=True)
+                raise
             for folder in (path.parent, *above_new):
                 sync(folder)
         return hashlib.sha256(data).hexdigest()
@@ -176,12 +177,11 @@ class LocalStore:
                 draft.unlink()
 
     def _path(self, key: str) -> Path:
-        path = PurePath(key)
-        plain = path.as_posix() == key and key != "."  # one key, one file: no `a//b`, no `./a`, no backslash on Windows
-        stream = sys.platform == "win32" and ":" in key
-        if not plain or path.anchor or ".." in path.parts or "\0" in key or stream or _is_ours(key):
+        plain = {"", ".", ".."}.isdisjoint(key.split("/"))  # one key, one file: no `a//b`, no `./a`
+        windows = sys.platform == "win32" and (":" in key or "\\" in key)
+        if not plain or "\0" in key or windows or _is_ours(key):
             raise StoreError(f"{key!r} is not a key in the folder {self.folder}: use a plain relative path with '/'")
-        return self.folder / path
+        return self.folder / key
 
     def _lock_file(self) -> IO[bytes]:
         """Opens the file that is locked. Its own `with` closes it, and so ends the lock, at whatever line an interrupt
