@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from io import BytesIO
@@ -569,7 +568,12 @@ class TestOthersAtWork:
     ) -> None:
         received(outbox)
         gone = outbox.folder / f"{PRINT}.0123456789abcdef.part"
-        listed = [*os.listdir(outbox.folder), gone.name, f"{gone.stem}.1.answer", f"{'cd' * 32}.png"]
+        listed = [
+            *(each.name for each in outbox.folder.iterdir()),
+            gone.name,
+            f"{gone.stem}.1.answer",
+            f"{'cd' * 32}.png",
+        ]
         monkeypatch.setattr(os, "listdir", lambda _: listed)
         assert outbox.fingerprints() == {PRINT, "cd" * 32}
         assert outbox.unread() == {PRINT}

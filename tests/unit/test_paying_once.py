@@ -563,9 +563,9 @@ def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
     sandbox.play(Answer(delay=1.0))
     put = Archive.put_picture
 
-    def slow(*arguments: Any) -> str:
+    def slow(*arguments: Any, **more: Any) -> str:
         time.sleep(3)  # the others look meanwhile: the picture lies in the outbox, and its run is at it
-        return put(*arguments)
+        return put(*arguments, **more)
 
     monkeypatch.setattr(Archive, "put_picture", slow)
     results, (job, _) = [], up_to_upload(photo)
