@@ -58,7 +58,7 @@ def s3_client() -> S3Client:
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 3},
-        max_pool_connections=64,
+        max_pool_connections=512,  # as many as a batch may have threads: any more would be opened anew for each request
         # botocore's own is put together for each request, which takes an eighth of the request's CPU.
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
         response_checksum_validation="when_required",  # see `ask_for_no_checksums`
