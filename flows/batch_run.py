@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
+from io import BytesIO
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -459,8 +460,10 @@ class _Kept:
             run_logger().warning(
                 "the file of results misses %s of them: %s", self.results.missing, self.results.why_missing
             )
-        before = (f"{each.model_dump_json()}\n".encode() for each in self.refused)
-        return self._keep(RESULTS, b"".join((*before, *self.results.lines())), "application/jsonl", "the results")
+        file = BytesIO()
+        file.writelines(f"{each.model_dump_json()}\n".encode() for each in self.refused)
+        file.writelines(self.results.lines())
+        return self._keep(RESULTS, file.getvalue(), "application/jsonl", "the results")
 
     def _keep(self, name: str, data: bytes, kind: str, what: str) -> str | None:
         log, store, key = run_logger(), self.services.archive.store, f"{self.folder}/{name}"

@@ -65,8 +65,9 @@ def dispatch(
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
         try:
-            if any(in_place):
-                _reuse_in_place((each for each in wanted() if in_place[each[0]]), pipeline, tally)
+            if there := sum(in_place):
+                entries = (each for each in wanted() if in_place[each[0]])
+                _reuse_in_place(entries, min(there, READERS), pipeline, tally)
             for position, entry in wanted():
                 if tally.has_ended(position):
                     continue
@@ -84,7 +85,9 @@ def dispatch(
             raise
 
 
-def _reuse_in_place(entries: Iterator[tuple[int, Job | ValidatedJob]], pipeline: Pipeline, tally: Tally) -> None:
+def _reuse_in_place(
+    entries: Iterator[tuple[int, Job | ValidatedJob]], at_once: int, pipeline: Pipeline, tally: Tally
+) -> None:
     """Checks and publishes pictures that are archived under the names of their assets, some at once, and counts them.
 
     Where that fails, or more is left to do, the asset is left to a task run, which tells what is wrong with it.
@@ -102,7 +105,7 @@ def _reuse_in_place(entries: Iterator[tuple[int, Job | ValidatedJob]], pipeline:
                 if isinstance(entry, ValidatedJob) and (reused := pipeline.reuse_in_place(entry, run, log)):
                     tally.count(position, reused)
 
-    workers = [_start(work, f"segmind-in-place-{number}") for number in range(READERS)]
+    workers = [_start(work, f"segmind-in-place-{number}") for number in range(at_once)]
     for worker in workers:
         worker.join()
     if reused := tally.progress.done:
