@@ -16,7 +16,7 @@ from prefect_segmind.archive.archive import Archive, sidecar_key
 from prefect_segmind.archive.leases import Claim, held_claim
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Record
-from prefect_segmind.errors import ArchiveError, PreconditionFailedError, SegmindError, StoreError
+from prefect_segmind.errors import ArchiveError, OutboxError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.limits.ledger import NOTHING
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pay import GeneratedImage
@@ -183,7 +183,7 @@ class Archiving:
         record, picture, data = found.record, found.record.picture, None
         if found.record.image.rpartition("/")[0] == generated.name:
             image, beside_key = found.record.image, found.record.sidecar
-            if self.outbox.has(record.fingerprint):  # what it has may be all that is left, and is removed below
+            if self._is_in_outbox(record.fingerprint):  # which may have all that is left, and is emptied below
                 data = self.archive.get_picture(record)
             else:
                 self.archive.check_picture(record)
@@ -194,6 +194,13 @@ class Archiving:
             beside_key = self.archive.put_sidecar(image, sidecar(generated, record, flow_run_id, copied_from))
         self.outbox.remove(record.fingerprint, picture.sha256, record.runs_in_doubt)
         return self._result(generated, image, beside_key), data
+
+    def _is_in_outbox(self, fingerprint: str) -> bool:
+        """Whether the outbox has anything of a picture; if it cannot be read, nothing is removed there either."""
+        try:
+            return self.outbox.has(fingerprint)
+        except OutboxError:
+            return False
 
     def in_place(self, job: ValidatedJob, record: Record) -> ArchivedImage | None:
         """The picture of a job that is archived under its very name, checked without reading it.
