@@ -74,8 +74,8 @@ def produce_asset(
 class _Errand:
     """An asset on its way through a task run, and what comes of it.
 
-    Prefect looks through all that a task is given and returns for results of other runs, and keeps what is returned
-    until the flow ends. It finds nothing to look through in an object like this.
+    Prefect looks through all that a task is given, and all that it returns, for results of other runs. It finds nothing
+    to look through in an object like this.
     """
 
     def __init__(self, job: Job | ValidatedJob) -> None:

@@ -433,6 +433,17 @@ class Outbox:
         """
         return {_fingerprint(each) for each in self._all() if _is_picture(each) or _has_picture(each)}
 
+    def has(self, fingerprint: str) -> bool:
+        """Whether it has any file of a job.
+
+        Args:
+            fingerprint: The job's.
+
+        Raises:
+            OutboxError: The outbox cannot be read.
+        """
+        return bool(self._listed(fingerprint))
+
     def waiting(self) -> list[Waiting]:
         """All pictures and answers in the outbox, the oldest first; what interrupted runs had received is among them.
 

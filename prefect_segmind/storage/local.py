@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from prefect_segmind.errors import StoreError
 from prefect_segmind.storage.disk_errors import disk_errors, reason
-from prefect_segmind.storage.store import Conditions, StoredObject, require
+from prefect_segmind.storage.store import Conditions, Facts, StoredObject, require
 
 LOCK_KEY = ".segmind/.lock"
 _DRAFT = ".part-"
@@ -82,6 +82,11 @@ class LocalStore:
             except FileNotFoundError:
                 return None
         return StoredObject(data, hashlib.sha256(data).hexdigest(), written, self._now)
+
+    def stat(self, key: str) -> Facts | None:
+        """The file's size and SHA-256, for which it is read; see `Store.stat`."""
+        found = self.get(key)
+        return Facts(len(found.data), found.etag) if found else None
 
     def put(
         self,
