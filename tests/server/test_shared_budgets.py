@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -12,12 +17,15 @@ from typing import Any
 import boto3
 import pytest
 
-from prefect_segmind import BatchError, BatchResult, refresh_assets
+from prefect_segmind import BatchError, BatchResult, image_to_image, produce_asset, refresh_assets
+from prefect_segmind.cli import commands, output
+from prefect_segmind.errors import BudgetReachedError, ConfigurationError
 from prefect_segmind.limits.account import Account
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.manifests import mugs, write_campaign
 from tests.support.moto_server import moto_server
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 
@@ -112,7 +120,7 @@ def test_single_pictures_and_tasks_count_too_and_end_with_the_budgets_own_error(
     folder: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"{PREFIX}DAILY_BUDGET_USD", "0.10")
-    job = {"image": str(photo), "prompt": "a red mug"}
+    job: dict[str, Any] = {"image": str(photo), "prompt": "a red mug"}
     assert image_to_image(**job, name="one").cost_usd == Decimal("0.05")
     assert produce_asset({**job, "name": "two", "seed": 1002}).cost_usd == Decimal("0.05")
     with pytest.raises(
@@ -177,7 +185,7 @@ def test_on_a_store_that_ignores_conditions_a_shared_budget_is_refused_before_an
     assert f"{PREFIX}DAILY_BUDGET_USD: a shared budget needs an archive whose store honours conditional writes" in error
     with pytest.raises(ConfigurationError, match="DAILY_BUDGET_USD: a shared budget needs"):
         produce_asset({"image": str(photo), "prompt": "a red mug", "name": "mug"})
-    assert sandbox.ledger.requests == []
+    assert not sandbox.ledger.requests
 
 
 def test_plan_question_and_check_tell_what_is_left(
