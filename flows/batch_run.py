@@ -45,7 +45,7 @@ from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.artifacts import publish_batch, publish_plan
-from prefect_segmind.reporting.events import run_stopped
+from prefect_segmind.reporting.events import budget_used, run_stopped
 from prefect_segmind.reporting.listener import listener
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
@@ -79,7 +79,7 @@ class Terms:
         services: Opens archive, upload place, publishing and credentials block.
         max_concurrency: Requests to the API at once, at most.
         requests_per_minute: Requests to the API in any minute, at most; None for the API's own limit.
-        budget_usd: What the run may spend; None for no limit.
+        budget_usd: What the run may spend, or all runs that share the budget; None for no limit.
         approve_above_usd: A run that may cost more asks a person; the setting if None.
         on_unknown: Whether to send another request after one that may have been billed.
         on_kept: Whether to pay again for a picture that is paid for and lies in the outbox of another machine.
@@ -116,6 +116,11 @@ class Terms:
         if not self.dry_run:
             _ = self.services.credentials
         self.services.check()
+
+    @property
+    def own_budget_usd(self) -> Decimal | None:
+        """What this run alone may spend; None for no limit, or where it shares the budget with others."""
+        return None if any(each.kind == "campaign" for each in self.services.budgets) else self.budget_usd
 
 
 def run_name(what: str) -> str:
@@ -213,7 +218,11 @@ def run_batch(
                 run_stopped(stopped, result)
 
         kept = _Kept(services, results, apart, failed_jobs if keep_failed else None)
-        result = _produce(batch, pipeline, tally, kept, report)
+        try:
+            result = _produce(batch, pipeline, tally, kept, report)
+        finally:
+            if pipeline.gate.purse:
+                in_time(pipeline.gate.purse.close)
         archive_what_is_left_over(services)
         for each in results:
             observe(each)
@@ -295,7 +304,11 @@ def _plan(
         run_logger().info("%s have their picture in the archive already", left_out)
     skipped = unusable.keys() & set(skip_unusable)
     answers = _carry_earlier_tries(ledger, entries, services)
-    limits = {"budget_usd": terms.budget_usd, "credits_usd": _credits(services)}
+    limits = {
+        "budget_usd": terms.own_budget_usd,
+        "credits_usd": _credits(services),
+        "shared": tuple(services.budgets_left()),
+    }
     plan = plan.without(left_out, skipped).model_copy(update=limits)
     return _PlannedBatch(plan, entries, in_place, skip_archived, skipped, unusable, unseen, answers)
 
@@ -346,11 +359,19 @@ def _produce(
 
 def _open_pipeline(terms: Terms, ledger: Ledger, batch: _PlannedBatch) -> Pipeline:
     """The pipeline of a batch, whose gate holds its terms."""
-    services = terms.services
+    services, plan = terms.services, batch.plan
+    purse = services.purse(
+        str(flow_run.id),
+        pictures=plan.generate + plan.ask + plan.wait,
+        requests_per_minute=terms.requests_per_minute,
+        announce=budget_used,
+        log=run_logger(),
+    )
     gate = Gate(
         max_concurrency=terms.max_concurrency,
         requests_per_minute=terms.requests_per_minute,
         ledger=ledger,
+        purse=purse,
         earlier_answers=batch.answers,
         stop_after_unusable=services.settings.stop_after_unusable,
         longest_wait_seconds=services.settings.longest_wait_seconds,

@@ -97,6 +97,7 @@ def process_inbox(
     max_concurrency: int = 16,
     requests_per_minute: int | None = None,
     budget_usd: Decimal | None = None,
+    budget_name: str | None = None,
     approve_above_usd: Decimal | None = None,
     dry_run: bool = False,
     on_unknown: OnUnknown = "repay",
@@ -135,6 +136,8 @@ def process_inbox(
         max_concurrency: Requests to the API at once, at most.
         requests_per_minute: Requests to the API in any minute, at most; the API's own limit is kept in any case.
         budget_usd: What the run may spend; at the limit nothing new is sent, and the next visit goes on.
+        budget_name: A name for the budget, which all runs share then that give it and have this archive: budget_usd is
+            what they may spend in all.
         approve_above_usd: A run that may cost more pauses and asks a person; the worker's setting if left out.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Whether to send another request (repay) or not (fail) after one that may have been billed.
@@ -154,7 +157,12 @@ def process_inbox(
         BatchError: Not all pictures were made, and `fail_run_on_failures` is set.
     """
     services = Services(
-        archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
+        archive=archive,
+        upload_to=upload_to,
+        publish_to=publish_to,
+        credentials_block=credentials_block,
+        budget_name=budget_name,
+        budget_usd=budget_usd,
     )
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
     terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures, dry_run)

@@ -33,6 +33,7 @@ def refresh_assets(
     max_concurrency: int = 16,
     requests_per_minute: int | None = None,
     budget_usd: Decimal | None = None,
+    budget_name: str | None = None,
     approve_above_usd: Decimal | None = None,
     dry_run: bool = False,
     on_unknown: OnUnknown = "repay",
@@ -57,6 +58,8 @@ def refresh_assets(
         requests_per_minute: Requests to the API in any minute, at most; the API's own limit is kept in any case.
         budget_usd: What the run may spend. What may have been billed counts as spent. At the limit nothing new is
             sent, and the rest is reported as not started.
+        budget_name: A name for the budget, which all runs share then that give it and have this archive: budget_usd is
+            what they may spend in all.
         approve_above_usd: A run that may cost more pauses and asks a person; the worker's setting if left out.
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Whether to send another request (repay) or not (fail) after one, of this run or an earlier one, that
@@ -77,7 +80,12 @@ def refresh_assets(
     """
     listener().began(str(flow_run.id))
     services = Services(
-        archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
+        archive=archive,
+        upload_to=upload_to,
+        publish_to=publish_to,
+        credentials_block=credentials_block,
+        budget_name=budget_name,
+        budget_usd=budget_usd,
     )
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
     terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures, dry_run)

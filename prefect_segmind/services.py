@@ -8,10 +8,12 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
+from decimal import Decimal
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
 
 from prefect.blocks.core import Block
 from prefect.context import FlowRunContext
@@ -20,12 +22,16 @@ from prefect.runtime import deployment
 from prefect_segmind.api.history import history_url
 from prefect_segmind.api.origin import is_v2, on_loopback
 from prefect_segmind.archive.archive import Archive
+from prefect_segmind.archive.budgets import Budgets
+from prefect_segmind.archive.leases import clock
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, OnKept, OnUnknown, Run
 from prefect_segmind.credentials import SegmindCredentials, load_base_url, load_credentials
 from prefect_segmind.errors import ConfigurationError, HistoryError, InvalidJobError, OutboxError
 from prefect_segmind.jobs.job import shown
+from prefect_segmind.limits.account import Account, Announcement, Budget, BudgetLeft, checked_name
 from prefect_segmind.limits.admission import Gate
+from prefect_segmind.limits.purse import Purse
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.pipeline.archive import Archiving
@@ -62,6 +68,8 @@ class Services:
         upload_to: `s3://bucket/prefix`.
         publish_to: `s3://bucket/live`, a folder, or a pattern such as `s3://bucket/live/{name}.jpg`.
         credentials_block: Name of a `SegmindCredentials` block.
+        budget_name: The name of a campaign's budget, which all runs share that name it.
+        budget_usd: With a name, the campaign's limit.
 
     Attributes:
         publish_to: As above; None where nothing is published.
@@ -78,8 +86,12 @@ class Services:
         upload_to: str | None = None,
         publish_to: str | None = None,
         credentials_block: str | None = None,
+        budget_name: str | None = None,
+        budget_usd: Decimal | None = None,
     ) -> None:
         self.publish_to = publish_to
+        self._budget_name = budget_name
+        self._budget_usd = budget_usd
         self._archive = archive
         self._upload_to = upload_to
         self._credentials_block = credentials_block
@@ -191,6 +203,88 @@ class Services:
             ConfigurationError: The message names the parameter or the setting.
         """
         _ = self.outbox, self.publishing
+        if self.budgets and not self.archive.store.conditional:
+            raise ConfigurationError(
+                f"{self.budgets[0].setting}: a shared budget needs an archive whose store honours conditional writes, "
+                f"and that of {self.archive.url} does not; nothing was paid: use an archive in a folder or at a provider "
+                "such as S3 that honours them, or a budget for each run (budget_usd alone)"
+            )
+
+    @cached_property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets that the run shares with others, in the order in which it draws from them.
+
+        Raises:
+            ConfigurationError: A name or a limit is not allowed, or one is given without the other.
+        """
+        settings, found = self.settings, list[Budget]()
+        zone = ZoneInfo(settings.budget_timezone)
+        if settings.daily_budget_usd is not None:
+            found.append(Budget("daily", settings.daily_budget_usd, f"{PREFIX}DAILY_BUDGET_USD", zone=zone))
+        if settings.monthly_budget_usd is not None:
+            found.append(Budget("monthly", settings.monthly_budget_usd, f"{PREFIX}MONTHLY_BUDGET_USD", zone=zone))
+        if name := given_text("budget_name", self._budget_name):
+            if self._budget_usd is None:
+                raise ConfigurationError("budget_name: a shared budget needs its limit; give budget_usd too")
+            found.append(Budget("campaign", self._budget_usd, "budget_name", checked_name(name)))
+        return tuple(found)
+
+    def budgets_left(self, now: datetime | None = None) -> list[BudgetLeft]:
+        """What each shared budget has left.
+
+        Args:
+            now: The time, aware; the present one if None.
+
+        Raises:
+            ConfigurationError: As for `budgets`.
+            StoreError: An account cannot be read.
+        """
+        book, now = Budgets(self.archive), now or datetime.now(UTC)
+        accounts = ((each, book.read(each.account(now))) for each in self.budgets)
+        return [
+            BudgetLeft(
+                title=budget.title,
+                limit_usd=budget.limit_usd,
+                left_usd=max(Decimal(0), account.left_usd(budget.limit_usd)),
+                held_usd=account.held_usd,
+            )
+            for budget, account in accounts
+        ]
+
+    def purse(
+        self,
+        run: str,
+        *,
+        pictures: int = 1,
+        requests_per_minute: int | None = None,
+        announce: Callable[[Budget, Account, Announcement], None] = lambda *_: None,
+        log: logging.Logger = _LOG,
+    ) -> Purse | None:
+        """What a run may spend of the budgets that it shares with others; None where it shares none. Close it.
+
+        Args:
+            run: The flow run or task run, for people who read an account.
+            pictures: How many pictures it is going to pay for.
+            requests_per_minute: The limit of requests, which is shared too.
+            announce: Called with each threshold of a budget that the run crosses.
+            log: Logs when it waits for others.
+
+        Raises:
+            ConfigurationError: As for `budgets` and `check`.
+        """
+        if not self.budgets:
+            return None
+        self.check()
+        return Purse(
+            Budgets(self.archive),
+            self.budgets,
+            run=run,
+            pictures=pictures,
+            requests_per_minute=requests_per_minute,
+            announce=announce,
+            clock=clock,
+            log=log,
+        )
 
     def check_event_source(self, image: str) -> None:
         """Checks that the image of a run that an event began is where events may have theirs. Others may be anywhere.

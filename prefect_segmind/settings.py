@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect.settings import PREFECT_HOME
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
@@ -58,6 +59,9 @@ class SegmindSettings(PrefectBaseSettings):
         approve_above_usd: A batch that may cost more asks a person before it pays; by default nobody is asked.
         approval_timeout_seconds: How long a run waits for the approval.
         publish_cache_control: The `Cache-Control` header of published pictures, whose content changes.
+        daily_budget_usd: What all runs that share an archive may spend in a day; by default there is no limit.
+        monthly_budget_usd: What they may spend in a month.
+        budget_timezone: The time zone of these days and months, by its IANA name, such as Europe/Berlin.
         price_usd: The expected cost of a picture.
         allow_private_sources: Whether images at private and link-local addresses are read.
         allow_unlisted_resolution: Whether resolutions beyond the 78 are sent.
@@ -84,6 +88,9 @@ class SegmindSettings(PrefectBaseSettings):
     approve_above_usd: Decimal | None = Field(default=None, ge=0)
     approval_timeout_seconds: int = Field(default=43_200, ge=1)
     publish_cache_control: str = "public, max-age=300"
+    daily_budget_usd: Decimal | None = Field(default=None, ge=0)
+    monthly_budget_usd: Decimal | None = Field(default=None, ge=0)
+    budget_timezone: str = "UTC"
     price_usd: Decimal = Field(default=LIST_PRICE_USD, ge=0)
     allow_private_sources: bool = False
     allow_unlisted_resolution: bool = False
@@ -126,6 +133,18 @@ class SegmindSettings(PrefectBaseSettings):
     def _known_sources(cls, value: str) -> str:
         if value != "any" and not re.fullmatch(r"(s3|https?)://(\s*,\s*(s3|https?)://)*", value):
             raise ValueError("allowed is any, or s3://, https:// and http://, separated by commas")
+        return value
+
+    @field_validator("budget_timezone")
+    @classmethod
+    def _known_timezone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(
+                "no such time zone; give its IANA name, such as Europe/Berlin (pip install tzdata where the system "
+                "has none)"
+            ) from None
         return value
 
     @property

@@ -123,6 +123,7 @@ def generate_image(
 
     Raises:
         ApiError: The request failed, in one of its classes.
+        BudgetReachedError: A budget that is shared with other runs has no room for another picture.
         KeptElsewhereError: It is paid for and lies in the outbox of another machine, and `on_kept` is `wait`.
         OutboxError: The disk is full.
         OutcomeUnknownError: An earlier request may have been billed, and `on_unknown` is `fail`.
@@ -130,8 +131,8 @@ def generate_image(
     """
     log = run_logger()
     services = Services(archive=archive, upload_to=upload_to, credentials_block=credentials_block)
-    with failures_reported(job):
-        generated = open_pipeline(services, on_unknown, on_kept).generate(job, lambda: uploaded, this_run(), log)
+    with failures_reported(job), open_pipeline(services, on_unknown, on_kept) as pipeline:
+        generated = pipeline.generate(job, lambda: uploaded, this_run(), log)
     if generated.status == "generated":
         log.info("generated in the outbox, %s: %s USD", generated.path, usd(generated.cost_usd))
     return generated

@@ -62,8 +62,7 @@ def produce_asset(
     services = Services(
         archive=archive, upload_to=upload_to, publish_to=publish_to, credentials_block=credentials_block
     )
-    with failures_reported(job):
-        pipeline = open_pipeline(services, on_unknown, on_kept)
+    with failures_reported(job), open_pipeline(services, on_unknown, on_kept) as pipeline:
         if isinstance(job, Mapping):
             job = parse_job(job, allow_unlisted_resolution=services.settings.allow_unlisted_resolution)
         archived = _produce(job, pipeline)

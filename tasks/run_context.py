@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import NamedTuple, cast
@@ -18,12 +20,14 @@ from prefect.runtime import flow_run, task_run
 
 from prefect_segmind.archive.archive import Archive
 from prefect_segmind.archive.record import FlowRuns, OnKept, OnUnknown, Run
+from prefect_segmind.errors import BudgetReachedError, NotStartedError
 from prefect_segmind.jobs.job import Job, name_from_image
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger, Reporters
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import with_drawn_seed
+from prefect_segmind.reporting.events import budget_used
 from prefect_segmind.services import Services
 
 _warned_of: set[str] = set()
@@ -168,26 +172,43 @@ def refreshed_at() -> datetime:
     return (run and (run.expected_start_time or run.created)) or datetime.now(UTC)
 
 
-def open_pipeline(services: Services, on_unknown: OnUnknown, on_kept: OnKept) -> Pipeline:
+@contextmanager
+def open_pipeline(services: Services, on_unknown: OnUnknown, on_kept: OnKept) -> Iterator[Pipeline]:
     """The pipeline of one task: with a gate of its own, the run's ledger, and as many retries as the task has.
+
+    What it has drawn from shared budgets and not spent is given back at the end.
 
     Args:
         services: The services of the task.
         on_unknown: Whether to send another request after one that may have been billed.
         on_kept: Whether to pay again for a picture that lies in an outbox out of reach.
 
+    Yields:
+        The pipeline.
+
     Raises:
+        BudgetReachedError: A shared budget has no room for another picture.
         ConfigurationError: There is no key or no archive, or no such place to publish to.
     """
     context = TaskRunContext.get()
     policy = RetryPolicy(retries=context.task.retries) if context else RetryPolicy()
     publisher = services.publisher(refreshed_at(), flow_run.id)
-    gate = Gate(ledger=run_ledger())
+    purse = services.purse(str(flow_run.id or task_run.id), announce=budget_used, log=run_logger())
+    gate = Gate(ledger=run_ledger(), purse=purse)
     pipeline = services.pipeline(
         gate, on_unknown=on_unknown, on_kept=on_kept, policy=policy, publisher=publisher, log=run_logger()
     )
     warn_once_without_conditional_writes(services.archive)
-    return pipeline
+    try:
+        yield pipeline
+    except NotStartedError as stopped:
+        if not isinstance(stopped.__cause__, BudgetReachedError):
+            raise
+        known = {each.name: getattr(stopped, each.name) for each in fields(stopped)}
+        raise stopped.__cause__.with_facts(**known) from None
+    finally:
+        if purse:
+            purse.close()
 
 
 def warn_once_without_conditional_writes(archive: Archive) -> None:

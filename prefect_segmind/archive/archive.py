@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,8 +102,11 @@ class Archive:
             raise StoreError(f"{self.store.uri(record_key(fingerprint))} is the record of another picture; {remedy}")
         return RecordRead(*found) if found else None
 
-    def records(self) -> Iterator[tuple[str, RecordRead | StoreError]]:
+    def records(self, since: float | None = None) -> Iterator[tuple[str, RecordRead | StoreError]]:
         """All records, read by several threads.
+
+        Args:
+            since: Only those that were written then or later, in seconds since 1970 by the store's clock.
 
         Yields:
             The fingerprint of each picture that has a record, and the record, or why it cannot be read.
@@ -118,7 +121,10 @@ class Archive:
             except StoreError as error:
                 return fingerprint, error
 
-        found = [match[1] for match in map(_RECORD.fullmatch, self.store.keys(".segmind/")) if match]
+        keys: Iterable[str] = self.store.keys(".segmind/")
+        if since is not None:
+            keys = (key for key, written in self.store.dated_keys(".segmind/") if written >= since)
+        found = [match[1] for match in map(_RECORD.fullmatch, keys) if match]
         with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-records") as pool:
             for fingerprint, record in pool.map(read, found):
                 if record is not None:

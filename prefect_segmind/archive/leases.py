@@ -103,19 +103,26 @@ class Claim:
         self._tried = self._written
         self._lock = threading.RLock()
 
-    def begin_request(self, holder: Holder, asked: Asked | None = None, image_file: str | None = None) -> None:
+    def begin_request(
+        self,
+        holder: Holder,
+        asked: Asked | None = None,
+        image_file: str | None = None,
+        shares: tuple[str, ...] = (),
+    ) -> None:
         """Write the claim and the next request into the record.
 
         Args:
             holder: The run, in this process.
             asked: What the request is for.
             image_file: The address of the source image that is sent, without its query.
+            shares: The shares of shared budgets that the request is paid from.
 
         Raises:
             PreconditionFailedError: The claim was lost to another run, or released.
             StoreError: The record could not be written.
         """
-        self._begin(lambda record: record.claimed_by(holder, datetime.now(UTC), asked, image_file))
+        self._begin(lambda record: record.claimed_by(holder, datetime.now(UTC), asked, image_file, shares))
 
     def take_over(self, holder: Holder) -> None:
         """Write the claim into the record without a request, to ask the provider for earlier ones.

@@ -81,6 +81,7 @@ class Attempt(BaseModel):
         image_file: The address of the source image that was sent, without the query, which may be a signature.
         request_id: The provider's id of it, where an answer or the provider's history has named one.
         asked_by: The run that has asked the provider for it last; it does not ask again.
+        shares: The shares of shared budgets that it is paid from.
     """
 
     model_config = KEPT_MODEL
@@ -99,6 +100,7 @@ class Attempt(BaseModel):
     image_file: str | None = None
     request_id: str | None = None
     asked_by: str | None = None
+    shares: tuple[str, ...] = ()
 
     @property
     def request(self) -> RequestId:
@@ -269,7 +271,12 @@ class Record(BaseModel):
         return any(not run.owns(each) and each.in_doubt for each in self.attempts)
 
     def claimed_by(
-        self, holder: Holder, now: datetime, asked: Asked | None = None, image_file: str | None = None
+        self,
+        holder: Holder,
+        now: datetime,
+        asked: Asked | None = None,
+        image_file: str | None = None,
+        shares: tuple[str, ...] = (),
     ) -> Record:
         """The record as the holder writes it just before its next request.
 
@@ -278,8 +285,9 @@ class Record(BaseModel):
             now: The time of the request, UTC.
             asked: What the request is for.
             image_file: The address of the source image that is sent, without its query.
+            shares: The shares of shared budgets that the request is paid from.
         """
-        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs, image_file=image_file)
+        attempt = Attempt(run=holder.run, sent_at=now, flow_runs=holder.flow_runs, image_file=image_file, shares=shares)
         record = self.taken_over_by(holder)
         return record.model_copy(update={"attempts": (*record.attempts, attempt), "asked": asked or self.asked})
 

@@ -18,6 +18,7 @@ from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, FlowRuns, OnKept, OnUnknown, Record, Run, Verdict, verdict
 from prefect_segmind.errors import SegmindError, SourceImageError
 from prefect_segmind.jobs.job import Job
+from prefect_segmind.limits.account import BudgetLeft
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.look_up import KEPT_REMEDY, kept_elsewhere
 from prefect_segmind.pipeline.source import SourceReader
@@ -120,6 +121,7 @@ class Plan(BaseModel):
         price_usd: The price of one picture.
         budget_usd: What the run may spend; None for no limit.
         credits_usd: The account's credits; None if they are not known.
+        shared: What each budget has left that the run shares with others.
         warnings: The warnings about jobs, each with the number of jobs that it concerns.
         problems: Names and reasons of the first `LISTED` jobs that will fail.
         jobs: What each of the first `LISTED` jobs needs, in their order.
@@ -138,6 +140,7 @@ class Plan(BaseModel):
     price_usd: Decimal
     budget_usd: Decimal | None = None
     credits_usd: Decimal | None = None
+    shared: tuple[BudgetLeft, ...] = ()
     warnings: tuple[tuple[str, int], ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
     jobs: tuple[PlannedJob, ...] = ()
@@ -201,12 +204,14 @@ class Plan(BaseModel):
         )
         facts |= {title: f"{count}, {text}" for title, count, text in details if count}
         amounts = {"budget": self.budget_usd, "credits": self.credits_usd}
+        facts |= {each.title: each.sentence() for each in self.shared}
         return facts | {title: f"{usd(amount)} USD" for title, amount in amounts.items() if amount is not None}
 
     def shortfalls(self) -> list[str]:
-        """A warning for the budget and one for the credits, if the plan costs more."""
+        """A warning for each budget and one for the credits, if the plan costs more."""
         limits = (
             ("the budget of {} USD pays", self.budget_usd),
+            *((f"the {each.title} has {{}} USD left, which pays", each.left_usd) for each in self.shared),
             ("the account's credits of {} USD pay", self.credits_usd),
         )
         return [

@@ -63,6 +63,7 @@ def all_checks(block: str | None, archive: str | None, upload_to: str | None) ->
     yield "request history", lambda: _history(block)
     yield "upload place", lambda: _upload_place(upload_to)
     yield "archive", lambda: _archive(archive)
+    yield "shared budgets", lambda: _budgets(archive)
     yield "outbox", _outbox
     yield "versions", _versions
     yield "Prefect server", _server
@@ -136,6 +137,16 @@ def _archive(place: str | None) -> CheckResult:
     if caution is None:
         return CheckResult(f"{works}, and honours conditional writes")
     return CheckResult(f"{works}, but {caution}", "mind")
+
+
+def _budgets(place: str | None) -> CheckResult:
+    services = Services(archive=place)
+    if not services.budgets:
+        return CheckResult(f"none: {PREFIX}DAILY_BUDGET_USD or {PREFIX}MONTHLY_BUDGET_USD would be one for all runs")
+    services.check()
+    left = services.budgets_left()
+    text = "; ".join(f"{each.title}: {each.sentence()}" for each in left)
+    return CheckResult(text, "ok" if all(each.left_usd >= services.settings.price_usd for each in left) else "mind")
 
 
 def _get_signed(url: str, size: int) -> tuple[int, bytes]:

@@ -213,6 +213,7 @@ def refresh(
     max_concurrency: int = 16,
     requests_per_minute: int | None = None,
     budget_usd: str | None = None,
+    budget_name: str | None = None,
     approve_above_usd: str | None = None,
     yes: Annotated[bool, Parameter(name=("--yes", "-y"), negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -233,6 +234,7 @@ def refresh(
         max_concurrency: Requests to the API at once, at most.
         requests_per_minute: Requests to the API in any minute, at most.
         budget_usd: What the run may spend; at the limit it stops with exit code 4.
+        budget_name: A name for the budget, which all runs share that give it and have this archive.
         approve_above_usd: Ask before a run that may cost more; the setting APPROVE_ABOVE_USD if left out.
         yes: Do not ask, whatever it costs.
         dry_run: Only plan: what would be made, and what it would cost.
@@ -258,6 +260,7 @@ def refresh(
                 max_concurrency=max_concurrency,
                 requests_per_minute=requests_per_minute,
                 budget_usd=money("budget_usd", budget_usd),
+                budget_name=budget_name,
                 approve_above_usd=money("approve_above_usd", approve_above_usd),
                 dry_run=dry_run,
                 on_unknown=on_unknown,

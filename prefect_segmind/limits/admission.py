@@ -28,10 +28,12 @@ from prefect_segmind.errors import (
     UnusableAnswersError,
 )
 from prefect_segmind.limits.ledger import NOTHING, Fit, Ledger, RequestId, Totals, Unusable
+from prefect_segmind.limits.purse import Hold, Purse
 from prefect_segmind.limits.rate_limiter import Pace
 from prefect_segmind.limits.retry import holds_all
 from prefect_segmind.money import usd
 
+NOTHING_SENT = Totals()
 PARKED = 256
 """The most assets that wait outside the window at once; each of them keeps a thread."""
 
@@ -45,6 +47,7 @@ class Admission:
         asset: The asset that the request is for, by the name given to `Gate.enter`.
         ticket: The rate limiter's ticket.
         reserved_usd: The amount that is reserved in the ledger.
+        hold: What it takes from budgets and a rate that are shared with other runs; None where none are.
         picture: The fingerprint of the picture; empty until the request is sent.
         request: The request; None until it is sent.
         cost_usd: What the answer has cost; None until that is known.
@@ -56,11 +59,26 @@ class Admission:
     asset: str
     ticket: int
     reserved_usd: Decimal
+    hold: Hold | None = None
     picture: str = ""
     request: RequestId | None = None
     cost_usd: Decimal | None = None
     is_over: bool = False
     is_aside: bool = False
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The ids of the shares of shared budgets that the request is paid from, for the record of the picture."""
+        return self.hold.ids if self.hold else ()
+
+    def confirm(self) -> None:
+        """Makes sure that shared money may still be spent; the request must be sent as soon as this returns.
+
+        Raises:
+            PreconditionFailedError: It may not, as the run could not renew its shares. Nothing may be sent.
+        """
+        if self.hold and self.gate.purse:
+            self.gate.purse.confirm(self.hold)
 
     def sent(self, picture: str, request: RequestId) -> None:
         """Records, once, that the request is being sent: from here on it may be billed.
@@ -129,6 +147,7 @@ class Gate:
         look_ahead: Assets under way beyond those, so that uploads and archiving overlap; `max_concurrency` if None.
         requests_per_minute: The account's limit; if None it is unknown, and learned from the answers.
         ledger: The run's ledger; a request for which its limit has no room waits, or stops the run.
+        purse: What the run may spend of the budgets that it shares with others; None where it shares none.
         earlier_answers: When earlier tries of the run received each paid answer, and whether it held a picture.
         stop_after_unusable: The number of paid answers in a row without a picture that stops the run; 0 for never.
         longest_wait_seconds: A rate limit or an overload that lasts longer stops the run.
@@ -136,6 +155,7 @@ class Gate:
 
     Attributes:
         ledger: As above.
+        purse: As above.
 
     Example:
         >>> gate = Gate(ledger=Ledger(Decimal("1.00")))
@@ -153,12 +173,16 @@ class Gate:
         look_ahead: int | None = None,
         requests_per_minute: int | None = None,
         ledger: Ledger | None = None,
+        purse: Purse | None = None,
         earlier_answers: Iterable[tuple[datetime, bool]] = (),
         stop_after_unusable: int = 0,
         longest_wait_seconds: float = 120.0,
         log: logging.Logger | None = None,
     ) -> None:
         self.ledger = ledger or Ledger()
+        self.purse = purse
+        if purse is not None:
+            purse.wake = self.corrected
         self._pace = Pace(requests_per_minute)
         self._unusable = Unusable(stop_after_unusable)
         for at, is_picture in sorted(earlier_answers):
@@ -225,6 +249,7 @@ class Gate:
 
         Raises:
             NotStartedError: The run is stopped; the cause is the error that stopped it.
+            StoreError: The account of a shared budget is out of reach.
         """
         admission = self._let_in(price_usd, asset)
         try:
@@ -358,6 +383,7 @@ class Gate:
             self._next()
 
     def _let_in(self, price_usd: Decimal, asset: str) -> Admission:
+        failures: int | None = None  # of the purse when it was first asked
         with self._lock:
             turn = threading.Condition(self._lock)
             number = self._numbers.get(asset, -1)
@@ -369,7 +395,7 @@ class Gate:
                     if self._queue[0] is not waiting:
                         turn.wait()
                         continue
-                    price, now = self.ledger.price_of(price_usd), monotonic()
+                    price, now = self._price_of(price_usd), monotonic()
                     kept = price * sum(each < number for each in self._may_pay)
                     fit, delay = self.ledger.fit(price, kept), self._pace.delay(now)
                     if self._unusable.too_many:
@@ -382,16 +408,53 @@ class Gate:
                     elif delay > 0:
                         turn.wait(min(delay, threading.TIMEOUT_MAX))
                     else:
+                        hold = self._take(price, kept, failures)
+                        if hold is Fit.NEVER:
+                            continue  # the run is stopped
+                        if isinstance(hold, Fit):
+                            failures = self.purse.failures if self.purse and failures is None else failures
+                            turn.wait()
+                            continue
                         try:
                             self.ledger.reserve(price)
                         except ValueError:  # what a request of another run has cost was entered just now
+                            self._put_back(hold)
                             continue
                         self._admitted += 1
                         self._keep_money(asset, False)
-                        return Admission(self, asset, self._pace.reserve(now), price)
+                        return Admission(self, asset, self._pace.reserve(now), price, hold)
             finally:
                 self._queue.remove(waiting)
                 self._next()
+
+    def _price_of(self, price_usd: Decimal) -> Decimal:
+        price = self.ledger.price_of(price_usd)
+        return self.purse.price_of(price) if self.purse else price
+
+    def _take(self, price: Decimal, kept: Decimal, failures: int | None) -> Hold | Fit | None:
+        """Takes shared money and a permit, if the run shares any.
+
+        Args:
+            price: What to take.
+            kept: What is kept for assets that come first.
+            failures: How often the accounts had been out of reach when they were first asked for it; None at first.
+
+        Raises:
+            StoreError: They have been out of reach once more.
+        """
+        if self.purse is None:
+            return None
+        hold = self.purse.take(price, kept, len(self._queue))
+        if hold is Fit.NEVER and self.purse.reached:
+            self.stop(self.purse.reached)
+        elif hold is Fit.LATER and failures is not None and self.purse.failures > failures and self.purse.failure:
+            failure = self.purse.failure
+            raise failure.with_facts(f"{failure}; a shared budget could not be drawn from, and nothing was sent")
+        return hold
+
+    def _put_back(self, hold: Hold | None, totals: Totals = NOTHING_SENT) -> None:
+        if hold and self.purse:
+            self.purse.end(hold, totals.cost_usd, totals.possibly_billed_usd)
 
     def _say_why(self, fit: Fit) -> None:
         """Logs, once, that a budget has the requests go one by one at first."""
@@ -441,6 +504,8 @@ class Gate:
         with self._lock:
             self._in_flight += 1
             admission.request = request  # first: with an interrupt from here on it counts as sent, in record and ledger
+            if admission.hold and self.purse:
+                self.purse.sent(admission.hold)
             self.ledger.send(admission.reserved_usd, admission.picture, request)
             self._pace.sent(admission.ticket, monotonic())
             self._next()
@@ -460,8 +525,10 @@ class Gate:
             hold = self._give_up_slot(admission, error)
             if admission.request is None:
                 self.ledger.release(admission.reserved_usd)
+                self._put_back(admission.hold)
             else:
                 totals = admission._totals(error)
+                self._put_back(admission.hold, totals)
                 self.ledger.settle(admission.reserved_usd, admission.picture, admission.request, totals)
             self._keep_money(admission.asset, admission.cost_usd is None)
             if isinstance(error, (AccountError, InsufficientCreditsError)):

@@ -240,7 +240,7 @@ class Cashier:
             self.outbox.receive(job.fingerprint, run.id, asked) as part,
         ):
             request = job.request(self.address(uploaded.uri))
-            held = self._claim(job, finding, run, asked, address(request.image_file))
+            held = self._claim(job, finding, run, asked, address(request.image_file), admission.shares)
             if held is None:
                 return None
             held.is_new = finding.is_new
@@ -258,6 +258,7 @@ class Cashier:
 
             def before_sending() -> None:
                 held.confirm()
+                admission.confirm()
                 enter()
                 held.sending()
 
@@ -491,9 +492,17 @@ class Cashier:
         if left.record.holder and run.follows(left.record.holder.flow_runs):
             left.release()
 
-    def _claim(self, job: ValidatedJob, finding: Finding, run: Run, asked: Asked, image_file: str) -> Claim | None:
+    def _claim(
+        self,
+        job: ValidatedJob,
+        finding: Finding,
+        run: Run,
+        asked: Asked,
+        image_file: str,
+        shares: tuple[str, ...],
+    ) -> Claim | None:
         def begin(held: Claim, holder: Holder) -> None:
-            held.begin_request(holder, asked, image_file)
+            held.begin_request(holder, asked, image_file, shares)
 
         return self._claimed_by(begin, job, finding, run)
 

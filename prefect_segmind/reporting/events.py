@@ -6,11 +6,12 @@
 | `prefect-segmind.asset.failed` | a job | it has failed and is not retried in this run; for a bad inbox file, once |
 | `prefect-segmind.attempt.failed` | a job | a request has failed, retried or not |
 | `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |
+| `prefect-segmind.budget.used` | a shared budget | 80 % of it are spent, or 100 %, each once |
 | `prefect-segmind.credits.exhausted` | the account | the provider refuses for lack of credits |
 
 The `prefect.resource.id` is `prefect-segmind.job.{fingerprint}`, with the name instead for a job too invalid to have a
-fingerprint; `prefect-segmind.run.{flow run}`; or `prefect-segmind.account`. Amounts are texts such as `"0.05"`. Prefect
-adds the flow run, its flow, deployment and tags as related resources.
+fingerprint; `prefect-segmind.run.{flow run}`; `prefect-segmind.budget.{name}`; or `prefect-segmind.account`. Amounts
+are texts such as `"0.05"`. Prefect adds the flow run, its flow, deployment and tags as related resources.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from prefect.runtime import flow_run
 
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import BudgetReachedError, InsufficientCreditsError, SegmindError, redact
+from prefect_segmind.limits.account import Account, Announcement, Budget
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.archive import ArchivedImage
 
@@ -30,6 +32,7 @@ ASSET_ARCHIVED = "prefect-segmind.asset.archived"
 ASSET_FAILED = "prefect-segmind.asset.failed"
 ATTEMPT_FAILED = "prefect-segmind.attempt.failed"
 BUDGET_EXHAUSTED = "prefect-segmind.budget.exhausted"
+BUDGET_USED = "prefect-segmind.budget.used"
 CREDITS_EXHAUSTED = "prefect-segmind.credits.exhausted"
 
 
@@ -97,6 +100,28 @@ def run_stopped(stopped: SegmindError, result: BatchResult) -> None:
         _emit(BUDGET_EXHAUSTED, {"prefect.resource.id": f"prefect-segmind.run.{flow_run.id}"}, payload)
     elif isinstance(stopped, InsufficientCreditsError):
         _emit(CREDITS_EXHAUSTED, _ACCOUNT, payload)
+
+
+def budget_used(budget: Budget, account: Account, crossed: Announcement) -> None:
+    """Emits that so many percent of a shared budget are spent; at 100 it pays for no further picture.
+
+    Args:
+        budget: The budget.
+        account: Its account.
+        crossed: The threshold that is crossed.
+    """
+    payload = {
+        "budget": account.name,
+        "percent": crossed.percent,
+        "limit_usd": usd(crossed.limit_usd),
+        "used_usd": usd(account.used_usd),
+    }
+    resource = {
+        "prefect.resource.id": f"prefect-segmind.budget.{account.name}",
+        "prefect.resource.name": budget.title,
+        "prefect-segmind.percent": str(crossed.percent),
+    }
+    _emit(BUDGET_USED, resource, payload)
 
 
 def credits_exhausted(error: InsufficientCreditsError) -> None:

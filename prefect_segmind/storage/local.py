@@ -163,6 +163,13 @@ class LocalStore:
                 if key.startswith(prefix) and not _is_ours(key):
                     yield key
 
+    def dated_keys(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """The same with the times of the files; see `Store.dated_keys`."""
+        for key in self.keys(prefix):
+            path = self._path(key)
+            with disk_errors(f"cannot read {path}"), suppress(FileNotFoundError):  # gone since it was listed
+                yield key, path.stat().st_mtime
+
     def _now(self) -> float:
         """The time by the clock that dates the files, which may be a file server's: that of a file written just now.
 

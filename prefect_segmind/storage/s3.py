@@ -513,6 +513,11 @@ class S3Store:
         for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
             yield each.key.removeprefix(self._root)
 
+    def dated_keys(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """The same with their times, which S3 counts in whole seconds; see `Store.dated_keys`."""
+        for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
+            yield each.key.removeprefix(self._root), each.modified
+
     def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
         """The answer to a HEAD; None if S3 refuses it, which may mean the key or the bucket: a GET has to tell."""
         where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}

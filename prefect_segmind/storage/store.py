@@ -208,6 +208,14 @@ class Store(Protocol):
         """
         ...
 
+    def dated_keys(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """The same, each with when it was last written, in seconds since 1970 by the store's own clock.
+
+        Args:
+            prefix: The characters.
+        """
+        ...
+
 
 def read_model(store: Store, key: str, model: type[M], remedy: str) -> tuple[M, StoredObject] | None:
     """A JSON object as a model, and as it was read; None only if the store is certain that it does not exist.
