@@ -624,8 +624,8 @@ def _asked(file: Path) -> Asked:
 
 def _write(path: Path, facts: BaseModel) -> None:
     """Write facts for the user alone."""
-    path.touch(0o600)
-    path.write_text(facts.model_dump_json(indent=2), encoding="utf-8")
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # noqa: PTH123
+        file.write(facts.model_dump_json(indent=2).encode())
 
 
 def _note(path: Path, facts: BaseModel) -> None:
