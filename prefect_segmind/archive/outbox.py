@@ -624,7 +624,7 @@ def _asked(file: Path) -> Asked:
 
 def _write(path: Path, facts: BaseModel) -> None:
     """Write facts for the user alone."""
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # noqa: PTH123
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(facts.model_dump_json(indent=2).encode())
 
 
