@@ -324,36 +324,37 @@ def _produce(
 
     They are told before anything else is tried that the archive or Prefect's server may keep waiting.
     """
-    ended: BatchResult | None = None
+    addresses: dict[str, str] = {}
 
     def end() -> BatchResult:
-        nonlocal ended
         tally.close()
-        ended = tally.result(None, pipeline.gate.stopped, batch.wanted())
-        listener().ended(pipeline.ledger, ended)
-        return ended
+        result = tally.result(None, pipeline.gate.stopped, batch.wanted())
+        listener().ended(pipeline.ledger, result)
+        return result
 
-    def keep(field: str, write: Callable[[], str | None]) -> None:
-        nonlocal ended
-        if ended and (address := write()):
-            ended = ended.model_copy(update={field: address})
-            listener().ended(pipeline.ledger, ended)
+    def keep(result: BatchResult, field: str, write: Callable[[], str | None]) -> None:
+        if address := write():
+            addresses[field] = address
+            listener().ended(pipeline.ledger, result.model_copy(update=addresses))
 
+    def finish(result: BatchResult, do: Callable[[Callable[[], object], float], object]) -> BatchResult:
+        """Keeps and reports, step by step; `do` gets each, and the seconds that it may take in a run that was ended."""
+        do(partial(keep, result, "failed_manifest", kept.keep_failed), LAST_SECONDS)
+        do(partial(keep, result, "results", kept.keep_results), LAST_SECONDS + kept.results.size / BYTES_A_SECOND)
+        do(lambda: report(result.model_copy(update=addresses)), LAST_SECONDS)
+        return result.model_copy(update=addresses)
+
+    ended: BatchResult | None = None
     try:
         in_place = () if batch.skip_archived else batch.in_place
         dispatch(batch.wanted, in_place, pipeline, tally, kept.services.settings.grace_seconds)
-        end()
-        keep("failed_manifest", kept.keep_failed)
-        keep("results", kept.keep_results)
-        report(ended or end())
-        return ended or end()
+        ended = end()
+        return finish(ended, lambda step, _: step())
     except BaseException:
-        interrupted = ended is None
-        run_logger().warning((ended or end()).sentence(), extra=TOLD_AT_END)
-        if interrupted:
-            in_time(partial(keep, "failed_manifest", kept.keep_failed))
-            in_time(partial(keep, "results", kept.keep_results), LAST_SECONDS + kept.results.size / BYTES_A_SECOND)
-            in_time(lambda: report(ended) if ended else None)
+        told = ended or end()
+        run_logger().warning(told.sentence(), extra=TOLD_AT_END)
+        if ended is None:
+            finish(told, in_time)
         raise
 
 

@@ -29,10 +29,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
 from prefect_segmind import BatchError, BatchResult, produce_asset, refresh_assets
+from prefect_segmind.archive.record import Record
 from prefect_segmind.batch import plan
 from prefect_segmind.batch import results as results_module
 from prefect_segmind.batch import tally as batch_module
@@ -762,7 +764,7 @@ def test_what_is_in_place_is_reused_without_a_task_run_and_without_being_read(
     assert sorted(produced) == ["mug/003", "mug/004"]
     assert not [key for key in read if key.startswith(("mug/000", "mug/001", "mug/002"))]
     assert Counter(each["status"] for each in lines(result)) == {"reused": 3, "generated": 2}
-    agrees(result, sandbox)
+    assert (result.cost_usd, sandbox.ledger.billed) == (Decimal("0.10"), 5)
 
 
 def test_a_picture_that_was_just_generated_is_published_without_being_read_again(
@@ -779,6 +781,38 @@ def test_a_picture_that_was_just_generated_is_published_without_being_read_again
     monkeypatch.setattr(batch_run, "publish_batch", lambda *_: None)  # it shows the pictures
     result = run(campaign(2), publish_to=str(tmp_path / "live"))
     assert (result.generated, len(list((tmp_path / "live" / "mug").iterdir())), read) == (2, 2, [])
+
+
+def test_prefect_keeps_nothing_of_the_task_runs_that_have_ended(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def look(*_: Any) -> None:
+        context = FlowRunContext.get()
+        assert context is not None
+        kept.append(len(context.run_results) + len(context.task_run_assets))
+
+    monkeypatch.setattr(batch_run, "archive_what_is_left_over", look)
+    assert run(campaign(3)).generated == 3
+    assert kept == [0]
+
+
+def test_a_picture_whose_record_was_not_finished_is_left_to_a_task_run(
+    sandbox: Sandbox, campaign: Callable[..., str], produced: list[str]
+) -> None:
+    image = run(campaign(2)).images[0]
+    archive = Services().archive
+    found = archive.read(image.fingerprint)
+    assert found is not None
+    attempts = tuple(each.model_copy(update={"possibly_billed": None}) for each in found.record.attempts)
+    archive.write(Record(fingerprint=image.fingerprint, attempts=attempts), found.etag)
+    produced.clear()
+    result = run(campaign(2))
+    assert (result.reused, produced, sandbox.ledger.billed) == (2, [image.name], 2)
+    again = archive.read(image.fingerprint)
+    assert again is not None
+    assert again.record.state == "done"
 
 
 def test_a_copy_under_another_name_is_in_place_too(
