@@ -6,10 +6,11 @@ Each flow of many pictures makes its jobs in its own way and passes them to `run
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
+from io import BytesIO
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -18,7 +19,8 @@ from prefect.states import Cancelled
 
 from prefect_segmind.archive.record import OnKept, OnUnknown, Run, answers_of_earlier_tries, past_requests
 from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
-from prefect_segmind.batch.tally import TO_FETCH, BatchError, BatchResult, Failure, Tally, planned
+from prefect_segmind.batch.results import Failure, Results
+from prefect_segmind.batch.tally import TO_FETCH, BatchError, BatchResult, Tally, planned
 from prefect_segmind.errors import (
     ApiError,
     ApprovalTimeoutError,
@@ -32,13 +34,14 @@ from prefect_segmind.errors import (
     redact,
 )
 from prefect_segmind.flows.approval_form import approve
-from prefect_segmind.flows.dispatch import POLICY, dispatch, in_time
+from prefect_segmind.flows.dispatch import LAST_SECONDS, POLICY, dispatch, in_time
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
 from prefect_segmind.manifest.formats import MAX_TEXT, write_manifest
 from prefect_segmind.manifest.model import MAX_ASSETS
 from prefect_segmind.money import usd
+from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.artifacts import publish_batch, publish_plan
@@ -60,6 +63,10 @@ from prefect_segmind.tasks.run_context import (
 R = TypeVar("R", bound=BatchResult)
 SHOWN_VALUE, SHOWN_VALUES = 60, 120
 """Characters of one variable, and of all together, in the name of a run."""
+RESULTS = "results.jsonl"
+"""The file with the result of each asset of a run, beside `failed.yaml`."""
+BYTES_A_SECOND = 5_000_000
+"""How fast the archive is assumed to take that file where a run was interrupted."""
 SHOWN_PROBLEMS = 20
 """How many of the jobs that will fail the run's log names."""
 
@@ -136,7 +143,7 @@ class Ended(NamedTuple):
     """A batch that has ended.
 
     Attributes:
-        result: Its counts, cost, pictures and failures.
+        result: Its counts, its cost, and the first of its pictures and failures.
         stopped: What ended it early, if something did.
         trimmed: Whether a person had limited what it may spend.
         in_place: Names of jobs that were left out because their pictures are in the archive already.
@@ -159,6 +166,7 @@ def run_batch(
     skip_unusable: Collection[str] = (),
     keep_failed: bool = True,
     refused: Sequence[Failure] = (),
+    observe: Callable[[ArchivedImage | Failure], None] = lambda _: None,
 ) -> Ended:
     """Plans a batch, asks whether its cost is approved, produces its assets, and reports.
 
@@ -169,7 +177,8 @@ def run_batch(
         skip_archived: Whether jobs whose picture is archived under the same name are left out, without a task run.
         skip_unusable: Names of jobs that are also left out if their image cannot be used: it was reported before.
         keep_failed: Whether the jobs that fail are written as a manifest to run again.
-        refused: What failed before, for the pages in Prefect's UI.
+        refused: What failed before, for the pages in Prefect's UI and the file of all results.
+        observe: Receives every result of a run that was not interrupted, of which `Ended` has the first ones only.
 
     Raises:
         SegmindError: Before anything was paid.
@@ -177,9 +186,13 @@ def run_batch(
     """
     end_run_on_hangup()
     services, ledger = terms.services, run_ledger()
-    with Spool[Job | ValidatedJob](ValidatedJob, Job) as entries, Spool(Job) as failed_jobs:
+    with (
+        Spool[Job | ValidatedJob](ValidatedJob, Job) as entries,
+        Spool(Job) as failed_jobs,
+        Results() as results,
+    ):
         batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)
-        tally = Tally(batch.plan, failed_jobs, ledger, listener().progressed)
+        tally = Tally(batch.plan, failed_jobs, results, ledger, listener().progressed)
         if not batch.plan.total:
             if not terms.dry_run:
                 archive_what_is_left_over(services)
@@ -191,7 +204,8 @@ def run_batch(
             return batch.ended(planned(batch.plan))
         spent_usd = ledger.spent_usd + ledger.unknown_usd
         try:
-            approved = approve(batch.plan, batch.wanted(), title, terms.approve_above_usd, services, spent_usd)
+            wanted = (entry for _, entry in batch.wanted())
+            approved = approve(batch.plan, wanted, title, terms.approve_above_usd, services, spent_usd)
         except (NotApprovedError, RunCancelledError) as error:
             return batch.ended(tally.result(stopped=error, entries=batch.wanted()), error)
         ledger.limit_usd = approved.budget_usd
@@ -203,12 +217,15 @@ def run_batch(
             if stopped and not (approved.trimmed and isinstance(stopped, BudgetReachedError)):
                 run_stopped(stopped, result)
 
+        kept = _Kept(services, results, apart, failed_jobs if keep_failed else None)
         try:
-            result = _produce(batch, pipeline, tally, services, failed_jobs if keep_failed else None, report)
+            result = _produce(batch, pipeline, tally, kept, report)
         finally:
             if pipeline.gate.purse:
                 in_time(pipeline.gate.purse.close)
         archive_what_is_left_over(services)
+        for each in results:
+            observe(each)
         return batch.ended(result, pipeline.gate.stopped, trimmed=approved.trimmed)
 
 
@@ -218,24 +235,28 @@ class _PlannedBatch(NamedTuple):
     Attributes:
         plan: The plan, without the jobs that are left out.
         entries: All jobs in their order, each validated unless it will fail.
-        archived: The places of jobs that are left out because their pictures are archived.
+        in_place: For each of them, 1 if its picture is archived under its name, else 0.
+        skip_archived: Whether those are left out.
         skipped: The names of jobs that are left out because their images cannot be used.
         unusable: The names of all jobs whose images cannot be used, with the reason.
+        unseen: The fingerprints of the pictures to pay for of which neither archive nor outbox has anything.
         answers: When each paid request of earlier tries was sent, and whether its answer held a picture.
     """
 
     plan: Plan
     entries: Spool[Job | ValidatedJob]
-    archived: Collection[str]
+    in_place: bytearray
+    skip_archived: bool
     skipped: Collection[str]
     unusable: Mapping[str, str]
+    unseen: set[str]
     answers: Sequence[tuple[datetime, bool]]
 
-    def wanted(self) -> Iterator[Job | ValidatedJob]:
-        """The jobs that are not left out."""
-        for each in self.entries:
-            if each.place not in self.archived if isinstance(each, ValidatedJob) else each.name not in self.skipped:
-                yield each
+    def wanted(self) -> Iterator[tuple[int, Job | ValidatedJob]]:
+        """The jobs that are not left out, each with its position among all jobs."""
+        for position, each in enumerate(self.entries):
+            if not (self.skip_archived and self.in_place[position]) and each.name not in self.skipped:
+                yield position, each
 
     def skipped_failures(self) -> list[Failure]:
         """The failures of the jobs that are left out because their images cannot be used."""
@@ -243,8 +264,9 @@ class _PlannedBatch(NamedTuple):
 
     def ended(self, result: BatchResult, stopped: SegmindError | None = None, *, trimmed: bool = False) -> Ended:
         """The batch when it has ended; see `Ended` for the arguments."""
-        in_place = frozenset(place.rpartition("/")[0] for place in self.archived)
-        return Ended(result, stopped, trimmed, in_place, self.unusable)
+        left_out = self.entries if self.skip_archived else ()
+        names = frozenset(each.name for position, each in enumerate(left_out) if self.in_place[position])
+        return Ended(result, stopped, trimmed, names, self.unusable)
 
 
 def _plan(
@@ -256,8 +278,9 @@ def _plan(
     skip_unusable: Collection[str],
 ) -> _PlannedBatch:
     services, (runs, call) = terms.services, flow_call()
-    archived: set[str] = set()
+    in_place = bytearray()
     unusable: dict[str, str] = {}
+    unseen: set[str] = set()
     plan = make_plan(
         jobs,
         entries,
@@ -268,14 +291,17 @@ def _plan(
         on_unknown=terms.on_unknown,
         on_kept=terms.on_kept,
         can_ask=services.can_ask,
-        in_place=archived if skip_archived else None,
+        in_place=in_place,
+        leave_out=skip_archived,
         flow_runs=runs,
         call=call,
         unusable=unusable,
         folds_case=services.publishing is not None and services.publishing.store.folds_case,
+        unseen=unseen,
     )
-    if archived:
-        run_logger().info("%s have their picture in the archive already", len(archived))
+    left_out = in_place.count(1) if skip_archived else 0
+    if left_out:
+        run_logger().info("%s have their picture in the archive already", left_out)
     skipped = unusable.keys() & set(skip_unusable)
     answers = _carry_earlier_tries(ledger, entries, services)
     limits = {
@@ -283,46 +309,51 @@ def _plan(
         "credits_usd": _credits(services),
         "shared": tuple(services.budgets_left()),
     }
-    plan = plan.without(len(archived), skipped).model_copy(update=limits)
-    return _PlannedBatch(plan, entries, archived, skipped, unusable, answers)
+    plan = plan.without(left_out, skipped).model_copy(update=limits)
+    return _PlannedBatch(plan, entries, in_place, skip_archived, skipped, unusable, unseen, answers)
 
 
 def _produce(
     batch: _PlannedBatch,
     pipeline: Pipeline,
     tally: Tally,
-    services: Services,
-    failed_jobs: Spool[Job] | None,
+    kept: _Kept,
     report: Callable[[BatchResult], None],
 ) -> BatchResult:
     """Produces the assets of a batch; however that ends, the listener gets the result and the log the totals.
 
     They are told before anything else is tried that the archive or Prefect's server may keep waiting.
     """
+    ended: BatchResult | None = None
 
     def end() -> BatchResult:
+        nonlocal ended
         tally.close()
-        result = tally.result(None, pipeline.gate.stopped, batch.wanted())
-        listener().ended(pipeline.ledger, result)
-        return result
+        ended = tally.result(None, pipeline.gate.stopped, batch.wanted())
+        listener().ended(pipeline.ledger, ended)
+        return ended
 
-    def keep_and_report(result: BatchResult) -> BatchResult:
-        if failed_jobs is not None and (kept := _keep_failed(failed_jobs, services)):
-            result = result.model_copy(update={"failed_manifest": kept})
-            listener().ended(pipeline.ledger, result)
-        report(result)
-        return result
+    def keep(field: str, write: Callable[[], str | None]) -> None:
+        nonlocal ended
+        if ended and (address := write()):
+            ended = ended.model_copy(update={field: address})
+            listener().ended(pipeline.ledger, ended)
 
-    ended: BatchResult | None = None
     try:
-        dispatch(batch.wanted(), pipeline, tally, services.settings.grace_seconds)
-        ended = end()
-        return keep_and_report(ended)
+        in_place = () if batch.skip_archived else batch.in_place
+        dispatch(batch.wanted, in_place, pipeline, tally, kept.services.settings.grace_seconds)
+        end()
+        keep("failed_manifest", kept.keep_failed)
+        keep("results", kept.keep_results)
+        report(ended or end())
+        return ended or end()
     except BaseException:
-        told = ended or end()
-        run_logger().warning(told.sentence(), extra=TOLD_AT_END)
-        if ended is None:
-            in_time(partial(keep_and_report, told))
+        interrupted = ended is None
+        run_logger().warning((ended or end()).sentence(), extra=TOLD_AT_END)
+        if interrupted:
+            in_time(partial(keep, "failed_manifest", kept.keep_failed))
+            in_time(partial(keep, "results", kept.keep_results), LAST_SECONDS + kept.results.size / BYTES_A_SECOND)
+            in_time(lambda: report(ended) if ended else None)
         raise
 
 
@@ -348,7 +379,13 @@ def _open_pipeline(terms: Terms, ledger: Ledger, batch: _PlannedBatch) -> Pipeli
     )
     publisher = services.publisher(refreshed_at(), str(flow_run.id))
     pipeline = services.pipeline(
-        gate, on_unknown=terms.on_unknown, on_kept=terms.on_kept, policy=POLICY, publisher=publisher, log=run_logger()
+        gate,
+        on_unknown=terms.on_unknown,
+        on_kept=terms.on_kept,
+        policy=POLICY,
+        publisher=publisher,
+        unseen=batch.unseen,
+        log=run_logger(),
     )
     warn_once_without_conditional_writes(services.archive)
     return pipeline
@@ -366,6 +403,8 @@ def _carry_earlier_tries(
     """
     run, price_usd = Run("", flow_call().runs), services.settings.price_usd
     answers: list[tuple[datetime, bool]] = []
+    if all(number == 1 for _, number in run.flow_runs):  # in the first try there are none to look for
+        return answers
     wanted = {each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as}
     for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
         ledger.carry(picture, past_requests(run, record.attempts, price_usd), run.id)
@@ -407,36 +446,71 @@ def _log_plan(plan: Plan) -> None:
         log.warning(shortfall)
 
 
-def _keep_failed(jobs: Spool[Job], services: Services) -> str | None:
-    """Writes the failed jobs as a manifest to run again: to the archive, or beside the outbox if that is down.
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a run beside its pictures: in the archive, or beside the outbox if the archive is down.
 
-    Returns:
-        Where it is; None if there are none, or it could not be written.
+    Attributes:
+        services: Opens the archive and the outbox.
+        results: The results of the assets.
+        refused: What failed before the run.
+        failed_jobs: The jobs that failed; None if they are not kept.
+        folder: Where it is in `.segmind` of the archive.
     """
-    log = get_run_logger()
-    if not len(jobs):
-        return None
-    name, kind, data = "failed.yaml", "application/yaml", b""
-    if len(jobs) <= MAX_ASSETS:
-        data = "".join(write_manifest(job.model_dump(mode="json") for job in jobs)).encode()
-    if not 0 < len(data) <= MAX_TEXT:  # more than is read of YAML
-        lines = ('{"templates": false}', *(job.model_dump_json() for job in jobs))
-        name, kind, data = "failed.jsonl", "application/jsonl", "\n".join(lines).encode()
-    key = f"runs/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}/{name}"
-    store = services.archive.store
-    try:
-        store.put(f".segmind/{key}", data, kind, if_absent=True)
-        return store.uri(f".segmind/{key}")
-    except StoreError as failure:
-        path = services.outbox.folder.parent / key
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        except OSError as error:
-            log.warning("cannot write the failed jobs to the archive (%s) or to %s (%s)", failure, path, error)
+
+    services: Services
+    results: Results
+    refused: Sequence[Failure]
+    failed_jobs: Spool[Job] | None
+    folder: str = field(
+        default_factory=lambda: f"runs/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}", init=False
+    )
+
+    def keep_failed(self) -> str | None:
+        """Writes the failed jobs as a manifest to run again.
+
+        Returns:
+            Where it is; None if there are none, or it could not be written.
+        """
+        jobs = self.failed_jobs
+        if not jobs:
             return None
-        log.warning("the failed jobs are in %s, because the archive cannot be written: %s", path, failure)
-        return str(path)
+        name, kind, data = "failed.yaml", "application/yaml", b""
+        if len(jobs) <= MAX_ASSETS:
+            data = "".join(write_manifest(job.model_dump(mode="json") for job in jobs)).encode()
+        if not 0 < len(data) <= MAX_TEXT:  # more than is read of YAML
+            lines = ('{"templates": false}', *(job.model_dump_json() for job in jobs))
+            name, kind, data = "failed.jsonl", "application/jsonl", "\n".join(lines).encode()
+        return self._keep(name, data, kind, "the failed jobs")
+
+    def keep_results(self) -> str | None:
+        """Writes the results of all assets, a line of JSON for each; see `keep_failed`."""
+        if not self.results:
+            return None
+        if self.results.missing:
+            run_logger().warning(
+                "the file of results misses %s of them: %s", self.results.missing, self.results.why_missing
+            )
+        file = BytesIO()
+        file.writelines(f"{each.model_dump_json()}\n".encode() for each in self.refused)
+        file.writelines(self.results.lines())
+        return self._keep(RESULTS, file.getvalue(), "application/jsonl", "the results")
+
+    def _keep(self, name: str, data: bytes, kind: str, what: str) -> str | None:
+        log, store, key = run_logger(), self.services.archive.store, f"{self.folder}/{name}"
+        try:
+            store.put(f".segmind/{key}", data, kind, if_absent=True)
+            return store.uri(f".segmind/{key}")
+        except StoreError as failure:
+            path = self.services.outbox.folder.parent / key
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            except OSError as error:
+                log.warning("cannot write %s to the archive (%s) or to %s (%s)", what, failure, path, error)
+                return None
+            log.warning("%s are in %s, because the archive cannot be written: %s", what, path, failure)
+            return str(path)
 
 
 def finish_flow(ended: Ended, result: R, terms: Terms) -> R:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -12,12 +12,13 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.tasks import Task
 
+from prefect_segmind.archive.archive import READERS
 from prefect_segmind.batch.tally import Tally
-from prefect_segmind.errors import RunCancelledError
+from prefect_segmind.errors import RunCancelledError, SegmindError
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.retry import RetryPolicy
@@ -27,6 +28,7 @@ from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.tasks.interrupts import ended_by
 from prefect_segmind.tasks.produce_asset import task_of_batch
+from prefect_segmind.tasks.run_context import run_logger, this_run
 
 WATCH_SECONDS = 10.0
 """Seconds between two lines of progress, and between two checks whether the run was cancelled in Prefect."""
@@ -37,15 +39,24 @@ LAST_SECONDS = 2.0
 """How long the end of a run waits for each thing that Prefect's server or the archive may be slow to take."""
 
 
-def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: Tally, grace_seconds: float) -> None:
+def dispatch(
+    wanted: Callable[[], Iterable[tuple[int, Job | ValidatedJob]]],
+    in_place: Sequence[int],
+    pipeline: Pipeline,
+    tally: Tally,
+    grace_seconds: float,
+) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
+
+    First those whose picture is in place are reused without one.
 
     When interrupted, it sends nothing new, and waits for what is in flight to be archived, no longer than the grace.
     Each asset has a thread of its own, which does not keep the process from ending after that. (Prefect's task runners
     join theirs, however long a request takes.) Where the process goes on, so do they.
 
     Args:
-        entries: The assets, in their order.
+        wanted: The assets in their order, each with its position.
+        in_place: At the position of each asset whose picture is archived under its name 1, else 0.
         pipeline: Takes them through their stages.
         tally: Counts their outcomes.
         grace_seconds: How long to wait for what is in flight when the run is interrupted.
@@ -53,10 +64,15 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
         try:
-            for entry in entries:
+            if there := sum(in_place):
+                entries = (each for each in wanted() if in_place[each[0]])
+                _reuse_in_place(entries, min(there, READERS), pipeline, tally)
+            for position, entry in wanted():
+                if tally.has_ended(position):
+                    continue
                 if not gate.enter(entry.name):
                     break
-                tally.start(entry)
+                tally.start(position, entry)
                 _start(partial(_produce, entry, produce, gate, tally), f"segmind-{entry.name}")
             tally.wait()
         except BaseException as error:
@@ -66,6 +82,33 @@ def dispatch(entries: Iterable[Job | ValidatedJob], pipeline: Pipeline, tally: T
             )
             tally.wait(grace_seconds)
             raise
+
+
+def _reuse_in_place(
+    entries: Iterator[tuple[int, Job | ValidatedJob]], at_once: int, pipeline: Pipeline, tally: Tally
+) -> None:
+    """Checks and publishes pictures that are archived under the names of their assets, some at once, and counts them.
+
+    Where that fails, or more is left to do, the asset is left to a task run, which tells what is wrong with it.
+    """
+    run, log, gate, taking = this_run(), run_logger(), pipeline.gate, threading.Lock()
+
+    def work() -> None:
+        while not gate.stopped:
+            try:
+                with taking:
+                    position, entry = next(entries)
+            except (StopIteration, SegmindError):  # what cannot be read of them now is read again for the task runs
+                return
+            with suppress(Exception):
+                if isinstance(entry, ValidatedJob) and (reused := pipeline.reuse_in_place(entry, run, log)):
+                    tally.count(position, reused)
+
+    workers = [_start(work, f"segmind-in-place-{number}") for number in range(at_once)]
+    for worker in workers:
+        worker.join()
+    if reused := tally.progress.done:
+        log.info("pictures that are in the archive already, nothing to pay: %s", reused)
 
 
 def in_time(work: Callable[[], object], seconds: float = LAST_SECONDS) -> None:
@@ -90,18 +133,30 @@ def _start(work: Callable[[], object], name: str) -> threading.Thread:
 
 
 def _produce(
-    entry: Job | ValidatedJob, produce: Task[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
+    entry: Job | ValidatedJob, produce: Callable[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
 ) -> None:
     """Works on an asset, and counts its outcome."""
     outcome: object
     try:
-        outcome = produce(entry, return_state=True).result(raise_on_failure=False)
+        with _forgotten_by_prefect():
+            outcome = produce(entry)
     except BaseException as error:  # noqa: BLE001
         outcome = error
     try:
         tally.end(entry, outcome)
     finally:
         gate.leave(entry.name)
+
+
+@contextmanager
+def _forgotten_by_prefect() -> Iterator[None]:
+    """Has a flow run not keep what it notes of its task runs, for those that others depend on: some kB for each."""
+    context = FlowRunContext.get()
+    if context is None:
+        yield
+        return
+    with context.model_copy(update={"run_results": {}, "task_run_assets": {}}):
+        yield
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from prefect_segmind.archive.record import OnKept, OnUnknown
+from prefect_segmind.batch.results import Failure
 from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, SegmindError, redact
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
@@ -24,6 +25,7 @@ from prefect_segmind.jobs.job import name_from_image, parse_job
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.loading import expand
 from prefect_segmind.manifest.model import FoundImage, Row
+from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.validate import validate
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.reporting.markdown import cell, picture
@@ -143,8 +145,13 @@ def explore_variations(
     head = {"templates": False, "variants": axes}
     expansion = Expansion(head, {}, lambda *_: [FoundImage(image)], allow_unlisted_resolution=unlisted)
     with expand(title, expansion, [Row("the grid", base)]) as grid:
-        ended = run_batch(grid.jobs, title, terms)
-        made = {each.name: each.image for each in ended.result.images}
+        made: dict[str, str] = {}
+
+        def observe(result: ArchivedImage | Failure) -> None:
+            if isinstance(result, ArchivedImage):
+                made[result.name] = result.image
+
+        ended = run_batch(grid.jobs, title, terms, observe=observe)
         pictures = {
             (job.style_type.value, job.image_weight, job.seed): made[job.name] for job in grid.jobs if job.name in made
         }

@@ -12,7 +12,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from prefect_segmind.archive.record import OnKept, OnUnknown
-from prefect_segmind.batch.tally import BatchResult, Failure
+from prefect_segmind.batch.results import Failure
+from prefect_segmind.batch.tally import BatchResult
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.flows.batch_run import Terms, finish_flow, run_batch, run_name
 from prefect_segmind.flows.form_choices import MagicPromptChoice, ResolutionChoice, StyleChoice
@@ -22,6 +23,7 @@ from prefect_segmind.jobs.job import Job, parse_job, suffix_from_image
 from prefect_segmind.manifest.expansion import Expansion
 from prefect_segmind.manifest.image_paths import named
 from prefect_segmind.manifest.model import FoundImage, Row
+from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.reporting.events import asset_failed
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
@@ -146,7 +148,8 @@ def process_inbox(
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:
-        The counts, the cost, every picture, every failure, and what was moved.
+        The counts, the cost, the first pictures and failures, the address of a file with all of them, and what was
+        moved.
 
     Raises:
         ConfigurationError: The inbox does not exist, or a setting is missing.
@@ -191,6 +194,12 @@ def process_inbox(
             _report(each, memory, dry_run)
         if not dry_run:
             _remember(memory, look, [*(each.file for each in bad), *(files[each] for each in known)])
+        made: list[str] = []
+        failed: list[str] = []
+
+        def observe(result: ArchivedImage | Failure) -> None:
+            (made if isinstance(result, ArchivedImage) else failed).append(result.name)
+
         # A picture that is archived may still be unpublished, so where pictures are published none is skipped.
         ended = run_batch(
             jobs,
@@ -200,6 +209,7 @@ def process_inbox(
             skip_unusable=known,
             keep_failed=False,  # the files are still in the inbox
             refused=[each.failure for each in bad],
+            observe=observe,
         )
     for job_name, error in ended.unusable.items():
         if job_name in known:
@@ -208,12 +218,10 @@ def process_inbox(
     whole = ended.result.with_failures([each.failure for each in bad])
     moved: dict[str, tuple[str, ...]] = {}
     if not dry_run:
-        failed = [each.name for each in ended.result.failures if each.name in ended.unusable]
-        bad += [_Bad(files[each], each, ended.unusable[each]) for each in failed]
+        bad += [_Bad(files[each], each, ended.unusable[each]) for each in failed if each in ended.unusable]
         _remember(memory, look, [each.file for each in bad])
         if move_done:
-            done = [*ended.in_place, *(each.name for each in ended.result.images)]
-            moved["moved"] = tuple(_moved(place.move_done, [files[each] for each in done]))
+            moved["moved"] = tuple(_moved(place.move_done, [files[each] for each in (*ended.in_place, *made)]))
         if move_failed:
             moved["moved_failed"] = tuple(_moved(place.move_failed, [each.file for each in bad if each.movable]))
     result = InboxResult(

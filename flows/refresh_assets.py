@@ -71,7 +71,7 @@ def refresh_assets(
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:
-        The counts, the cost, every picture and every failure.
+        The counts, the cost, the first pictures and failures, and the address of a file with all of them.
 
     Raises:
         ManifestError: The manifest has mistakes; the message has a line for each. Nothing was paid.

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
+
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import InvalidJobError, PreconditionFailedError, StoreError
@@ -230,7 +232,9 @@ class Archive:
             raise gone
         return copy
 
-    def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
+    def put_picture(
+        self, name: str, fingerprint: str, picture: PaidPicture, data: bytes, *, is_new: bool = False
+    ) -> str:
         """Store a picture under a job's name and never over a different one, nor beside the sidecar of a different one.
 
         Args:
@@ -238,6 +242,7 @@ class Archive:
             fingerprint: The job's.
             picture: The picture's facts.
             data: The picture.
+            is_new: Whether the archive is known to have no sidecar of the job, so that none is looked for.
 
         Returns:
             Its key: `{name}/{fingerprint[:16]}.{ext}`, with the picture's own hash if that is another one's.
@@ -245,18 +250,19 @@ class Archive:
         Raises:
             StoreError: It cannot be written, or both keys are taken.
         """
-        stem = f"{name}/{fingerprint[:16]}"
-        for key in (f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"):
-            beside = self.store.get(sidecar_key(key))
+        for key in _picture_keys(name, fingerprint, picture):
+            beside = None if is_new else self.store.get(sidecar_key(key))
             if beside is not None and not _describes(beside.data, picture):
                 continue
             try:
                 self.store.put(key, data, picture.content_type, if_absent=True)
             except PreconditionFailedError:
                 if not self.store.holds(key, data):
+                    is_new = False
                     continue
             return key
-        raise StoreError(f"{self.store.uri(stem)} is taken by other pictures; choose another name for the job")
+        taken = self.store.uri(f"{name}/{fingerprint[:16]}")
+        raise StoreError(f"{taken} is taken by other pictures; choose another name for the job")
 
     def put_sidecar(self, image_key: str, sidecar: Mapping[str, Any]) -> str:
         """Store a picture's sidecar beside it; an existing one stays.
@@ -272,7 +278,7 @@ class Archive:
             StoreError: It cannot be written.
         """
         key = sidecar_key(image_key)
-        data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
+        data = to_json(sidecar, indent=2)
         try:
             self.store.put(key, data, "application/json", if_absent=True)
         except PreconditionFailedError:
@@ -289,15 +295,58 @@ class Archive:
         Raises:
             StoreError: The picture is gone or has changed, though it was paid for.
         """
-        key = record.image or ""
-        found = self.store.get(key)
+        found = self.store.get(record.image or "")
         if found is None or record.picture is None or hashlib.sha256(found.data).hexdigest() != record.picture.sha256:
-            what = "is gone from the archive" if found is None else "is no longer the one that was archived"
-            raise StoreError(
-                f"{self.store.uri(key)} {what}, though it was paid for; restore it, or remove "
-                f"{self.store.uri(record_key(record.fingerprint))} to pay once more"
-            )
+            raise self._lost(record, is_gone=found is None)
         return found.data
+
+    def check_picture(self, record: Record) -> None:
+        """Check that the picture of a record that is done is there, without reading it.
+
+        Its size must agree, and its SHA-256 if the store has kept that.
+
+        Args:
+            record: The record.
+
+        Raises:
+            StoreError: The picture is gone or has changed, though it was paid for.
+        """
+        facts, picture = self.store.stat(record.image or ""), record.picture
+        if facts is None or picture is None or not facts.are_of(picture.size_bytes, picture.sha256):
+            raise self._lost(record, is_gone=facts is None)
+
+    def key_for(self, name: str, record: Record) -> str | None:
+        """The key under which a picture is archived for a job, checked as by `check_picture`; it may be a copy's.
+
+        Args:
+            name: The job's.
+            record: The record of the picture.
+
+        Returns:
+            The key; None if the record is not done, or the picture is not there.
+        """
+        picture, image = record.picture, record.image
+        if record.state != "done" or picture is None or not image:
+            return None
+        own = image.rpartition("/")[0] == name
+        for key in (image,) if own else _picture_keys(name, record.fingerprint, picture):
+            facts = self.store.stat(key)
+            if facts is not None and facts.are_of(picture.size_bytes, picture.sha256):
+                return key
+        return None
+
+    def _lost(self, record: Record, *, is_gone: bool) -> StoreError:
+        what = "is gone from the archive" if is_gone else "is no longer the one that was archived"
+        return StoreError(
+            f"{self.store.uri(record.image or '')} {what}, though it was paid for; restore it, or remove "
+            f"{self.store.uri(record_key(record.fingerprint))} to pay once more"
+        )
+
+
+def _picture_keys(name: str, fingerprint: str, picture: PaidPicture) -> tuple[str, str]:
+    """The key of a picture, and the one that it has if that is another picture's."""
+    stem = f"{name}/{fingerprint[:16]}"
+    return f"{stem}.{picture.extension}", f"{stem}-{picture.sha256[:16]}.{picture.extension}"
 
 
 def _picture_of(sidecar: bytes, fingerprint: str) -> tuple[PaidPicture, bool] | None:

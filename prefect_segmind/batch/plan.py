@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefect_segmind.archive.archive import READERS, Archive
+from prefect_segmind.archive.archive import READERS, Archive, Survey
 from prefect_segmind.archive.leases import held_elsewhere, held_on_this_host
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Attempt, FlowRuns, OnKept, OnUnknown, Record, Run, Verdict, verdict
@@ -233,11 +233,13 @@ def make_plan(
     on_unknown: OnUnknown = "repay",
     on_kept: OnKept = "wait",
     can_ask: Callable[[Attempt, Run], bool] = lambda *_: False,
-    in_place: set[str] | None = None,
+    in_place: bytearray | None = None,
+    leave_out: bool = False,
     flow_runs: FlowRuns = (),
     call: str = "",
     unusable: dict[str, str] | None = None,
     folds_case: bool = False,
+    unseen: set[str] | None = None,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -251,13 +253,15 @@ def make_plan(
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
         on_kept: Whether a picture is paid for again that is paid for and lies in an outbox out of reach.
         can_ask: Whether the provider can be asked what became of a request.
-        in_place: Receives the `place` of each picture that is archived under the very name that is asked for, unless it
-            is still in the outbox too: nothing is left to do for it.
+        in_place: Receives for each job, in their order, 1 if its picture is archived under the very name that is asked
+            for and nothing of it is in the outbox, else 0: nothing is left to pay or to archive for it.
+        leave_out: Whether the plan does not list those jobs.
         flow_runs: The flow run that is planned for, which may have sent requests before.
         call: Its name in all its tries, and in those of the flow runs around it, by which its seeds are drawn.
         unusable: Receives name and reason of each job whose image cannot be used as it is, but not of those whose image
             cannot be read at this moment.
         folds_case: Whether the pictures are published where names that differ only in case are one.
+        unseen: Receives the fingerprints of the pictures to pay for of which neither archive nor outbox has anything.
 
     Returns:
         The plan.
@@ -297,20 +301,17 @@ def make_plan(
     needs = Counter({Verdict.REFUSE: len(jobs) - wanted.total()})  # those that cannot be validated
     survey = archive.survey(wanted.keys() | earlier.keys())
     kept = outbox.fingerprints()
+    unread = outbox.unread()
+    is_in_place = bytes(_in_place(entries, survey, kept | unread)) if in_place is not None or leave_out else b""
     if in_place is not None:
-        done = survey.archived - kept
-        for each in entries:
-            if isinstance(each, ValidatedJob) and any(
-                known.fingerprint in done and known.place in survey.places for known in each.known_as
-            ):
-                in_place.add(each.place)
+        in_place += is_in_place
     known_as: dict[str, str] = {}  # what earlier versions have paid for under another fingerprint
     for before, now in earlier.items():
         if now in wanted and now not in survey.recorded | kept and before in survey.recorded | kept:
             wanted[before] += wanted.pop(now)
             known_as[now] = before
     survey = survey._replace(recorded=survey.recorded & wanted.keys(), archived=survey.archived & wanted.keys())
-    unread = outbox.unread() & wanted.keys() - survey.archived - kept
+    unread = unread & wanted.keys() - survey.archived - kept
     kept |= {each for each in unread if outbox.is_readable(each)}
     if unread := unread - kept:  # no link is followed here: what it would cost to pay again is in the plan
         warnings[_KEPT_ANSWER] += sum(wanted[each] for each in unread)
@@ -346,6 +347,10 @@ def make_plan(
     for new in wanted.keys() - survey.recorded:
         refused = new in unread and on_unknown == "fail"
         verdicts[new] = Verdict.RECOVER if new in kept else Verdict.REFUSE if refused else Verdict.PAY
+    if unseen is not None:
+        beside = {place[-16:] for place in survey.places}  # a sidecar whose record somebody has removed
+        to_pay = (each for each, need in verdicts.items() if need is Verdict.PAY and each not in unread)
+        unseen |= {each for each in to_pay if each[:16] not in beside}
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
         verdicts |= pool.map(look, survey.recorded - survey.archived)
     if doubted:
@@ -356,7 +361,7 @@ def make_plan(
         needs[need if need in _FAILING else Verdict.REUSE] += wanted[fingerprint] - 1
     verdicts |= {now: verdicts[before] for now, before in known_as.items()}
     out_of_reach |= {now: out_of_reach[before] for now, before in known_as.items() if before in out_of_reach}
-    left = (each for each in entries if not (in_place and isinstance(each, ValidatedJob) and each.place in in_place))
+    left = (each for position, each in enumerate(entries) if not (leave_out and is_in_place[position]))
     unusable_jobs = [*problems]
     listed = tuple(_listed(islice(left, LISTED), verdicts, unusable_jobs, out_of_reach, price_usd))
     problems += [(each.name, each.problem) for each in listed if each.problem and is_about_payment(each.problem)]
@@ -374,6 +379,15 @@ def make_plan(
         problems=tuple(problems[:LISTED]),
         jobs=listed,
     )
+
+
+def _in_place(entries: Iterable[Job | ValidatedJob], survey: Survey, in_outbox: Collection[str]) -> Iterator[bool]:
+    """For each job, whether its picture is archived under the very name, and nothing of it is in the outbox."""
+    for each in entries:
+        yield isinstance(each, ValidatedJob) and any(
+            known.fingerprint in survey.archived and known.fingerprint not in in_outbox and known.place in survey.places
+            for known in each.known_as
+        )
 
 
 def _within_reach(outbox: Outbox, record: Record | None) -> bool:

@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from prefect_segmind.batch.plan import Plan, PlannedJob, is_about_payment
+from prefect_segmind.batch.results import NAMED, Failure, Results
 from prefect_segmind.errors import NotStartedError, SegmindError, SubmittedError, redact
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.ledger import Ledger
@@ -23,26 +24,8 @@ from prefect_segmind.pipeline.archive import ArchivedImage
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.storage.spool import Spool
 
-NAMED = 1_000
-"""The most jobs that were not started, and that are submitted, which a result names; it counts them all."""
 TO_FETCH = "to fetch their pictures without another payment, run the same again, or prefect-segmind reconcile"
 """What to do about jobs whose request the provider has accepted and not finished."""
-
-
-class Failure(BaseModel):
-    """An asset that failed.
-
-    Attributes:
-        name: The name of its job.
-        stage: `validate`, `upload`, `generate`, `archive` or `publish`.
-        error: What was wrong and what to do.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    stage: str
-    error: str
 
 
 class BatchResult(BaseModel):
@@ -61,8 +44,11 @@ class BatchResult(BaseModel):
         cost_usd: What this run has paid, in all tries of its flow run.
         possibly_billed_usd: What requests of unknown outcome may have cost in addition.
         planned_usd: The cost of the plan, before anything was paid.
-        images: The archived pictures, in the order in which they were finished.
-        failures: The jobs that failed.
+        images: The first `NAMED` archived pictures, in the order in which they were finished; where there are more,
+            those that are new in the archive rather than reused ones.
+        failures: The first `NAMED` jobs that failed.
+        results: The address of a JSON Lines file in the archive with every picture, as in `images`, and every failure;
+            None if there are none, or it could not be written.
         failed_manifest: The address of a manifest of the failed jobs, to run again; None if none failed.
         stopped: Why the run stopped early; None if it did not.
         dry_run: Whether only the plan was made.
@@ -82,6 +68,7 @@ class BatchResult(BaseModel):
     planned_usd: Decimal
     images: tuple[ArchivedImage, ...] = ()
     failures: tuple[Failure, ...] = ()
+    results: str | None = None
     failed_manifest: str | None = None
     stopped: str | None = None
     not_started_names: tuple[str, ...] = ()
@@ -104,7 +91,7 @@ class BatchResult(BaseModel):
         changes = {
             "total": self.total + len(failures),
             "failed": self.failed + len(failures),
-            "failures": (*failures, *self.failures),
+            "failures": (*failures, *self.failures)[:NAMED],
             "plan": self.plan.with_failures((each.name, each.error) for each in failures),
         }
         return self.model_copy(update=changes)
@@ -188,6 +175,7 @@ class Tally:
     Args:
         plan: The plan of the run.
         failed_jobs: Receives the jobs that fail, for a manifest to run again.
+        results: Receives the result of each asset.
         ledger: The ledger of the run.
         observe: Receives the progress whenever an asset begins or ends.
     """
@@ -196,6 +184,7 @@ class Tally:
         self,
         plan: Plan,
         failed_jobs: Spool[Job],
+        results: Results,
         ledger: Ledger,
         observe: Callable[[Progress], None] = lambda _: None,
     ) -> None:
@@ -204,23 +193,24 @@ class Tally:
         self._ledger = ledger
         self._observe = observe
         self._counts: Counter[str] = Counter()
-        self._images: list[ArchivedImage] = []
-        self._failures: list[Failure] = []
+        self._results = results
         self._submitted: list[str] = []
-        self._under_way: dict[str, Job | ValidatedJob] = {}
+        self._under_way: dict[str, tuple[int, Job | ValidatedJob]] = {}
+        self._ended = bytearray()  # 1 at the position of each asset that has ended: a name would take a hundred bytes
         self._closed = False
         self._started = time.monotonic()
         self._lock = threading.RLock()  # taken by itself: an interrupt cannot come between it and its `with`
         self._changed = threading.Condition(self._lock)
 
-    def start(self, entry: Job | ValidatedJob) -> None:
+    def start(self, position: int, entry: Job | ValidatedJob) -> None:
         """Records that an asset is under way.
 
         Args:
+            position: Its position among all jobs of the run, from 0.
             entry: The asset.
         """
         with self._lock:
-            self._under_way[entry.name] = entry
+            self._under_way[entry.name] = position, entry
             progress = self.progress
         self._report(progress)
 
@@ -232,23 +222,45 @@ class Tally:
             result: An `ArchivedImage`, or the exception that it ended with.
         """
         with self._lock:
-            if self._closed or self._under_way.pop(entry.name, None) is None:
+            if self._closed or entry.name not in self._under_way:
                 return
+            position, _ = self._under_way.pop(entry.name)
             if isinstance(result, ArchivedImage):
-                self._counts[result.status] += 1
-                self._images.append(result)
+                self._finish(position, result.status, result)
             else:
-                self._fail(entry, result)
+                self._fail(position, entry, result)
             self._changed.notify_all()
             progress = self.progress
         self._report(progress)
+
+    def count(self, position: int, reused: ArchivedImage) -> None:
+        """Records the result of an asset that was never under way: its picture was there.
+
+        Args:
+            position: Its position among all jobs of the run.
+            reused: The picture.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._finish(position, reused.status, reused)
+            progress = self.progress
+        self._report(progress)
+
+    def has_ended(self, position: int) -> bool:
+        """Whether an asset has ended with a result; False if it was stopped before anything was sent.
+
+        Args:
+            position: Its position among all jobs of the run.
+        """
+        return position < len(self._ended) and bool(self._ended[position])
 
     def close(self) -> None:
         """Counts the assets that are still under way as failed, and nothing after that."""
         late = SegmindError("the run ended before this asset; run it again: a picture that still arrives is recovered")
         with self._lock:
-            for entry in self._under_way.values():
-                self._fail(entry, late)
+            for position, entry in self._under_way.values():
+                self._fail(position, entry, late)
             self._under_way.clear()
             self._closed = True
 
@@ -275,20 +287,19 @@ class Tally:
         self,
         failed_manifest: str | None = None,
         stopped: SegmindError | None = None,
-        entries: Iterable[Job | ValidatedJob] = (),
+        entries: Iterable[tuple[int, Job | ValidatedJob]] = (),
     ) -> BatchResult:
         """The result of the run; jobs that were not begun count as not started.
 
         Args:
             failed_manifest: The address of the manifest of the failed jobs, if there is one.
             stopped: The error that ended the run early, if one did.
-            entries: All jobs of the run, to name those that were not started.
+            entries: All jobs of the run with their positions, to name those that were not started.
         """
         with self._lock:
             counts, spent = self._counts, self._ledger.totals
             not_started = self._plan.total - self.progress.done - counts["submitted"]
-            ended = {each.name for each in self._images} | {each.name for each in self._failures} | {*self._submitted}
-            left = (each.name for each in (entries if not_started else ()) if each.name not in ended)
+            left = (each.name for position, each in (entries if not_started else ()) if not self.has_ended(position))
             return BatchResult(
                 total=self._plan.total,
                 generated=counts["generated"],
@@ -299,13 +310,13 @@ class Tally:
                 cost_usd=spent.cost_usd,
                 possibly_billed_usd=spent.possibly_billed_usd,
                 planned_usd=self._plan.planned_usd,
-                images=tuple(self._images),
-                failures=tuple(self._failures),
+                images=self._results.images,
+                failures=tuple(self._results.failures),
                 failed_manifest=failed_manifest,
                 stopped=str(stopped) if stopped else None,
                 not_started_names=tuple(islice(left, min(not_started, NAMED))),
                 submitted=counts["submitted"],
-                submitted_names=tuple(self._submitted[:NAMED]),
+                submitted_names=tuple(self._submitted),
                 plan=self._plan,
             )
 
@@ -313,22 +324,27 @@ class Tally:
         with suppress(Exception):  # an observer that fails does not affect the run
             self._observe(progress)
 
-    def _fail(self, entry: Job | ValidatedJob, error: object) -> None:
+    def _finish(self, position: int, status: str, result: ArchivedImage | Failure) -> None:
+        self._counts[status] += 1
+        self._results.add(result)
+        self._ended.extend(bytes(max(0, position + 1 - len(self._ended))))
+        self._ended[position] = 1
+
+    def _fail(self, position: int, entry: Job | ValidatedJob, error: object) -> None:
         if isinstance(error, NotStartedError) and not (error.cost_usd or error.possibly_billed_usd):
             self._counts["not_started"] += 1
             return
-        if isinstance(error, SubmittedError):
-            self._counts["submitted"] += 1
-            self._submitted.append(entry.name)
-            return
-        self._counts["failed"] += 1
         message = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
-        try:
-            self._failed_jobs.append(_to_run_again(entry))
-        except (SegmindError, ValueError) as broken:
-            message += f" (it is missing from the manifest of failed jobs: {broken})"
         stage = getattr(error, "stage", None) or "generate"
-        self._failures.append(Failure(name=entry.name, stage=stage, error=message))
+        status: Literal["failed", "submitted"] = "submitted" if isinstance(error, SubmittedError) else "failed"
+        if status == "failed":
+            try:
+                self._failed_jobs.append(_to_run_again(entry))
+            except (SegmindError, ValueError) as broken:
+                message += f" (it is missing from the manifest of failed jobs: {broken})"
+        elif len(self._submitted) < NAMED:
+            self._submitted.append(entry.name)
+        self._finish(position, status, Failure(status=status, name=entry.name, stage=stage, error=message))
 
 
 def planned(plan: Plan) -> BatchResult:

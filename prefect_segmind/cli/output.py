@@ -13,6 +13,7 @@ from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from prefect_segmind.batch.plan import Plan
+from prefect_segmind.batch.results import NAMED
 from prefect_segmind.batch.tally import TO_FETCH, BatchError, BatchResult, planned
 from prefect_segmind.cli.terminal import people
 from prefect_segmind.errors import (
@@ -43,7 +44,7 @@ NOTHING_SENT = Totals()
 SHOWN_JOBS = 20
 """Jobs of a plan that the terminal shows."""
 SHOWN_FAILURES = 10
-"""Failures that the terminal shows; the JSON and the manifest of failures have all of them."""
+"""Failures that the terminal shows; the file of all results has all of them."""
 
 
 def address_in_ui(flow_run_id: str) -> str:
@@ -237,14 +238,16 @@ def batch_facts(result: BatchResult) -> dict[str, str]:
         facts["archive"] = first.image[: first.image.replace("\\", "/").rindex(f"/{first.name}/")]
     for number, each in enumerate(result.failures[:SHOWN_FAILURES], start=1):
         facts[f"failed {number}"] = f"{each.name} ({each.stage}): {each.error}"
-    if len(result.failures) > SHOWN_FAILURES:
-        facts["and"] = f"{len(result.failures) - SHOWN_FAILURES} more failed"
+    if result.failed > SHOWN_FAILURES:
+        facts["and"] = f"{result.failed - SHOWN_FAILURES} more failed"
     if result.submitted:
         names = ", ".join(result.submitted_names[:SHOWN_FAILURES])
         more = f" and {result.submitted - SHOWN_FAILURES} more" if result.submitted > SHOWN_FAILURES else ""
         facts["submitted"] = f"{names}{more}; {TO_FETCH}"
     if result.stopped:
         facts["stopped"] = f"{result.stopped}; the same command again goes on from here"
+    if result.results and (result.failed > SHOWN_FAILURES or result.total > NAMED):
+        facts["all results"] = result.results
     if result.failed_manifest:
         facts["to run again"] = result.failed_manifest
     return facts

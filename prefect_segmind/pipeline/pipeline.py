@@ -131,11 +131,17 @@ class Pipeline:
         return generated
 
     def _get(
-        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+        self,
+        job: ValidatedJob,
+        upload: Callable[[], UploadedImage],
+        run: Run,
+        log: logging.Logger,
+        *,
+        archived_next: bool = False,
     ) -> GeneratedImage:
         try:
             job = self.look_up.as_paid_for(job)
-            return self._generate(job, upload, run, log)
+            return self._generate(job, upload, run, log, archived_next)
         except SegmindError as error:
             if error.decision is None:
                 self.cashier.give_up(job, run)
@@ -146,7 +152,12 @@ class Pipeline:
             raise
 
     def _generate(
-        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+        self,
+        job: ValidatedJob,
+        upload: Callable[[], UploadedImage],
+        run: Run,
+        log: logging.Logger,
+        archived_next: bool,
     ) -> GeneratedImage:
         wait, waited, announced, warned, read_again = WAIT_SECONDS, 0.0, False, False, True
         while True:
@@ -158,7 +169,7 @@ class Pipeline:
                     if first:
                         self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
-                        if paid := self.cashier.pay(job, uploaded, finding, run, log):
+                        if paid := self.cashier.pay(job, uploaded, finding, run, log, archived_next=archived_next):
                             return self._paid_for(job, run, "generated", paid, uploaded.uri)
             elif finding.verdict is Verdict.ASK:
                 with self.gate.first(job.fingerprint) as first:
@@ -283,9 +294,9 @@ class Pipeline:
 
         try:
             with stage("generate"):
-                generated = self._get(job, upload, run, log)
+                generated = self._get(job, upload, run, log, archived_next=True)
             with stage("archive"):
-                archived = self.archiving.archive_picture(generated, flow_run_id)
+                archived, content = self.archiving.archive_with_content(generated, flow_run_id)
         except Exception:
             raise
         except BaseException:  # an interrupt between the stages too: nobody is to wait for this run
@@ -295,10 +306,41 @@ class Pipeline:
             return archived
         with stage("publish"):
             try:
-                return self.publisher.publish(archived, self.archiving.archive, log)
+                return self.publisher.publish(archived, self.archiving.archive, log, content)
             except SegmindError:
                 unpublished(archived)
                 raise
+
+    def reuse_in_place(self, job: ValidatedJob, run: Run, log: logging.Logger) -> ArchivedImage | None:
+        """Reuses a picture that is archived under the job's very name, and publishes it where its address differs.
+
+        It is not read, unless it has to be published.
+
+        Args:
+            job: The job.
+            run: The run that asks.
+            log: Logs what is published.
+
+        Returns:
+            The picture; None if anything is left to do for it, which is for `produce`.
+
+        Raises:
+            SegmindError: It cannot be told now; `produce` tells why.
+        """
+        archive = self.archiving.archive
+        looked_up = ((known, archive.read(known.fingerprint)) for known in job.known_as)
+        known, found = next((each for each in looked_up if each[1]), (job, None))
+        reused = self.archiving.in_place(known, found.record) if found else None
+        if found is None or reused is None:
+            return None
+        if self.publisher is not None:
+            reused = self.publisher.publish(reused, archive, log)
+        record = found.record
+        if record.picture and any(past_requests(run, record.attempts, job.price_usd)):  # of an earlier try of this run
+            paid = self._generated(known, run, "reused", None, record.picture, record.attempts)
+            totals = paid.model_dump(include={"status", "cost_usd", "possibly_billed_usd"})
+            reused = reused.model_copy(update={**totals, "attempts": paid.requests_sent})
+        return reused
 
 
 @contextmanager

@@ -6,6 +6,8 @@
 A picture of an older refresh does not replace that of a newer one. A run reads the picture and then the note; it writes
 the note and then the picture, each on the condition that it is still what was read. So a slow older run loses, and its
 result says why. A run that dies on the way leaves a note that keeps older ones out, and the next refresh does the rest.
+A run whose picture is there already writes the note all the same: it is by the note that older runs stay out. It reads
+the note, writes it, and then checks the picture by its SHA-256, without reading that or the one in the archive.
 
 The condition on a picture is one on its content, and a newer refresh may have left or brought back the very content
 that an older run has read. So every run checks once more: one that left the picture as it was checks the picture, one
@@ -24,11 +26,13 @@ import hashlib
 import logging
 import os
 import re
+import threading
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
@@ -81,6 +85,8 @@ class Note(BaseModel):
         fingerprint: The fingerprint of the job.
         sha256: The SHA-256 of the picture as published.
         cache_control: Its Cache-Control header; None for none.
+        archived_sha256: The SHA-256 of the picture in the archive, of which it may be a conversion; None in notes of
+            earlier versions.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,6 +97,7 @@ class Note(BaseModel):
     fingerprint: str
     sha256: str
     cache_control: str | None = None
+    archived_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class Publishing:
     store: Store
     pattern: str
     cache_control: str = DEFAULT_CACHE_CONTROL
+    _without_sha256: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
+    """Set once the store has kept no SHA-256 of a picture; from then on pictures are read to be compared."""
 
     def publish(self, name: str, picture: bytes, *, fingerprint: str, refreshed_at: datetime, run: str) -> Published:
         """Writes a picture to its address, unless that of a newer refresh is there.
@@ -125,22 +134,108 @@ class Publishing:
             ConfigurationError: The address is among the plugin's own records.
             StoreError: The picture cannot be decoded or converted, or the place cannot be read or written.
         """
-        key = self.pattern.replace(_NAME, name)
-        if key.lower().startswith(".segmind/"):
-            raise ConfigurationError(f"publish_to: {key!r} is in .segmind, which is reserved; choose another")
+        key = self._key(name)
+        note = self._note(fingerprint, refreshed_at, run, _sha256(picture))
+        return self._published(key, picture, note)
+
+    def publish_archived(
+        self,
+        name: str,
+        read: Callable[[], bytes],
+        sha256: str,
+        extension: str,
+        *,
+        fingerprint: str,
+        refreshed_at: datetime,
+        run: str,
+    ) -> Published:
+        """As `publish`, for a picture that is read only if it is not at its address already.
+
+        Args:
+            name: The name of the job.
+            read: Reads the picture as archived.
+            sha256: Its SHA-256, in hexadecimal.
+            extension: Of its file, such as `.jpg`.
+            fingerprint: The fingerprint of the job.
+            refreshed_at: When the run was due.
+            run: The run.
+
+        Raises:
+            ConfigurationError: As for `publish`.
+            StoreError: As for `publish`.
+        """
+        key, note = self._key(name), self._note(fingerprint, refreshed_at, run, sha256)
+        written: Note | None = None
+        if not self._without_sha256.is_set():
+            with suppress(PreconditionFailedError):  # another run came in between
+                current, version = self._read_note(key)
+                if current and (there := self._told_by(current, key, note, extension)):
+                    if current != there and current.refreshed_at > there.refreshed_at:
+                        return self._outcome(key, there, current)
+                    if current != there:
+                        self._write_note(key, there, version)
+                    written = there
+                    facts = self.store.stat(key)
+                    if facts and facts.sha256 == there.sha256:
+                        return self._outcome(key, there, there)
+                    if facts and facts.sha256 is None:
+                        self._without_sha256.set()
+        return self._published(key, read(), note, written=written)
+
+    def _told_by(self, current: Note, key: str, note: Note, extension: str) -> Note | None:
+        """The note of a picture if the present one tells its SHA-256 as published, and that nothing else differs.
+
+        Args:
+            current: The note that is there.
+            key: The key of the picture.
+            note: Its note, without its SHA-256 as published.
+            extension: The extension of the picture as archived.
+        """
+        sha256 = None
+        if current.archived_sha256 == note.archived_sha256:
+            sha256 = current.sha256
+        elif _FORMATS.get(extension.lower(), ("",))[0] == _FORMATS[_extension(key)][0]:
+            sha256 = note.archived_sha256  # which is copied as it is
+        if sha256 is None or current.cache_control != note.cache_control:
+            return None
+        return note.model_copy(update={"sha256": sha256})
+
+    def _published(self, key: str, picture: bytes, note: Note, *, written: Note | None = None) -> Published:
+        """Publishes a picture by its content.
+
+        Args:
+            key: The key.
+            picture: The picture as archived.
+            note: Its note, without its SHA-256 as published.
+            written: The note that was written already, with a SHA-256 that an earlier version may have come to.
+        """
         data = self._formatted(key, picture)
-        mine = Note(
-            refreshed_at=refreshed_at,
-            run=run,
-            fingerprint=fingerprint,
-            sha256=_sha256(data),
-            cache_control=self.cache_control or None,
-        )
-        current, changed = self._publish(key, data, mine)
+        mine = note.model_copy(update={"sha256": _sha256(data)})
+        current, changed = self._publish(key, data, mine, written=written == mine)
+        return self._outcome(key, mine, current, changed=changed)
+
+    def _outcome(self, key: str, mine: Note, current: Note, *, changed: bool = False) -> Published:
         why = ""
         if current != mine:
             why = f"a refresh that is not older has this address: that of {current.refreshed_at}, by run {current.run}"
         return Published(uri=self.store.uri(key), published=not why, changed=changed, why=why)
+
+    def _key(self, name: str) -> str:
+        key = self.pattern.replace(_NAME, name)
+        if key.lower().startswith(".segmind/"):
+            raise ConfigurationError(f"publish_to: {key!r} is in .segmind, which is reserved; choose another")
+        return key
+
+    def _note(self, fingerprint: str, refreshed_at: datetime, run: str, archived_sha256: str) -> Note:
+        """A note, for now with the SHA-256 of the picture as archived."""
+        return Note(
+            refreshed_at=refreshed_at,
+            run=run,
+            fingerprint=fingerprint,
+            sha256=archived_sha256,
+            cache_control=self.cache_control or None,
+            archived_sha256=archived_sha256,
+        )
 
     def _publish(self, key: str, data: bytes, note: Note, *, written: bool = False) -> tuple[Note, bool]:
         """Tries until the picture is there with its note, or another note keeps it out.
@@ -299,13 +394,16 @@ class Publisher:
     refreshed_at: datetime
     run: str
 
-    def publish(self, archived: ArchivedImage, archive: Archive, log: logging.Logger) -> ArchivedImage:
+    def publish(
+        self, archived: ArchivedImage, archive: Archive, log: logging.Logger, content: bytes | None = None
+    ) -> ArchivedImage:
         """Copies a picture from the archive to its permanent address, unless a newer refresh is there.
 
         Args:
             archived: The picture.
             archive: The archive that it is in.
             log: Logs the result.
+            content: The picture's content, if it is at hand; else it is read from the archive where it is needed.
 
         Returns:
             The picture, with the address that it is published at.
@@ -314,16 +412,24 @@ class Publisher:
             StoreError: It cannot be read from the archive, converted or written. It stays in the archive; the same job
                 run again publishes it without paying.
         """
-        try:
+
+        def read() -> bytes:
             picture = archive.content(archived.image)
             if picture is None or hashlib.sha256(picture).hexdigest() != archived.sha256:
                 raise StoreError(f"{archived.image} is gone from the archive, or is no longer what was archived")
-            published = self.publishing.publish(
-                *(archived.name, picture),
-                fingerprint=archived.fingerprint,
-                refreshed_at=self.refreshed_at,
-                run=self.run,
-            )
+            return picture
+
+        about: _About = {
+            "fingerprint": archived.fingerprint,
+            "refreshed_at": self.refreshed_at,
+            "run": self.run,
+        }
+        try:
+            if content is not None:
+                published = self.publishing.publish(archived.name, content, **about)
+            else:
+                facts = archived.sha256, _extension(archived.image)
+                published = self.publishing.publish_archived(archived.name, read, *facts, **about)
         except Exception as error:
             known = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
             raise StoreError(
@@ -336,5 +442,11 @@ class Publisher:
         if published.why:
             log.info("not published: %s", published.why)
             return archived
-        log.info("published: %s", published.uri)
+        log.log(logging.INFO if published.changed else logging.DEBUG, "published: %s", published.uri)
         return archived.model_copy(update={"published": published.uri})
+
+
+class _About(TypedDict):
+    fingerprint: str
+    refreshed_at: datetime
+    run: str

@@ -72,7 +72,8 @@ class ValidatedJob(BaseModel):
         if self.job.image.startswith(("http://", "https://")) and self.job.resolution != AUTO:
             sources.append(hashlib.sha256(self.job.image.encode()).hexdigest())
         texts = [{}, self.job.written] if self.job.written else [{}]
-        return tuple(self._known_by(source, written) for source in sources for written in texts)[1:]
+        others = [(source, written) for source in sources for written in texts][1:]
+        return tuple(self._known_by(source, written) for source, written in others)
 
     def _known_by(self, source: str, written: Mapping[str, str]) -> ValidatedJob:
         parameters = {**self.parameters, **written}

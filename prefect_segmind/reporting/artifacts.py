@@ -35,7 +35,7 @@ SHOWN_NAMES = 500
 SHOWN_JOBS = 100
 """Jobs in the list of a plan."""
 SHOWN_FAILURES = 100
-"""Failures in the list of a plan or report; the manifest of failures has all of them."""
+"""Failures in the list of a plan or report; the file of all results has all of them."""
 
 
 def publish_before_after(
@@ -132,11 +132,13 @@ def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceRead
     new.sort(key=lambda each: each.name)
     waiting = result.not_started_names[:SHOWN_NAMES]
     more = result.not_started - len(waiting)
+    made = result.generated + result.recovered or result.reused
     return [
         f"### {cell(title)}",
         "",
         cell(result.sentence()),
         *([f"\nThe run stopped early: {cell(result.stopped)}"] if result.stopped else ()),
+        *([f"\nThe result of each asset: {cell(result.results)}"] if result.results else ()),
         *([f"\nThe failed assets, to run again: {cell(result.failed_manifest)}"] if result.failed_manifest else ()),
         *(["", f"#### Failed: {result.failed}", ""] if result.failures else ()),
         *(f"- **{cell(each.name)}** ({each.stage}): {cell(each.error)}" for each in result.failures[:SHOWN_FAILURES]),
@@ -145,7 +147,7 @@ def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceRead
         *(["", f"#### Not started: {result.not_started}", ""] if result.not_started else ()),
         *([", ".join(map(cell, waiting)) + (f" and {more} more" if more else "")] if waiting else ()),
         *(line for each in new[:SHOWN_PICTURES] for line in _picture(each, archive, reader)),
-        *([f"\n{len(new) - SHOWN_PICTURES} more are in {cell(archive.url)}"] if len(new) > SHOWN_PICTURES else ()),
+        *([f"\n{made - SHOWN_PICTURES} more are in {cell(archive.url)}"] if made > SHOWN_PICTURES else ()),
     ]
 
 

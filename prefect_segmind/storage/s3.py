@@ -25,11 +25,16 @@ from prefect_segmind._version import __version__
 from prefect_segmind.errors import ConfigurationError, PreconditionFailedError, StoreError
 from prefect_segmind.log_guard import guard_logs
 from prefect_segmind.storage.s3_errors import LOST, error_code, may_be_the_checksum, s3_errors, status_of
-from prefect_segmind.storage.store import Conditions, StoredObject, require
+from prefect_segmind.storage.store import Conditions, Facts, StoredObject, require
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectRequestTypeDef, PutObjectRequestTypeDef
+    from mypy_boto3_s3.type_defs import (
+        GetObjectOutputTypeDef,
+        HeadObjectOutputTypeDef,
+        HeadObjectRequestTypeDef,
+        PutObjectRequestTypeDef,
+    )
 
 _CONFLICT_WAITS = (0.1, 0.3, 1.0, 2.0)
 """Seconds before a write is tried again that the server refused because of another one in progress."""
@@ -58,7 +63,7 @@ def s3_client() -> S3Client:
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 3},
-        max_pool_connections=64,
+        max_pool_connections=512,  # as many as a batch may have threads: any more would be opened anew for each request
         # botocore's own is put together for each request, which takes an eighth of the request's CPU.
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
         response_checksum_validation="when_required",  # see `ask_for_no_checksums`
@@ -415,6 +420,19 @@ class S3Store:
             now, written = _date(answer), answer["LastModified"].timestamp()
             return StoredObject(answer["Body"].read(), answer["ETag"], written, lambda: now)
 
+    def stat(self, key: str) -> Facts | None:
+        """The object's facts, by HEAD; see `Store.stat`.
+
+        Raises:
+            StoreError: It cannot be read; the subclass says why.
+        """
+        head = self._head(key)
+        if head is None:
+            found = self.get(key)
+            return Facts(len(found.data), hashlib.sha256(found.data).hexdigest()) if found else None
+        checksum = head.get("ChecksumSHA256", "-")  # with a dash: of a multipart upload
+        return Facts(head["ContentLength"], None if "-" in checksum else base64.b64decode(checksum).hex())
+
     def put(
         self,
         key: str,
@@ -478,15 +496,8 @@ class S3Store:
         Raises:
             StoreError: It cannot be read; the subclass says why.
         """
-        where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
-        if self.checksums:
-            where["ChecksumMode"] = "ENABLED"
-        with s3_errors(f"read {self.uri(key)}", self._client):
-            try:
-                head = self._client.head_object(**where)
-            except aws.ClientError:
-                head = None
-        if head is None:  # the answer to a HEAD has no body: 404 may mean the key or the bucket, so a GET has to tell
+        head = self._head(key)
+        if head is None:
             found = self.get(key)
             return found is not None and found.data == data
         checksum, etag = head.get("ChecksumSHA256"), _MD5.fullmatch(head["ETag"])
@@ -506,6 +517,17 @@ class S3Store:
         """The same with their times, which S3 counts in whole seconds; see `Store.dated_keys`."""
         for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
             yield each.key.removeprefix(self._root), each.modified
+
+    def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
+        """The answer to a HEAD; None if S3 refuses it, which may mean the key or the bucket: a GET has to tell."""
+        where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
+        if self.checksums:
+            where["ChecksumMode"] = "ENABLED"
+        with s3_errors(f"read {self.uri(key)}", self._client):
+            try:
+                return self._client.head_object(**where)
+            except aws.ClientError:
+                return None
 
     def _put(self, key: str, data: bytes, content_type: str, **more: Any) -> str:
         request: PutObjectRequestTypeDef = {

@@ -6,7 +6,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -37,7 +37,7 @@ class Spool(Generic[M]):
     def __init__(self, *models: type[M]) -> None:
         self._models = models
         self._numbers = {model: number for number, model in enumerate(models)}
-        self._count = 0
+        self._count = self._size = 0
         self._lock = threading.Lock()
         self._at_end = True
         with temporary_file():
@@ -59,11 +59,28 @@ class Spool(Generic[M]):
                 self._at_end = True
             self._file.write(line)
             self._count += 1
+            self._size += len(line)
 
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def size(self) -> int:
+        """About how many bytes of JSON it has."""
+        return self._size
+
     def __iter__(self) -> Iterator[M]:
+        for line in self._numbered_lines():
+            number, _, text = line.partition(b" ")
+            # The records were valid when appended; the context lets all of them through again.
+            yield self._models[int(number)].model_validate_json(text, context={"allow_unlisted_resolution": True})
+
+    def lines(self) -> Iterator[bytes]:
+        """The records as JSON, a line each, read chunk by chunk while iterated."""
+        for line in self._numbered_lines():
+            yield line.partition(b" ")[2]
+
+    def _numbered_lines(self) -> Iterator[bytes]:
         offset = 0
         while True:
             with self._lock, temporary_file():
@@ -73,17 +90,14 @@ class Spool(Generic[M]):
                 offset = self._file.tell()
             if not lines:
                 return
-            for line in lines:
-                number, _, text = line.partition(b" ")
-                # The records were valid when appended; the context lets all of them through again.
-                yield self._models[int(number)].model_validate_json(text, context={"allow_unlisted_resolution": True})
+            yield from lines
 
     def close(self) -> None:
         """Remove the file with all records."""
         with suppress(OSError):  # a record that cannot be flushed is no longer needed
             self._file.close()
 
-    def __enter__(self) -> Spool[M]:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -44,6 +44,31 @@ class StoredObject:
         return max(0.0, self.clock() - self.written)
 
 
+class Facts(NamedTuple):
+    """What a store tells of an object without sending its content.
+
+    Attributes:
+        size: Its length in bytes.
+        sha256: The SHA-256 of the content, in hexadecimal; None if the store has not kept it.
+    """
+
+    size: int
+    sha256: str | None
+
+    def are_of(self, size: int, sha256: str) -> bool:
+        """Whether they are those of a content, as far as they tell.
+
+        Args:
+            size: Its length in bytes.
+            sha256: Its SHA-256, in hexadecimal.
+
+        Example:
+            >>> Facts(3, None).are_of(3, "ab" * 32), Facts(3, "cd" * 32).are_of(3, "ab" * 32)
+            (True, False)
+        """
+        return self.size == size and self.sha256 in (None, sha256)
+
+
 class Conditions(NamedTuple):
     """Which conditions of `put` a store checks itself, in one step with the write.
 
@@ -108,6 +133,14 @@ class Store(Protocol):
 
     def get(self, key: str) -> StoredObject | None:
         """The object, or None if it does not exist; a store that cannot tell raises.
+
+        Args:
+            key: Its key.
+        """
+        ...
+
+    def stat(self, key: str) -> Facts | None:
+        """The facts of an object, without its content where the store is remote; None if it does not exist.
 
         Args:
             key: Its key.

@@ -32,7 +32,7 @@ from tests.support.manifests import mugs, write_campaign
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.many]
 KEYS = {
     *("total", "generated", "reused", "recovered", "failed", "not_started", "cost_usd", "possibly_billed_usd"),
-    *("planned_usd", "images", "failures", "failed_manifest", "stopped"),
+    *("planned_usd", "images", "failures", "results", "failed_manifest", "stopped"),
 }
 IMAGE_KEYS = {
     *("status", "name", "image", "sidecar", "fingerprint", "sha256", "width", "height", "seed"),
@@ -128,6 +128,18 @@ def test_of_a_long_plan_people_see_the_first_jobs_how_many_more_there_are_and_al
     assert ("fails 2" in facts, "and fail" in facts) == (False, False)
     told = output.batch(planned(plan))
     assert (len(told["jobs"]), told["jobs_left_out"]) == (1000, 500)
+
+
+def test_of_a_run_with_many_assets_people_are_told_where_the_result_of_each_one_is() -> None:
+    plan = Plan(
+        **dict.fromkeys(("total", "generate", "reuse", "recover", "wait", "fail"), 0), price_usd=Decimal("0.05")
+    )
+    where = {"results": "s3://pictures/.segmind/runs/1/results.jsonl"}
+    few = planned(plan).model_copy(update={"dry_run": False, "total": 1000, "failed": 10, **where})
+    assert "all results" not in output.batch_facts(few)
+    for more in ({"total": 1001}, {"failed": 11}):
+        facts = output.batch_facts(few.model_copy(update=more))
+        assert facts["all results"] == "s3://pictures/.segmind/runs/1/results.jsonl"
 
 
 def test_the_plan_in_the_ui_names_the_first_hundred_jobs_and_counts_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

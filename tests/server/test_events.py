@@ -69,6 +69,14 @@ def test_an_archived_picture_says_where_it_is_and_what_it_cost(
     assert {"flow-run", "flow"} <= {each.get("prefect.resource.role") for each in event["related"]}
 
 
+def test_a_picture_that_is_in_place_when_a_batch_begins_is_no_event(
+    sandbox: Sandbox, manifest: str, events: Events
+) -> None:
+    refresh_assets(manifest)
+    assert refresh_assets(manifest).reused == 4
+    assert {each["resource"]["prefect-segmind.status"] for each in events(4)} == {"generated"}
+
+
 def test_a_failed_job_says_where_and_why(sandbox: Sandbox, photo: Path, events: Events) -> None:
     with pytest.raises(InvalidJobError):
         image_to_image(str(photo), "a red mug", name="hero", style_type="realistic")

@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_segmind import BatchError, explore_variations
+from prefect_segmind.batch import results
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, ManifestError, SourceImageError
 from prefect_segmind.reporting.artifacts import artifact_key
 from prefect_segmind.sandbox import Answer, Sandbox
@@ -57,6 +58,17 @@ def test_by_itself_it_varies_styles_and_weights_with_one_seed(sandbox: Sandbox, 
     assert not sandbox.ledger.requests
     explore_variations(str(photo), "a red mug", styles=["ANIME", "DESIGN"], weights=[50])
     assert len({each.seed for each in sandbox.ledger.requests}) == 1
+
+
+def test_every_picture_is_on_the_sheet_however_few_a_result_names(
+    sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid: dict[str, Any] = {"styles": ["ANIME", "DESIGN"], "weights": [30], "seeds": [100]}
+    whole = explore_variations(str(photo), "a red mug", **grid)
+    monkeypatch.setattr(results, "NAMED", 1)
+    again = explore_variations(str(photo), "a red mug", **grid)
+    assert (len(whole.images), len(again.images)) == (2, 1)
+    assert again.contact_sheet == whole.contact_sheet, "its name is that of its content"
 
 
 def test_again_it_pays_nothing_and_makes_the_same_sheet(sandbox: Sandbox, photo: Path) -> None:

@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.exceptions import ParameterTypeError
 
 from prefect_segmind import BatchError, process_inbox
+from prefect_segmind.batch import results
 from prefect_segmind.errors import ConfigurationError, InvalidJobError, StoreError
 from prefect_segmind.flows.process_inbox import InboxResult
 from prefect_segmind.inbox.inbox import Inbox, Memory
@@ -266,6 +267,15 @@ def test_done_files_move_and_those_of_an_earlier_visit_too(sandbox: Sandbox, inb
     assert sandbox.ledger.billed == 2
 
 
+def test_every_done_file_moves_however_few_pictures_a_result_names(
+    sandbox: Sandbox, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "NAMED", 1)
+    result = visit(inbox, move_done=True, move_failed=True)
+    assert (result.generated, len(result.images), len(result.failures)) == (2, 1, 1)
+    assert (len(result.moved), len(result.moved_failed)) == (2, 1)
+
+
 def test_what_failed_is_not_moved_and_the_next_visit_makes_it(sandbox: Sandbox, inbox: Path) -> None:
     (inbox / "broken.jpg").unlink()
     (inbox / "summer" / "pot.jpg").unlink()
@@ -437,7 +447,7 @@ def test_a_variable_that_no_template_names_is_told(
 
 def test_a_bad_file_leaves_no_manifest_behind_at_each_visit(sandbox: Sandbox, inbox: Path) -> None:
     assert visit(inbox).failed_manifest is None
-    assert not list(Services().archive.store.keys(".segmind/runs/"))
+    assert not [key for key in Services().archive.store.keys(".segmind/runs/") if "failed" in key]
 
 
 def test_there_must_be_an_inbox(sandbox: Sandbox, inbox: Path) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from prefect_segmind import image_to_image, process_inbox, refresh_assets
 from prefect_segmind.api.request import ImageToImageRequest
 from prefect_segmind.archive.record import Attempt, Record
-from prefect_segmind.batch import tally
+from prefect_segmind.batch import results
 from prefect_segmind.batch.plan import Plan, PlannedJob
 from prefect_segmind.batch.tally import planned
 from prefect_segmind.cli import commands as cli
@@ -221,7 +221,7 @@ def test_the_manifest_becomes_the_pictures_that_are_told(
         "pot on a picnic blanket, autumn light",
     }
     told = DOCS["command-line"].partition("`refresh --json` prints one object:")[2].partition("With `--dry-run`")[0]
-    named = set(re.findall(r"`(\w+)`", told)) - {"name", "stage", "error"}
+    named = set(re.findall(r"`(\w+)`", told)) - {"status", "name", "stage", "error"}
     assert named == found.keys()
 
 
@@ -319,7 +319,8 @@ def test_the_numbers_of_what_is_named_are_those_of_the_code() -> None:
     flat = {page: " ".join(text.split()) for page, text in DOCS.items()}
     assert f"A dry run names the first {output.SHOWN_JOBS} jobs in this way" in flat["manifest"]
     assert f"the plan in Prefect's UI names the first {artifacts.SHOWN_JOBS}." in flat["manifest"]
-    assert f"`not_started_names` (the first {tally.NAMED})" in flat["command-line"]
+    assert f"`images` (the first {results.NAMED}," in flat["command-line"]
+    assert f"`not_started_names` (the first {results.NAMED})" in flat["command-line"]
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -453,7 +454,7 @@ def test_the_sandbox_is_told_to_fail_as_shown(sandbox: Sandbox) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_every_target_of_make_that_is_named_is_there() -> None:
     named = sorted(set(re.findall(r"\bmake ([a-z-]+)(?=`|  )", README + PAGES["CONTRIBUTING.md"])))
-    assert named == ["check", "demo", "test", "test-faults", "test-quick"]
+    assert named == ["bench", "bench-quick", "check", "demo", "test", "test-faults", "test-quick"]
     for target in named:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 

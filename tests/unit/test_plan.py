@@ -103,7 +103,7 @@ class House:
         self.archive.write(claimed.with_outcome(possibly_billed=True, reason="the answer was cut").given_up(), None)
 
     def plan(
-        self, *jobs: Job, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", in_place: set[str] | None = None
+        self, *jobs: Job, on_unknown: OnUnknown = "repay", on_kept: OnKept = "wait", in_place: bytearray | None = None
     ) -> tuple[Plan, list[Job | ValidatedJob]]:
         self.reader.read_images.clear()
         self.store.asked.clear()
@@ -383,10 +383,10 @@ def test_what_was_paid_for_under_another_spelling_is_reused(house: House) -> Non
     key = f"mug/{was.fingerprint[:16]}.jpg"
     house.archive.put_sidecar(key, {})
     house.archive.write(Record(fingerprint=was.fingerprint).archived(PICTURE, key, key.replace(".jpg", ".json")), None)
-    places: set[str] = set()
-    plan, entries = house.plan(spaced, spaced.model_copy(update={"name": "cup"}), in_place=places)
+    in_place = bytearray()
+    plan, _ = house.plan(spaced, spaced.model_copy(update={"name": "cup"}), in_place=in_place)
     assert counts(plan) == {"reuse": 2}
-    assert places == {entry.place for entry in entries if isinstance(entry, ValidatedJob) and entry.name == "mug"}
+    assert list(in_place) == [1, 0]
     assert house.store.asked == {"list": 1}
     plan, _ = house.plan(spaced, Job(name="cup", image=str(house.photo), prompt="a red mug"))
     assert plan.total == plan.generate + plan.reuse == 2

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from io import BytesIO
@@ -28,7 +28,7 @@ from prefect_segmind.pipeline.publish import DEFAULT_CACHE_CONTROL, Note, Publis
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store
-from prefect_segmind.storage.store import Store, StoredObject
+from prefect_segmind.storage.store import Facts, Store, StoredObject
 from tests.unit.test_store import BUCKET, client, moto  # noqa: F401
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -71,6 +71,22 @@ def publish(
     to = where if isinstance(where, Publishing) else Publishing(where, "{name}.png")
     run, due = run or f"run-{hour}", NOON + timedelta(hours=hour)
     return to.publish(name, picture, fingerprint="f" * 64, refreshed_at=due, run=run)
+
+
+def publish_archived(
+    where: Any,
+    picture: bytes = RED,
+    hour: float = 0,
+    *,
+    run: str = "",
+    name: str = "hero/summer",
+    archived: str = ".png",
+) -> Published:
+    """As the run of that hour does with a picture that the archive has."""
+    to = where if isinstance(where, Publishing) else Publishing(where, "{name}.png")
+    run, due = run or f"run-{hour}", NOON + timedelta(hours=hour)
+    about: dict[str, Any] = {"fingerprint": "f" * 64, "refreshed_at": due, "run": run}
+    return to.publish_archived(name, lambda: picture, hashlib.sha256(picture).hexdigest(), archived, **about)
 
 
 def content(store: Store, key: str = "hero/summer.png") -> bytes | None:
@@ -116,6 +132,7 @@ def test_the_note_says_which_refresh_is_published(store: Store) -> None:
         "fingerprint": "f" * 64,
         "sha256": hashlib.sha256(RED).hexdigest(),
         "cache_control": "public, max-age=300",
+        "archived_sha256": hashlib.sha256(RED).hexdigest(),
     }
 
 
@@ -357,6 +374,10 @@ class Watched:
         self._called("holds", key)
         return self.store.holds(key, data)
 
+    def stat(self, key: str) -> Facts | None:
+        self._called("stat", key)
+        return self.store.stat(key)
+
     def keys(self, prefix: str) -> Iterator[str]:
         return self.store.keys(prefix)
 
@@ -391,6 +412,81 @@ def test_an_unchanged_picture_is_not_written_but_its_note_is(store: Store) -> No
     assert watched.calls == ["get picture", "get note", "put note", "holds picture"]
     assert note(store).run == "run-2"
     assert not publish(store, GREEN, 1.5).published
+
+
+def test_a_picture_of_the_archive_that_is_at_its_address_is_not_read_but_its_note_is_written(store: Store) -> None:
+    publish_archived(store, RED, 1)
+    watched = Watched(store)
+    assert publish_archived(watched, RED, 2) == Published(
+        uri=store.uri("hero/summer.png"), published=True, changed=False
+    )
+    keeps_sha256 = store.stat("hero/summer.png") == Facts(len(RED), hashlib.sha256(RED).hexdigest())
+    asked = ["get note", "put note", "stat picture"]
+    assert watched.calls == (asked if keeps_sha256 else [*asked, "get picture", "get note", "holds picture"])
+    assert note(store).run == "run-2"
+    assert not publish_archived(store, GREEN, 1.5).published
+
+
+def test_a_picture_of_the_archive_that_is_converted_is_not_converted_again(tmp_path: Path) -> None:
+    place, given = Publishing(LocalStore(tmp_path), "{name}.jpg"), encoded(gradient(), "PNG")
+    assert publish_archived(place, given, 1).changed
+
+    def unread() -> bytes:
+        raise AssertionError("it is at its address already")
+
+    about: dict[str, Any] = {"fingerprint": "f" * 64, "refreshed_at": NOON + timedelta(hours=2), "run": "run-2"}
+    said = place.publish_archived("hero/summer", unread, hashlib.sha256(given).hexdigest(), ".png", **about)
+    assert (said.published, said.changed) == (True, False)
+    assert note(place.store, "hero/summer.jpg").run == "run-2"
+
+
+def test_a_picture_that_is_converted_to_other_bytes_than_before_is_published_where_it_is_not_there(
+    tmp_path: Path,
+) -> None:
+    place, given = Publishing(LocalStore(tmp_path), "{name}.jpg"), encoded(gradient(), "PNG")
+    publish_archived(place, given, 1)
+    as_before = note(place.store, "hero/summer.jpg").model_copy(update={"sha256": "0" * 64})
+    place.store.put(".segmind/live/hero/summer.jpg.json", as_before.model_dump_json().encode(), "application/json")
+    Path(place.store.uri("hero/summer.jpg")).write_bytes(b"cut")
+    assert publish_archived(place, given, 2) == Published(
+        uri=place.store.uri("hero/summer.jpg"), published=True, changed=True
+    )
+    assert (
+        note(place.store, "hero/summer.jpg").sha256
+        == hashlib.sha256(content(place.store, "hero/summer.jpg") or b"").hexdigest()
+    )
+
+
+@pytest.mark.parametrize("there", [GREEN, None])
+def test_a_picture_of_the_archive_is_read_and_written_where_its_address_has_another_or_none(
+    there: bytes | None, store: Store
+) -> None:
+    publish(store, RED, 1)
+    if there:
+        store.put("hero/summer.png", there, "image/png")
+    elif isinstance(store, LocalStore):
+        Path(store.uri("hero/summer.png")).unlink()
+    else:
+        assert isinstance(store, S3Store)
+        store._client.delete_object(Bucket=store._bucket, Key=f"{store._root}hero/summer.png")
+    assert publish_archived(store, RED, 2) == Published(uri=store.uri("hero/summer.png"), published=True, changed=True)
+    assert states(store) == (RED, "run-2")
+    assert publish_archived(store, BLUE, 3).changed
+    assert states(store) == (BLUE, "run-3")
+
+
+def test_a_note_of_an_earlier_version_serves_where_the_picture_is_copied_as_it_is(store: Store) -> None:
+    publish(store, RED, 1)
+    old = note(store).model_copy(update={"archived_sha256": None}).model_dump_json(exclude_none=True)
+    store.put(".segmind/live/hero/summer.png.json", old.encode(), "application/json")
+    assert publish_archived(store, RED, 2) == Published(uri=store.uri("hero/summer.png"), published=True, changed=False)
+    assert note(store).archived_sha256 == hashlib.sha256(RED).hexdigest()
+
+
+def test_another_cache_control_reaches_pictures_of_the_archive_that_stay_the_same(store: Store) -> None:
+    publish(store, RED, 1)
+    assert publish_archived(Publishing(store, "{name}.png", "max-age=60"), RED, 2).changed
+    assert note(store).cache_control == "max-age=60"
 
 
 def test_the_same_run_again_writes_nothing(store: Store) -> None:
@@ -583,6 +679,10 @@ class OneCall:
         found = self._answer(lambda: self.objects.get(key))
         return None if found is None else StoredObject(found, etag(found), 0.0)
 
+    def stat(self, key: str) -> Facts | None:
+        found = self._answer(lambda: self.objects.get(key))
+        return None if found is None else Facts(len(found), hashlib.sha256(found).hexdigest())
+
     def holds(self, key: str, data: bytes) -> bool:
         return bool(self._answer(lambda: self.objects.get(key) == data))
 
@@ -618,6 +718,7 @@ class Run:
     picture: str
     hour: int
     name: str
+    is_archived: bool = False
 
     @property
     def data(self) -> bytes:
@@ -635,7 +736,8 @@ def further(objects: Objects, answers: Answers, run: Run) -> tuple[Objects, Answ
     """The world after one more call of a run, and what became of the run if it has ended."""
     store, said = OneCall(dict(objects), answers), None
     with suppress(Paused):
-        said = publish(Publishing(cast(Store, store), "{name}.png"), run.data, run.hour, run=run.name, name="n")
+        to = Publishing(cast(Store, store), "{name}.png")
+        said = (publish_archived if run.is_archived else publish)(to, run.data, run.hour, run=run.name, name="n")
     return tuple(sorted(store.objects.items())), store.answers, said
 
 
@@ -647,9 +749,17 @@ def alone(objects: Objects, run: Run) -> tuple[Objects, Published]:
             return objects, said
 
 
-def worlds(first: str, runs: Sequence[Run], mortal: bool = False) -> Iterator[tuple[dict[str, bytes], Fates]]:
-    """Every state that the runs can lead to; if they are mortal, each may also end between any two calls."""
-    start: World = (((PICTURE, PICTURES[first]),) if first else (), tuple(((), None) for _ in runs))
+def worlds(
+    first: str, runs: Sequence[Run], mortal: bool = False, *, is_noted: bool = False
+) -> Iterator[tuple[dict[str, bytes], Fates]]:
+    """Every state that the runs can lead to; if they are mortal, each may also end between any two calls.
+
+    The first picture may be one that `BEFORE` has published.
+    """
+    objects: Objects = ((PICTURE, PICTURES[first]),) if first else ()
+    if is_noted:
+        objects, _ = alone(objects, replace(BEFORE, picture=first))
+    start: World = (objects, tuple(((), None) for _ in runs))
     seen: set[World] = {start}
     next_ones = [start]
     while next_ones:
@@ -673,7 +783,10 @@ def named(first: str, pictures: str, hours: Sequence[int]) -> tuple[str, list[Ru
 
 def winner(objects: Mapping[str, bytes], runs: Sequence[Run]) -> Run:
     """The run of the note."""
-    return next(run for run in runs if run.name == Note.model_validate_json(objects[NOTE]).run)
+    return next(run for run in (*runs, BEFORE) if run.name == Note.model_validate_json(objects[NOTE]).run)
+
+
+BEFORE = Run("X", 0, "before")
 
 
 TWO = [
@@ -689,8 +802,17 @@ THREE = [
     ("X", "AXA", [1, 2, 2]),  # two of the same time, and one that puts back what it has overwritten
     ("X", "ABA", [1, 1, 1]),
 ]
+PAIRS = [(pictures, hours) for first, pictures, hours in TWO if first == "X"]
 # Every order of the calls takes twice as long where each line is traced.
 UNTRACED = pytest.mark.no_cover
+
+
+ARCHIVED = [
+    *((pictures, hours, which) for pictures, hours in PAIRS for which in ([0], [1], [0, 1])),
+    *((pictures, [1, 2, 3], [0, 1, 2]) for pictures in ("AXB", "ABX", "AXX")),
+    ("AXA", [1, 2, 2], [1]),
+]
+"""Pictures, hours, and which of the runs have a picture that the archive has, and do not read it if it is there."""
 
 
 @UNTRACED
@@ -700,8 +822,24 @@ def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
     first: str, pictures: str, hours: list[int]
 ) -> None:
     first, runs = named(first, pictures, hours)
+    newest_is_there(runs, worlds(first, runs))
+
+
+@UNTRACED
+@pytest.mark.slow
+@pytest.mark.parametrize(("pictures", "hours", "which"), ARCHIVED)
+def test_in_every_order_of_the_calls_a_picture_that_is_not_read_again_keeps_older_ones_out_too(
+    pictures: str, hours: list[int], which: list[int]
+) -> None:
+    first, runs = named("X", pictures, hours)
+    runs = [replace(run, is_archived=number in which) for number, run in enumerate(runs)]
+    newest_is_there(runs, worlds(first, runs, is_noted=True))
+
+
+def newest_is_there(runs: Sequence[Run], every_world: Iterator[tuple[dict[str, bytes], Fates]]) -> None:
+    """In every world the note is never older than what was said to be published, and in the end the newest is there."""
     ends = 0
-    for objects, fates in worlds(first, runs):
+    for objects, fates in every_world:
         if NOTE in objects:
             published = [
                 run.hour
@@ -712,9 +850,9 @@ def test_in_every_order_of_the_calls_the_newest_refresh_is_there_at_the_end(
         if all(fates_of_all := [fate for _, fate in fates]):
             ends += 1
             last = winner(objects, runs)
-            assert last.hour == max(hours)
+            assert last.hour == max(run.hour for run in runs)
             assert objects[PICTURE] == last.data
-            said = fates_of_all[runs.index(last)]
+            said = fates_of_all[list(runs).index(last)]
             assert isinstance(said, Published)
             assert said.published
     assert ends
@@ -740,13 +878,27 @@ def test_where_all_pictures_differ_an_older_one_is_never_seen_again_even_if_runs
 
 
 @UNTRACED
+@pytest.mark.parametrize(("pictures", "hours", "which"), ARCHIVED[: 3 * len(PAIRS)])
+def test_however_runs_die_that_read_no_picture_again_the_newest_one_run_again_is_there_and_older_ones_stay_out(
+    pictures: str, hours: list[int], which: list[int]
+) -> None:
+    first, runs = named("X", pictures, hours)
+    runs = [replace(run, is_archived=number in which) for number, run in enumerate(runs)]
+    run_again_is_there(runs, worlds(first, runs, mortal=True, is_noted=True))
+
+
+@UNTRACED
 @pytest.mark.parametrize(("first", "pictures", "hours"), [*TWO, ("X", "AX", [1, 2])])
 def test_however_runs_die_the_newest_one_run_again_is_there_and_older_ones_stay_out(
     first: str, pictures: str, hours: list[int]
 ) -> None:
     first, runs = named(first, pictures, hours)
+    run_again_is_there(runs, worlds(first, runs, mortal=True))
+
+
+def run_again_is_there(runs: Sequence[Run], every_world: Iterator[tuple[dict[str, bytes], Fates]]) -> None:
     newest, older = max(runs, key=lambda run: run.hour), min(runs, key=lambda run: run.hour)
-    for objects, fates in worlds(first, runs, mortal=True):
+    for objects, fates in every_world:
         if all(fate for _, fate in fates):
             after, said = alone(tuple(sorted(objects.items())), newest)
             assert said.published

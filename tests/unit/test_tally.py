@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from prefect_segmind.batch.plan import Plan
+from prefect_segmind.batch.results import Results
 from prefect_segmind.batch.tally import Progress, Tally
 from prefect_segmind.errors import NotStartedError, RunCancelledError, StoreError, SubmittedError
 from prefect_segmind.jobs.job import Job
@@ -40,15 +41,15 @@ def archived(name: str, status: str) -> ArchivedImage:
 
 def test_each_asset_is_counted_once_and_what_was_not_begun_is_named() -> None:
     seen: list[Progress] = []
-    with Spool(Job) as failed:
-        tally = Tally(plan(4), failed, Ledger(), seen.append)
-        for job in JOBS[:3]:
-            tally.start(job)
+    with Spool(Job) as failed, Results() as results:
+        tally = Tally(plan(4), failed, results, Ledger(), seen.append)
+        for position, job in enumerate(JOBS[:3]):
+            tally.start(position, job)
         tally.end(JOBS[0], archived("0", "generated"))
         tally.end(JOBS[0], archived("0", "generated"))
         tally.end(JOBS[1], archived("1", "reused"))
         tally.end(JOBS[2], StoreError("the archive is down", stage="archive"))
-        result = tally.result(stopped=RunCancelledError("the run was cancelled"), entries=JOBS)
+        result = tally.result(stopped=RunCancelledError("the run was cancelled"), entries=enumerate(JOBS))
         assert [each.name for each in failed] == ["2"]
     assert (result.generated, result.reused, result.failed, result.not_started) == (1, 1, 1, 1)
     assert result.not_started_names == ("3",)
@@ -59,14 +60,14 @@ def test_each_asset_is_counted_once_and_what_was_not_begun_is_named() -> None:
 
 def test_what_the_provider_has_accepted_has_not_failed_and_is_counted_and_named_apart() -> None:
     seen: list[Progress] = []
-    with Spool(Job) as failed:
-        tally = Tally(plan(4), failed, Ledger(), seen.append)
-        for job in JOBS[:3]:
-            tally.start(job)
+    with Spool(Job) as failed, Results() as results:
+        tally = Tally(plan(4), failed, results, Ledger(), seen.append)
+        for position, job in enumerate(JOBS[:3]):
+            tally.start(position, job)
         tally.end(JOBS[0], archived("0", "generated"))
         tally.end(JOBS[1], SubmittedError("request 1 is not finished", possibly_billed=True, request_id="1"))
         tally.end(JOBS[2], StoreError("the archive is down"))
-        result = tally.result(entries=JOBS)
+        result = tally.result(entries=enumerate(JOBS))
         assert [each.name for each in failed] == ["2"]
     assert (result.generated, result.submitted, result.failed, result.not_started) == (1, 1, 1, 1)
     assert (result.submitted_names, result.not_started_names) == (("1",), ("3",))
@@ -74,21 +75,33 @@ def test_what_the_provider_has_accepted_has_not_failed_and_is_counted_and_named_
     assert seen[-1].sentence().startswith("2 of 4 done, 0 reused, 1 failed, 1 submitted, 0.00 USD, about ")
 
 
+def test_what_was_begun_and_sent_nothing_is_named_with_what_was_never_begun_in_the_order_of_the_jobs() -> None:
+    with Spool(Job) as failed, Results() as results:
+        tally = Tally(plan(4), failed, results, Ledger())
+        for position, job in enumerate(JOBS[:3]):
+            tally.start(position, job)
+        tally.end(JOBS[2], archived("2", "generated"))
+        tally.end(JOBS[1], NotStartedError("stopped"))
+        tally.end(JOBS[0], archived("0", "generated"))
+        result = tally.result(entries=enumerate(JOBS))
+    assert (result.not_started, result.not_started_names) == (2, ("1", "3"))
+
+
 def test_an_observer_that_fails_ends_no_run() -> None:
     def broken(_: Progress) -> None:
         raise RuntimeError("no terminal")
 
-    with Spool(Job) as failed:
-        tally = Tally(plan(1), failed, Ledger(), broken)
-        tally.start(JOBS[0])
+    with Spool(Job) as failed, Results() as results:
+        tally = Tally(plan(1), failed, results, Ledger(), broken)
+        tally.start(0, JOBS[0])
         tally.end(JOBS[0], archived("0", "recovered"))
         assert tally.result().recovered == 1
 
 
 def test_a_failure_that_is_not_ours_is_named_by_its_kind_and_holds_no_secret() -> None:
-    with Spool(Job) as failed:
-        tally = Tally(plan(1), failed, Ledger())
-        tally.start(JOBS[0])
+    with Spool(Job) as failed, Results() as results:
+        tally = Tally(plan(1), failed, results, Ledger())
+        tally.start(0, JOBS[0])
         tally.end(JOBS[0], ValueError("at https://b.example/k?X-Amz-Signature=ab"))
         (failure,) = tally.result().failures
     assert failure.error == "ValueError: at https://b.example/k?…"
@@ -97,11 +110,11 @@ def test_a_failure_that_is_not_ours_is_named_by_its_kind_and_holds_no_secret() -
 def test_an_asset_that_outlives_the_grace_is_told_as_possibly_billed(tmp_path: Path) -> None:
     planned = Plan(total=3, generate=3, reuse=0, recover=0, wait=0, fail=0, price_usd=Decimal("0.05"))
     jobs = [Job(name=str(n), image="a.jpg", prompt="x") for n in range(3)]
-    with Spool(Job) as failed:
+    with Spool(Job) as failed, Results() as results:
         ledger = Ledger()
-        tally = Tally(planned, failed, ledger)
-        for each in jobs[:2]:
-            tally.start(each)
+        tally = Tally(planned, failed, results, ledger)
+        for position, each in enumerate(jobs[:2]):
+            tally.start(position, each)
         tally.end(jobs[0], NotStartedError("stopped"))
         assert not tally.wait(0.0)
         for price in (Decimal("0.05"), Decimal("0.04"), Decimal("0.03")):
@@ -124,8 +137,9 @@ def test_a_disk_that_takes_no_more_failed_jobs_ends_no_run() -> None:
     job = Job(name="a", image="a.jpg", prompt="x")
     failed = Spool(Job)
     failed.close()
-    tally = Tally(planned, failed, Ledger())
-    tally.start(job)
-    tally.end(job, StoreError("gone"))
-    assert tally.wait(0.0)
-    assert "missing from the manifest of failed jobs" in tally.result().failures[0].error
+    with Results() as results:
+        tally = Tally(planned, failed, results, Ledger())
+        tally.start(0, job)
+        tally.end(job, StoreError("gone"))
+        assert tally.wait(0.0)
+        assert "missing from the manifest of failed jobs" in tally.result().failures[0].error
