@@ -206,8 +206,8 @@ class Services:
         if self.budgets and not self.archive.store.conditional:
             raise ConfigurationError(
                 f"{self.budgets[0].setting}: a shared budget needs an archive whose store honours conditional writes, "
-                f"and that of {self.archive.url} does not; nothing was paid: use an archive in a folder or at a provider "
-                "such as S3 that honours them, or a budget for each run (budget_usd alone)"
+                f"and {self.archive.url} has none; nothing was paid: use an archive in a folder or at a provider such "
+                "as S3 that honours them, or a budget for each run (budget_usd alone)"
             )
 
     @cached_property

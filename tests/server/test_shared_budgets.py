@@ -17,10 +17,18 @@ from typing import Any
 import boto3
 import pytest
 
-from prefect_segmind import BatchError, BatchResult, image_to_image, produce_asset, refresh_assets
+from prefect_segmind import (
+    BatchError,
+    BatchResult,
+    explore_variations,
+    image_to_image,
+    process_inbox,
+    produce_asset,
+    refresh_assets,
+)
 from prefect_segmind.cli import commands, output
 from prefect_segmind.errors import BudgetReachedError, ConfigurationError
-from prefect_segmind.limits.account import Account
+from prefect_segmind.limits.account import Account, Share
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
 from tests.support.manifests import mugs, write_campaign
@@ -247,3 +255,50 @@ def test_the_records_name_the_shares_that_their_requests_were_paid_from(
     found = Services().archive.read(made.fingerprint)
     assert found is not None
     assert len(found.record.attempts[0].shares) == 2
+
+
+def held_by_another(limit: str) -> None:
+    """Lets another run, which lives, hold all of the campaign's budget."""
+    share = Share(id="another", drawn_usd=Decimal(limit), price_usd=Decimal("0.05"), since=0.0, renewed=1e12)
+    held = Account(name="summer", dearest_usd=Decimal("0.05"), shares=(share,))
+    Services().archive.store.put(".segmind/budgets/summer.json", held.model_dump_json().encode(), "application/json")
+
+
+def test_a_run_that_waits_for_money_that_others_hold_stops_in_the_end(
+    folder: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prefect_segmind.limits.purse.LONGEST_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr("prefect_segmind.limits.purse.POLL_SECONDS", 0.2)
+    held_by_another("0.20")
+    result = run(campaign(photo, 3), budget_name="summer", budget_usd=Decimal("0.20"))
+    assert (result.generated, result.not_started) == (0, 3)
+    assert "0.00 USD spent or possibly billed by all runs, 0.20 USD held by other runs" in (result.stopped or "")
+    assert "budget summer: other runs hold 0.20 USD of what is left; this one waits for it" in caplog.text
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_money_and_gives_back_what_it_has_drawn(
+    folder: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}DAILY_BUDGET_USD", "5")
+    held_by_another("0.20")
+    options = ["--budget-name", "summer", "--budget-usd", "0.20"]
+    command = [sys.executable, "-m", "prefect_segmind", "refresh", campaign(photo, 3), "--json", *options]
+    waits = subprocess.Popen(command, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: len(account("summer").shares) == 2, why=lambda: waits.poll())
+    waits.send_signal(signal.SIGINT)
+    out, told = waits.communicate(timeout=60)
+    assert waits.returncode == output.INTERRUPTED, told
+    assert json.loads(out)["generated"] == 0
+    assert [each.id for each in account("summer").shares] == ["another"]
+    assert (the_day().spent_usd, the_day().shares) == (0, ())
+
+
+def test_variations_and_an_inbox_draw_from_a_campaigns_budget_too(folder: Sandbox, photo: Path, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"budget_name": "summer", "budget_usd": Decimal("0.10")}
+    with pytest.raises(BatchError, match=r"the budget summer of 0.10 USD"):
+        explore_variations(str(photo), "a red mug", styles=["ANIME"], weights=[25, 50, 75], **shared)
+    (inbox := tmp_path / "inbox").mkdir()
+    (inbox / "cup.jpg").write_bytes(photo.read_bytes())
+    visit = process_inbox(str(inbox), "a cup", settle_seconds=0, **shared)
+    assert (visit.generated, visit.not_started) == (0, 1)
+    assert folder.ledger.billed_usd == account("summer").spent_usd == Decimal("0.10")
