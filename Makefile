@@ -10,12 +10,14 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal --durations 
 # What `make test-quick` runs; CI runs the same tests and those with a server once more on the second Python.
 QUICK ?= not slow and not many
 QUICK_TESTS ?= tests/unit tests/faults prefect_segmind
-CORE := prefect_segmind/api/history.py,prefect_segmind/api/origin.py,prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/api/submission.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/address.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/template_limits.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/redaction.py,prefect_segmind/text.py
+# Where `make bench` writes its table.
+BENCH ?= bench.md
+CORE := prefect_segmind/api/history.py,prefect_segmind/api/origin.py,prefect_segmind/api/picture.py,prefect_segmind/api/request.py,prefect_segmind/api/resolutions.py,prefect_segmind/api/submission.py,prefect_segmind/archive/record.py,prefect_segmind/batch/approval.py,prefect_segmind/errors.py,prefect_segmind/jobs/address.py,prefect_segmind/jobs/fingerprint.py,prefect_segmind/jobs/job.py,prefect_segmind/limits/account.py,prefect_segmind/limits/ledger.py,prefect_segmind/limits/permits.py,prefect_segmind/limits/rate_limiter.py,prefect_segmind/limits/retry.py,prefect_segmind/manifest/expansion.py,prefect_segmind/manifest/formats.py,prefect_segmind/manifest/model.py,prefect_segmind/manifest/schema.py,prefect_segmind/manifest/template_limits.py,prefect_segmind/manifest/templates.py,prefect_segmind/money.py,prefect_segmind/redaction.py,prefect_segmind/text.py
 
 # The tests start a hundred processes; where this is set, each of them compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-quick test-faults check clean
+.PHONY: demo test test-quick test-faults check bench bench-quick clean
 demo: $(VENV)/.ready
 	$(BIN)/prefect-segmind demo
 
@@ -38,6 +40,14 @@ check: $(VENV)/.ready-dev
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+# A batch beside other ways to make it, as a table; up to an hour, on a machine that does nothing else.
+bench: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.bench --output $(BENCH)
+
+# Two small batches, under three minutes.
+bench-quick: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.bench --quick --output $(BENCH)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

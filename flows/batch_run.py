@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
+from io import BytesIO
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -269,6 +270,7 @@ class _PlannedBatch(NamedTuple):
         skip_archived: Whether those are left out.
         skipped: The names of jobs that are left out because their images cannot be used.
         unusable: The names of all jobs whose images cannot be used, with the reason.
+        unseen: The fingerprints of the pictures to pay for of which neither archive nor outbox has anything.
         answers: When each paid request of earlier tries was sent, and whether its answer held a picture.
     """
 
@@ -278,6 +280,7 @@ class _PlannedBatch(NamedTuple):
     skip_archived: bool
     skipped: Collection[str]
     unusable: Mapping[str, str]
+    unseen: set[str]
     answers: Sequence[tuple[datetime, bool]]
 
     def wanted(self) -> Iterator[tuple[int, Job | ValidatedJob]]:
@@ -308,6 +311,7 @@ def _plan(
     services, (runs, call) = terms.services, flow_call()
     in_place = bytearray()
     unusable: dict[str, str] = {}
+    unseen: set[str] = set()
     plan = make_plan(
         jobs,
         entries,
@@ -324,6 +328,7 @@ def _plan(
         call=call,
         unusable=unusable,
         folds_case=services.publishing is not None and services.publishing.store.folds_case,
+        unseen=unseen,
     )
     left_out = in_place.count(1) if skip_archived else 0
     if left_out:
@@ -336,7 +341,7 @@ def _plan(
         "shared": tuple(services.budgets_left()),
     }
     plan = plan.without(left_out, skipped).model_copy(update=limits)
-    return _PlannedBatch(plan, entries, in_place, skip_archived, skipped, unusable, answers)
+    return _PlannedBatch(plan, entries, in_place, skip_archived, skipped, unusable, unseen, answers)
 
 
 def _produce(
@@ -352,43 +357,44 @@ def _produce(
 
     They are told before anything else is tried that the archive or Prefect's server may keep waiting.
     """
-    ended: BatchResult | None = None
+    addresses: dict[str, str] = {}
 
     def end() -> BatchResult:
-        nonlocal ended
         tally.close()
-        ended = tally.result(None, pipeline.gate.stopped, batch.wanted())
+        result = tally.result(None, pipeline.gate.stopped, batch.wanted())
         if sharded:
-            ended = ended.model_copy(update={"shards": sharded.addresses})
-        listener().ended(pipeline.ledger, ended)
-        return ended
+            result = result.model_copy(update={"shards": sharded.addresses})
+        listener().ended(pipeline.ledger, result)
+        return result
 
-    def keep(field: str, write: Callable[[], str | None]) -> None:
-        nonlocal ended
-        if ended and (address := write()):
-            ended = ended.model_copy(update={field: address})
-            listener().ended(pipeline.ledger, ended)
+    def keep(result: BatchResult, field: str, write: Callable[[], str | None]) -> None:
+        if address := write():
+            addresses[field] = address
+            listener().ended(pipeline.ledger, result.model_copy(update=addresses))
 
     def elsewhere() -> None:
         if sharded:
             sharded.dispatch(batch.wanted, pipeline, tally, pipeline.ledger.limit_usd, requests_per_minute)
 
+    def finish(result: BatchResult, do: Callable[[Callable[[], object], float], object]) -> BatchResult:
+        """Keeps and reports, step by step; `do` gets each, and the seconds that it may take in a run that was ended."""
+        do(partial(keep, result, "failed_manifest", kept.keep_failed), LAST_SECONDS)
+        do(partial(keep, result, "results", kept.keep_results), LAST_SECONDS + kept.results.size / BYTES_A_SECOND)
+        do(lambda: report(result.model_copy(update=addresses)), LAST_SECONDS)
+        return result.model_copy(update=addresses)
+
+    ended: BatchResult | None = None
     try:
         in_place = () if batch.skip_archived else batch.in_place
         grace_seconds = kept.services.settings.grace_seconds
         dispatch(batch.wanted, in_place, pipeline, tally, grace_seconds, elsewhere if sharded else None)
-        end()
-        keep("failed_manifest", kept.keep_failed)
-        keep("results", kept.keep_results)
-        report(ended or end())
-        return ended or end()
+        ended = end()
+        return finish(ended, lambda step, _: step())
     except BaseException:
-        interrupted = ended is None
-        run_logger().warning((ended or end()).sentence(), extra=TOLD_AT_END)
-        if interrupted:
-            in_time(partial(keep, "failed_manifest", kept.keep_failed))
-            in_time(partial(keep, "results", kept.keep_results), LAST_SECONDS + kept.results.size / BYTES_A_SECOND)
-            in_time(lambda: report(ended) if ended else None)
+        told = ended or end()
+        run_logger().warning(told.sentence(), extra=TOLD_AT_END)
+        if ended is None:
+            finish(told, in_time)
         raise
 
 
@@ -414,7 +420,13 @@ def _open_pipeline(terms: Terms, ledger: Ledger, batch: _PlannedBatch) -> Pipeli
     )
     publisher = services.publisher(refreshed_at(), str(flow_run.id))
     pipeline = services.pipeline(
-        gate, on_unknown=terms.on_unknown, on_kept=terms.on_kept, policy=POLICY, publisher=publisher, log=run_logger()
+        gate,
+        on_unknown=terms.on_unknown,
+        on_kept=terms.on_kept,
+        policy=POLICY,
+        publisher=publisher,
+        unseen=batch.unseen,
+        log=run_logger(),
     )
     warn_once_without_conditional_writes(services.archive)
     return pipeline
@@ -518,8 +530,10 @@ class _Kept:
             run_logger().warning(
                 "the file of results misses %s of them: %s", self.results.missing, self.results.why_missing
             )
-        before = (f"{each.model_dump_json()}\n".encode() for each in self.refused)
-        return self._keep(RESULTS, b"".join((*before, *self.results.lines())), "application/jsonl", "the results")
+        file = BytesIO()
+        file.writelines(f"{each.model_dump_json()}\n".encode() for each in self.refused)
+        file.writelines(self.results.lines())
+        return self._keep(RESULTS, file.getvalue(), "application/jsonl", "the results")
 
     def _keep(self, name: str, data: bytes, kind: str, what: str) -> str | None:
         log, store, key = run_logger(), self.services.archive.store, f"{self.folder}/{name}"

@@ -15,7 +15,6 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.tasks import Task
 
 from prefect_segmind.archive.archive import READERS
 from prefect_segmind.batch.tally import Tally
@@ -67,8 +66,9 @@ def dispatch(
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
         try:
-            if any(in_place):
-                _reuse_in_place((each for each in wanted() if in_place[each[0]]), pipeline, tally)
+            if there := sum(in_place):
+                entries = (each for each in wanted() if in_place[each[0]])
+                _reuse_in_place(entries, min(there, READERS), pipeline, tally)
             if elsewhere:
                 return elsewhere()
             for position, entry in wanted():
@@ -88,7 +88,9 @@ def dispatch(
             raise
 
 
-def _reuse_in_place(entries: Iterator[tuple[int, Job | ValidatedJob]], pipeline: Pipeline, tally: Tally) -> None:
+def _reuse_in_place(
+    entries: Iterator[tuple[int, Job | ValidatedJob]], at_once: int, pipeline: Pipeline, tally: Tally
+) -> None:
     """Checks and publishes pictures that are archived under the names of their assets, some at once, and counts them.
 
     Where that fails, or more is left to do, the asset is left to a task run, which tells what is wrong with it.
@@ -106,7 +108,7 @@ def _reuse_in_place(entries: Iterator[tuple[int, Job | ValidatedJob]], pipeline:
                 if isinstance(entry, ValidatedJob) and (reused := pipeline.reuse_in_place(entry, run, log)):
                     tally.count(position, reused)
 
-    workers = [_start(work, f"segmind-in-place-{number}") for number in range(READERS)]
+    workers = [_start(work, f"segmind-in-place-{number}") for number in range(at_once)]
     for worker in workers:
         worker.join()
     if reused := tally.progress.done:
@@ -135,13 +137,13 @@ def _start(work: Callable[[], object], name: str) -> threading.Thread:
 
 
 def _produce(
-    entry: Job | ValidatedJob, produce: Task[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
+    entry: Job | ValidatedJob, produce: Callable[[Job | ValidatedJob], ArchivedImage], gate: Gate, tally: Tally
 ) -> None:
     """Works on an asset, and counts its outcome."""
     outcome: object
     try:
         with _forgotten_by_prefect():
-            outcome = produce(entry, return_state=True).result(raise_on_failure=False)
+            outcome = produce(entry)
     except BaseException as error:  # noqa: BLE001
         outcome = error
     try:

@@ -206,8 +206,8 @@ class Services:
         if self.budgets and not self.archive.store.conditional:
             raise ConfigurationError(
                 f"{self.budgets[0].setting}: a shared budget needs an archive whose store honours conditional writes, "
-                f"and {self.archive.url} {self.archive.store.conditions.caution}; nothing was paid: use an "
-                "archive in a folder or at a provider such as S3 that honours them, or a budget for each run"
+                f"and {self.archive.url} has none; nothing was paid: use an archive in a folder or at a provider such "
+                "as S3 that honours them, or a budget for each run (budget_usd alone)"
             )
 
     @cached_property
@@ -355,6 +355,7 @@ class Services:
         on_kept: OnKept = "wait",
         policy: RetryPolicy | None = None,
         publisher: Publisher | None = None,
+        unseen: set[str] | None = None,
         log: logging.Logger = _LOG,
     ) -> Pipeline:
         """The pipeline that takes jobs through all stages.
@@ -365,6 +366,7 @@ class Services:
             on_kept: Whether a picture is paid for again that lies in an outbox out of reach.
             policy: How often a request is retried; the longest wait for a server is a setting.
             publisher: Publishes the pictures; None to leave them in the archive.
+            unseen: As for `LookUp`.
             log: As for `reconciler`.
 
         Raises:
@@ -373,10 +375,11 @@ class Services:
         archive, outbox, settings = self.archive, self.outbox, self.settings
         open_client = partial(self.credentials.get_client, settings)
         reconciler = self.reconciler(gate, log)
+        policies = on_unknown, on_kept, reconciler.can_ask
         return Pipeline(
             reader=self.reader,
             uploads=self.uploads,
-            look_up=LookUp(archive, outbox, open_client, gate.ledger, on_unknown, on_kept, reconciler.can_ask),
+            look_up=LookUp(archive, outbox, open_client, gate.ledger, *policies, unseen or set()),
             cashier=Cashier(
                 archive=archive,
                 outbox=outbox,

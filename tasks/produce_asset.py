@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
-from prefect.tasks import Task
 
 from prefect_segmind.archive.record import OnKept, OnUnknown
-from prefect_segmind.errors import NotStartedError
+from prefect_segmind.errors import NotStartedError, SegmindError
 from prefect_segmind.jobs.job import Job, parse_job
 from prefect_segmind.limits.retry import RetryPolicy
 from prefect_segmind.money import usd
@@ -70,12 +70,30 @@ def produce_asset(
     return archived
 
 
-def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | ValidatedJob], ArchivedImage]:
-    """The task that produces the assets of a batch over their common pipeline.
+class _Errand:
+    """An asset on its way through a task run, and what comes of it.
+
+    Prefect looks through all that a task is given, and all that it returns, for results of other runs. It finds nothing
+    to look through in an object like this.
+    """
+
+    def __init__(self, job: Job | ValidatedJob) -> None:
+        self.job = job
+        self.name = job.name
+        self.archived: ArchivedImage | None = None
+        self.stopped: NotStartedError | None = None
+
+
+def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Callable[[Job | ValidatedJob], ArchivedImage]:
+    """What produces an asset of a batch, in a task run over the batch's pipeline.
 
     Args:
         pipeline: The batch's, with one gate and one ledger for all assets.
         policy: How often a failed request is retried.
+
+    Returns:
+        A function that takes an asset and returns its picture. It raises what the task run has failed with, or a
+        `NotStartedError` if the batch had stopped before anything was sent: then the task run is Cancelled.
     """
 
     @task(
@@ -87,17 +105,26 @@ def task_of_batch(pipeline: Pipeline, policy: RetryPolicy) -> Task[[Job | Valida
         cache_policy=NO_CACHE,
         persist_result=False,
     )
-    def produce_asset_of_batch(job: Job | ValidatedJob) -> ArchivedImage:
+    def produce_asset_of_batch(errand: _Errand) -> State[None] | None:
         """Validates, uploads, generates, archives and publishes one asset of a batch."""
         try:
-            with failures_reported(job, in_batch=True):
-                return _produce(job, pipeline)
+            with failures_reported(errand.job, in_batch=True):
+                errand.archived = _produce(errand.job, pipeline)
         except NotStartedError as stopped:
             if stopped.possibly_billed_usd:
                 raise
-            return cast(ArchivedImage, Cancelled(message=str(stopped), data=stopped))  # it has not failed
+            errand.stopped = stopped
+            return Cancelled(message=str(stopped))  # it has not failed
+        return None
 
-    return produce_asset_of_batch
+    def produce(job: Job | ValidatedJob) -> ArchivedImage:
+        errand = _Errand(job)
+        produce_asset_of_batch(errand)
+        if errand.archived is None:
+            raise errand.stopped or SegmindError(f"{job.name}: its task run ended without a picture; run it again")
+        return errand.archived
+
+    return produce
 
 
 def _produce(job: Job | ValidatedJob, pipeline: Pipeline) -> ArchivedImage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from functools import lru_cache
 
 AUTO = "AUTO"
 """The value in a job for the resolution whose ratio is nearest to the source image's."""
@@ -143,6 +144,7 @@ def crop_loss(width: int, height: int, resolution: str) -> float:
     return 1 - min(source, target) / max(source, target)
 
 
+@lru_cache(maxsize=1024)  # a batch asks for the same few sizes again and again
 def nearest_resolution(width: int, height: int) -> Resolution:
     """The resolution that crops an image least; on equal ratios the larger one.
 

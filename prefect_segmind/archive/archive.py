@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
+
 from prefect_segmind.api.picture import PaidPicture
 from prefect_segmind.archive.record import Record
 from prefect_segmind.errors import InvalidJobError, PreconditionFailedError, StoreError
@@ -230,7 +232,9 @@ class Archive:
             raise gone
         return copy
 
-    def put_picture(self, name: str, fingerprint: str, picture: PaidPicture, data: bytes) -> str:
+    def put_picture(
+        self, name: str, fingerprint: str, picture: PaidPicture, data: bytes, *, is_new: bool = False
+    ) -> str:
         """Store a picture under a job's name and never over a different one, nor beside the sidecar of a different one.
 
         Args:
@@ -238,6 +242,7 @@ class Archive:
             fingerprint: The job's.
             picture: The picture's facts.
             data: The picture.
+            is_new: Whether the archive is known to have no sidecar of the job, so that none is looked for.
 
         Returns:
             Its key: `{name}/{fingerprint[:16]}.{ext}`, with the picture's own hash if that is another one's.
@@ -246,13 +251,14 @@ class Archive:
             StoreError: It cannot be written, or both keys are taken.
         """
         for key in _picture_keys(name, fingerprint, picture):
-            beside = self.store.get(sidecar_key(key))
+            beside = None if is_new else self.store.get(sidecar_key(key))
             if beside is not None and not _describes(beside.data, picture):
                 continue
             try:
                 self.store.put(key, data, picture.content_type, if_absent=True)
             except PreconditionFailedError:
                 if not self.store.holds(key, data):
+                    is_new = False
                     continue
             return key
         taken = self.store.uri(f"{name}/{fingerprint[:16]}")
@@ -272,7 +278,7 @@ class Archive:
             StoreError: It cannot be written.
         """
         key = sidecar_key(image_key)
-        data = json.dumps(sidecar, indent=2, ensure_ascii=False).encode()
+        data = to_json(sidecar, indent=2)
         try:
             self.store.put(key, data, "application/json", if_absent=True)
         except PreconditionFailedError:

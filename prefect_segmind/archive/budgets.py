@@ -36,6 +36,9 @@ M = TypeVar("M", bound=BaseModel)
 class Budgets:
     """Reads and changes accounts and permits in an archive; a `Book` of `limits.purse`.
 
+    Each change names the share or the draw that it is for, so that no two runs write the same bytes, unless they settle
+    the same dead run in the same way.
+
     Args:
         archive: The archive; its store honours conditional writes.
     """

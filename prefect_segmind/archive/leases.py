@@ -79,6 +79,7 @@ class Claim:
         archive: The archive that has the record.
         record: The record as last written, or as it is to be written.
         run: The run that holds the claim.
+        is_new: Whether the archive had nothing of the picture when it was claimed.
         is_idle: Whether the picture waits in the outbox, and nothing in this process is about to archive it.
         is_released: Whether the run holds it no longer: it has released or lost it.
     """
@@ -87,6 +88,7 @@ class Claim:
         self.archive = archive
         self.record = found.record if found else Record(fingerprint=fingerprint)
         self.run = run
+        self.is_new = False
         self.is_idle = False
         self.is_released = False
         self._etag = found.etag if found else None
@@ -187,6 +189,19 @@ class Claim:
             self._put(self.record)
             self._until = max(self._until, self._written + LEASE_SECONDS)
             return self.record
+
+    def note(self, change: Callable[[Record], Record]) -> None:
+        """Change the record without writing it: that does the next write or, if none follows, a renewal or the release.
+
+        Args:
+            change: Makes the new record of the present one.
+
+        Raises:
+            PreconditionFailedError: The claim was lost to another run, or released.
+        """
+        with self._lock:
+            self.record, self._before = change(self.record), None
+            self._require()
 
     def hold(self, seconds: float) -> None:
         """Renew the claim while this process is alive, for at most this long. A released claim stays released.

@@ -196,12 +196,16 @@ class Outbox:
         path = part.with_name(f"{fingerprint}.{entry.paid.sha256[:16]}.{entry.paid.extension}")
         facts = part.with_suffix(".facts")
         try:
-            with suppress(FileNotFoundError):  # another run of the same job may have renamed it
+            renamed = False
+            try:
                 sync(part)
+            except FileNotFoundError:  # another run of the same job has renamed it
+                renamed = True
             _note(facts, entry)  # first: wherever the process is killed, the picture has its facts beside it
             with suppress(FileNotFoundError):
                 part.replace(path)
-            sync(path)
+            if renamed:
+                sync(path)
             sync(path.parent)
         except OSError as error:
             failure = f"outbox: {part} holds a picture that was paid for and could not be made durable: {reason(error)}"
@@ -512,13 +516,23 @@ class Outbox:
         return self.folder / f"{fingerprint}.{hashlib.sha256(run.encode()).hexdigest()[:16]}.part"
 
     def _all(self) -> list[Path]:
-        """All files. `glob` would silently find none in an unreadable folder."""
-        folders = {os.path.realpath(each): each for each in (*self.also, self.folder)}
-        with self._disk_errors(": it cannot be read"):
-            return [file for each in folders.values() if each.is_dir() for file in each.iterdir()]
+        """All files."""
+        return self._beginning_with("")
 
     def _listed(self, fingerprint: str) -> list[Path]:
-        return [each for each in self._all() if each.name.startswith(f"{fingerprint}.")]
+        return self._beginning_with(f"{fingerprint}.")
+
+    def _beginning_with(self, start: str) -> list[Path]:
+        """The files with such names. `glob` would silently find none in an unreadable folder.
+
+        Hundreds of requests at once have a thousand files here: paths are made only of the names that are asked for.
+        """
+        folders = [self.folder]
+        if self.also:
+            folders = list({os.path.realpath(each): each for each in (*self.also, self.folder)}.values())
+        with self._disk_errors(": it cannot be read"):
+            found = ((each, os.listdir(each)) for each in folders if each.is_dir())  # noqa: PTH208
+            return [folder / name for folder, names in found for name in names if name.startswith(start)]
 
     def _unusable(self, why: str) -> OutboxError:
         return OutboxError(f"outbox: {self.folder} cannot take a picture: {why}; {_REMEDY}")
@@ -610,8 +624,8 @@ def _asked(file: Path) -> Asked:
 
 def _write(path: Path, facts: BaseModel) -> None:
     """Write facts for the user alone."""
-    path.touch(0o600)
-    path.write_text(facts.model_dump_json(indent=2), encoding="utf-8")
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(facts.model_dump_json(indent=2).encode())
 
 
 def _note(path: Path, facts: BaseModel) -> None:

@@ -239,6 +239,7 @@ def make_plan(
     call: str = "",
     unusable: dict[str, str] | None = None,
     folds_case: bool = False,
+    unseen: set[str] | None = None,
 ) -> Plan:
     """Inspects the images of all jobs, each image once, and looks up what is paid for by listing the archive.
 
@@ -260,6 +261,7 @@ def make_plan(
         unusable: Receives name and reason of each job whose image cannot be used as it is, but not of those whose image
             cannot be read at this moment.
         folds_case: Whether the pictures are published where names that differ only in case are one.
+        unseen: Receives the fingerprints of the pictures to pay for of which neither archive nor outbox has anything.
 
     Returns:
         The plan.
@@ -345,6 +347,10 @@ def make_plan(
     for new in wanted.keys() - survey.recorded:
         refused = new in unread and on_unknown == "fail"
         verdicts[new] = Verdict.RECOVER if new in kept else Verdict.REFUSE if refused else Verdict.PAY
+    if unseen is not None:
+        beside = {place[-16:] for place in survey.places}  # a sidecar whose record somebody has removed
+        to_pay = (each for each, need in verdicts.items() if need is Verdict.PAY and each not in unread)
+        unseen |= {each for each in to_pay if each[:16] not in beside}
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
         verdicts |= pool.map(look, survey.recorded - survey.archived)
     if doubted:

@@ -148,12 +148,14 @@ class Progress:
         counts: The number of assets `generated`, `reused`, `recovered`, `failed`, `submitted` and `not_started`.
         cost_usd: What was paid so far.
         seconds: The time since the first job was started.
+        in_place: The number of those whose picture was there, which says nothing of how long the others take.
     """
 
     total: int
     counts: Counter[str]
     cost_usd: Decimal
     seconds: float
+    in_place: int = 0
 
     @property
     def done(self) -> int:
@@ -162,7 +164,8 @@ class Progress:
 
     def sentence(self) -> str:
         """The progress in one line."""
-        left = self.seconds / self.done * (self.total - self.done) if self.done else 0.0
+        made = self.done - self.in_place
+        left = self.seconds / made * (self.total - self.done) if made else 0.0
         reused = self.counts["reused"] + self.counts["recovered"]
         submitted = f"{self.counts['submitted']} submitted, " if self.counts["submitted"] else ""
         return (
@@ -200,6 +203,7 @@ class Tally:
         self._elsewhere: Counter[str] = Counter()
         self._under_way: dict[str, tuple[int, Job | ValidatedJob]] = {}
         self._ended = bytearray()  # 1 at the position of each asset that has ended: a name would take a hundred bytes
+        self._in_place = 0
         self._closed = False
         self._started = time.monotonic()
         self._lock = threading.RLock()  # taken by itself: an interrupt cannot come between it and its `with`
@@ -246,6 +250,7 @@ class Tally:
         with self._lock:
             if self._closed:
                 return
+            self._in_place += 1
             self._finish(position, reused.status, reused)
             progress = self.progress
         self._report(progress)
@@ -313,7 +318,8 @@ class Tally:
         """The progress of the run now."""
         with self._lock:
             seconds = time.monotonic() - self._started
-            return Progress(self._plan.total, self._counts + self._elsewhere, self._ledger.spent_usd, seconds)
+            counts = self._counts + self._elsewhere
+            return Progress(self._plan.total, counts, self._ledger.spent_usd, seconds, self._in_place)
 
     def result(
         self,

@@ -27,7 +27,7 @@ from prefect_segmind.money import Usd, usd
 LEASE_SECONDS = 60.0
 """How long a share is its run's after it was last renewed."""
 BLOCK = 20
-"""The most pictures for which a run draws money at once."""
+"""The pictures for which a run draws money beyond those that wait for it, at most."""
 THRESHOLDS = (80, 100)
 """Percent of a budget whose use is announced. At 100 what is left pays for no further picture."""
 

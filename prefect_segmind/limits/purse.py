@@ -209,6 +209,7 @@ class Purse:
         self._price_usd = NOTHING  # of the last request that was asked for
         self._dearest_usd = NOTHING
         self._sent = 0
+        self._waiting = 0
         self._need_usd: Decimal | None = None  # what a request waits for
         self._is_low = False
         self._not_before = -math.inf  # the next look at accounts that had too little
@@ -245,7 +246,7 @@ class Purse:
         with self._lock:
             if self._is_closing:
                 return Fit.LATER
-            self._price_usd = price_usd
+            self._price_usd, self._waiting = price_usd, waiting
             shares, now = self._current(), self._clock()
             needed = price_usd + kept_usd
             money = all(each.until > now and each.free_usd >= needed for each in shares)
@@ -257,7 +258,7 @@ class Purse:
                     each.in_flight_usd += price_usd
                 if batch:
                     batch.left, batch.taken = batch.left - 1, batch.taken + 1
-                if min((each.free_usd for each in shares), default=NOTHING) < self._ahead_usd() / 2:
+                if min((each.free_usd for each in shares), default=NOTHING) < self._ahead_usd(BLOCK) / 2:
                     self._ask(low=True)
                 return Hold(shares, price_usd, batch)
             if self.reached:
@@ -357,9 +358,9 @@ class Purse:
     def _permit(self, now: float) -> _Batch | None:
         return next((each for each in self._batches if each.left and each.until > now), None)
 
-    def _ahead_usd(self) -> Decimal:
-        """What the run likes to have at hand."""
-        return self._price_usd * max(1, min(BLOCK, self._pictures - self._sent))
+    def _ahead_usd(self, pictures: int) -> Decimal:
+        """What the run likes to have at hand: for so many pictures, but for no more than it is going to pay for."""
+        return self._price_usd * max(1, min(pictures, self._pictures - self._sent))
 
     def _ask(self, need_usd: Decimal | None = None, *, low: bool = False, permits: int = 0) -> None:
         """Has the thread draw what is needed."""
@@ -413,7 +414,7 @@ class Purse:
             if draws:
                 self._need_usd, self._is_low = None, False
             shares, price = self._current(), self._price_usd
-            target = max(need or NOTHING, self._ahead_usd()) if draws else NOTHING
+            target = max(need or NOTHING, self._ahead_usd(self._waiting + BLOCK)) if draws else NOTHING
         granted = True
         for number, share in enumerate(shares):
             before = share.drawn_usd

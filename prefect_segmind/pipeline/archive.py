@@ -16,7 +16,7 @@ from prefect_segmind.archive.archive import Archive, sidecar_key
 from prefect_segmind.archive.leases import Claim, held_claim
 from prefect_segmind.archive.outbox import Outbox
 from prefect_segmind.archive.record import Record
-from prefect_segmind.errors import ArchiveError, PreconditionFailedError, SegmindError, StoreError
+from prefect_segmind.errors import ArchiveError, OutboxError, PreconditionFailedError, SegmindError, StoreError
 from prefect_segmind.limits.ledger import NOTHING
 from prefect_segmind.money import usd
 from prefect_segmind.pipeline.pay import GeneratedImage
@@ -100,13 +100,17 @@ class Archiving:
                 same job again archives it without paying.
         """
         held = held_claim(self.archive, generated.job.fingerprint)
-        if held is not None and held.run == generated.run:
+        if held is not None and held.run != generated.run:
+            held = None
+        if held is not None:
             held.is_idle = False
         try:
             if generated.path is None:
                 return self._reuse(generated, flow_run_id)
             return self._archive(generated, generated.path, flow_run_id, held)
         except SegmindError as error:
+            if held is not None:  # in the record the picture may not be paid for yet
+                held.give_up()
             safe = (
                 f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again on this "
                 "machine when the archive is back, and it is archived without another payment"
@@ -121,7 +125,7 @@ class Archiving:
                 possibly_billed_usd=generated.possibly_billed_usd,
             ) from error
         finally:
-            if held is not None and held.run == generated.run:
+            if held is not None:
                 held.release()
 
     def _archive(
@@ -136,7 +140,8 @@ class Archiving:
             raise StoreError(f"outbox: {path} cannot be read: {reason(error)}") from error
         if hashlib.sha256(data).hexdigest() != picture.sha256:
             raise StoreError(f"outbox: {path} is no longer the picture that was paid for")
-        image = self.archive.put_picture(generated.name, fingerprint, picture, data)
+        is_new = held is not None and held.is_new
+        image = self.archive.put_picture(generated.name, fingerprint, picture, data, is_new=is_new)
         beside_key = sidecar_key(image)
         before = Record(fingerprint=fingerprint, attempts=generated.attempts)
 
@@ -144,7 +149,7 @@ class Archiving:
             return record.archived(picture, image, beside_key, paid_by=generated.paid_by)
 
         self.archive.put_sidecar(image, sidecar(generated, archived(before), flow_run_id, None))
-        done = self._record_done(held if held and held.run == generated.run else None, before, archived)
+        done = self._record_done(held, before, archived)
         outbox = replace(self.outbox, also=(*self.outbox.also, path.parent))
         outbox.remove(fingerprint, picture.sha256, done.runs_in_doubt)
         return self._result(generated, image, beside_key), data
@@ -183,7 +188,7 @@ class Archiving:
         record, picture, data = found.record, found.record.picture, None
         if found.record.image.rpartition("/")[0] == generated.name:
             image, beside_key = found.record.image, found.record.sidecar
-            if self.outbox.has(record.fingerprint):  # what it has may be all that is left, and is removed below
+            if self._is_in_outbox(record.fingerprint):  # which may have all that is left, and is emptied below
                 data = self.archive.get_picture(record)
             else:
                 self.archive.check_picture(record)
@@ -194,6 +199,13 @@ class Archiving:
             beside_key = self.archive.put_sidecar(image, sidecar(generated, record, flow_run_id, copied_from))
         self.outbox.remove(record.fingerprint, picture.sha256, record.runs_in_doubt)
         return self._result(generated, image, beside_key), data
+
+    def _is_in_outbox(self, fingerprint: str) -> bool:
+        """Whether the outbox has anything of a picture; if it cannot be read, nothing is removed there either."""
+        try:
+            return self.outbox.has(fingerprint)
+        except OutboxError:
+            return False
 
     def in_place(self, job: ValidatedJob, record: Record) -> ArchivedImage | None:
         """The picture of a job that is archived under its very name, checked without reading it.

@@ -6,7 +6,7 @@ import logging
 import socket
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,14 @@ class Finding(NamedTuple):
         record: Its record; None if there is none.
         kept: The paid picture in the outbox and its facts; None if it is not there.
         unreadable: Answers in the outbox that were paid for and cannot be read as a picture.
+        is_new: Whether the archive was listed and had nothing of the picture, neither a record nor a sidecar.
     """
 
     verdict: Verdict
     record: RecordRead | None = None
     kept: tuple[Path, OutboxEntry] | None = None
     unreadable: tuple[Path, ...] = ()
+    is_new: bool = False
 
     @property
     def archived(self) -> PaidPicture | None:
@@ -103,6 +105,8 @@ class LookUp:
         on_unknown: Whether a picture is paid for again where an earlier request may have been billed.
         on_kept: Whether a picture is paid for again that is paid for and lies in an outbox out of reach.
         can_ask: Whether the provider can be asked what became of a request, and was not by this run already.
+        unseen: Fingerprints of pictures of which a listing has shown nothing, in the archive or the outbox. The first
+            look at each reads no record: the claim that follows fails if another run has been there since.
     """
 
     archive: Archive
@@ -112,6 +116,7 @@ class LookUp:
     on_unknown: OnUnknown = "repay"
     on_kept: OnKept = "wait"
     can_ask: Callable[[Attempt, Run], bool] = lambda *_: False
+    unseen: set[str] = field(default_factory=set)
 
     def as_paid_for(self, job: ValidatedJob) -> ValidatedJob:
         """The job under a fingerprint that it had in an earlier version, if it has been paid for under that one.
@@ -122,7 +127,7 @@ class LookUp:
         Raises:
             StoreError: A record cannot be read.
         """
-        if not job.earlier or self.archive.read(job.fingerprint):
+        if job.fingerprint in self.unseen or not job.earlier or self.archive.read(job.fingerprint):
             return job
         return next(filter(self._is_paid_for, job.earlier), job)
 
@@ -147,6 +152,9 @@ class LookUp:
         Raises:
             StoreError: The record cannot be read.
         """
+        with suppress(KeyError):
+            self.unseen.remove(job.fingerprint)  # for this one look
+            return Finding(Verdict.PAY, is_new=True)
         found = self._read(job, run)
         elsewhere = held_elsewhere(self.archive, found, run.id)
         done = found is not None and found.record.state == "done"

@@ -201,7 +201,14 @@ class Cashier:
     gate: Gate = field(default_factory=Gate)
 
     def pay(
-        self, job: ValidatedJob, uploaded: UploadedImage, finding: Finding, run: Run, log: logging.Logger
+        self,
+        job: ValidatedJob,
+        uploaded: UploadedImage,
+        finding: Finding,
+        run: Run,
+        log: logging.Logger,
+        *,
+        archived_next: bool = False,
     ) -> Paid | None:
         """Sends one request; where its outcome is unknown, the provider is asked what became of it.
 
@@ -213,6 +220,8 @@ class Cashier:
             finding: The state of the picture when it was decided to pay.
             run: The run that pays.
             log: Logs that a picture is paid for again, and the notices about the answer.
+            archived_next: Whether the caller archives the picture as soon as this returns: then that it has come is not
+                written into the record of its own, but with that the picture is archived, or why it could not be.
 
         Returns:
             The picture; None if another run was faster to claim it.
@@ -226,14 +235,15 @@ class Cashier:
         """
         asked = self._asked(job, uploaded.uri, run.id)
         with (
+            self.open_client() as client,
             self.gate.admit(job.price_usd, job.name) as admission,
             self.outbox.receive(job.fingerprint, run.id, asked) as part,
-            self.open_client() as client,
         ):
             request = job.request(self.address(uploaded.uri))
             held = self._claim(job, finding, run, asked, address(request.image_file), admission.shares)
             if held is None:
                 return None
+            held.is_new = finding.is_new
             request_id = held.record.attempts[-1].request
             first = sum(each.run == run.id for each in held.record.attempts) == 1
             if first and (why := finding.unresolved(job.name)):
@@ -297,7 +307,8 @@ class Cashier:
                     admission.unusable(failed)
                 decision = self._fail(run, held, error, log, kept, is_asked=sending.is_asked)
                 raise failed.with_facts(decision=decision) from error.__cause__
-            self._write_outcome(held, _answered(paid, path), log)  # before anything else can end the run
+            # Before anything else can end the run.
+            self._write_outcome(held, _answered(paid, path), log, at_once=not archived_next)
         return self._paid(held, path, paid, run.id, log)
 
     def ask(self, job: ValidatedJob, finding: Finding, run: Run, log: logging.Logger) -> Paid | None:
@@ -572,10 +583,12 @@ class Cashier:
             held.hold(decision.wait_seconds + LEASE_SECONDS)
         return decision
 
-    def _write_outcome(self, held: Claim, outcome: Callable[[Record], Record], log: logging.Logger) -> None:
+    def _write_outcome(
+        self, held: Claim, outcome: Callable[[Record], Record], log: logging.Logger, *, at_once: bool = True
+    ) -> None:
         """Writes the outcome of a request into the record; if the archive fails, this run still remembers it."""
         try:
-            held.write(outcome)
+            held.write(outcome) if at_once else held.note(outcome)
         except StoreError as broken:
             log.warning("the outcome of this request could not be written to the archive: %s", broken)
 

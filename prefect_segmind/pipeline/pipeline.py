@@ -131,11 +131,17 @@ class Pipeline:
         return generated
 
     def _get(
-        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+        self,
+        job: ValidatedJob,
+        upload: Callable[[], UploadedImage],
+        run: Run,
+        log: logging.Logger,
+        *,
+        archived_next: bool = False,
     ) -> GeneratedImage:
         try:
             job = self.look_up.as_paid_for(job)
-            return self._generate(job, upload, run, log)
+            return self._generate(job, upload, run, log, archived_next)
         except SegmindError as error:
             if error.decision is None:
                 self.cashier.give_up(job, run)
@@ -146,7 +152,12 @@ class Pipeline:
             raise
 
     def _generate(
-        self, job: ValidatedJob, upload: Callable[[], UploadedImage], run: Run, log: logging.Logger
+        self,
+        job: ValidatedJob,
+        upload: Callable[[], UploadedImage],
+        run: Run,
+        log: logging.Logger,
+        archived_next: bool,
     ) -> GeneratedImage:
         wait, waited, announced, warned, read_again = WAIT_SECONDS, 0.0, False, False, True
         while True:
@@ -158,7 +169,7 @@ class Pipeline:
                     if first:
                         self.look_up.archive.check_name(job.name, job.fingerprint)
                         uploaded = upload()
-                        if paid := self.cashier.pay(job, uploaded, finding, run, log):
+                        if paid := self.cashier.pay(job, uploaded, finding, run, log, archived_next=archived_next):
                             return self._paid_for(job, run, "generated", paid, uploaded.uri)
             elif finding.verdict is Verdict.ASK:
                 with self.gate.first(job.fingerprint) as first:
@@ -283,7 +294,7 @@ class Pipeline:
 
         try:
             with stage("generate"):
-                generated = self._get(job, upload, run, log)
+                generated = self._get(job, upload, run, log, archived_next=True)
             with stage("archive"):
                 archived, content = self.archiving.archive_with_content(generated, flow_run_id)
         except Exception:

@@ -165,7 +165,7 @@ class Publishing:
             StoreError: As for `publish`.
         """
         key, note = self._key(name), self._note(fingerprint, refreshed_at, run, sha256)
-        written = False
+        written: Note | None = None
         if not self._without_sha256.is_set():
             with suppress(PreconditionFailedError):  # another run came in between
                 current, version = self._read_note(key)
@@ -174,7 +174,7 @@ class Publishing:
                         return self._outcome(key, there, current)
                     if current != there:
                         self._write_note(key, there, version)
-                    written = True
+                    written = there
                     facts = self.store.stat(key)
                     if facts and facts.sha256 == there.sha256:
                         return self._outcome(key, there, there)
@@ -200,10 +200,18 @@ class Publishing:
             return None
         return note.model_copy(update={"sha256": sha256})
 
-    def _published(self, key: str, picture: bytes, note: Note, *, written: bool = False) -> Published:
+    def _published(self, key: str, picture: bytes, note: Note, *, written: Note | None = None) -> Published:
+        """Publishes a picture by its content.
+
+        Args:
+            key: The key.
+            picture: The picture as archived.
+            note: Its note, without its SHA-256 as published.
+            written: The note that was written already, with a SHA-256 that an earlier version may have come to.
+        """
         data = self._formatted(key, picture)
         mine = note.model_copy(update={"sha256": _sha256(data)})
-        current, changed = self._publish(key, data, mine, written=written)
+        current, changed = self._publish(key, data, mine, written=written == mine)
         return self._outcome(key, mine, current, changed=changed)
 
     def _outcome(self, key: str, mine: Note, current: Note, *, changed: bool = False) -> Published:

@@ -2,7 +2,7 @@
 
 | event | about | when |
 | --- | --- | --- |
-| `prefect-segmind.asset.archived` | a job | its picture is in the archive, paid for now or before |
+| `prefect-segmind.asset.archived` | a job | its picture is in the archive; for one that a batch finds in place, none |
 | `prefect-segmind.asset.failed` | a job | it has failed and is not retried in this run; for a bad inbox file, once |
 | `prefect-segmind.attempt.failed` | a job | a request has failed, retried or not |
 | `prefect-segmind.budget.exhausted` | a run | a batch has stopped at its budget |

@@ -6,10 +6,13 @@ malformed, and logs every address with its query.
 
 from __future__ import annotations
 
+import math
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from time import monotonic
 from typing import Any, NamedTuple
 
 import httpx
@@ -164,16 +167,15 @@ class _Watch:
         self.refusal: BaseException | None = None
         self._before_sending = before_sending
         self._socket: socket.socket | None = None
+        self._seconds = seconds
         self._lock = threading.Lock()
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
 
     def __enter__(self) -> _Watch:
-        self._timer.start()
+        _deadlines.add(self, self._seconds)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        _deadlines.forget(self)
         with self._lock:
             if self._socket:
                 self._socket.close()
@@ -202,7 +204,7 @@ class _Watch:
             self._socket = twin
             over = self.over
         if over:
-            self._end()
+            self.end()
 
     def _let_send(self) -> None:
         try:
@@ -213,9 +215,64 @@ class _Watch:
         if self.over:
             raise httpx.ConnectTimeout("the time was over before the request was sent")
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Shuts the connection, as the time is over."""
         with self._lock:
             self.over = True
             if self._socket:
                 with suppress(OSError):  # it is shut already
                     self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class _Deadlines:
+    """One thread that ends every exchange of this process whose time is over.
+
+    A timer for each would be one more thread for each request, and a switch of threads to start it.
+    """
+
+    def __init__(self) -> None:
+        self._due: dict[_Watch, float] = {}
+        self._wakes = math.inf
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def add(self, watch: _Watch, seconds: float) -> None:
+        """Ends an exchange after so many seconds."""
+        with self._changed:
+            self._due[watch] = at = monotonic() + seconds
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="segmind-deadlines", daemon=True)
+                self._thread.start()
+            if at < self._wakes:
+                self._changed.notify()
+
+    def forget(self, watch: _Watch) -> None:
+        """Lets an exchange be: it has ended."""
+        with self._changed:
+            self._due.pop(watch, None)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                now = monotonic()
+                over = [watch for watch, at in self._due.items() if at <= now]
+                for watch in over:
+                    del self._due[watch]
+                self._wakes = min(self._due.values(), default=math.inf)
+                if not over:
+                    self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
+            for watch in over:
+                watch.end()
+
+
+_deadlines = _Deadlines()
+
+
+def _after_fork() -> None:
+    """Let a copy of the process have a thread of its own."""
+    global _deadlines
+    _deadlines = _Deadlines()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

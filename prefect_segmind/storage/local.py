@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePath
+from itertools import takewhile
+from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
@@ -101,8 +102,9 @@ class LocalStore:
         path = self._path(key)
         draft = path.with_name(f"{_DRAFT}{uuid4().hex}")
         with disk_errors(f"cannot write {path}"):
-            above_new = [folder.parent for folder in path.parents if not folder.exists()]
-            path.parent.mkdir(parents=True, exist_ok=True)
+            above_new = [folder.parent for folder in takewhile(lambda each: not each.exists(), path.parents)]
+            if above_new:
+                path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with draft.open("xb") as file:
                     file.write(data)
@@ -111,13 +113,14 @@ class LocalStore:
                 with self._lock_file() as lock:
                     try:
                         _lock(lock.fileno())
-                        if if_absent or if_match is not None:
+                        if if_match is not None or (if_absent and path.exists()):
                             require(self.get(key), str(path), if_absent=if_absent, if_match=if_match)
                         _replace(draft, path)
                     finally:
                         _unlock(lock.fileno())  # a process forked meanwhile would keep the lock of a closed file
-            finally:
+            except BaseException:
                 draft.unlink(missing_ok=True)
+                raise
             for folder in (path.parent, *above_new):
                 sync(folder)
         return hashlib.sha256(data).hexdigest()
@@ -186,20 +189,22 @@ class LocalStore:
                 draft.unlink()
 
     def _path(self, key: str) -> Path:
-        path = PurePath(key)
-        plain = path.as_posix() == key and key != "."  # one key, one file: no `a//b`, no `./a`, no backslash on Windows
-        stream = sys.platform == "win32" and ":" in key
-        if not plain or path.anchor or ".." in path.parts or "\0" in key or stream or _is_ours(key):
+        plain = {"", ".", ".."}.isdisjoint(key.split("/"))  # one key, one file: no `a//b`, no `./a`
+        windows = sys.platform == "win32" and (":" in key or "\\" in key)
+        if not plain or "\0" in key or windows or _is_ours(key):
             raise StoreError(f"{key!r} is not a key in the folder {self.folder}: use a plain relative path with '/'")
-        return self.folder / path
+        return self.folder / key
 
     def _lock_file(self) -> IO[bytes]:
         """Opens the file that is locked. Its own `with` closes it, and so ends the lock, at whatever line an interrupt
         comes: whoever handles that may write here too, and would wait for the lock for ever.
         """
         path = self.folder / LOCK_KEY
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+b")
+        try:
+            return path.open("a+b")
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+b")
 
 
 def _is_ours(key: str) -> bool:

@@ -63,7 +63,7 @@ def s3_client() -> S3Client:
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 3},
-        max_pool_connections=64,
+        max_pool_connections=512,  # as many as a batch may have threads: any more would be opened anew for each request
         # botocore's own is put together for each request, which takes an eighth of the request's CPU.
         user_agent=f"prefect-segmind/{__version__} Boto3/{boto3.__version__}",
         response_checksum_validation="when_required",  # see `ask_for_no_checksums`
@@ -513,6 +513,11 @@ class S3Store:
         for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
             yield each.key.removeprefix(self._root)
 
+    def dated_keys(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """The same with their times, which S3 counts in whole seconds; see `Store.dated_keys`."""
+        for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
+            yield each.key.removeprefix(self._root), each.modified
+
     def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
         """The answer to a HEAD; None if S3 refuses it, which may mean the key or the bucket: a GET has to tell."""
         where: HeadObjectRequestTypeDef = {"Bucket": self._bucket, "Key": self._root + key}
@@ -523,11 +528,6 @@ class S3Store:
                 return self._client.head_object(**where)
             except aws.ClientError:
                 return None
-
-    def dated_keys(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """The same with their times, which S3 counts in whole seconds; see `Store.dated_keys`."""
-        for each in list_objects(f"s3://{self._bucket}/{self._root}{prefix}", self._client):
-            yield each.key.removeprefix(self._root), each.modified
 
     def _put(self, key: str, data: bytes, content_type: str, **more: Any) -> str:
         request: PutObjectRequestTypeDef = {

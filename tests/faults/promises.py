@@ -119,12 +119,16 @@ class Books:
 
     @property
     def hidden(self) -> int:
+        """Answers on another disk of which neither the record nor the provider could tell."""
+        return 0 if self.all_listed and self._world.api.scenario.history == "answers" else self.untold
+
+    @property
+    def untold(self) -> int:
         """Answers that are on another disk only, and of which the record could not be told enough.
 
-        Another machine is to know that they are pictures; one that can read that disk only where they are.
+        Another machine is to know that they are pictures; one that can read that disk only where they are. One without
+        a picture stays there, though that has come from the provider since: nobody who could remove it knows of it.
         """
-        if self.all_listed and self._world.api.scenario.history == "answers":
-            return 0
         then, at_rest = THEN[self._world.point.then], self._world.at_rest
         attempts = at_rest.record.attempts if at_rest and at_rest.record else ()
         told = any(each.kept_picture if then.host != FIRST.host else each.kept for each in attempts)
@@ -269,7 +273,7 @@ def _outbox(world: World, books: Books) -> Iterator[str]:
         answers = {stem(each) for each in files if each.endswith(".answer")}
         if len(others - answers) > len(books.billed) - 1:
             yield f"{name} still has {len(others)} other pictures"
-        if len(answers) > len(books.unusable) + books.doubtful + books.hidden + books.broken_off:
+        if len(answers) > len(books.unusable) + books.doubtful + books.untold + books.broken_off:
             yield f"{name} keeps {len(answers)} answers of {len(books.unusable)} that were unusable"
         left = [each for each in files if stem(each) not in others | answers]
         if world.point.kinds & {*ENDS, MISTAKE}:  # between the removal of a file and that of what describes it

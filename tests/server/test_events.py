@@ -69,6 +69,14 @@ def test_an_archived_picture_says_where_it_is_and_what_it_cost(
     assert {"flow-run", "flow"} <= {each.get("prefect.resource.role") for each in event["related"]}
 
 
+def test_a_picture_that_is_in_place_when_a_batch_begins_is_no_event(
+    sandbox: Sandbox, manifest: str, events: Events
+) -> None:
+    refresh_assets(manifest)
+    assert refresh_assets(manifest).reused == 4
+    assert {each["resource"]["prefect-segmind.status"] for each in events(4)} == {"generated"}
+
+
 def test_a_failed_job_says_where_and_why(sandbox: Sandbox, photo: Path, events: Events) -> None:
     with pytest.raises(InvalidJobError):
         image_to_image(str(photo), "a red mug", name="hero", style_type="realistic")
@@ -140,6 +148,21 @@ def test_a_budget_that_is_reached_is_told_of_the_run(sandbox: Sandbox, manifest:
     assert reached["event"] == "prefect-segmind.budget.exhausted"
     assert reached["resource"]["prefect.resource.id"].startswith("prefect-segmind.run.")
     assert (reached["payload"]["cost_usd"], reached["payload"]["not_started"]) == ("0.10", 2)
+
+
+def test_a_shared_budget_is_told_once_at_80_percent_and_once_when_it_is_spent(
+    sandbox: Sandbox, photo: Path, events: Events, tmp_path: Path
+) -> None:
+    for number in range(5):
+        manifest = write_campaign(photo, mugs(photo, 1, f"a red mug, {number}", name=f"mug/{number}"))
+        refresh_assets(manifest, archive=str(tmp_path / "archive"), budget_name="summer", budget_usd=Decimal("0.25"))
+    told = [each for each in events(7) if each["event"] == "prefect-segmind.budget.used"]
+    assert [each["payload"] for each in told] == [
+        {"budget": "summer", "percent": 80, "limit_usd": "0.25", "used_usd": "0.20"},
+        {"budget": "summer", "percent": 100, "limit_usd": "0.25", "used_usd": "0.25"},
+    ]
+    assert {each["resource"]["prefect.resource.id"] for each in told} == {"prefect-segmind.budget.summer"}
+    assert [each["resource"]["prefect-segmind.percent"] for each in told] == ["80", "100"]
 
 
 def test_every_event_is_documented() -> None:

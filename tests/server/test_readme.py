@@ -454,7 +454,7 @@ def test_the_sandbox_is_told_to_fail_as_shown(sandbox: Sandbox) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_every_target_of_make_that_is_named_is_there() -> None:
     named = sorted(set(re.findall(r"\bmake ([a-z-]+)(?=`|  )", README + PAGES["CONTRIBUTING.md"])))
-    assert named == ["check", "demo", "test", "test-faults", "test-quick"]
+    assert named == ["bench", "bench-quick", "check", "demo", "test", "test-faults", "test-quick"]
     for target in named:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 

@@ -29,10 +29,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingConcurrencySlot, Cancelling, Scheduled
 
 from prefect_segmind import BatchError, BatchResult, produce_asset, refresh_assets
+from prefect_segmind.archive.record import Record
 from prefect_segmind.batch import plan
 from prefect_segmind.batch import results as results_module
 from prefect_segmind.batch import tally as batch_module
@@ -52,10 +54,12 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.flows import batch_run, dispatch
 from prefect_segmind.limits.ledger import Totals
+from prefect_segmind.pipeline.pipeline import Pipeline
 from prefect_segmind.pipeline.upload import Uploads
 from prefect_segmind.reporting.listener import heard_by
 from prefect_segmind.sandbox import Answer, Sandbox
 from prefect_segmind.services import Services
+from prefect_segmind.storage.store import StoredObject
 from tests.support.answering import answering
 from tests.support.manifests import mugs, write_campaign
 from tests.support.waiting import until
@@ -725,6 +729,186 @@ def test_each_finished_picture_is_published_and_one_that_cannot_be_is_published_
     assert {each.published for each in second.images} == {str(live / "mug" / f"00{n}.png") for n in range(2)}
     assert (second.cost_usd, sandbox.ledger.billed) == (Decimal(0), 2)
     agrees(first, sandbox)
+
+
+@pytest.fixture
+def produced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the assets that had a task run."""
+    names: list[str] = []
+    produce = dispatch._produce
+
+    def noting(entry: Any, *more: Any) -> None:
+        names.append(entry.name)
+        produce(entry, *more)
+
+    monkeypatch.setattr(dispatch, "_produce", noting)
+    return names
+
+
+def test_what_is_in_place_is_reused_without_a_task_run_and_without_being_read(
+    sandbox: Sandbox, campaign: Callable[..., str], produced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(campaign(3))
+    produced.clear()
+    store = Services().archive.store
+    read, get = list[str](), store.get
+
+    def watched(key: str) -> StoredObject | None:
+        read.append(key)
+        return get(key)
+
+    monkeypatch.setattr(store, "get", watched)
+    monkeypatch.setattr(batch_run, "publish_batch", lambda *_: None)  # it shows the pictures
+    result = run(campaign(5))
+    assert (result.reused, result.generated, result.total) == (3, 2, 5)
+    assert sorted(produced) == ["mug/003", "mug/004"]
+    assert not [key for key in read if key.startswith(("mug/000", "mug/001", "mug/002"))]
+    assert Counter(each["status"] for each in lines(result)) == {"reused": 3, "generated": 2}
+    assert (result.cost_usd, sandbox.ledger.billed) == (Decimal("0.10"), 5)
+
+
+def test_a_picture_that_was_just_generated_is_published_without_being_read_again(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = Services().archive
+    read, content = list[str](), archive.content
+
+    def watched(uri: str) -> bytes | None:
+        read.append(uri)
+        return content(uri)
+
+    monkeypatch.setattr(archive, "content", watched)
+    monkeypatch.setattr(batch_run, "publish_batch", lambda *_: None)  # it shows the pictures
+    result = run(campaign(2), publish_to=str(tmp_path / "live"))
+    assert (result.generated, len(list((tmp_path / "live" / "mug").iterdir())), read) == (2, 2, [])
+
+
+def test_prefect_keeps_nothing_of_the_task_runs_that_have_ended(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def look(*_: Any) -> None:
+        context = FlowRunContext.get()
+        assert context is not None
+        kept.append(len(context.run_results) + len(context.task_run_assets))
+
+    monkeypatch.setattr(batch_run, "archive_what_is_left_over", look)
+    assert run(campaign(3)).generated == 3
+    assert kept == [0]
+
+
+def test_a_picture_whose_record_was_not_finished_is_left_to_a_task_run(
+    sandbox: Sandbox, campaign: Callable[..., str], produced: list[str]
+) -> None:
+    image = run(campaign(2)).images[0]
+    archive = Services().archive
+    found = archive.read(image.fingerprint)
+    assert found is not None
+    attempts = tuple(each.model_copy(update={"possibly_billed": None}) for each in found.record.attempts)
+    archive.write(Record(fingerprint=image.fingerprint, attempts=attempts), found.etag)
+    produced.clear()
+    result = run(campaign(2))
+    assert (result.reused, produced, sandbox.ledger.billed) == (2, [image.name], 2)
+    again = archive.read(image.fingerprint)
+    assert again is not None
+    assert again.record.state == "done"
+
+
+def test_a_copy_under_another_name_is_in_place_too(
+    sandbox: Sandbox, campaign: Callable[..., str], produced: list[str]
+) -> None:
+    same = {"image": "mug.jpg", "prompt": "a red mug, number 000", "seed": 1000, "name": "again"}
+    run(campaign(1, same))
+    produced.clear()
+    result = run(campaign(1, same))
+    assert (result.reused, produced) == (2, [])
+    assert {each.image.rpartition("/")[0].partition("/archive/")[2] for each in result.images} == {"mug/000", "again"}
+
+
+def test_a_picture_that_is_gone_or_is_another_one_fails_its_asset_alone_and_is_not_paid_for_again(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_SEGMIND_ARCHIVE", str(tmp_path / "archive"))
+    gone, another, _ = sorted(run(campaign(3)).images, key=lambda each: each.name)
+    Path(gone.image).unlink()
+    Path(another.image).write_bytes(bytes(Path(another.image).stat().st_size))
+    result = run(campaign(3))
+    assert (result.reused, result.failed, result.cost_usd, sandbox.ledger.billed) == (1, 2, Decimal(0), 3)
+    told = {each.name: (each.stage, each.error) for each in result.failures}
+    assert told["mug/000"][0] == told["mug/001"][0] == "archive"
+    assert f"{gone.image} is gone from the archive, though it was paid for; restore it" in told["mug/000"][1]
+    assert f"{another.image} is no longer the one that was archived" in told["mug/001"][1]
+
+
+def test_what_is_in_place_is_published_where_its_address_differs_and_its_note_is_that_of_the_newest_refresh(
+    sandbox: Sandbox, campaign: Callable[..., str], produced: list[str], tmp_path: Path
+) -> None:
+    live = tmp_path / "live"
+    run(campaign(3))
+    produced.clear()
+    first = run(campaign(3), publish_to=f"{live}/{{name}}.jpg")
+    pictures = {name: (live / "mug" / f"{name}.jpg").read_bytes() for name in ("000", "001", "002")}
+    (live / "mug" / "000.jpg").unlink()
+    (live / "mug" / "001.jpg").write_bytes(b"another one")
+    second = run(campaign(3), publish_to=f"{live}/{{name}}.jpg")
+    assert {each.published for each in (*first.images, *second.images)} == {
+        str(live / "mug" / f"{n}.jpg") for n in pictures
+    }
+    assert {name: (live / "mug" / f"{name}.jpg").read_bytes() for name in pictures} == pictures
+    assert (first.reused, second.reused, produced) == (3, 3, [])
+    notes = [json.loads(each.read_text()) for each in (live / ".segmind" / "live" / "mug").iterdir()]
+    assert len({each["run"] for each in notes}) == 1
+
+
+def test_what_is_in_place_keeps_older_refreshes_out(
+    sandbox: Sandbox, campaign: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = campaign(0, {"name": "hero", "image": "mug.jpg", "prompt": "a mug in {{ season }}"})
+    live = str(tmp_path / "live")
+    run(manifest, variables={"season": "autumn"}, publish_to=live)
+    due = datetime.now(UTC)
+    assert run(manifest, variables={"season": "autumn"}, publish_to=live).reused == 1
+    shown = (tmp_path / "live" / "hero.png").read_bytes()
+    monkeypatch.setattr(batch_run, "refreshed_at", lambda: due)  # it came before, and had to wait
+    assert run(manifest, variables={"season": "summer"}, publish_to=live).images[0].published is None
+    assert (tmp_path / "live" / "hero.png").read_bytes() == shown
+
+
+def test_what_the_outbox_still_has_of_an_archived_picture_is_settled_by_a_task_run(
+    sandbox: Sandbox, campaign: Callable[..., str], produced: list[str]
+) -> None:
+    image = run(campaign(2)).images[0]
+    produced.clear()
+    outbox = Services().outbox
+    left = outbox.folder / f"{image.fingerprint}.jpg"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(Services().archive.content(image.image) or b"")
+    result = run(campaign(2))
+    assert (result.reused, produced, left.exists()) == (2, [image.name], False)
+
+
+def test_an_interrupt_while_pictures_are_found_in_place_names_the_others_as_not_started(
+    sandbox: Sandbox, campaign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(campaign(3))
+    found = Pipeline.reuse_in_place
+
+    def interrupted(pipeline: Pipeline, job: Any, *more: Any) -> Any:
+        if job.name == "mug/000":
+            return found(pipeline, job, *more)
+        os.kill(os.getpid(), signal.SIGINT)
+        pipeline.gate.pause(30)  # until the run is stopped
+        return None
+
+    monkeypatch.setattr(Pipeline, "reuse_in_place", interrupted)
+    run_ = Run()
+    with heard_by(run_), pytest.raises(KeyboardInterrupt):
+        refresh_assets(campaign(4))
+    assert run_.result is not None
+    assert run_.result.reused + run_.result.not_started == 4
+    assert run_.result.not_started_names[-3:] == ("mug/001", "mug/002", "mug/003")
+    assert sandbox.ledger.billed == 3
 
 
 def test_an_older_refresh_is_not_published_over_a_newer_one(

@@ -41,6 +41,8 @@ class TestSettings:
             "approve_above_usd": Decimal("5.00"), "approval_timeout_seconds": 60,
             "publish_cache_control": "no-cache", "s3_encryption": "aws:kms:alias/pictures", "stop_after_unusable": 5,
             "event_sources": "any", "history_url": "https://history.example/mine",
+            "daily_budget_usd": Decimal("5.00"), "monthly_budget_usd": Decimal("99.00"),
+            "budget_timezone": "Europe/Berlin",
         }  # fmt: skip
         assert set(given) == set(SegmindSettings.model_fields), "each has its place in this test"
         for name, value in given.items():

@@ -41,10 +41,11 @@ def pipeline(
     ledger: Ledger | None = None,
     policy: RetryPolicy | None = None,
     gate: Gate | None = None,
+    unseen: set[str] | None = None,
 ) -> Pipeline:
     """What takes jobs through all stages; a run of its own."""
     return Services(archive=archive).pipeline(
-        gate or Gate(ledger=ledger), on_unknown=on_unknown, on_kept=on_kept, policy=policy
+        gate or Gate(ledger=ledger), on_unknown=on_unknown, on_kept=on_kept, policy=policy, unseen=unseen
     )
 
 

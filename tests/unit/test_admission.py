@@ -33,12 +33,16 @@ from prefect_segmind.errors import (
     RateLimitError,
     RunCancelledError,
     SegmindError,
+    StoreUnreachableError,
     UnprocessableError,
     UnusableAnswersError,
 )
 from prefect_segmind.limits import admission as module
+from prefect_segmind.limits.account import Account, Budget, Share
 from prefect_segmind.limits.admission import PARKED, Admission, Gate
-from prefect_segmind.limits.ledger import NOTHING, Ledger, PastRequest, RequestId, Totals
+from prefect_segmind.limits.ledger import NOTHING, Fit, Ledger, PastRequest, RequestId, Totals
+from prefect_segmind.limits.permits import Permits
+from prefect_segmind.limits.purse import Purse
 from tests.support.logs import listening
 from tests.support.waiting import until
 
@@ -758,3 +762,83 @@ def test_not_too_many_assets_are_parked():
         assert gate._entered == 3
     assert gate._entered == PARKED + 3
     assert gate._parked == 0
+
+
+# Budgets and rates that are shared with other runs.
+
+
+class Book:
+    """Accounts in memory, which can be out of reach."""
+
+    def __init__(self) -> None:
+        self.account = Account(name="summer")
+        self.failures = 0
+
+    def change(self, name: str, change: Callable[[Account, float], Account]) -> Account:
+        if self.failures:
+            self.failures -= 1
+            raise StoreUnreachableError("the archive does not answer")
+        self.account = change(self.account, 0.0)
+        return self.account
+
+    def change_permits(self, change: Callable[[Permits, float], Permits]) -> None:
+        change(Permits(), 0.0)
+
+    def paid_from(self, share: Share) -> Decimal:
+        return NOTHING
+
+
+def sharing(book: Book, limit: str = "0.10", **terms: Any) -> Gate:
+    return Gate(purse=Purse(book, [Budget("campaign", Decimal(limit), "budget_name", "summer")], pictures=5), **terms)
+
+
+def test_a_shared_budget_stops_a_run_as_its_own_does_and_is_named(start):
+    gate = sharing(Book())
+    wait([start(pay, gate) for _ in range(5)])
+    assert money(gate) == (Decimal("0.10"), 0, 0)
+    assert isinstance(gate.stopped, BudgetReachedError)
+    assert "the budget summer of 0.10 USD (budget_name, account summer) is reached: 0.10 USD" in str(gate.stopped)
+
+
+def test_money_of_a_shared_budget_is_put_back_where_nothing_was_sent_or_billed():
+    book = Book()
+    gate = sharing(book)
+    with gate.admit(PRICE) as admission:
+        admission.confirm()
+        assert admission.shares == (book.account.shares[0].id,)
+    fail(gate, UnprocessableError("refused"))
+    pay(gate)
+    fail(gate, BadGatewayError("no answer", possibly_billed=True))
+    assert gate.purse is not None
+    gate.purse.close()
+    assert (book.account.spent_usd, book.account.shares) == (Decimal("0.10"), ())
+
+
+def test_an_account_out_of_reach_fails_the_request_that_waits_for_money_and_not_the_run():
+    book = Book()
+    book.failures = 1
+    gate = sharing(book)
+    with pytest.raises(StoreUnreachableError, match="a shared budget could not be drawn from, and nothing was sent"):
+        pay(gate)
+    assert gate.stopped is None
+    pay(gate)
+    assert money(gate) == (PRICE, 0, 0)
+
+
+def test_a_run_that_is_cancelled_waits_for_no_shared_money(start):
+    book = Book()
+    other = Purse(book, [Budget("campaign", PRICE, "budget_name", "summer")])
+    while other.take(PRICE) is Fit.LATER:
+        sleep(0.01)
+    gate = sharing(book, "0.05")
+    waits = start(pay, gate)
+    waiting(gate, 1)
+    gate.stop(STOP)
+    with pytest.raises(NotStartedError):
+        waits.result(30)
+
+
+def test_without_a_shared_budget_nothing_has_to_be_confirmed():
+    with Gate().admit(PRICE) as admission:
+        admission.confirm()
+        assert admission.shares == ()

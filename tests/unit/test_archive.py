@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from copy import deepcopy
@@ -16,13 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefect_segmind.api.picture import PaidPicture
-from prefect_segmind.archive.archive import Archive, record_key
+from prefect_segmind.archive.archive import Archive, record_key, sidecar_key
 from prefect_segmind.archive.leases import held_elsewhere, this_process
 from prefect_segmind.archive.record import Attempt, Holder, Record, Run, past_requests, verdict
 from prefect_segmind.errors import PreconditionFailedError, StoreError
 from prefect_segmind.money import usd
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
+from prefect_segmind.storage.s3 import S3Store
+from tests.unit.test_store import BUCKET, client, moto, rclone  # noqa: F401
 
 
 @pytest.fixture
@@ -62,6 +65,67 @@ def test_no_request_is_sent_for_the_address_of_another_place(url: str, uri: str)
     client = boto3.client("s3", "eu-west-1", endpoint_url="http://127.0.0.1:1")
     with pytest.raises(StoreError, match=f"{re.escape(uri)} is not in the archive {re.escape(url)}"):
         Archive(open_store(url, client)).content(uri)
+
+
+@pytest.fixture(params=["disk", "rclone", "moto"])
+def any_archive(request: pytest.FixtureRequest, tmp_path: Path) -> Archive:
+    if request.param == "disk":
+        return Archive(LocalStore(tmp_path / "archive"))
+    endpoint = request.getfixturevalue(request.param)
+    endpoint = endpoint if isinstance(endpoint, str) else endpoint[0]
+    return Archive(S3Store(BUCKET, tmp_path.name, client(endpoint)))
+
+
+DATA = b"nine bytes"[:9]
+KEY = f"hero/{'ab' * 8}.png"
+
+
+def archived(archive: Archive, data: bytes = DATA, name: str = "hero") -> Record:
+    """The record of a picture, which is archived."""
+    picture = PICTURE.model_copy(update={"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)})
+    key = archive.put_picture(name, "ab" * 32, picture, data)
+    return Record(fingerprint="ab" * 32).archived(picture, key, sidecar_key(key))
+
+
+def test_a_picture_is_told_to_be_there_without_reading_it(
+    any_archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = archived(any_archive)
+    if isinstance(any_archive.store, S3Store):
+        monkeypatch.delattr(S3Store, "get")
+    any_archive.check_picture(record)
+    assert any_archive.key_for("hero", record) == KEY
+    unfinished = Record(fingerprint="ab" * 32)
+    assert any_archive.key_for("hero", unfinished) is None
+
+
+@pytest.mark.parametrize("other", [b"more than nine bytes", b"NINE BYTE"])
+def test_a_picture_that_has_changed_is_told_as_far_as_the_store_tells(any_archive: Archive, other: bytes) -> None:
+    record = archived(any_archive)
+    any_archive.store.put(KEY, other, "image/png")
+    facts = any_archive.store.stat(KEY)
+    assert facts is not None
+    if len(other) == len(DATA) and facts.sha256 is None:
+        any_archive.check_picture(record)
+        return
+    with pytest.raises(StoreError, match=f"{KEY} is no longer the one that was archived, though it was paid for"):
+        any_archive.check_picture(record)
+    assert any_archive.key_for("hero", record) is None
+
+
+def test_a_picture_that_is_gone_is_told(any_archive: Archive) -> None:
+    record = archived(any_archive)
+    gone = record.model_copy(update={"image": KEY.replace(".png", ".jpg")})
+    with pytest.raises(StoreError, match=r"\.jpg is gone from the archive, though it was paid for; restore it, or"):
+        any_archive.check_picture(gone)
+    assert any_archive.key_for("hero", gone) is None
+
+
+def test_a_copy_under_another_name_is_the_picture_of_that_name(any_archive: Archive) -> None:
+    record = archived(any_archive)
+    assert any_archive.key_for("other", record) is None
+    archived(any_archive, name="other")
+    assert any_archive.key_for("other", record) == KEY.replace("hero", "other")
 
 
 class Refusing(LocalStore):

@@ -6,6 +6,7 @@ import base64
 import errno
 import gzip
 import json
+import os
 import pickle
 import random
 import socket
@@ -60,6 +61,27 @@ TEXT = base64.b64encode(PNG).decode()
 @pytest.fixture
 def part(tmp_path: Path) -> Path:
     return tmp_path / "picture.part"
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+from prefect_segmind.api.client import SegmindClient
+from prefect_segmind.api.request import ImageToImageRequest
+def ended() -> str:
+    request = ImageToImageRequest(image_file="https://images.example/a.jpg", prompt="x")
+    try:
+        with SegmindClient("SG_0123456789abcdef", sys.argv[1], total_timeout=0.3) as client:
+            client.generate(request, Path(sys.argv[2]))
+    except Exception as error:
+        return type(error).__name__
+ended()
+if os.fork():
+    os.wait()
+else:
+    os.write(1, ended().encode())
+    os._exit(0)
+"""
 
 
 def ask(url: str, part: Path, *, key: str = KEY, **options: Any) -> PaidPicture:
@@ -633,6 +655,29 @@ class TestConnections:
                 ask(server.url, part, total_timeout=0.5)
             assert server.gone.wait(10), "and the connection with it"
         assert caught.value.possibly_billed
+
+    def test_answers_that_drip_at_once_each_end_in_their_time_watched_by_one_thread(self, tmp_path: Path) -> None:
+        times, ended = (0.9, 0.3, 0.6), list[float]()
+
+        def wait(seconds: float) -> None:
+            with Wire(b"HTTP/1.1 200 OK\r\nX: ", drip=b"a") as server:
+                with pytest.raises(errors.AnswerCutError, match=rf"it was not over after {seconds} s"):
+                    ask(server.url, tmp_path / f"{seconds}.part", total_timeout=seconds)
+                ended.append(seconds)
+
+        threads = [threading.Thread(target=wait, args=(each,)) for each in times]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(ended) == sorted(times)
+        assert [each.name for each in threading.enumerate()].count("segmind-deadlines") == 1
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="cannot fork")
+    def test_an_answer_that_drips_at_a_copy_of_the_process_ends_too(self, tmp_path: Path) -> None:
+        with Wire(b"HTTP/1.1 200 OK\r\nX: ", drip=b"a") as server:
+            command = [sys.executable, "-c", FORKS, f"{server.url}/v1", str(tmp_path / "a.part")]
+            assert subprocess.run(command, timeout=60, check=True, stdout=subprocess.PIPE).stdout == b"AnswerCutError"
 
     @pytest.mark.parametrize("status", ["401 No", "502 Bad Gateway"])
     def test_an_error_that_drips_is_judged_by_its_status(self, status: str, part: Path) -> None:

@@ -149,7 +149,7 @@ class TestAnOutbox:
     def test_that_cannot_be_listed_is_an_error_and_not_empty(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Path, "iterdir", failing(errno.EACCES))
+        monkeypatch.setattr(os, "listdir", failing(errno.EACCES))
         with pytest.raises(OutboxError, match="cannot be read: Permission denied"):
             Outbox(tmp_path).fingerprints()
 

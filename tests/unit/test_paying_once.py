@@ -99,6 +99,38 @@ def test_the_same_picture_under_another_name_is_copied_there_and_costs_nothing(s
     assert sandbox.ledger.billed == 1
 
 
+def test_a_picture_that_is_reused_is_not_read(sandbox: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = walk(photo)
+    store = Services().archive.store
+    read, get = list[str](), store.get
+
+    def watched(key: str) -> StoredObject | None:
+        read.append(key)
+        return get(key)
+
+    monkeypatch.setattr(store, "get", watched)
+    assert walk(photo).status == "reused"
+    assert set(read) == {f".segmind/{first.fingerprint}.json"}
+
+
+def test_a_picture_that_the_outbox_still_has_is_removed_there_only_when_that_of_the_archive_has_been_read(
+    sandbox: Sandbox, photo: Path
+) -> None:
+    generated = generate(*up_to_upload(photo))
+    assert generated.path is not None
+    data = generated.path.read_bytes()
+    archived = archive_picture(generated)
+    generated.path.write_bytes(data)  # as if a run had died before it could remove it
+    store = Services().archive.store
+    key = archived.image.removeprefix(f"{store.url}/")
+    store.put(key, bytes(len(data)), "image/jpeg")  # of the same size, and rclone keeps no checksum
+    with pytest.raises(ArchiveError, match="is no longer the one that was archived"):
+        walk(photo)
+    assert generated.path.exists()
+    store.put(key, data, "image/jpeg")
+    assert (walk(photo).status, generated.path.exists()) == ("reused", False)
+
+
 def test_the_same_text_in_another_spelling_is_the_same_picture(sandbox: Sandbox, photo: Path) -> None:
     spellings = ["a caf\u00e9 mug", "a cafe\u0301 mug", " a caf\u00e9 mug\u00a0", "a caf\u00e9 mug\r\n"]
     assert len({walk(photo, prompt=prompt).fingerprint for prompt in spellings}) == sandbox.ledger.billed == 1
@@ -563,9 +595,9 @@ def test_runs_in_one_process_pay_once_and_one_of_them_has_the_picture(
     sandbox.play(Answer(delay=1.0))
     put = Archive.put_picture
 
-    def slow(*arguments: Any) -> str:
+    def slow(*arguments: Any, **more: Any) -> str:
         time.sleep(3)  # the others look meanwhile: the picture lies in the outbox, and its run is at it
-        return put(*arguments)
+        return put(*arguments, **more)
 
     monkeypatch.setattr(Archive, "put_picture", slow)
     results, (job, _) = [], up_to_upload(photo)

@@ -440,6 +440,23 @@ def test_a_picture_of_the_archive_that_is_converted_is_not_converted_again(tmp_p
     assert note(place.store, "hero/summer.jpg").run == "run-2"
 
 
+def test_a_picture_that_is_converted_to_other_bytes_than_before_is_published_where_it_is_not_there(
+    tmp_path: Path,
+) -> None:
+    place, given = Publishing(LocalStore(tmp_path), "{name}.jpg"), encoded(gradient(), "PNG")
+    publish_archived(place, given, 1)
+    as_before = note(place.store, "hero/summer.jpg").model_copy(update={"sha256": "0" * 64})
+    place.store.put(".segmind/live/hero/summer.jpg.json", as_before.model_dump_json().encode(), "application/json")
+    Path(place.store.uri("hero/summer.jpg")).write_bytes(b"cut")
+    assert publish_archived(place, given, 2) == Published(
+        uri=place.store.uri("hero/summer.jpg"), published=True, changed=True
+    )
+    assert (
+        note(place.store, "hero/summer.jpg").sha256
+        == hashlib.sha256(content(place.store, "hero/summer.jpg") or b"").hexdigest()
+    )
+
+
 @pytest.mark.parametrize("there", [GREEN, None])
 def test_a_picture_of_the_archive_is_read_and_written_where_its_address_has_another_or_none(
     there: bytes | None, store: Store

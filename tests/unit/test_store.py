@@ -47,7 +47,7 @@ from prefect_segmind.storage import s3
 from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.open_store import open_store
 from prefect_segmind.storage.s3 import S3Store, credentials_expire_in, presign_uri, read, s3_client, split_uri
-from prefect_segmind.storage.store import Conditions, Store
+from prefect_segmind.storage.store import Conditions, Facts, Store
 from tests.support.moto_server import moto_server
 from tests.support.ports import free_port, listens
 from tests.support.waiting import until
@@ -117,6 +117,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return S3Store(BUCKET, f"/tests/{tmp_path.name}/", client(endpoint))
 
 
+SHA256_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 Handle = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -206,6 +207,18 @@ def test_holds_tells_content_of_the_same_size_apart(store: Store) -> None:
     assert store.holds("k", b"abc")
     assert not store.holds("k", b"abd")
     assert not store.holds("k", b"abcd")
+
+
+def test_the_facts_of_an_object_are_its_size_and_its_sha256_where_the_store_has_kept_that(store: Store) -> None:
+    store.put("k", b"abc", "text/plain")
+    facts = store.stat("k")
+    assert facts is not None
+    assert facts.size == 3
+    assert facts.sha256 in (SHA256_OF_ABC, None)
+    assert facts.are_of(3, SHA256_OF_ABC)
+    assert not facts.are_of(4, SHA256_OF_ABC)
+    assert facts.are_of(3, "0" * 64) == (facts.sha256 is None)
+    assert store.stat("gone") is None
 
 
 def test_keys_are_those_that_start_with_the_prefix(store: Store) -> None:
@@ -1291,13 +1304,14 @@ def calls(store: S3Store) -> dict[str, Callable[[], Any]]:
         "get": lambda: store.get("k"),
         "put": lambda: store.put("k", b"x", "text/plain"),
         "holds": lambda: store.holds("k", b"x"),
+        "stat": lambda: store.stat("k"),
         "keys": lambda: list(store.keys("")),
         "conditional": lambda: store.conditional,
         "read": lambda: read(store.uri("k"), store._client, 10),
     }
 
 
-CALLS = ["get", "put", "holds", "keys", "conditional", "read"]
+CALLS = ["get", "put", "holds", "stat", "keys", "conditional", "read"]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -1404,4 +1418,5 @@ def test_a_checksum_of_parts_says_nothing_of_the_whole(moto: str, monkeypatch: p
     made.put_object(Bucket=BUCKET, Key="kms/k", Body=b"abc", ServerSideEncryption="aws:kms", ChecksumAlgorithm="SHA256")
     assert store.holds("k", b"abc")
     assert not store.holds("k", b"abd")
+    assert store.stat("k") == Facts(3, SHA256_OF_ABC)
     assert s3._sha256(b"abc") == "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0="

@@ -87,6 +87,22 @@ def test_what_was_begun_and_sent_nothing_is_named_with_what_was_never_begun_in_t
     assert (result.not_started, result.not_started_names) == (2, ("1", "3"))
 
 
+def test_what_is_in_place_is_done_at_once_and_says_nothing_of_the_time_that_is_left() -> None:
+    seen: list[Progress] = []
+    with Spool(Job) as failed, Results() as results:
+        tally = Tally(plan(4), failed, results, Ledger(), seen.append)
+        tally.count(3, archived("3", "reused"))
+        assert seen[-1].sentence() == "1 of 4 done, 1 reused, 0 failed, 0.00 USD"
+        tally.start(0, JOBS[0])
+        tally.end(JOBS[0], archived("0", "generated"))
+        assert seen[-1].sentence().startswith("2 of 4 done, 1 reused, 0 failed, 0.00 USD, about ")
+        assert [tally.has_ended(position) for position in range(4)] == [True, False, False, True]
+        tally.close()
+        tally.count(1, archived("1", "reused"))
+        result = tally.result(entries=enumerate(JOBS))
+    assert (result.reused, result.generated, result.not_started_names) == (1, 1, ("1", "2"))
+
+
 def test_an_observer_that_fails_ends_no_run() -> None:
     def broken(_: Progress) -> None:
         raise RuntimeError("no terminal")

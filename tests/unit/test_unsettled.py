@@ -245,7 +245,7 @@ def test_a_picture_that_cannot_be_archived_now_is_told_and_found_by_the_next_loo
     lost(photo, Answer(kind="lost"), sandbox)
     with monkeypatch.context() as now:
 
-        def full(*_: object) -> str:
+        def full(*_: object, **__: object) -> str:
             raise StoreError("the archive is full")
 
         now.setattr("prefect_segmind.archive.archive.Archive.put_picture", full)
