@@ -331,16 +331,21 @@ class ShardedRun:
                 self._look()
             except Exception as error:  # noqa: BLE001 - the shards work on without the server's answer
                 run_logger().debug("Prefect's server does not answer: %s", error)
+            is_owed = False
             for each in [run for run in self._runs if run.fate is Fate.DIED and self._is_last(run)]:
                 self._bury(each)
                 left = again and not self._is_cancelled and each.state != "CANCELLING"
                 if left and not each.has_ended and self._begun[each.key.number] < self._allowed[each.key.number]:
-                    self._start(each.key.number)
+                    try:
+                        self._start(each.key.number)
+                    except Exception as error:  # noqa: BLE001 - at the next look; its key makes it the same run
+                        is_owed = True
+                        run_logger().debug("Prefect's server does not take another run of the shard: %s", error)
             if tally and pipeline:
                 counts, totals = added_up([each.report for each in self._runs if each.report])
                 pipeline.ledger.report_elsewhere(totals)
                 tally.report_elsewhere(counts)
-            if all(each.is_over for each in self._runs):
+            if not is_owed and all(each.is_over for each in self._runs):
                 return
             self._tell_who_waits()
             left_seconds = POLL_SECONDS if until is None else min(POLL_SECONDS, until - time.monotonic())
