@@ -58,7 +58,7 @@ def again(name: str, **how: Any) -> ArchivedImage:
     return walk(BEFORE / "mug.jpg", name=name, prompt=PROMPTS[name], resolution="RESOLUTION_512_1536", **how)
 
 
-NEW = {"asked", "image_file", "request_id", "asked_by"}
+NEW = {"asked", "image_file", "request_id", "asked_by", "shares"}
 """Fields that the version before did not know."""
 
 
