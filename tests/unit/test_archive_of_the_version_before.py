@@ -67,7 +67,7 @@ def record(archive: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((archive / ".segmind" / f"{FINGERPRINTS[name]}.json").read_bytes())
     for each in (found, *found["attempts"]):
         for field in NEW:
-            if each.get(field, ...) is None:
+            if each.get(field, ...) in (None, []):
                 del each[field]
     return found
 
