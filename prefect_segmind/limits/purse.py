@@ -315,8 +315,8 @@ class Purse:
     def close(self) -> None:
         """Gives the rest back. What is still in flight stays drawn until its outcome is known.
 
-        Where the archive is out of reach, the purse tries on while its process lives; after that the shares come back
-        when their lease is over, less what the records say was spent.
+        Where the archive is out of reach, the purse tries on until the lease is over, while its process lives; then the
+        shares come back by themselves, less what the records say was spent.
         """
         with self._lock:
             self._is_closing = True
@@ -342,7 +342,10 @@ class Purse:
         with self._lock:
             self.failures, self.failure = self.failures + 1, error
             self._need_usd, self._is_low, self._permits_wanted = None, False, 0
-            self._renew_at = min(self._renew_at, self._clock() + AGAIN_SECONDS)
+            now = self._clock()
+            self._renew_at = min(self._renew_at, now + AGAIN_SECONDS)
+            if self._is_closing:  # what is left to others by now needs no more tries
+                self._held = [each for each in self._held if now < each.until + MARGIN_SECONDS]
 
     def _current(self) -> tuple[HeldShare, ...]:
         """The shares of the accounts of this moment, one for each budget, in their order."""

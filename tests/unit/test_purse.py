@@ -315,7 +315,7 @@ class SharedBudgets(RuleBasedStateMachine):
 
 
 SharedBudgets.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
-TestInAnyOrder = SharedBudgets.TestCase
+TestNoLimitIsExceededInAnyOrderOfSteps = SharedBudgets.TestCase
 
 
 SUMMER = budget("1.00")
@@ -487,6 +487,17 @@ def test_a_share_that_cannot_be_given_back_is_settled_by_the_records() -> None:
     assert len(shop.accounts["summer"].shares) == 1
     shop.wait(LEASE_SECONDS + 2)
     assert Run(shop, SUMMER).pay_all() == 19
+
+
+def test_a_purse_that_cannot_give_back_tries_until_its_lease_is_over() -> None:
+    shop = world()
+    run = Run(shop, SUMMER)
+    run.pay()
+    for seconds, held in ((0, 1), (LEASE_SECONDS - 5, 1), (10, 0)):
+        shop.wait(seconds)
+        shop.faults = ["not written"]
+        run.purse.close()
+        assert len(run.purse._held) == held
 
 
 def test_a_dead_run_whose_records_cannot_be_read_keeps_its_share(caplog: pytest.LogCaptureFixture) -> None:
