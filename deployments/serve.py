@@ -69,6 +69,12 @@ def deployments() -> list[RunnerDeployment]:
             ],
         ),
         _deployment(
+            refresh_assets,
+            "sharded",
+            "The pictures of a manifest, made by several runs on several machines.",
+            parameters={"shards": 4, "max_concurrency": 64},
+        ),
+        _deployment(
             process_inbox,
             "every-15-minutes",
             "A picture of each image that somebody puts into the inbox.",

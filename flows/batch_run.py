@@ -6,7 +6,7 @@ Each flow of many pictures makes its jobs in its own way and passes them to `run
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -18,8 +18,10 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from prefect_segmind.archive.record import OnKept, OnUnknown, Run, answers_of_earlier_tries, past_requests
+from prefect_segmind.batch.approval import Approved
 from prefect_segmind.batch.plan import Plan, earlier_tries, make_plan
 from prefect_segmind.batch.results import Failure, Results
+from prefect_segmind.batch.shards import MAX_SHARDS
 from prefect_segmind.batch.tally import TO_FETCH, BatchError, BatchResult, Tally, planned
 from prefect_segmind.errors import (
     ApiError,
@@ -35,6 +37,8 @@ from prefect_segmind.errors import (
 )
 from prefect_segmind.flows.approval_form import approve
 from prefect_segmind.flows.dispatch import LAST_SECONDS, POLICY, dispatch, in_time
+from prefect_segmind.flows.shard_report import reported_shard
+from prefect_segmind.flows.sharded_run import ShardedRun
 from prefect_segmind.jobs.job import Job
 from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Ledger
@@ -50,7 +54,7 @@ from prefect_segmind.reporting.listener import listener
 from prefect_segmind.services import Services
 from prefect_segmind.storage.spool import Spool
 from prefect_segmind.tasks.failures import TOLD_AT_END
-from prefect_segmind.tasks.interrupts import end_run_on_hangup
+from prefect_segmind.tasks.interrupts import end_run_on_hangup, outlive_the_reader_of_the_log
 from prefect_segmind.tasks.left_over import archive_what_is_left_over
 from prefect_segmind.tasks.run_context import (
     flow_call,
@@ -86,6 +90,7 @@ class Terms:
         fail_run_on_failures: Whether the run is Failed where assets failed or are only submitted, or the budget was
             reached.
         dry_run: Only plan.
+        shards: In how many runs the assets are made, on other machines; 1 for this one.
 
     Raises:
         ConfigurationError: A parameter is out of range, or something is not configured; the message names the parameter
@@ -101,6 +106,7 @@ class Terms:
     on_kept: OnKept
     fail_run_on_failures: bool
     dry_run: bool
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_concurrency <= 512:
@@ -108,6 +114,13 @@ class Terms:
         if self.requests_per_minute is not None and self.requests_per_minute < 1:
             raise ConfigurationError(
                 f"requests_per_minute: {self.requests_per_minute} is not allowed; allowed is 1 or more"
+            )
+        if not 1 <= self.shards <= MAX_SHARDS:
+            raise ConfigurationError(f"shards: {self.shards} is not allowed; allowed is 1 to {MAX_SHARDS}")
+        if self.shards > self.max_concurrency:
+            raise ConfigurationError(
+                f"max_concurrency: {self.max_concurrency} requests at once are not enough for {self.shards} shards, "
+                f"which share them; give {self.shards} or more"
             )
         for name in ("budget_usd", "approve_above_usd"):
             amount: Decimal | None = getattr(self, name)
@@ -185,41 +198,59 @@ def run_batch(
         BaseException: What has interrupted the run, after its totals were logged.
     """
     end_run_on_hangup()
+    outlive_the_reader_of_the_log()
     services, ledger = terms.services, run_ledger()
+    sharded = ShardedRun(terms.shards, services, terms.max_concurrency) if terms.shards > 1 else None
     with (
         Spool[Job | ValidatedJob](ValidatedJob, Job) as entries,
         Spool(Job) as failed_jobs,
         Results() as results,
+        reported_shard(services, title) as shard,
     ):
+        if sharded and not terms.dry_run:
+            sharded.await_earlier()
+            archive_what_is_left_over(services)  # what a machine keeps, the others cannot archive
         batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)
         tally = Tally(batch.plan, failed_jobs, results, ledger, listener().progressed)
+        if shard:
+            shard.follow(tally, ledger)
         if not batch.plan.total:
             if not terms.dry_run:
                 archive_what_is_left_over(services)
             return batch.ended(planned(batch.plan) if terms.dry_run else tally.result())
         apart = [*refused, *batch.skipped_failures()]
         _log_plan(batch.plan)
-        publish_plan(batch.plan.with_failures((each.name, each.error) for each in apart), title)
+        if not shard:  # the run that has started it reports, once for all
+            publish_plan(batch.plan.with_failures((each.name, each.error) for each in apart), title)
         if terms.dry_run:
             return batch.ended(planned(batch.plan))
         spent_usd = ledger.spent_usd + ledger.unknown_usd
         try:
             wanted = (entry for _, entry in batch.wanted())
-            approved = approve(batch.plan, wanted, title, terms.approve_above_usd, services, spent_usd)
+            approved = (
+                Approved(terms.approve_above_usd)
+                if shard
+                else approve(batch.plan, wanted, title, terms.approve_above_usd, services, spent_usd)
+            )
         except (NotApprovedError, RunCancelledError) as error:
             return batch.ended(tally.result(stopped=error, entries=batch.wanted()), error)
         ledger.limit_usd = approved.budget_usd
         pipeline = _open_pipeline(terms, ledger, batch)
 
         def report(result: BatchResult) -> None:
+            if shard:
+                shard.end(result, pipeline.gate.stopped, services.archive.store)
+                return
             publish_batch(result.with_failures(apart), title, services.archive, services.reader)
             stopped = pipeline.gate.stopped
             if stopped and not (approved.trimmed and isinstance(stopped, BudgetReachedError)):
                 run_stopped(stopped, result)
 
-        kept = _Kept(services, results, apart, failed_jobs if keep_failed else None)
+        kept = _Kept(services, results, apart, failed_jobs if keep_failed and not shard else None)
+        if own := shard or sharded:
+            kept = replace(kept, folder=own.folder)
         try:
-            result = _produce(batch, pipeline, tally, kept, report)
+            result = _produce(batch, pipeline, tally, kept, report, sharded, terms.requests_per_minute)
         finally:
             if pipeline.gate.purse:
                 in_time(pipeline.gate.purse.close)
@@ -319,6 +350,8 @@ def _produce(
     tally: Tally,
     kept: _Kept,
     report: Callable[[BatchResult], None],
+    sharded: ShardedRun | None,
+    requests_per_minute: int | None,
 ) -> BatchResult:
     """Produces the assets of a batch; however that ends, the listener gets the result and the log the totals.
 
@@ -329,6 +362,8 @@ def _produce(
     def end() -> BatchResult:
         tally.close()
         result = tally.result(None, pipeline.gate.stopped, batch.wanted())
+        if sharded:
+            result = result.model_copy(update={"shards": sharded.addresses})
         listener().ended(pipeline.ledger, result)
         return result
 
@@ -336,6 +371,10 @@ def _produce(
         if address := write():
             addresses[field] = address
             listener().ended(pipeline.ledger, result.model_copy(update=addresses))
+
+    def elsewhere() -> None:
+        if sharded:
+            sharded.dispatch(batch.wanted, pipeline, tally, pipeline.ledger.limit_usd, requests_per_minute)
 
     def finish(result: BatchResult, do: Callable[[Callable[[], object], float], object]) -> BatchResult:
         """Keeps and reports, step by step; `do` gets each, and the seconds that it may take in a run that was ended."""
@@ -347,7 +386,8 @@ def _produce(
     ended: BatchResult | None = None
     try:
         in_place = () if batch.skip_archived else batch.in_place
-        dispatch(batch.wanted, in_place, pipeline, tally, kept.services.settings.grace_seconds)
+        grace_seconds = kept.services.settings.grace_seconds
+        dispatch(batch.wanted, in_place, pipeline, tally, grace_seconds, elsewhere if sharded else None)
         ended = end()
         return finish(ended, lambda step, _: step())
     except BaseException:
@@ -463,9 +503,7 @@ class _Kept:
     results: Results
     refused: Sequence[Failure]
     failed_jobs: Spool[Job] | None
-    folder: str = field(
-        default_factory=lambda: f"runs/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}", init=False
-    )
+    folder: str = field(default_factory=lambda: f"runs/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{str(flow_run.id)[:8]}")
 
     def keep_failed(self) -> str | None:
         """Writes the failed jobs as a manifest to run again.
@@ -500,7 +538,7 @@ class _Kept:
     def _keep(self, name: str, data: bytes, kind: str, what: str) -> str | None:
         log, store, key = run_logger(), self.services.archive.store, f"{self.folder}/{name}"
         try:
-            store.put(f".segmind/{key}", data, kind, if_absent=True)
+            store.put(f".segmind/{key}", data, kind)
             return store.uri(f".segmind/{key}")
         except StoreError as failure:
             path = self.services.outbox.folder.parent / key

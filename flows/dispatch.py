@@ -45,6 +45,7 @@ def dispatch(
     pipeline: Pipeline,
     tally: Tally,
     grace_seconds: float,
+    elsewhere: Callable[[], None] | None = None,
 ) -> None:
     """Starts one task run for each asset, a bounded number at a time, and waits for the last.
 
@@ -60,6 +61,7 @@ def dispatch(
         pipeline: Takes them through their stages.
         tally: Counts their outcomes.
         grace_seconds: How long to wait for what is in flight when the run is interrupted.
+        elsewhere: Has others work on the assets that are not in place, and waits for them, instead of task runs here.
     """
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
     with _watched(gate, tally):
@@ -67,6 +69,8 @@ def dispatch(
             if there := sum(in_place):
                 entries = (each for each in wanted() if in_place[each[0]])
                 _reuse_in_place(entries, min(there, READERS), pipeline, tally)
+            if elsewhere:
+                return elsewhere()
             for position, entry in wanted():
                 if tally.has_ended(position):
                     continue

@@ -39,6 +39,7 @@ def refresh_assets(
     on_unknown: OnUnknown = "repay",
     on_kept: OnKept = "wait",
     fail_run_on_failures: bool = True,
+    shards: int = 1,
     credentials_block: str | None = None,
 ) -> BatchResult:
     """Makes the pictures of a manifest, pays for each once, and archives them. Run it again after whatever happened.
@@ -68,6 +69,8 @@ def refresh_assets(
             another machine.
         fail_run_on_failures: Whether the run ends as Failed where assets failed or are only submitted, or the budget
             was reached; otherwise it is Completed, and the result names them.
+        shards: In how many runs the pictures are made, 1 to 64: this run plans and reports, and starts so many of its
+            own deployment, on whatever machines take them. All limits are for all of them together.
         credentials_block: Name of a SegmindCredentials block; the worker's setting or environment if left out.
 
     Returns:
@@ -88,7 +91,7 @@ def refresh_assets(
         budget_usd=budget_usd,
     )
     limits = max_concurrency, requests_per_minute, budget_usd, approve_above_usd
-    terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures, dry_run)
+    terms = Terms(services, *limits, on_unknown, on_kept, fail_run_on_failures, dry_run, shards)
     with load_manifest(
         manifest,
         variables,

@@ -1,18 +1,21 @@
 """Signals that end a run in order: what is in flight is archived, and the totals are reported.
 
 A terminal that goes away, with a dropped ssh for example, sends SIGHUP. It ends a run as SIGTERM does, unless it is
-ignored, as under `nohup`, or has another handler.
+ignored, as under `nohup`, or has another handler. A worker that is killed sends nothing: its runs go on without it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
+from rich.console import Console
 
 _HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
@@ -35,6 +38,23 @@ def end_run_on_hangup() -> None:
     """
     with suppress(ValueError):
         _on_hangup(_terminate)
+
+
+def outlive_the_reader_of_the_log() -> None:
+    """Lets the flow run of this process go on where nobody reads its log any more, as after its worker was killed.
+
+    By default rich, with which Prefect writes the log, ends whichever thread finds that out, by `SystemExit`: an asset
+    that was archived would count as failed, or the whole run would crash.
+    """
+    handlers = [each for name in ("", "prefect", "prefect.flow_runs", "prefect.task_runs") for each in _handlers(name)]
+    for handler in handlers:
+        console = getattr(handler, "console", None)
+        if isinstance(console, Console):
+            vars(console)["on_broken_pipe"] = partial(setattr, console, "quiet", True)
+
+
+def _handlers(logger: str) -> list[logging.Handler]:
+    return logging.getLogger(logger).handlers
 
 
 def ended_by(error: BaseException) -> str | None:

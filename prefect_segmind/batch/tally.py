@@ -52,6 +52,7 @@ class BatchResult(BaseModel):
         failed_manifest: The address of a manifest of the failed jobs, to run again; None if none failed.
         stopped: Why the run stopped early; None if it did not.
         dry_run: Whether only the plan was made.
+        shards: The addresses of the runs that have made a part of it each, in the order in which they were started.
         plan: The plan.
     """
 
@@ -75,6 +76,7 @@ class BatchResult(BaseModel):
     submitted: int = 0
     submitted_names: tuple[str, ...] = ()
     dry_run: bool = False
+    shards: tuple[str, ...] = ()
     plan: Plan
 
     @property
@@ -198,6 +200,7 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._results = results
         self._submitted: list[str] = []
+        self._elsewhere: Counter[str] = Counter()
         self._under_way: dict[str, tuple[int, Job | ValidatedJob]] = {}
         self._ended = bytearray()  # 1 at the position of each asset that has ended: a name would take a hundred bytes
         self._in_place = 0
@@ -252,6 +255,35 @@ class Tally:
             progress = self.progress
         self._report(progress)
 
+    def take_over(self, position: int, entry: Job | ValidatedJob, result: ArchivedImage | Failure) -> None:
+        """Records the result of an asset that another run has worked on.
+
+        Args:
+            position: Its position among all jobs of the run.
+            entry: The asset.
+            result: The picture, or why there is none.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if isinstance(result, Failure):
+                self._end_with(position, entry, result)
+            else:
+                self._finish(position, result.status, result)
+            progress = self.progress
+        self._report(progress)
+
+    def report_elsewhere(self, counts: Counter[str]) -> None:
+        """Shows what other runs have done of this one until their results are taken over.
+
+        Args:
+            counts: The number of their assets by status; it replaces what they have reported before.
+        """
+        with self._lock:
+            self._elsewhere = counts
+            progress = self.progress
+        self._report(progress)
+
     def has_ended(self, position: int) -> bool:
         """Whether an asset has ended with a result; False if it was stopped before anything was sent.
 
@@ -286,7 +318,8 @@ class Tally:
         """The progress of the run now."""
         with self._lock:
             seconds = time.monotonic() - self._started
-            return Progress(self._plan.total, self._counts.copy(), self._ledger.spent_usd, seconds, self._in_place)
+            counts = self._counts + self._elsewhere
+            return Progress(self._plan.total, counts, self._ledger.spent_usd, seconds, self._in_place)
 
     def result(
         self,
@@ -342,14 +375,18 @@ class Tally:
         message = str(error) if isinstance(error, SegmindError) else redact(f"{type(error).__name__}: {error}")
         stage = getattr(error, "stage", None) or "generate"
         status: Literal["failed", "submitted"] = "submitted" if isinstance(error, SubmittedError) else "failed"
-        if status == "failed":
+        self._end_with(position, entry, Failure(status=status, name=entry.name, stage=stage, error=message))
+
+    def _end_with(self, position: int, entry: Job | ValidatedJob, failure: Failure) -> None:
+        if failure.status == "failed":
             try:
-                self._failed_jobs.append(_to_run_again(entry))
+                self._failed_jobs.append(to_run_again(entry))
             except (SegmindError, ValueError) as broken:
-                message += f" (it is missing from the manifest of failed jobs: {broken})"
+                why = f"{failure.error} (it is missing from the manifest of failed jobs: {broken})"
+                failure = failure.model_copy(update={"error": why})
         elif len(self._submitted) < NAMED:
             self._submitted.append(entry.name)
-        self._finish(position, status, Failure(status=status, name=entry.name, stage=stage, error=message))
+        self._finish(position, failure.status, failure)
 
 
 def planned(plan: Plan) -> BatchResult:
@@ -377,8 +414,12 @@ def planned(plan: Plan) -> BatchResult:
     )
 
 
-def _to_run_again(entry: Job | ValidatedJob) -> Job:
-    """The job of a failed asset, with the seed that was drawn for it, so that it is for the same picture."""
+def to_run_again(entry: Job | ValidatedJob) -> Job:
+    """The job of an asset, with the seed that was drawn for it, so that it is for the same picture.
+
+    Args:
+        entry: The asset.
+    """
     if isinstance(entry, Job):
         return entry
     return entry.job.model_copy(update={"seed": entry.seed}) if entry.job.seed == "random" else entry.job

@@ -219,6 +219,7 @@ def refresh(
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     on_unknown: OnUnknown = "repay",
     on_kept: OnKept = "wait",
+    shards: int = 1,
     variables: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     defaults: Annotated[tuple[str, ...], Parameter(name="--default", negative="")] = (),
     output: Output | None = None,
@@ -240,6 +241,7 @@ def refresh(
         dry_run: Only plan: what would be made, and what it would cost.
         on_unknown: Send another request (repay) or not (fail) after one that may have been billed.
         on_kept: Wait or pay once more (repay) for a picture that is paid for and lies in another machine's outbox.
+        shards: Have so many runs of the deployment refresh-assets/sharded make the pictures, on other machines.
         variables: key=value, for the manifest's templates; may be given several times.
         defaults: field=value, for assets that do not give the field, style_type=ANIME for example.
         output: Output options.
@@ -265,6 +267,7 @@ def refresh(
                 dry_run=dry_run,
                 on_unknown=on_unknown,
                 on_kept=on_kept,
+                shards=shards,
             )
     except (Exception, *INTERRUPTS) as error:
         # After a retry of the flow Prefect may raise what an earlier try has ended with.

@@ -127,17 +127,18 @@ class Ledger:
         self._reporters: Reporters = {} if reporters is None else reporters
         self._sums = _Sums()  # replaced as a whole: an interrupt finds the old ones or the new ones
         self._pictures: dict[str, dict[RequestId, _Entry]] = {}
+        self._elsewhere = Totals()
         self._lock = threading.RLock()
 
     @property
     def spent_usd(self) -> Decimal:
         """What the run, in all its tries, has certainly paid."""
-        return self._sums.charged.cost_usd
+        return self._sums.charged.cost_usd + self._elsewhere.cost_usd
 
     @property
     def unknown_usd(self) -> Decimal:
         """What its requests of unknown outcome may have cost."""
-        return self._sums.charged.possibly_billed_usd
+        return self._sums.charged.possibly_billed_usd + self._elsewhere.possibly_billed_usd
 
     @property
     def in_flight_usd(self) -> Decimal:
@@ -147,7 +148,7 @@ class Ledger:
     @property
     def totals(self) -> Totals:
         """Everything that the run has to report; what is sent and not answered may be billed."""
-        return self._sums.reported
+        return self._sums.reported.plus(self._elsewhere)
 
     @property
     def pictures(self) -> frozenset[str]:
@@ -286,6 +287,16 @@ class Ledger:
             if known is not None:
                 self._enter(picture, request, known._replace(totals=outcome, charged=outcome))
 
+    def report_elsewhere(self, totals: Totals) -> None:
+        """Enters what other processes report of the requests that they send for this run.
+
+        It replaces what they have reported before. In the next try of the run the records of the pictures tell it.
+
+        Args:
+            totals: The sums of all that they have sent in this try.
+        """
+        self._elsewhere = totals
+
     def begin_try(self, reporters: Reporters | None = None) -> None:
         """Begins another try of the run: earlier requests are reported by the task run that carries them first.
 
@@ -295,6 +306,7 @@ class Ledger:
             reporters: As for the ledger, for this try.
         """
         with self._lock:
+            self._elsewhere = Totals()
             self._reporters = {} if reporters is None else reporters
             for picture, entries in self._pictures.items():
                 for request, entry in list(entries.items()):

@@ -140,6 +140,11 @@ def _batch(result: BatchResult, title: str, archive: Archive, reader: SourceRead
         *([f"\nThe run stopped early: {cell(result.stopped)}"] if result.stopped else ()),
         *([f"\nThe result of each asset: {cell(result.results)}"] if result.results else ()),
         *([f"\nThe failed assets, to run again: {cell(result.failed_manifest)}"] if result.failed_manifest else ()),
+        *(
+            ["", f"#### Shards: {len(result.shards)}", "", *(f"- <{each}>" for each in result.shards)]
+            if result.shards
+            else ()
+        ),
         *(["", f"#### Failed: {result.failed}", ""] if result.failures else ()),
         *(f"- **{cell(each.name)}** ({each.stage}): {cell(each.error)}" for each in result.failures[:SHOWN_FAILURES]),
         *([f"- and {result.failed - SHOWN_FAILURES} more"] if result.failed > SHOWN_FAILURES else ()),

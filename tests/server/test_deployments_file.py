@@ -58,6 +58,7 @@ NAMES = [
     "image-to-image/on-demand",
     "image-to-image/on-asset-changed",
     "refresh-assets/scheduled",
+    "refresh-assets/sharded",
     "process-inbox/every-15-minutes",
     "explore-variations/on-demand",
     "reconcile/nightly",
@@ -154,7 +155,7 @@ def test_the_file_deploys_what_was_promised_and_holds_only_keys_that_prefect_rea
         (2, ("schedules", 0, "slug"), "autumn-campaign"),
         (2, ("schedules", 1, "timezone"), None),
         (2, ("schedules", 1, "active"), True),
-        (3, ("concurrency_limit", "collision"), "ENQUEUE"),
+        (4, ("concurrency_limit", "collision"), "ENQUEUE"),
     ],
 )
 def test_the_check_of_the_file_is_strict(number: int, path: tuple[Any, ...], value: Any) -> None:
