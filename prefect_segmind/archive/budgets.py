@@ -27,7 +27,7 @@ LONGEST_CHANGE_SECONDS = 30.0
 """How long a change is tried while other runs are faster each time."""
 LONGEST_PAUSE_SECONDS = 0.5
 """The most seconds between two of these tries."""
-DATED_SECONDS = 5.0
+DATED_SECONDS = 300.0
 """How much earlier than its share a record may be dated that was written after it: stores count whole seconds."""
 
 M = TypeVar("M", bound=BaseModel)
