@@ -201,14 +201,15 @@ def run_batch(
     end_run_on_hangup()
     outlive_the_reader_of_the_log()
     services, ledger = terms.services, run_ledger()
-    sharded = ShardedRun(terms.shards, services, terms.max_concurrency) if terms.shards > 1 else None
+    is_sharded = terms.shards > 1 and not terms.dry_run
+    sharded = ShardedRun(terms.shards, services, terms.max_concurrency) if is_sharded else None
     with (
         Spool[Job | ValidatedJob](ValidatedJob, Job) as entries,
         Spool(Job) as failed_jobs,
         Results() as results,
         reported_shard(services, title) as shard,
     ):
-        if sharded and not terms.dry_run:
+        if sharded:
             sharded.await_earlier()
             archive_what_is_left_over(services)  # what a machine keeps, the others cannot archive
         batch = _plan(jobs, entries, terms, ledger, skip_archived, skip_unusable)

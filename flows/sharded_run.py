@@ -68,7 +68,7 @@ POLL_SECONDS = 5.0
 STILL_WAITING_SECONDS = 300.0
 """Seconds between two lines in the log about shards that nobody has begun."""
 AT_END_SECONDS = 5.0
-"""How much longer than its grace a shard may take to end when it is cancelled."""
+"""How much longer than their grace shards are waited for when a command is interrupted."""
 NO_LIMIT_USD = Decimal(1_000_000)
 """The limit of an account that is there for a common rate alone."""
 
@@ -219,7 +219,8 @@ class ShardedRun:
         except BaseException:
             self._cancel()
             with suppress(Exception):
-                seconds = self._services.settings.grace_seconds + AT_END_SECONDS
+                # A worker kills this run when its grace is over; in a terminal there is time for late reports.
+                seconds = self._services.settings.grace_seconds + (0 if self._run.deployment_id else AT_END_SECONDS)
                 self._wait(lambda: True, tally=tally, pipeline=pipeline, seconds=seconds)
             raise
         finally:

@@ -125,6 +125,11 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")[-6_000:]
 
+    def told(self, name: str) -> dict[str, Any]:
+        """What a command with `--json` has printed."""
+        lines = (self.folder / f"{name}.log").read_text().splitlines()
+        return dict(json.loads(next(each for each in lines if each.startswith("{"))))
+
     def logs(self) -> str:
         return "\n".join(f"== {name}\n{self.log(name)}" for name in self.started)
 
@@ -230,7 +235,7 @@ def test_a_worker_that_is_killed_in_the_middle_costs_no_picture_twice(cluster: C
     os.kill(cluster.started[worker].pid, signal.SIGKILL)
     os.kill(int(victim["infrastructure_pid"]), signal.SIGKILL)
     assert terminal.wait(500) == 0, cluster.logs()
-    result = json.loads((cluster.folder / "terminal.log").read_text().strip().splitlines()[-1])
+    result = cluster.told("terminal")
     assert (result["total"], result["generated"], result["failed"]) == (count, count, 0), result
     assert cluster.billed("killed") == count
     assert Decimal(result["cost_usd"]) == Decimal("0.05") * count
@@ -278,6 +283,53 @@ def test_all_shards_draw_from_one_budget(cluster: Cluster) -> None:
     assert cluster.billed("budget") == 15
     account = cluster.s3.get_object(Bucket=BUCKET, Key=f"budget/.segmind/budgets/run-{run}.json")
     assert b"shares" in account["Body"].read()
+
+
+def test_ctrl_c_in_the_terminal_ends_the_shards_in_order(cluster: Cluster) -> None:
+    manifest, archive = cluster.campaign("interrupted", 200)
+    command = ["-m", "prefect_segmind", "refresh", manifest, "--archive", archive, "--shards", str(SHARDS), "--json"]
+    terminal = cluster.start("interrupted", command, {})
+    until(lambda: cluster.asked("interrupted") >= 12, 300, every=0.2, why=cluster.logs)
+    terminal.send_signal(signal.SIGINT)
+    assert terminal.wait(120) == 130, cluster.log("interrupted")
+    result = cluster.told("interrupted")
+    billed = cluster.billed("interrupted")
+    assert 12 <= result["generated"] == billed < 200, result
+    assert Decimal(result["cost_usd"]) == Decimal("0.05") * billed
+    assert result["not_started"] == 200 - billed
+    assert {each["state_type"] for each in cluster.shards(cluster.started_shards()[0].run)} <= {
+        "CANCELLING",
+        "CANCELLED",
+    }
+
+
+def test_a_shard_that_crashes_three_times_is_given_up_and_what_it_has_paid_is_told(cluster: Cluster) -> None:
+    count = 60
+    manifest, archive = cluster.campaign("crashing", count)
+    command = ["-m", "prefect_segmind", "refresh", manifest, "--archive", archive, "--shards", "2", "--json"]
+    terminal = cluster.start("crashing", [*command, "--max-concurrency", "2"], {})
+    killed = set[str]()
+
+    def kill() -> bool:
+        asked, runs = cluster.asked("crashing"), cluster.shards(cluster.started_shards()[0].run)
+        for each in runs if asked else ():
+            is_first = each["idempotency_key"].split(":")[1] == "1"
+            if is_first and each["state_type"] == "RUNNING" and each["id"] not in killed:
+                until(lambda: cluster.asked("crashing") > asked + 1, 60)
+                os.kill(int(each["infrastructure_pid"]), signal.SIGKILL)
+                killed.add(each["id"])
+        return len(killed) == 3
+
+    until(kill, 400, every=0.5, why=cluster.logs)
+    assert terminal.wait(300) == 1, cluster.log("crashing")
+    result = cluster.told("crashing")
+    assert result["generated"] + result["failed"] == count
+    assert result["generated"] == sum(each.state == "done" for each in cluster.records("crashing"))
+    assert all("shard 1 of 2 did not come to it: its run has died" in each["error"] for each in result["failures"])
+    told = Decimal(result["cost_usd"]) + Decimal(result["possibly_billed_usd"])
+    assert told == Decimal("0.05") * cluster.billed("crashing")
+    assert Decimal(result["possibly_billed_usd"]) <= Decimal("0.05") * 3  # in flight at each kill
+    assert result["failed_manifest"]
 
 
 def _has_child(parent: int, child: int) -> bool:

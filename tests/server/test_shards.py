@@ -69,6 +69,11 @@ def test_without_a_deployment_a_command_says_how_to_make_one(
     assert "prefect deploy --all --prefect-file deployments/prefect.yaml" in told
 
 
+def test_a_plan_needs_no_other_machines(campaign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded_run, "SHARDED", "refresh-assets/nobody-has-deployed-this")
+    assert refresh_assets(campaign, shards=2, dry_run=True).generated == 3
+
+
 def test_without_a_worker_nothing_is_begun(campaign: str, deployed: Any) -> None:
     pool = deployed()
     with pytest.raises(
