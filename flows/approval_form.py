@@ -92,7 +92,7 @@ def approve(
     limit = above_usd if above_usd is not None else services.settings.approve_above_usd
     if limit is None:
         return Approved(plan.budget_usd)
-    if not must_ask(spent_usd + plan.planned_usd, limit, plan.budget_usd):
+    if not must_ask(spent_usd + plan.planned_usd, limit, plan.most_usd):
         return Approved(within_budget(limit, plan.budget_usd))
     first = list(islice(entries, LOOKED_THROUGH))
     jobs = [each if isinstance(each, Job) else each.job for each in first]

@@ -32,6 +32,7 @@ from prefect_segmind.errors import (
     NotApprovedError,
     RunCancelledError,
     SegmindError,
+    SharedBudgetReachedError,
     StoreError,
     redact,
 )
@@ -244,7 +245,7 @@ def run_batch(
                 return
             publish_batch(result.with_failures(apart), title, services.archive, services.reader)
             stopped = pipeline.gate.stopped
-            if stopped and not (approved.trimmed and isinstance(stopped, BudgetReachedError)):
+            if stopped and not (approved.trimmed and _is_by_own_budget(stopped)):
                 run_stopped(stopped, result)
 
         kept = _Kept(services, results, apart, failed_jobs if keep_failed and not shard else None)
@@ -259,6 +260,11 @@ def run_batch(
         for each in results:
             observe(each)
         return batch.ended(result, pipeline.gate.stopped, trimmed=approved.trimmed)
+
+
+def _is_by_own_budget(stopped: SegmindError) -> bool:
+    """Whether a run has stopped at what it may spend itself, to which a person may have limited it."""
+    return isinstance(stopped, BudgetReachedError) and not isinstance(stopped, SharedBudgetReachedError)
 
 
 class _PlannedBatch(NamedTuple):
@@ -577,7 +583,7 @@ def finish_flow(ended: Ended, result: R, terms: Terms) -> R:
     if isinstance(stopped, RunCancelledError | NotApprovedError) and not isinstance(stopped, ApprovalTimeoutError):
         return cast(R, Cancelled(message=message, data=error))
     by_budget = isinstance(stopped, BudgetReachedError)
-    early = stopped and not (by_budget and ended.trimmed)
+    early = stopped and not (ended.trimmed and _is_by_own_budget(stopped))
     undone = result.failed or result.submitted
     failed = undone and not terms.dry_run  # a plan is done when it is made, even if assets will fail
     if (terms.fail_run_on_failures and (failed or early)) or (stopped and not by_budget):

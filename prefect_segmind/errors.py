@@ -140,6 +140,10 @@ class BudgetReachedError(SegmindError):
     """The budget of a run has no room for another picture."""
 
 
+class SharedBudgetReachedError(BudgetReachedError):
+    """A budget that the run shares with others has none, whatever its own has."""
+
+
 class NotApprovedError(SegmindError):
     """A person declined what a run would cost. Nothing was paid."""
 

@@ -27,7 +27,7 @@ LONGEST_CHANGE_SECONDS = 30.0
 """How long a change is tried while other runs are faster each time."""
 LONGEST_PAUSE_SECONDS = 0.5
 """The most seconds between two of these tries."""
-DATED_SECONDS = 5.0
+DATED_SECONDS = 300.0
 """How much earlier than its share a record may be dated that was written after it: stores count whole seconds."""
 
 M = TypeVar("M", bound=BaseModel)
@@ -65,7 +65,16 @@ class Budgets:
         Raises:
             StoreError: It cannot be read or written; whether it was written is not known then.
         """
-        return self._change(account_key(name), Account(name=name), change, "what a budget has left")
+
+        def of_this_name(account: Account, now: float) -> Account:
+            if account.name != name:  # on a disk that takes upper and lower case for one
+                raise StoreError(
+                    f"{self._archive.store.uri(account_key(name))} is the account of the budget {account.name}: "
+                    "choose another budget_name"
+                )
+            return change(account, now)
+
+        return self._change(account_key(name), Account(name=name), of_this_name, "what a budget has left")
 
     def change_permits(self, change: Callable[[Permits, float], Permits]) -> None:
         """Changes the permits; see `Book.change_permits`.

@@ -243,8 +243,8 @@ class Claim:
 
     @property
     def is_settled(self) -> bool:
-        """Whether a released claim has nothing left to write."""
-        return self._left is None
+        """Whether it has nothing left to write: what it is released to, or what is only noted so far."""
+        return self._left is None if self.is_released else self.record == self._stored
 
     def give_up(self) -> None:
         """Release the claim, and settle it at once if the archive is there, so that no other run waits for this one."""
@@ -599,7 +599,7 @@ def _renew_due() -> None:
 def _settle_the_rest() -> None:
     """Let the renewers try once more, for a few seconds, before the process ends."""
     with _lock:
-        left = [each for each in _claims.values() if each.is_released]
+        left = [each for each in _claims.values() if not each.is_settled]
     for each in left:
         _due.put(each)
     until = clock() + EXIT_SECONDS

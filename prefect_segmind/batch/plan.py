@@ -151,6 +151,12 @@ class Plan(BaseModel):
         return self.price_usd * (self.generate + self.ask)
 
     @property
+    def most_usd(self) -> Decimal | None:
+        """What the run may spend at most: its budget or, if less, that of the budgets it shares; None for no limit."""
+        limits = [each.limit_usd for each in self.shared]
+        return min([*limits, *([] if self.budget_usd is None else [self.budget_usd])], default=None)
+
+    @property
     def planned(self) -> str:
         """The same in words: at most so much, where the provider is asked about earlier requests first."""
         return f"{'at most ' if self.ask else ''}{usd(self.planned_usd)} USD"

@@ -31,6 +31,9 @@ BLOCK = 20
 THRESHOLDS = (80, 100)
 """Percent of a budget whose use is announced. At 100 what is left pays for no further picture."""
 
+OF_ONE_RUN = "run-"
+"""The name begins so of a budget that a run shares with its own shards only."""
+
 _PERIODS = {"daily": "%Y-%m-%d", "monthly": "%Y-%m"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -70,6 +73,11 @@ class Budget:
     @property
     def _format(self) -> str:
         return _PERIODS[self.kind]
+
+    @property
+    def is_of_one_run(self) -> bool:
+        """Whether it is that of one run alone, which shares it with its shards."""
+        return self.campaign.startswith(OF_ONE_RUN)
 
     @property
     def title(self) -> str:

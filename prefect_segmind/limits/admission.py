@@ -383,8 +383,8 @@ class Gate:
             self._next()
 
     def _let_in(self, price_usd: Decimal, asset: str) -> Admission:
-        failures: int | None = None  # of the purse when it was first asked
         with self._lock:
+            failures = self.purse.failures if self.purse else 0  # one more is told to all that wait by then
             turn = threading.Condition(self._lock)
             number = self._numbers.get(asset, -1)
             waiting = number, turn
@@ -395,7 +395,7 @@ class Gate:
                     if self._queue[0] is not waiting:
                         turn.wait()
                         continue
-                    price, now = self._price_of(price_usd), monotonic()
+                    price, now = self.ledger.price_of(price_usd), monotonic()
                     kept = price * sum(each < number for each in self._may_pay)
                     fit, delay = self.ledger.fit(price, kept), self._pace.delay(now)
                     if self._unusable.too_many:
@@ -412,7 +412,6 @@ class Gate:
                         if hold is Fit.NEVER:
                             continue  # the run is stopped
                         if isinstance(hold, Fit):
-                            failures = self.purse.failures if self.purse and failures is None else failures
                             turn.wait()
                             continue
                         try:
@@ -420,6 +419,9 @@ class Gate:
                         except ValueError:  # what a request of another run has cost was entered just now
                             self._put_back(hold)
                             continue
+                        except BaseException:
+                            self._put_back(hold)
+                            raise
                         self._admitted += 1
                         self._keep_money(asset, False)
                         return Admission(self, asset, self._pace.reserve(now), price, hold)
@@ -427,34 +429,31 @@ class Gate:
                 self._queue.remove(waiting)
                 self._next()
 
-    def _price_of(self, price_usd: Decimal) -> Decimal:
-        price = self.ledger.price_of(price_usd)
-        return self.purse.price_of(price) if self.purse else price
-
-    def _take(self, price: Decimal, kept: Decimal, failures: int | None) -> Hold | Fit | None:
+    def _take(self, price: Decimal, kept: Decimal, failures: int) -> Hold | Fit | None:
         """Takes shared money and a permit, if the run shares any.
 
         Args:
-            price: What to take.
+            price: What the run itself reserves; from shared money as much is taken as the dearest answer to any run.
             kept: What is kept for assets that come first.
-            failures: How often the accounts had been out of reach when they were first asked for it; None at first.
+            failures: How often the accounts had been out of reach when the asset began to wait.
 
         Raises:
             StoreError: They have been out of reach once more.
         """
         if self.purse is None:
             return None
-        hold = self.purse.take(price, kept, len(self._queue))
+        hold = self.purse.take(self.purse.price_of(price), kept, len(self._queue))
         if hold is Fit.NEVER and self.purse.reached:
             self.stop(self.purse.reached)
-        elif hold is Fit.LATER and failures is not None and self.purse.failures > failures and self.purse.failure:
+        elif hold is Fit.LATER and self.purse.failures > failures and self.purse.failure:
             failure = self.purse.failure
             raise failure.with_facts(f"{failure}; a shared budget could not be drawn from, and nothing was sent")
         return hold
 
     def _put_back(self, hold: Hold | None, totals: Totals = NOTHING_SENT) -> None:
         if hold and self.purse:
-            self.purse.end(hold, totals.cost_usd, totals.possibly_billed_usd)
+            unknown_usd = max(hold.price_usd, totals.possibly_billed_usd) if totals.possibly_billed_usd else NOTHING
+            self.purse.end(hold, totals.cost_usd, unknown_usd)
 
     def _say_why(self, fit: Fit) -> None:
         """Logs, once, that a budget has the requests go one by one at first."""

@@ -21,7 +21,14 @@ from time import monotonic
 from typing import Protocol
 from uuid import uuid4
 
-from prefect_segmind.errors import BudgetReachedError, PreconditionFailedError, SegmindError, StoreError
+from prefect_segmind.errors import (
+    BudgetReachedError,
+    PreconditionFailedError,
+    SegmindError,
+    SharedBudgetReachedError,
+    StoreError,
+    redact,
+)
 from prefect_segmind.limits.account import BLOCK, LEASE_SECONDS, Account, Announcement, Budget, Share, Standing
 from prefect_segmind.limits.ledger import NOTHING, Fit
 from prefect_segmind.limits.permits import VALID_SECONDS, Draw, Permits
@@ -35,6 +42,8 @@ LONGEST_WAIT_SECONDS = 2 * LEASE_SECONDS
 """How long a run waits for money that other runs hold; by then the share of a dead one has come back."""
 POLL_SECONDS = 2.0
 """Seconds between two looks at an account that has nothing left, a half more or less."""
+CLOSE_SECONDS = 5.0
+"""How long the end of a run waits for the rest to be given back."""
 AGAIN_SECONDS = 5.0
 """Seconds until what the archive has refused is tried again by itself."""
 
@@ -315,13 +324,17 @@ class Purse:
     def close(self) -> None:
         """Gives the rest back. What is still in flight stays drawn until its outcome is known.
 
-        Where the archive is out of reach, the purse tries on while its process lives; after that the shares come back
-        when their lease is over, less what the records say was spent.
+        It waits a few seconds at most. Where the archive is out of reach, the purse tries on until the lease is over,
+        while its process lives; then the shares come back by themselves, less what the records say was spent.
         """
         with self._lock:
             self._is_closing = True
             self._due.notify_all()
-        self.step()
+            thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            self.step()
+        else:  # a store that does not answer keeps nobody waiting
+            thread.join(CLOSE_SECONDS)
 
     def step(self) -> None:
         """One turn of the purse's thread: tells, renews and draws what is due."""
@@ -342,7 +355,10 @@ class Purse:
         with self._lock:
             self.failures, self.failure = self.failures + 1, error
             self._need_usd, self._is_low, self._permits_wanted = None, False, 0
-            self._renew_at = min(self._renew_at, self._clock() + AGAIN_SECONDS)
+            now = self._clock()
+            self._renew_at = min(self._renew_at, now + AGAIN_SECONDS)
+            if self._is_closing:  # what is left to others by now needs no more tries
+                self._held = [each for each in self._held if now < each.until + MARGIN_SECONDS]
 
     def _current(self) -> tuple[HeldShare, ...]:
         """The shares of the accounts of this moment, one for each budget, in their order."""
@@ -384,7 +400,7 @@ class Purse:
             try:
                 self.step()
             except Exception as error:  # noqa: BLE001 - whatever it is, those that wait for money must hear of it
-                self._fail(StoreError(f"a shared budget cannot be used ({type(error).__name__}: {error})"))
+                self._fail(StoreError(f"a shared budget cannot be used ({type(error).__name__}: {redact(str(error))})"))
                 self.wake()
             if self._is_closing:
                 with self._lock:
@@ -548,7 +564,7 @@ class Purse:
         for share in over:
             with self._lock:
                 standing = self._standing(share)
-            if share.in_flight_usd:
+            if standing.in_flight_usd:
                 if share.free_usd > 0 or share.until - self._clock() < LEASE_SECONDS - MARGIN_SECONDS - RENEW_SECONDS:
                     self._visit(share, NOTHING, gives_back=True)
                 continue
@@ -602,7 +618,8 @@ class Purse:
 def _reached(share: HeldShare, account: Account) -> BudgetReachedError:
     budget = share.budget
     held = account.may_come_back(share.id)
-    return BudgetReachedError(
+    kind = BudgetReachedError if budget.is_of_one_run else SharedBudgetReachedError
+    return kind(
         f"the {budget.title} of {usd(budget.limit_usd)} USD ({budget.setting}, account {share.name}) is reached: "
         f"{usd(account.used_usd)} USD spent or possibly billed by all runs"
         + (f", {usd(held)} USD held by other runs" if held else "")

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 _CONFLICT_WAITS = (0.1, 0.3, 1.0, 2.0)
 """Seconds before a write is tried again that the server refused because of another one in progress."""
+_CUT_WAITS = (0.1, 0.3, 1.0)
+"""Seconds before an object is read again whose content broke off: botocore repeats a request, but not the reading of
+its answer, and servers that write in place break it off when the object is written meanwhile."""
 PROBE_KEY = ".segmind/conditional-writes"
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _creating = threading.Lock()
@@ -190,14 +194,13 @@ def read(uri: str, client: S3Client, limit: int | None = None) -> bytes:
     bucket, key = _object(uri)
     sign_where_buckets_are(client)
     with s3_errors(f"read {uri}", client):
-        answer = _get(client, bucket, key)
-        if answer is None:
-            raise StoreError(f"{uri} does not exist: check the key", status=404)
-        size = answer["ContentLength"]
-        with answer["Body"] as body:
-            if limit is None or size <= limit:
-                return body.read()
-    raise StoreError(f"{uri} has {size} bytes, more than the {limit} that are read")
+        found = _read(client, bucket, key, limit)
+    if found is None:
+        raise StoreError(f"{uri} does not exist: check the key", status=404)
+    answer, data = found
+    if data is None:
+        raise StoreError(f"{uri} has {answer['ContentLength']} bytes, more than the {limit} that are read")
+    return data
 
 
 def list_objects(uri: str, client: S3Client) -> Iterator[ObjectInfo]:
@@ -414,11 +417,12 @@ class S3Store:
             StoreError: It cannot be read; the subclass says why.
         """
         with s3_errors(f"read {self.uri(key)}", self._client):
-            answer = _get(self._client, self._bucket, self._root + key)
-            if answer is None:
+            found = _read(self._client, self._bucket, self._root + key)
+            if found is None:
                 return None
+            answer, data = found
             now, written = _date(answer), answer["LastModified"].timestamp()
-            return StoredObject(answer["Body"].read(), answer["ETag"], written, lambda: now)
+            return StoredObject(data or b"", answer["ETag"], written, lambda: now)
 
     def stat(self, key: str) -> Facts | None:
         """The object's facts, by HEAD; see `Store.stat`.
@@ -621,6 +625,26 @@ def _put_without_checksum(client: S3Client, request: PutObjectRequestTypeDef) ->
             if config.request_checksum_calculation != before:
                 ask_for_no_checksums(client)
                 _log.info("%s refuses checksum headers: objects are written without", client.meta.endpoint_url)
+
+
+def _read(
+    client: S3Client, bucket: str, key: str, limit: int | None = None
+) -> tuple[GetObjectOutputTypeDef, bytes | None] | None:
+    """An object's answer and its content, None where it has more bytes than the limit; None if there is no object."""
+    for wait in (*_CUT_WAITS, None):
+        answer = _get(client, bucket, key)
+        if answer is None:
+            return None
+        with closing(answer["Body"]) as body:
+            if limit is not None and answer["ContentLength"] > limit:
+                return answer, None
+            try:
+                return answer, body.read()
+            except (aws.ResponseStreamingError, aws.IncompleteReadError):
+                if wait is None:
+                    raise
+        time.sleep(wait)
+    raise AssertionError("the last round returns or raises")
 
 
 def _get(client: S3Client, bucket: str, key: str) -> GetObjectOutputTypeDef | None:

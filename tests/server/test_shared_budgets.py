@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from prefect_segmind import (
     produce_asset,
     refresh_assets,
 )
+from prefect_segmind.batch.approval import Approved
 from prefect_segmind.cli import commands, output
 from prefect_segmind.errors import BudgetReachedError, ConfigurationError
 from prefect_segmind.limits.account import Account, Share
@@ -302,3 +304,37 @@ def test_variations_and_an_inbox_draw_from_a_campaigns_budget_too(folder: Sandbo
     visit = process_inbox(str(inbox), "a cup", settle_seconds=0, **shared)
     assert (visit.generated, visit.not_started) == (0, 1)
     assert folder.ledger.billed_usd == account("summer").spent_usd == Decimal("0.10")
+
+
+def test_a_run_that_a_person_has_limited_has_failed_where_a_shared_budget_stops_it_first(
+    folder: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}DAILY_BUDGET_USD", "0.10")
+    limited = Approved(Decimal("1.00"), trimmed=True)
+    monkeypatch.setattr("prefect_segmind.flows.batch_run.approve", lambda *_, **__: limited)
+    with pytest.raises(BatchError, match=r"the daily budget of 0\.10 USD") as caught:
+        refresh_assets(campaign(photo, 4))
+    assert (caught.value.result.generated, folder.ledger.billed_usd) == (2, Decimal("0.10"))
+
+
+def test_a_dear_answer_to_another_run_leaves_a_runs_own_budget_alone(
+    folder: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}MONTHLY_BUDGET_USD", "100")
+    name = Services().budgets[0].account(datetime.now(UTC))
+    dear = Account(name=name, dearest_usd=Decimal("0.30"))
+    Services().archive.store.put(f".segmind/budgets/{name}.json", dear.model_dump_json().encode(), "application/json")
+    result = refresh_assets(campaign(photo, 3), budget_usd=Decimal("0.25"))
+    assert (result.generated, result.cost_usd, result.stopped) == (3, Decimal("0.15"), None)
+
+
+def test_nobody_is_asked_where_a_campaigns_budget_keeps_a_run_below_what_needs_no_approval(
+    folder: Sandbox, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object) -> None:
+        pytest.fail("somebody was asked")
+
+    monkeypatch.setattr("prefect_segmind.flows.approval_form._ask_in_prefect", ask)
+    limits = {"budget_name": "summer", "budget_usd": Decimal("0.10"), "approve_above_usd": Decimal("0.12")}
+    result = run(campaign(photo, 4), **limits)
+    assert (result.generated, result.not_started) == (2, 2)

@@ -58,7 +58,7 @@ def again(name: str, **how: Any) -> ArchivedImage:
     return walk(BEFORE / "mug.jpg", name=name, prompt=PROMPTS[name], resolution="RESOLUTION_512_1536", **how)
 
 
-NEW = {"asked", "image_file", "request_id", "asked_by"}
+NEW = {"asked", "image_file", "request_id", "asked_by", "shares"}
 """Fields that the version before did not know."""
 
 
@@ -67,7 +67,7 @@ def record(archive: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((archive / ".segmind" / f"{FINGERPRINTS[name]}.json").read_bytes())
     for each in (found, *found["attempts"]):
         for field in NEW:
-            if each.get(field, ...) is None:
+            if each.get(field, ...) in (None, []):
                 del each[field]
     return found
 

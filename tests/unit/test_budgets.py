@@ -96,6 +96,13 @@ def test_an_account_that_cannot_be_read_is_never_taken_for_an_empty_one(archive:
         Budgets(archive).change("summer", lambda account, _: account)
 
 
+def test_the_account_of_another_name_is_left_alone_where_a_disk_takes_the_two_for_one(archive: Archive) -> None:
+    summer = Account(name="Summer").model_dump_json().encode()
+    archive.store.put(account_key("summer"), summer, "application/json")
+    with pytest.raises(StoreError, match="is the account of the budget Summer: choose another budget_name"):
+        Budgets(archive).change("summer", lambda account, _: account)
+
+
 def test_runs_that_are_faster_each_time_are_not_fought_for_ever(
     archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:

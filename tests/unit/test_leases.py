@@ -27,6 +27,7 @@ from prefect_segmind.archive.record import LEASE_SECONDS, Holder, Record, Run
 from prefect_segmind.errors import PreconditionFailedError, StoreError, StoreUnreachableError
 from prefect_segmind.sandbox import Sandbox
 from prefect_segmind.services import Services
+from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.storage.s3 import S3Store
 from prefect_segmind.storage.store import StoredObject
 from tests.support.waiting import until
@@ -180,6 +181,7 @@ HANGS = """
 import sys, threading, time
 from prefect_segmind import services
 from prefect_segmind.services import Services
+from prefect_segmind.storage.local import LocalStore
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
 leases.RENEW_SECONDS = leases.LOOK_SECONDS = 0.05
@@ -336,6 +338,7 @@ import sys
 from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
 from prefect_segmind.services import Services
+from prefect_segmind.storage.local import LocalStore
 archive = Services(archive=sys.argv[1]).archive
 claim = leases.claim(archive, archive.read("ab" * 32), "ab" * 32, Run("their run"))
 print(claim is not None, flush=True)
@@ -384,6 +387,7 @@ from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Record, Run
 from prefect_segmind.errors import PreconditionFailedError
 from prefect_segmind.services import Services
+from prefect_segmind.storage.local import LocalStore
 archive = Services(archive=sys.argv[1]).archive
 claim = leases.claim(archive, None, "ab" * 32, Run("a run"))
 before, threads = leases.this_process(Run("a run")), leases._watch
@@ -430,6 +434,26 @@ def test_a_forked_process_is_one_of_its_own_and_renews_nothing_of_its_parents(tm
         "renews": True,
         "parent": True,
     }
+
+
+NOTES = """
+import sys
+from decimal import Decimal
+from prefect_segmind.archive import leases
+from prefect_segmind.archive.record import Run
+from prefect_segmind.services import Services
+from prefect_segmind.storage.local import LocalStore
+claim = leases.claim(Services(archive=sys.argv[1]).archive, None, "ab" * 32, Run("a run"))
+claim.sending()
+claim.note(lambda record: record.with_outcome(status=200, possibly_billed=False, kept="here", cost_usd=Decimal("0.05")))
+"""
+
+
+def test_what_is_only_noted_is_written_when_the_process_ends(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", NOTES, str(tmp_path)], cwd=ROOT, timeout=60, check=True)
+    found = Archive(LocalStore(tmp_path)).read("ab" * 32)
+    assert found is not None
+    assert [(each.status, each.kept) for each in found.record.attempts] == [(200, "here")]
 
 
 # What must be written, and may not have been
@@ -704,6 +728,7 @@ from prefect_segmind.archive import leases
 from prefect_segmind.archive.record import Run
 from prefect_segmind.errors import StoreUnreachableError
 from prefect_segmind.services import Services
+from prefect_segmind.storage.local import LocalStore
 archive = Services(archive=sys.argv[1]).archive
 write = archive.write
 def lost(record, etag):

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from prefect_segmind.errors import PreconditionFailedError, StoreUnreachableError
 from prefect_segmind.limits.account import LEASE_SECONDS, Account, Announcement, Budget, Share
+from prefect_segmind.limits.admission import Gate
 from prefect_segmind.limits.ledger import Fit
 from prefect_segmind.limits.permits import Permits
 from prefect_segmind.limits.purse import LONGEST_WAIT_SECONDS, POLL_SECONDS, Hold, Purse
@@ -315,7 +316,7 @@ class SharedBudgets(RuleBasedStateMachine):
 
 
 SharedBudgets.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
-TestInAnyOrder = SharedBudgets.TestCase
+TestNoLimitIsExceededInAnyOrderOfSteps = SharedBudgets.TestCase
 
 
 SUMMER = budget("1.00")
@@ -489,6 +490,17 @@ def test_a_share_that_cannot_be_given_back_is_settled_by_the_records() -> None:
     assert Run(shop, SUMMER).pay_all() == 19
 
 
+def test_a_purse_that_cannot_give_back_tries_until_its_lease_is_over() -> None:
+    shop = world()
+    run = Run(shop, SUMMER)
+    run.pay()
+    for seconds, held in ((0, 1), (LEASE_SECONDS - 5, 1), (10, 0)):
+        shop.wait(seconds)
+        shop.faults = ["not written"]
+        run.purse.close()
+        assert len(run.purse._held) == held
+
+
 def test_a_dead_run_whose_records_cannot_be_read_keeps_its_share(caplog: pytest.LogCaptureFixture) -> None:
     shop = world()
     Run(shop, SUMMER).pay()
@@ -580,3 +592,52 @@ def test_its_thread_draws_renews_and_ends_with_the_purse(monkeypatch: pytest.Mon
     purse.close()
     until(lambda: not (purse._thread and purse._thread.is_alive()))
     assert (shop.accounts["summer"].spent_usd, shop.accounts["summer"].shares) == (PRICE, ())
+
+
+class Hung(World):
+    """An archive that does not answer, until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answers = threading.Event(), threading.Event()
+
+    def change(self, name: str, change: Callable[[Account, float], Account]) -> Account:
+        self.asked.set()
+        self.answers.wait(30)
+        raise StoreUnreachableError("the archive does not answer")
+
+
+def test_the_end_of_a_run_does_not_wait_for_an_archive_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefect_segmind.limits.purse.CLOSE_SECONDS", 0.1)
+    world = Hung()
+    purse = Purse(world, [budget("1.00")])
+    assert purse.take(PRICE) is Fit.LATER
+    assert world.asked.wait(30)
+    purse.close()
+    assert not world.answers.is_set(), "it has not waited for the answer"
+    world.answers.set()
+
+
+def test_an_archive_out_of_reach_is_told_to_all_that_wait_for_money_at_once() -> None:
+    world, told = Hung(), list[str]()
+    gate = Gate(purse=Purse(world, [budget("1.00")]))
+
+    def wait(name: str) -> None:
+        try:
+            with gate.admit(PRICE, name):
+                pytest.fail("nothing may be sent")
+        except StoreUnreachableError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=wait, args=(name,)) for name in "abcde"]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(gate._queue) == len(threads))
+    world.answers.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(told) == len(threads)
+    assert all("nothing was sent" in each for each in told)
+    assert gate.purse is not None
+    assert gate.purse.failures < len(threads), "one failure was enough for all"
+    gate.purse.close()

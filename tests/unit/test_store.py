@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -51,6 +51,7 @@ from prefect_segmind.storage.store import Conditions, Facts, Store
 from tests.support.moto_server import moto_server
 from tests.support.ports import free_port, listens
 from tests.support.waiting import until
+from tests.support.wire import Wire, http
 
 KEY_ID, SECRET, BUCKET = "ACCESSKEY", "SECRETKEY123", "stores"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -1420,3 +1421,30 @@ def test_a_checksum_of_parts_says_nothing_of_the_whole(moto: str, monkeypatch: p
     assert not store.holds("k", b"abd")
     assert store.stat("k") == Facts(3, SHA256_OF_ABC)
     assert s3._sha256(b"abc") == "ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0="
+
+
+class TestAContentThatBreaksOff:
+    """As where a server writes in place and the object is written meanwhile, or a connection breaks."""
+
+    HEAD: ClassVar[dict[str, Any]] = {"ETag": '"1"', "Last_Modified": "Sat, 28 Nov 2026 00:00:00 GMT"}
+
+    def store(self, server: Wire, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        monkeypatch.setattr("prefect_segmind.storage.s3._CUT_WAITS", (0.0, 0.0))
+        return S3Store("bucket", "", s3_client())
+
+    def test_is_read_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with Wire(http(b"half", length=9, **self.HEAD), http(b"all of it", **self.HEAD)) as server:
+            found = self.store(server, monkeypatch).get("key")
+        assert found is not None
+        assert (found.data, len(server.requests)) == (b"all of it", 2)
+
+    def test_again_and_again_is_an_error_and_no_half_object(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (
+            Wire(http(b"half", length=9, **self.HEAD)) as server,
+            pytest.raises(StoreUnreachableError, match="cannot read s3://bucket/key"),
+        ):
+            self.store(server, monkeypatch).get("key")
+        assert len(server.requests) == 3
