@@ -68,7 +68,16 @@ TABLE = [
     *((name, 1, 1, None) for name in ("SubmittedError", "ForgottenError", "SubmissionUnknownError", "HistoryError")),
     *((name, 1, 0, None) for name in ("ConfigurationError", "StoreError", "BucketNotFoundError", "StoreAccessError")),
     *((name, 1, 0, None) for name in ("StoreCredentialsError", "StoreUnreachableError", "PreconditionFailedError")),
-    *((name, 1, 0, None) for name in ("ArchiveError", "ManifestError", "BudgetReachedError", "RunCancelledError")),
+    *(
+        (name, 1, 0, None)
+        for name in (
+            "ArchiveError",
+            "ManifestError",
+            "BudgetReachedError",
+            "SharedBudgetReachedError",
+            "RunCancelledError",
+        )
+    ),
     *(
         (name, 1, 0, None)
         for name in ("NotStartedError", "NotApprovedError", "ApprovalTimeoutError", "UnusableAnswersError")
