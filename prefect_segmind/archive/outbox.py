@@ -313,6 +313,7 @@ class Outbox:
             try:
                 found.unlink(missing_ok=True)
                 picture = read(body, found)
+                answered = _facts_of(body) or _assumed(body, list_price_usd)
             except ApiError as error:
                 self._keep_found(found, body)
                 if isinstance(error, ResultLinkError) and body in received:
@@ -324,11 +325,10 @@ class Outbox:
             except OSError as error:
                 raise self._unusable(f"{body.name} cannot be read: {reason(error)}") from error
             try:
-                answered = _facts_of(body) or _assumed(body, list_price_usd)
                 entry = OutboxEntry(paid=answered.brought(picture, seed), **_asked(body).model_dump())
                 path = self.keep(fingerprint, found if found.exists() else body, entry)
             except (FileNotFoundError, OutboxError):
-                if body.exists():
+                if not _is_gone(body):
                     raise
                 continue  # another run has kept it meanwhile
             _discard(body, _facts_path(body))
@@ -401,7 +401,7 @@ class Outbox:
             try:
                 return (path if path in paths else self.keep(fingerprint, path, entry)), entry
             except OutboxError:
-                if path.exists():
+                if not _is_gone(path):
                     raise
                 raise FileNotFoundError(path) from None
         if broken:
@@ -671,6 +671,17 @@ def _is_readable(body: Path) -> bool:
         if not isinstance(held, Link):
             picture_of(data if held is None else held)
             return True
+    return False
+
+
+def _is_gone(file: Path) -> bool:
+    """Whether there is certainly no such file any more; False where the disk cannot tell."""
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
     return False
 
 
