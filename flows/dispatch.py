@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ WATCH_SECONDS = 10.0
 
 POLICY = RetryPolicy(rate_limit_retries=20)
 """A rate limit concerns all assets of a batch, so those that it meets are retried more often."""
+SWITCH_SECONDS = 0.0005
+"""How long one thread of a batch may keep the interpreter from the others."""
 LAST_SECONDS = 2.0
 """How long the end of a run waits for each thing that Prefect's server or the archive may be slow to take."""
 
@@ -64,7 +67,7 @@ def dispatch(
         elsewhere: Has others work on the assets that are not in place, and waits for them, instead of task runs here.
     """
     gate, produce = pipeline.gate, task_of_batch(pipeline, POLICY)
-    with _watched(gate, tally):
+    with _watched(gate, tally), _switching_often():
         try:
             if there := sum(in_place):
                 entries = (each for each in wanted() if in_place[each[0]])
@@ -161,6 +164,24 @@ def _forgotten_by_prefect() -> Iterator[None]:
         return
     with context.model_copy(update={"run_results": {}, "task_run_assets": {}}):
         yield
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    """Has Python switch between threads every half a millisecond instead of every five.
+
+    An asset gives up the interpreter some hundred times, at each call of the system, and may wait so long each time for
+    another one that is busy.
+    """
+    before = sys.getswitchinterval()
+    if before <= SWITCH_SECONDS:  # as in another batch of this process
+        yield
+        return
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager
