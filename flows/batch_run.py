@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from io import BytesIO
+from itertools import chain
 from typing import NamedTuple, TypeVar, cast
 
 from prefect.logging import get_run_logger
@@ -451,10 +452,8 @@ def _carry_earlier_tries(
     """
     run, price_usd = Run("", flow_call().runs), services.settings.price_usd
     answers: list[tuple[datetime, bool]] = []
-    if all(number == 1 for _, number in run.flow_runs):  # in the first try there are none to look for
-        return answers
-    wanted = {each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as}
-    for picture, record in earlier_tries(services.archive, wanted | ledger.pictures, run.flow_runs).items():
+    wanted = (each.fingerprint for entry in entries if isinstance(entry, ValidatedJob) for each in entry.known_as)
+    for picture, record in earlier_tries(services.archive, chain(wanted, ledger.pictures), run.flow_runs).items():
         ledger.carry(picture, past_requests(run, record.attempts, price_usd), run.id)
         answers += answers_of_earlier_tries(run, record)
     if ledger.spent_usd or ledger.unknown_usd:

@@ -37,6 +37,7 @@ from prefect_segmind.errors import ApiError, OutboxError, ResultLinkError
 from prefect_segmind.images.inspection import BrokenPicture, Picture, picture_of, read_picture
 from prefect_segmind.storage.disk_errors import disk_errors, reason
 from prefect_segmind.storage.local import sync
+from prefect_segmind.storage.paths import may_be_there
 from prefect_segmind.storage.reserved_file import SPACE_SUFFIX, release, reserve
 
 RESERVED_BYTES = 8 << 20
@@ -328,7 +329,7 @@ class Outbox:
                 entry = OutboxEntry(paid=answered.brought(picture, seed), **_asked(body).model_dump())
                 path = self.keep(fingerprint, found if found.exists() else body, entry)
             except (FileNotFoundError, OutboxError):
-                if not _is_gone(body):
+                if may_be_there(body):
                     raise
                 continue  # another run has kept it meanwhile
             _discard(body, _facts_path(body))
@@ -401,7 +402,7 @@ class Outbox:
             try:
                 return (path if path in paths else self.keep(fingerprint, path, entry)), entry
             except OutboxError:
-                if not _is_gone(path):
+                if may_be_there(path):
                     raise
                 raise FileNotFoundError(path) from None
         if broken:
@@ -671,17 +672,6 @@ def _is_readable(body: Path) -> bool:
         if not isinstance(held, Link):
             picture_of(data if held is None else held)
             return True
-    return False
-
-
-def _is_gone(file: Path) -> bool:
-    """Whether there is certainly no such file any more; False where the disk cannot tell."""
-    try:
-        file.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass
     return False
 
 

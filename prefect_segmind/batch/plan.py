@@ -404,12 +404,12 @@ def _within_reach(outbox: Outbox, record: Record | None) -> bool:
     return outbox.reaching(record.fingerprint, places) != outbox
 
 
-def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: FlowRuns) -> dict[str, Record]:
+def earlier_tries(archive: Archive, fingerprints: Iterable[str], flow_runs: FlowRuns) -> dict[str, Record]:
     """The records of pictures for which earlier tries of a flow run have sent requests; none is read in the first try.
 
     Args:
         archive: The archive, with the records.
-        fingerprints: The fingerprints of the pictures.
+        fingerprints: The fingerprints of the pictures; not looked through in the first try.
         flow_runs: The flow run.
 
     Returns:
@@ -422,7 +422,7 @@ def earlier_tries(archive: Archive, fingerprints: Collection[str], flow_runs: Fl
         return {}
     run = Run("", flow_runs)
     with ThreadPoolExecutor(READERS, thread_name_prefix="segmind-plan") as pool:
-        records = [found.record for found in pool.map(archive.read, fingerprints) if found]
+        records = [found.record for found in pool.map(archive.read, set(fingerprints)) if found]
     return {
         record.fingerprint: record for record in records if any(run.follows(each.flow_runs) for each in record.attempts)
     }

@@ -23,6 +23,7 @@ from prefect_segmind.pipeline.pay import GeneratedImage
 from prefect_segmind.pipeline.sidecar import sidecar
 from prefect_segmind.pipeline.validate import ValidatedJob
 from prefect_segmind.storage.disk_errors import reason
+from prefect_segmind.storage.paths import may_be_there
 
 _WAITS = (0.0, 0.1, 0.3, 1.0, 2.0)
 """Seconds before a record is read and written again that another run has written meanwhile."""
@@ -114,7 +115,7 @@ class Archiving:
             safe = (
                 f"the picture is paid for and safe in the outbox, {generated.path}; run the same job again on this "
                 "machine when the archive is back, and it is archived without another payment"
-                if generated.path and _may_be_there(generated.path)
+                if generated.path and may_be_there(generated.path)
                 else f"this run paid {usd(generated.cost_usd)} USD"
             )
             raise ArchiveError(
@@ -245,11 +246,3 @@ class Archiving:
             **generated.picture.model_dump(include=_OF_PICTURE),
             **generated.model_dump(include={"status", "cost_usd", "possibly_billed_usd"}),
         )
-
-
-def _may_be_there(path: Path) -> bool:
-    """Whether a file is there; also True where the disk cannot tell."""
-    try:
-        return path.exists()
-    except OSError:
-        return True

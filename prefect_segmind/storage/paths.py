@@ -46,6 +46,21 @@ def is_there(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for names that the system does not allow
 
 
+def may_be_there(path: Path) -> bool:
+    """Whether a file is there, or the disk cannot tell: False only where there is certainly none.
+
+    Args:
+        path: The file.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def missing_file(path: Path, *, folders: bool = False) -> str:
     """A message about a missing file, with the nearest name in its folder: `does not exist (did you mean mug.jpg?)`.
 
